@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every raw operator's schema, once, and the loading of the compiled libraries.
+
+A raw operator is named ``mvit_kernels::<operator>.<backend>``: one overload for each backend, all of one schema, so
+that the operator keeps its name in Python, C++, CUDA and Triton and several backends can serve one device. Backends
+only *implement* these schemas (C++ through LibTorch's stable ABI: ``m.impl("patch_attention.cpu", ...)``); shapes of
+the results come from the one fake of each schema, registered by the operator's file in ``ops/``.
+
+What forward operators return beside their result (``mean``, ``rstd``, ``logsumexp``) is what their backward needs;
+statistics are float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+SCHEMAS = {
+    # act(LN(x) Wᵀ + b); activation is "" or "silu"; mean and rstd have the shape of x without its last axis
+    "layer_norm_linear": "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, float eps, "
+    "str activation) -> (Tensor out, Tensor mean, Tensor rstd)",
+    "layer_norm_linear_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, "
+    "Tensor norm_bias, Tensor weight, Tensor? bias, str activation) -> (Tensor grad_x, Tensor grad_norm_weight, "
+    "Tensor grad_norm_bias, Tensor grad_weight, Tensor grad_bias)",
+    # qkv (B, H, W, 3·inner) -> out (B, H, W, inner); logsumexp (B, ph·pw, heads, N) of the scaled scores
+    "patch_attention": "(Tensor qkv, int num_heads, int[2] patch_size, float scale) -> (Tensor out, Tensor logsumexp)",
+    "patch_attention_backward": "(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsumexp, int num_heads, "
+    "int[2] patch_size, float scale) -> Tensor",
+    # residual + x Wᵀ + b; the gradient of the residual is grad_out itself
+    "linear_residual": "(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
+    "linear_residual_backward": "(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor grad_x, Tensor grad_weight, "
+    "Tensor grad_bias)",
+    # x + fc2(silu(fc1(LN(x))))
+    "layer_norm_mlp": "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias, float eps) -> (Tensor out, Tensor mean, Tensor rstd)",
+    "layer_norm_mlp_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, "
+    "Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight) -> (Tensor grad_x, "
+    "Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_fc1_weight, Tensor grad_fc1_bias, "
+    "Tensor grad_fc2_weight, Tensor grad_fc2_bias)",
+    # x (B, H, W, C); depthwise_weight (hidden, 1, 3, 3)
+    "inverted_residual": "(Tensor x, Tensor expand_weight, Tensor expand_bias, Tensor depthwise_weight, "
+    "Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, int stride, int dilation, bool residual) "
+    "-> Tensor",
+    # weights: TransformerLayerWeights of every layer, flattened (twelve a layer, an absent qkv bias as zeros)
+    "transformer": "(Tensor x, Tensor[] weights, Tensor? final_norm_weight, Tensor? final_norm_bias, int num_heads, "
+    "int[2] patch_size, float eps) -> Tensor",
+}
+
+_library = torch.library.Library("mvit_kernels", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    for _backend in BACKENDS:
+        # Exact strides: Inductor must hand a kernel the layout that was traced, channels-last maps above all.
+        _library.define(f"{_name}.{_backend}{_schema}", tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as the fake of operator `name`, for all of its backends."""
+
+    def register(function: Callable) -> Callable:
+        for backend in BACKENDS:
+            torch.library.register_fake(f"mvit_kernels::{name}.{backend}", function, lib=_library)
+        return function
+
+    return register
+
+
+def register_reference(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as ``mvit_kernels::<name>.reference``, for every device."""
+
+    def register(function: Callable) -> Callable:
+        _library.impl(f"{name}.reference", function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def raw(name: str, backend: str) -> torch._ops.OpOverload:
+    """The raw operator ``mvit_kernels::<name>.<backend>``."""
+    return getattr(getattr(torch.ops.mvit_kernels, name), backend)
+
+
+LIBRARY_DIRECTORY = Path(__file__).parent / "lib"
+_loaded: dict[str, str] = {}  # backend -> "" when its library is loaded, else why it could not be
+
+
+def load(backend: str) -> str:
+    """Load the compiled library of `backend` ("cpu" or "cuda") once; return "" or why it can not be used."""
+    if backend not in _loaded:
+        path = LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
+        if not path.exists():
+            _loaded[backend] = (
+                f"its library {path.name} was not built (a C++ compiler and `pip install --no-build-isolation .` build "
+                "it; `mvit-kernels info` tells what was missing)"
+            )
+        else:
+            try:
+                torch.ops.load_library(str(path))
+                _loaded[backend] = ""
+            except OSError as error:
+                _loaded[backend] = f"its library {path} does not load: {error}"
+    return _loaded[backend]

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``accelerate`` and ``restore``: other people's MobileViT blocks on our operators, in place; one file a library.
+
+Example:
+    >>> model = mvit_kernels.accelerate(timm.create_model("mobilevit_xs"))
+    >>> print(mvit_kernels.report(model))
+    3 of 3 MobileViT blocks accelerated
+      stages.2.1  timm  accelerated
+      ...
+
+The block's ``__class__`` becomes a subclass of the same name whose ``forward`` calls `transformer_on_map`; modules,
+parameters, ``state_dict`` and hooks stay where they are. (Patching ``forward`` instead kills Hugging Face's gradient
+checkpointing.) What the fast path would get wrong is declined, with the reasons: when `accelerate` is called, and again when
+a block runs, since hooks, LoRA and parametrizations may come later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import nn
+
+from .. import backends
+from ..nn.frozen import FrozenMobileViTBlock
+from . import cvnets, huggingface, kornia, own, timm
+from ._block import Refusal
+from ._swap import is_accelerated, swap, unswap
+
+ADAPTERS: tuple[ModuleType, ...] = (timm, huggingface, kornia, cvnets, own)
+logger = logging.getLogger("mvit_kernels")
+
+
+class BlockReport(NamedTuple):
+    """One MobileViT block of a model: where it is, whose it is, and whether it is accelerated or the reasons why not."""
+
+    name: str
+    library: str
+    accelerated: bool
+    reasons: tuple[str, ...]
+
+
+class AccelerationReport(NamedTuple):
+    """Every MobileViT block found in a model; printable."""
+
+    blocks: tuple[BlockReport, ...]
+
+    @property
+    def accelerated(self) -> tuple[BlockReport, ...]:
+        """The blocks that run on the operators."""
+        return tuple(block for block in self.blocks if block.accelerated)
+
+    @property
+    def declined(self) -> tuple[BlockReport, ...]:
+        """The blocks with reasons against them."""
+        return tuple(block for block in self.blocks if block.reasons)
+
+    def __str__(self) -> str:
+        if not self.blocks:
+            return f"no MobileViT block found; known are those of {', '.join(a.NAME for a in ADAPTERS)}"
+        lines = [f"{len(self.accelerated)} of {len(self.blocks)} MobileViT blocks accelerated"]
+        width = max(len(block.name) for block in self.blocks)
+        for block in self.blocks:
+            state = "accelerated" if block.accelerated else "as it was"
+            if block.reasons:
+                state = "declined: " + "; ".join(block.reasons)
+            lines.append(f"  {block.name or '(the model itself)':<{width}}  {block.library}  {state}")
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
+    """Let every MobileViT block of `model` run on our operators, in place, for training and inference.
+
+    Example:
+        >>> model = mvit_kernels.accelerate(timm.create_model("mobilevit_s", pretrained=True))
+        >>> model = mvit_kernels.accelerate(MobileViTForImageClassification.from_pretrained("apple/mobilevit-small"))
+
+    Parameters, ``state_dict``, hooks on the blocks, ``deepcopy``, pickling, gradient checkpointing, ``features_only``, DDP and
+    FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions stay the
+    model's own: put the model in ``torch.channels_last`` to spare their layout copies, or `freeze` it.
+
+    Args:
+        model: a model that contains blocks of timm, Hugging Face transformers, Kornia, cvnets or `mvit_kernels.nn`, or
+            such a block itself. Accelerating again only changes `backend`.
+        backend: which backend must serve these blocks, e.g. "triton"; None leaves the choice to each call.
+        strict: raise where a block would be declined (or none is found) instead of leaving it as it is.
+
+    Returns:
+        `model` itself. What was swapped, and why the rest was not: ``mvit_kernels.report(model)``; also logged
+        (logger ``mvit_kernels``; a declined block as a warning).
+
+    Raises:
+        TypeError: `model` is no ``nn.Module``.
+        ValueError: an unknown backend; with ``strict``, a declined block, or none found. The model is then unchanged.
+        BackendError: `backend` cannot run on the model's device at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model is {type(model).__name__}; a torch.nn.Module is wanted")
+    backend = backends.checked_name(backend, "accelerate")
+    if backend is not None:
+        device_type = next((p.device.type for p in model.parameters()), "cpu")
+        reasons = backends.unavailable(backend, device_type)
+        if reasons:
+            raise backends.BackendError(
+                f"accelerate: backend {backend!r} was asked for and cannot run here: {'; '.join(reasons)}"
+            )
+
+    found = _find(model)
+    declined = [(name, adapter, reasons) for name, _, adapter, reasons in found if reasons]
+    if strict and (declined or not found):
+        blocks = tuple(BlockReport(name, adapter.NAME, False, tuple(reasons)) for name, adapter, reasons in declined)
+        raise ValueError(f"accelerate(strict=True): {AccelerationReport(blocks)}. The model is unchanged.")
+    for name, adapter, reasons in declined:
+        logger.warning("accelerate: %s (%s) stays as it is: %s", name, adapter.NAME, "; ".join(reasons))
+    if not found:
+        logger.warning("accelerate: %s", AccelerationReport(()))
+    for _, block, adapter, reasons in found:
+        if not reasons:
+            swap(block, adapter, backend)
+    logger.info("accelerate: %d of %d blocks accelerated", len(found) - len(declined), len(found))
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`, in place: every block gets its own class, and so its own forward, back.
+
+    Example:
+        >>> mvit_kernels.restore(model)
+
+    Returns:
+        `model` itself; a model that was not accelerated is left as it is.
+    """
+    for module in model.modules():
+        if is_accelerated(module):
+            unswap(module)
+    return model
+
+
+def report(model: nn.Module) -> AccelerationReport:
+    """What of `model` is accelerated now, and the reasons where a block cannot be (hooks and LoRA added later count).
+
+    Example:
+        >>> print(mvit_kernels.report(model))
+    """
+    blocks = [BlockReport(name, "frozen", True, ()) for name, _, adapter in named_blocks(model) if adapter is None]
+    for name, block, adapter, reasons in _find(model):
+        blocks.append(BlockReport(name, adapter.NAME, is_accelerated(block) and not reasons, tuple(reasons)))
+    return AccelerationReport(tuple(blocks))
+
+
+def adapter_of(module: nn.Module) -> ModuleType | None:
+    """The adapter for which `module` is a MobileViT block: by its class's name and its children, without any import."""
+    names = {cls.__name__ for cls in type(module).__mro__}
+    for adapter in ADAPTERS:
+        if adapter.BLOCK in names and all(child in module._modules for child in adapter.CHILDREN):
+            return adapter
+    return None
+
+
+def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType | None]]:
+    """Every MobileViT block below `model` with its name and adapter; the adapter of a frozen block is None."""
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue  # a frozen block may keep the library's own one for the calls that it leaves to it
+        adapter = adapter_of(module)
+        if isinstance(module, FrozenMobileViTBlock):
+            inside = f"{name}." if name else ""
+            yield name, module, None
+        elif adapter is not None:
+            yield name, module, adapter
+
+
+def _find(model: nn.Module) -> list[tuple[str, nn.Module, ModuleType, list[str]]]:
+    """Every MobileViT block that is not frozen: its name, itself, its adapter, and the reasons against it."""
+    found = []
+    for name, module, adapter in named_blocks(model):
+        if adapter is None:
+            continue
+        try:
+            adapter.parts(module)
+            found.append((name, module, adapter, []))
+        except Refusal as refusal:
+            found.append((name, module, adapter, refusal.reasons))
+    return found

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ backend's answers: what ``csrc/cpu`` can serve, call by call (see `mvit_kernels.backends`)."""
+
+from __future__ import annotations
+
+import torch
+
+from ._library import load
+from .backends import Call
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def unavailable(device_type: str) -> list[str]:
+    """Why the C++ library cannot serve this device at all."""
+    if device_type != "cpu":
+        return [f"it is for the CPU, and the tensors are on {device_type}"]
+    why = load("cpu")
+    return [why] if why else []
+
+
+def _dtype(call: Call) -> list[str]:
+    if call.dtype in DTYPES:
+        return []
+    return [f"{call.dtype} is not supported on the CPU; float32, bfloat16 and float64 are"]
+
+
+def _patch_attention(call: Call) -> list[str]:
+    reasons = _dtype(call)
+    if not call.fact("dense_rows"):
+        reasons.append("the channels of qkv are not adjacent in memory; call .contiguous() first")
+    return reasons
+
+
+SUPPORTS = {"patch_attention": _patch_attention}

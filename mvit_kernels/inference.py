@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``freeze``: an inference-only copy of a model; batch norms folded, SiLU fused, weights joined and cast once.
+
+The MobileViT paper (arXiv:2110.02178, section 5) gives the missing fold as one of two reasons for slow inference:
+convolution and batch norm fold together, transformers have nothing like it. Here both halves are fused.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .adapters import adapter_of, restore
+from .adapters._block import Refusal, layer_weights
+from .adapters._convolutions import freeze_convolutions, freeze_inverted_residuals, with_hooks
+from .adapters._swap import backend_of
+from .nn.frozen import FrozenMobileViTBlock
+from .ops import TransformerLayerWeights
+
+logger = logging.getLogger("mvit_kernels")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class FreezeReport(NamedTuple):
+    """What `freeze` did; printable. It is the frozen model's attribute ``freeze_report``."""
+
+    blocks: tuple[str, ...]  # MobileViT blocks
+    inverted_residuals: tuple[str, ...]
+    convolutions: tuple[str, ...]  # all folded ones, also those inside the former two
+    left: tuple[tuple[str, str], ...]  # what stays as it was, and why
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.blocks)} MobileViT blocks, {len(self.inverted_residuals)} inverted residuals and "
+            f"{len(self.convolutions)} convolutions frozen"
+        ]
+        lines += [f"  {name} stays as it was: {reason}" for name, reason in self.left]
+        return "\n".join(lines)
+
+
+def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """An inference-only copy of `model` that runs as fast as we can make it; `model` is left alone.
+
+    Example:
+        >>> fast = mvit_kernels.freeze(model)                        # any of the five kinds of MobileViT
+        >>> fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)  # half the bytes, and twice the rate where there is bf16
+        >>> with torch.inference_mode():
+        ...     logits = fast(images)
+
+    Batch norms are folded into their convolutions (in float64), SiLU and the residual additions of inverted residuals are
+    fused, and everything runs channels-last inside, whatever the layout of the input. The model's own modules around
+    that (pooling, heads, ``features_only``, Hugging Face's output classes) stay. What cannot be frozen stays as it was,
+    layer by layer, and is listed in ``fast.freeze_report``.
+
+    Args:
+        model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. Its ``state_dict`` afterwards is the
+            frozen one's own: load checkpoints before freezing.
+        dtype: float32, bfloat16, float16 or float64 for all weights; inputs are cast, outputs come in it. None keeps the
+            model's.
+
+    Returns:
+        A new model in evaluation mode, without parameters that need a gradient. ``train()`` on it raises.
+
+    Raises:
+        TypeError: `model` is no ``nn.Module``, or `dtype` no floating dtype.
+        ValueError: the model has weights or batch norm statistics that are not finite, or variances below zero.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"freeze: model is {type(model).__name__}; a torch.nn.Module is wanted")
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"freeze: dtype is {dtype!r}; float32, bfloat16, float16 or float64 is wanted")
+    _check_finite(model)
+
+    # Inference tensors have no versions and cannot be changed; the copy is made of ordinary ones. A holder, so that the model itself may be a block or a unit.
+    holder = nn.Module()
+    holder.model = copy.deepcopy(model).eval().requires_grad_(False)
+    backends = {name.removeprefix("model").removeprefix("."): backend_of(m) for name, m in holder.named_modules()}
+    restore(holder)
+    left: list[tuple[str, str]] = []
+    convolutions = _collect(freeze_convolutions(holder), left)
+    inverted_residuals = _collect(freeze_inverted_residuals(holder), left)
+    blocks = _freeze_blocks(holder, backends, left)
+    if dtype is not None:
+        holder.to(dtype)
+    # Dense weights that stay the library's own follow the layout of the maps.
+    holder.to(memory_format=torch.channels_last)
+
+    frozen = holder.model
+    report = FreezeReport(tuple(blocks), tuple(inverted_residuals), tuple(convolutions), tuple(left))
+    frozen.freeze_report = report
+    logger.info("freeze: %s", report)
+    return frozen
+
+
+def _check_finite(model: nn.Module) -> None:
+    """A fold of values that are not finite would hide where they came from."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        if not torch.isfinite(value).all():
+            raise ValueError(f"freeze: {name} has values that are not finite; mend or reload the weights before freezing")
+        if name.endswith("running_var") and (value < 0).any():
+            raise ValueError(f"freeze: {name} has negative variances; mend or reload the weights before freezing")
+
+
+def _collect(steps, left: list[tuple[str, str]]) -> list[str]:
+    done = []
+    for name, reason in steps:
+        name = name.removeprefix("model").removeprefix(".")
+        if reason is None:
+            done.append(name)
+        else:
+            left.append((name, reason))
+    return done
+
+
+def _freeze_blocks(holder: nn.Module, backends: dict[str, str | None], left: list[tuple[str, str]]) -> list[str]:
+    """Put `FrozenMobileViTBlock` in place of every MobileViT block; declined ones run as they are."""
+    done = []
+    for owner_name, owner in list(holder.named_modules()):
+        for child_name, block in list(owner._modules.items()):
+            adapter = adapter_of(block) if block is not None else None
+            if adapter is None:
+                continue
+            name = f"{owner_name}.{child_name}".removeprefix(".").removeprefix("model").removeprefix(".")
+            try:
+                parts = adapter.parts(block)
+            except Refusal as refusal:
+                left.append((name, str(refusal)))
+                continue
+            takes = getattr(adapter, "takes", None)
+            with torch.no_grad():
+                layers = [TransformerLayerWeights(*map(_own, layer_weights(layer))) for layer in parts.layers]
+            norm = parts.final_norm
+            frozen = FrozenMobileViTBlock(
+                downsampling=parts.downsampling,
+                before=parts.before,
+                layers=layers,
+                final_norm=None if norm is None else (_own(norm.weight), _own(norm.bias)),
+                after=parts.after,
+                fusion=parts.fusion,
+                input_first=parts.input_first,
+                num_heads=parts.num_heads,
+                patch_size=parts.patch_size,
+                eps=parts.eps,
+                fallback=None if takes is None else block,
+                takes=takes,
+                backend=backends[name],
+            )
+            owner._modules[child_name] = with_hooks(frozen, block)
+            done.append(name)
+    return done
+
+
+def _own(value: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter's value as a plain tensor, to be a buffer."""
+    return None if value is None else value.detach()

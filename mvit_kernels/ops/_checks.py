@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators check before anything runs, and what autocast makes of their arguments.
+
+Every message names the operator, the argument, what came, what was wanted and what to do. Shapes, dtypes and devices
+are all that is looked at, so a traced call pays nothing at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Call
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(op: str, name: str, value: Any, ndim: int | None = None, layout: str = "") -> None:
+    """`value` is a floating tensor, with `ndim` axes if given (`layout` names them)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is {_article(type(value).__name__)}; a torch.Tensor is wanted")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} is {value.dtype}; one of float32, bfloat16, float16, float64 is wanted. Convert it with .float()"
+        )
+    if ndim is not None and value.dim() != ndim:
+        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; {ndim} axes {layout} are wanted")
+
+
+def shape(op: str, name: str, value: Tensor, wanted: Sequence[int], why: str) -> None:
+    """`value` has exactly the shape `wanted`; `why` says where the numbers come from."""
+    if tuple(value.shape) != tuple(wanted):
+        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; {tuple(wanted)} is wanted, {why}")
+
+
+def like(op: str, x: Tensor, x_name: str, autocast: bool, **others: Tensor | None) -> None:
+    """All of `others` are on x's device and of x's dtype; LayerNorm's parameters may be kept in float32, and under
+    autocast any floating dtype but float64 goes."""
+    for name, other in others.items():
+        if other is None:
+            continue
+        tensor(op, name, other)
+        if other.device != x.device:
+            raise ValueError(
+                f"{op}: {name} is on {other.device} and {x_name} on {x.device}; move both to one device with .to(device)"
+            )
+        if other.dtype == x.dtype or (autocast and other.dtype != torch.float64):
+            continue
+        if "norm" in name and other.dtype == torch.float32 and x.dtype != torch.float64:
+            continue
+        raise TypeError(
+            f"{op}: {name} is {other.dtype} and {x_name} {x.dtype}; give both one dtype (model.to(dtype) or "
+            f"{x_name}.to(dtype)), or call under torch.autocast"
+        )
+
+
+def patch(op: str, patch_size: Any) -> tuple[int, int]:
+    """`patch_size` as (height, width): an int or a pair of ints, at least 1."""
+    pair = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
+        raise ValueError(f"{op}: patch_size is {patch_size!r}; a pair (height, width) of positive ints is wanted")
+    return pair
+
+
+def whole_patches(op: str, name: str, height: int, width: int, patch_size: tuple[int, int]) -> None:
+    """The map splits into whole patches, and there is at least one."""
+    ph, pw = patch_size
+    if height == 0 or width == 0 or height % ph or width % pw:
+        raise ValueError(
+            f"{op}: {name} is a map of {height} × {width} tokens, which does not split into patches of {ph} × {pw}; resize "
+            f"it first, as MobileViT does (mvit_kernels.nn.functional.transformer_on_map)"
+        )
+
+
+def heads(op: str, num_heads: Any) -> None:
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
+        raise ValueError(f"{op}: num_heads is {num_heads!r}; a positive int is wanted")
+
+
+def autocast_dtype(x: Any) -> torch.dtype | None:
+    """The dtype that autocast gives to x's operator, or None where there is no autocast (float64 is never cast)."""
+    if not isinstance(x, Tensor) or x.dtype == torch.float64:
+        return None
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in `dtype`; those that are already, and None, as they are."""
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
+
+
+def call(op: str, x: Tensor, tensors: Iterable[Tensor | None], **facts: Any) -> Call:
+    """The `Call` that backends judge; a gradient is needed if any of `tensors` needs one."""
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return Call(op, x.device.type, x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()))
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0].lower() in "aeiou" else f"a {noun}"

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``layer_norm_linear``: a LayerNorm and the linear layer after it, the normalised rows never in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._library import raw, register_fake
+from ..backends import choose
+from . import _checks as checks
+
+OP = "layer_norm_linear"
+
+
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``act(LayerNorm(x) Wᵀ + b)``, differentiable in every tensor.
+
+    Example:
+        >>> qkv = layer_norm_linear(x, norm.weight, norm.bias, qkv_linear.weight, qkv_linear.bias)
+
+    Args:
+        x: (..., d) float32, bfloat16, float16 or float64; any strides.
+        norm_weight, norm_bias: (d,), in x's dtype or float32.
+        weight: (n, d), as ``nn.Linear`` keeps it, in x's dtype.
+        bias: (n,) or None.
+        eps: added to the variance (of d values, not d − 1), positive.
+        activation: None or "silu".
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+
+    Returns:
+        (..., n), in x's dtype, or in autocast's where that is on. Statistics and sums are in float32 or better.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, dtype, device or shape.
+        BackendError: `backend` cannot serve the call.
+
+    LayerNorm: Ba et al. 2016, arXiv:1607.06450, eq. 3. In MobileViT it precedes the qkv projection and the MLP.
+    """
+    dtype = checks.autocast_dtype(x)
+    checks.tensor(OP, "x", x)
+    checks.like(OP, x, "x", dtype is not None, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
+    if x.dim() == 0:
+        raise ValueError(f"{OP}: x has no axes; (..., d) is wanted")
+    d = x.shape[-1]
+    checks.shape(OP, "norm_weight", norm_weight, (d,), "the width of x")
+    checks.shape(OP, "norm_bias", norm_bias, (d,), "the width of x")
+    if weight.dim() != 2 or weight.shape[1] != d:
+        raise ValueError(f"{OP}: weight has shape {tuple(weight.shape)}; (n, {d}) is wanted, for x of width {d}")
+    if bias is not None:
+        checks.shape(OP, "bias", bias, weight.shape[:1], "one value for each row of weight")
+    if activation not in (None, "silu"):
+        raise ValueError(f"{OP}: activation is {activation!r}; None or 'silu' is wanted")
+    if not eps > 0:
+        raise ValueError(f"{OP}: eps is {eps!r}; a positive number is wanted")
+
+    if dtype is not None and x.dtype != dtype:
+        x = x.to(dtype)
+    call = checks.call(
+        OP,
+        x,
+        (x, norm_weight, norm_bias, weight, bias),
+        out_features=weight.shape[0],
+        activation=activation,
+        contiguous=x.is_contiguous(),
+    )
+    chosen = choose(call, backend)
+    if chosen == "reference":  # under autocast PyTorch casts the weights, and keeps the casts of a step
+        return reference.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation)
+    weight, bias = checks.cast(x.dtype, weight, bias)
+    return apply(chosen, call.needs_grad, x, norm_weight, norm_bias, weight, bias, eps, activation or "")
+
+
+def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
+    """The raw operator of `backend`, with autograd around it where a gradient is needed."""
+    if needs_grad:
+        return _LayerNormLinear.apply(backend, *arguments)
+    return raw(OP, backend)(*arguments)[0]
+
+
+class _LayerNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, norm_weight, norm_bias, weight, bias, eps, activation):
+        out, mean, rstd = raw(OP, backend)(x, norm_weight, norm_bias, weight, bias, eps, activation)
+        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
+        ctx.backend, ctx.activation = backend, activation
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        bias = ctx.saved_tensors[-1]
+        grads = raw(f"{OP}_backward", ctx.backend)(grad_out, *ctx.saved_tensors, ctx.activation)
+        return None, *grads[:4], None if bias is None else grads[4], None, None
+
+
+@register_fake(OP)
+def _fake(x, norm_weight, norm_bias, weight, bias, eps, activation):
+    rows = x.shape[:-1]
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty((*rows, weight.shape[0])),
+        x.new_empty(rows, dtype=statistics),
+        x.new_empty(rows, dtype=statistics),
+    )
+
+
+@register_fake(f"{OP}_backward")
+def _fake_backward(grad_out, x, mean, rstd, norm_weight, norm_bias, weight, bias, activation):
+    return (
+        x.new_empty(x.shape),
+        norm_weight.new_empty(norm_weight.shape),
+        norm_bias.new_empty(norm_bias.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[:1]),
+    )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``patch_attention``: attention between the pixels at the same place of every patch, without unfold and fold."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._library import raw, register_fake
+from ..backends import Call, choose
+from . import _checks as checks
+
+OP = "patch_attention"
+
+
+def patch_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    patch_size: int | tuple[int, int],
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Multi-head softmax attention inside each patch-position sequence of a token-major map; differentiable.
+
+    Token (h, w) attends to (h', w') iff ``h % ph == h' % ph and w % pw == w' % pw``. The grouping is an index map: a
+    channels-last feature map already has this layout, and a 1 × 1 patch is ordinary attention over all H·W tokens.
+
+    Example:
+        >>> qkv = torch.randn(1, 32, 32, 3 * 144)
+        >>> patch_attention(qkv, num_heads=4, patch_size=(2, 2)).shape
+        torch.Size([1, 32, 32, 144])
+
+    Args:
+        qkv: (B, H, W, 3·inner) float32, bfloat16, float16 or float64; any strides. The last axis is q, then k, then v,
+            each ``num_heads × head_dim``. H and W are multiples of the patch.
+        num_heads: heads; inner is a multiple of it.
+        patch_size: (ph, pw), or one int for both.
+        scale: of the scores; ``head_dim ** -0.5`` where None.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+
+    Returns:
+        (B, H, W, inner), contiguous, in qkv's dtype, or in autocast's where that is on. Softmax is in float32 or better.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, dtype or shape.
+        BackendError: `backend` cannot serve the call.
+
+    Attention: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; the grouping: MobileViT, arXiv:2110.02178, section 3.1.
+    """
+    checks.tensor(OP, "qkv", qkv, 4, "(B, H, W, 3·inner)")
+    checks.heads(OP, num_heads)
+    patch_size = checks.patch(OP, patch_size)
+    _, height, width, channels = qkv.shape
+    if channels == 0 or channels % (3 * num_heads):
+        raise ValueError(
+            f"{OP}: qkv has {channels} channels, not a positive multiple of 3 · num_heads = {3 * num_heads}; its last axis "
+            f"is q, k and v, each num_heads × head_dim"
+        )
+    checks.whole_patches(OP, "qkv", height, width, patch_size)
+    head_dim = channels // (3 * num_heads)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{OP}: scale is {scale}; a finite number is wanted")
+
+    dtype = checks.autocast_dtype(qkv)
+    if dtype is not None and qkv.dtype != dtype:
+        qkv = qkv.to(dtype)
+    needs_grad = torch.is_grad_enabled() and qkv.requires_grad
+    call = attention_call(
+        qkv.device, qkv.dtype, tuple(qkv.shape), num_heads, patch_size, needs_grad, dense_rows=qkv.stride(-1) == 1
+    )
+    chosen = choose(call, backend)
+    if chosen == "reference":
+        return reference.patch_attention(qkv, num_heads, patch_size, scale)
+    return apply(chosen, call.needs_grad, qkv, num_heads, patch_size, scale)
+
+
+def attention_call(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    num_heads: int,
+    patch_size: tuple[int, int],
+    needs_grad: bool,
+    *,
+    dense_rows: bool = True,
+) -> Call:
+    """The `Call` that backends judge, for a qkv of this shape; `dense_rows`: its channels are adjacent in memory."""
+    facts = {
+        "num_heads": num_heads,
+        "head_dim": shape[-1] // (3 * num_heads),
+        "patch_size": patch_size,
+        "dense_rows": dense_rows,
+    }
+    return Call(OP, device.type, dtype, needs_grad, shape, tuple(facts.items()))
+
+
+def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
+    """The raw operator of `backend`, with autograd around it where a gradient is needed."""
+    if needs_grad:
+        return _PatchAttention.apply(backend, *arguments)
+    return raw(OP, backend)(*arguments)[0]
+
+
+class _PatchAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, qkv, num_heads, patch_size, scale):
+        out, logsumexp = raw(OP, backend)(qkv, num_heads, patch_size, scale)
+        ctx.save_for_backward(qkv, out, logsumexp)
+        ctx.backend, ctx.constants = backend, (num_heads, patch_size, scale)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        grad_qkv = raw(f"{OP}_backward", ctx.backend)(grad_out, *ctx.saved_tensors, *ctx.constants)
+        return None, grad_qkv, None, None, None
+
+
+@register_fake(OP)
+def _fake(qkv, num_heads, patch_size, scale):
+    (b, h, w, channels), (ph, pw) = qkv.shape, patch_size
+    statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return (
+        qkv.new_empty((b, h, w, channels // 3)),
+        qkv.new_empty((b, ph * pw, num_heads, (h // ph) * (w // pw)), dtype=statistics),
+    )
+
+
+@register_fake(f"{OP}_backward")
+def _fake_backward(grad_out, qkv, out, logsumexp, num_heads, patch_size, scale):
+    return qkv.new_empty(qkv.shape)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transformer``: the whole stack of a MobileViT block, reading the map once and writing it once. Inference only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._library import raw, register_fake
+from ..backends import Call, choose
+from . import _checks as checks
+
+OP = "transformer"
+
+
+class TransformerLayerWeights(NamedTuple):
+    """The weights of one pre-norm transformer layer, as ``nn.Linear`` and ``nn.LayerNorm`` keep them.
+
+    For rows of width d, ``inner = num_heads × head_dim`` (d in the paper, 32 in Kornia) and an MLP of width hidden:
+    """
+
+    norm1_weight: Tensor  # (d,)
+    norm1_bias: Tensor  # (d,)
+    qkv_weight: Tensor  # (3·inner, d): query, key and value rows
+    qkv_bias: Tensor | None  # (3·inner,); Kornia has none
+    proj_weight: Tensor  # (d, inner)
+    proj_bias: Tensor  # (d,)
+    norm2_weight: Tensor  # (d,)
+    norm2_bias: Tensor  # (d,)
+    fc1_weight: Tensor  # (hidden, d)
+    fc1_bias: Tensor  # (hidden,)
+    fc2_weight: Tensor  # (d, hidden)
+    fc2_bias: Tensor  # (d,)
+
+
+def transformer(
+    x: Tensor,
+    layers: Sequence[TransformerLayerWeights],
+    final_norm: tuple[Tensor, Tensor] | None = None,
+    *,
+    num_heads: int,
+    patch_size: int | tuple[int, int],
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """L pre-norm layers and the last LayerNorm on a token-major map, attention inside each patch-position sequence.
+
+    A layer is ``x = x + Wo·attention(LN(x)·Wqkv)``, then ``x = x + fc2(silu(fc1(LN(x))))``.
+
+    Example:
+        >>> y = transformer(x, [TransformerLayerWeights(*w) for w in weights], (norm.weight, norm.bias),
+        ...                 num_heads=4, patch_size=(2, 2))
+
+    Args:
+        x: (B, H, W, d) float32, bfloat16, float16 or float64; H and W are multiples of the patch.
+        layers: one `TransformerLayerWeights` a layer, at least one, all of the same widths.
+        final_norm: (weight, bias) of the LayerNorm after the last layer, or None (Kornia).
+        num_heads, patch_size: as in `patch_attention`.
+        eps: of every LayerNorm.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+
+    Returns:
+        (B, H, W, d), in x's dtype, or in autocast's where that is on.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, dtype, device or shape.
+        BackendError: `backend` cannot serve the call; kernels are for inference and never serve one that needs a gradient
+            (train with `mvit_kernels.nn.functional.transformer_on_map`; the reference is differentiable).
+
+    MobileViT, arXiv:2110.02178, section 3.1 and eq. 1.
+    """
+    dtype = checks.autocast_dtype(x)
+    checks.tensor(OP, "x", x, 4, "(B, H, W, d)")
+    checks.heads(OP, num_heads)
+    patch_size = checks.patch(OP, patch_size)
+    checks.whole_patches(OP, "x", x.shape[1], x.shape[2], patch_size)
+    if not layers:
+        raise ValueError(f"{OP}: layers is empty; at least one TransformerLayerWeights is wanted")
+    layers = [TransformerLayerWeights(*layer) for layer in layers]
+    for index, layer in enumerate(layers):
+        _check_layer(x, index, layer, num_heads, dtype is not None)
+    if final_norm is not None:
+        weight, bias = final_norm
+        checks.like(OP, x, "x", dtype is not None, final_norm_weight=weight, final_norm_bias=bias)
+        checks.shape(OP, "final_norm weight", weight, x.shape[-1:], "the width of x")
+        checks.shape(OP, "final_norm bias", bias, x.shape[-1:], "the width of x")
+    if not eps > 0:
+        raise ValueError(f"{OP}: eps is {eps!r}; a positive number is wanted")
+
+    if dtype is not None and x.dtype != dtype:
+        x = x.to(dtype)
+    call = stack_call(x, layers, final_norm, num_heads, patch_size)
+    chosen = choose(call, backend)
+    if chosen == "reference":
+        return reference.transformer(x, layers, final_norm, num_heads, patch_size, eps)
+    return raw(OP, chosen)(x, flatten(layers, x.dtype), *(final_norm or (None, None)), num_heads, patch_size, eps)
+
+
+def stack_call(
+    x: Tensor,
+    layers: Sequence[TransformerLayerWeights],
+    final_norm: tuple[Tensor, Tensor] | None,
+    num_heads: int,
+    patch_size: tuple[int, int],
+    dtype: torch.dtype | None = None,
+) -> Call:
+    """The `Call` that backends judge, for these arguments (x in `dtype` if given)."""
+    inner, hidden = layers[0].proj_weight.shape[1], layers[0].fc1_weight.shape[0]
+    tensors = (x, *(tensor for layer in layers for tensor in layer), *(final_norm or ()))
+    facts = {
+        "num_heads": num_heads,
+        "head_dim": inner // num_heads,
+        "hidden_features": hidden,
+        "num_layers": len(layers),
+        "final_norm": final_norm is not None,
+        "patch_size": patch_size,
+        "same_widths": all(
+            layer.proj_weight.shape[1] == inner and layer.fc1_weight.shape[0] == hidden for layer in layers
+        ),
+    }
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return Call(OP, x.device.type, dtype or x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()))
+
+
+def flatten(layers: Sequence[TransformerLayerWeights], dtype=None) -> list[Tensor]:
+    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros, linear weights in `dtype` if given."""
+    flat = []
+    for layer in layers:
+        if layer.qkv_bias is None:
+            layer = layer._replace(qkv_bias=layer.qkv_weight.new_zeros(layer.qkv_weight.shape[0]))
+        for name, value in zip(layer._fields, layer, strict=True):
+            flat.append(value if dtype is None or "norm" in name or value.dtype == dtype else value.to(dtype))
+    return flat
+
+
+def _check_layer(x: Tensor, index: int, layer: TransformerLayerWeights, num_heads: int, autocast: bool) -> None:
+    name = f"{OP}: layers[{index}]"
+    checks.like(name, x, "x", autocast, **layer._asdict())
+    d = x.shape[-1]
+    for field in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "proj_bias", "fc2_bias"):
+        checks.shape(name, field, getattr(layer, field), (d,), "the width of x")
+    rows = layer.qkv_weight.shape[0]
+    checks.shape(name, "qkv_weight", layer.qkv_weight, (rows, d), f"for x of width {d}")
+    if rows == 0 or rows % (3 * num_heads):
+        raise ValueError(f"{name}: qkv_weight has {rows} rows, not a positive multiple of 3 · num_heads = {3 * num_heads}")
+    if layer.qkv_bias is not None:
+        checks.shape(name, "qkv_bias", layer.qkv_bias, (rows,), "one value for each row of qkv_weight")
+    checks.shape(name, "proj_weight", layer.proj_weight, (d, rows // 3), "(width of x, num_heads × head_dim)")
+    hidden = layer.fc1_weight.shape[0]
+    checks.shape(name, "fc1_weight", layer.fc1_weight, (hidden, d), f"for x of width {d}")
+    checks.shape(name, "fc1_bias", layer.fc1_bias, (hidden,), "one value for each row of fc1_weight")
+    checks.shape(name, "fc2_weight", layer.fc2_weight, (d, hidden), "(width of x, rows of fc1_weight)")
+
+
+@register_fake(OP)
+def _fake(x, weights, final_norm_weight, final_norm_bias, num_heads, patch_size, eps):
+    return x.new_empty(x.shape)

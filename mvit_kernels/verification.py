@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``verify``: the fast path and PyTorch's own path, both against float64, block by block.
+
+The tolerance rule: with e(·) the largest absolute difference from the float64 result on the same inputs,
+``e(fast) ≤ 2 · (e(PyTorch in the same dtype) + band)``; the band is one unit of the dtype at the largest value of the result.
+
+Two readings make the rule fit whole models. PyTorch's own error is the larger of its two memory formats, NCHW and
+channels-last: they run different convolutions, and at XXS's third stage the errors of the two already differ by 1.8 times. And
+some gradients are zero in exact arithmetic (a key's bias shifts all scores of a row alike), so that all of their value is
+rounding: a gradient's band is taken at the largest gradient of the same module's parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import named_blocks, restore
+from .nn.frozen import FrozenMobileViTBlock
+
+
+GRADIENT = "gradient of "
+
+
+class ErrorRow(NamedTuple):
+    """Errors of one tensor: a block's output, the model's, or a gradient."""
+
+    name: str
+    error: float  # of the fast path, against float64
+    pytorch_error: float  # of PyTorch's own path in the same dtype, against float64
+    allowed: float  # 2 · (pytorch_error + band)
+    scale: float  # the float64 result's largest value
+
+    @property
+    def ok(self) -> bool:
+        """Whether the tolerance rule holds; it does not for an error that is not a number."""
+        return self.error <= self.allowed
+
+
+class VerificationReport(NamedTuple):
+    """The errors of a model on the operators, beside PyTorch's own; printable."""
+
+    rows: tuple[ErrorRow, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the tolerance rule holds for every row."""
+        return all(row.ok for row in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len("output"), *(len(row.name) for row in self.rows))
+        lines = [f"{'':<{width}}  {'error':>9}  {'PyTorch':>9}  {'allowed':>9}  {'largest':>9}"]
+        for row in self.rows:
+            numbers = f"{row.error:9.2e}  {row.pytorch_error:9.2e}  {row.allowed:9.2e}  {row.scale:9.2e}"
+            lines.append(f"{row.name:<{width}}  {numbers}  {'ok' if row.ok else 'TOO LARGE'}")
+        return "\n".join(lines)
+
+
+def error_row(name: str, fast: Tensor, pytorch: Sequence[Tensor], truth: Tensor, scale: float | None = None) -> ErrorRow:
+    """The tolerance rule on one tensor: `pytorch` are PyTorch's own results, `truth` is float64, the band is taken at
+    `scale`, the truth's largest value where None."""
+    if scale is None:
+        scale = largest(truth)
+    unit = max(torch.finfo(t.dtype).eps for t in (fast, *pytorch))
+
+    def error(value: Tensor) -> float:
+        if value.shape != truth.shape:
+            raise ValueError(f"verify: {name} has shape {tuple(value.shape)} on one path and {tuple(truth.shape)} on the other")
+        return largest(value.double() - truth)
+
+    pytorch_error = max(error(value) for value in pytorch)
+    return ErrorRow(name, error(fast), pytorch_error, 2 * (pytorch_error + unit * scale), scale)
+
+
+def largest(value: Tensor) -> float:
+    """The largest absolute value; 0 of nothing."""
+    return value.abs().max().item() if value.numel() else 0.0
+
+
+def verify(
+    model: nn.Module, example: Any, *, reference: nn.Module | None = None, gradients: bool = False
+) -> VerificationReport:
+    """Run `model` as it is and on PyTorch's own path, and measure both against the same model in float64.
+
+    Example:
+        >>> model = mvit_kernels.accelerate(model)
+        >>> print(mvit_kernels.verify(model, images))
+        >>> print(mvit_kernels.verify(mvit_kernels.freeze(model), images, reference=model))
+
+    Args:
+        model: an accelerated model, or a frozen one with its `reference`.
+        example: a batch of images (B, 3, H, W), or the model's keyword arguments as a dict.
+        reference: the model that is right by definition; `model` restored where None.
+        gradients: also compare the gradients of every parameter, in training mode without dropout; batch norms use the
+            batch's statistics, and their running ones are left alone.
+
+    Returns:
+        The errors of every MobileViT block's output, of the output, and of the gradients if asked for. No model is changed.
+
+    Raises:
+        TypeError: `model` is no ``nn.Module``.
+        ValueError: an empty example, an output that is not finite on PyTorch's own path, or a frozen model without reference.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"verify: model is {type(model).__name__}; a torch.nn.Module is wanted")
+    frozen = any(isinstance(module, FrozenMobileViTBlock) for module in model.modules())
+    if frozen and reference is None:
+        raise ValueError("verify: a frozen model has lost its own path; give the model it was made from as reference=")
+    if frozen and gradients:
+        raise ValueError("verify: a frozen model has no gradients; verify the model it was made from")
+    for value in _tensors(example):
+        if value.numel() == 0:
+            raise ValueError(f"verify: the example is empty, of shape {tuple(value.shape)}; at least one image is wanted")
+
+    pytorch = restore(copy.deepcopy(model if reference is None else reference))
+    truth = copy.deepcopy(pytorch).double()
+    dtype = next((p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), torch.float32)
+    if frozen:  # the same dtype for PyTorch's own path, so that the comparison is fair
+        pytorch = pytorch.to(dtype)
+    run = _gradients if gradients else _outputs
+    fast = run(copy.deepcopy(model), example, dtype)
+    exact = run(truth, example, torch.float64)
+    if not all(torch.isfinite(value).all() for value in exact.values()):
+        raise ValueError("verify: the model's output is not finite in float64 either; mend its weights or the example")
+    own = [run(copy.deepcopy(pytorch), example, dtype)]
+    own.append(run(pytorch.to(memory_format=torch.channels_last), _channels_last(example), dtype))
+    rows = []
+    for name, value in fast.items():
+        scale = None
+        if name.startswith(GRADIENT):
+            siblings = f"{name.rpartition('.')[0]}."
+            scale = max(largest(other) for key, other in exact.items() if f"{key.rpartition('.')[0]}." == siblings)
+        rows.append(error_row(name, value, [result[name] for result in own], exact[name], scale))
+    return VerificationReport(tuple(rows))
+
+
+def _outputs(model: nn.Module, example: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every block's output and the model's, in evaluation mode."""
+    outputs: dict[str, Tensor] = {}
+    model.eval()
+    for name, module, _ in named_blocks(model):
+        if name:
+            module.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
+    with torch.no_grad():
+        outputs.update(_named_outputs(_call(model, example, dtype)))
+    return outputs
+
+
+def _gradients(model: nn.Module, example: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The output in training mode without dropout, and the gradient of every parameter for one fixed random cotangent."""
+    model.train()
+    for module in model.modules():
+        if "drop" in type(module).__name__.lower():
+            module.eval()
+    outputs = _named_outputs(_call(model, example, dtype))
+    generator = torch.Generator().manual_seed(0)
+    loss = 0.0
+    for value in outputs.values():
+        cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        loss = loss + (value * cotangent.to(value)).sum()
+    model.zero_grad()
+    loss.backward()
+    gradients = {GRADIENT + name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in outputs.items()} | gradients
+
+
+def _call(model: nn.Module, example: Any, dtype: torch.dtype) -> Any:
+    if isinstance(example, Mapping):
+        return model(**{key: _cast(value, dtype) for key, value in example.items()})
+    return model(_cast(example, dtype))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _channels_last(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _channels_last(item) for key, item in value.items()}
+    if isinstance(value, Tensor) and value.dim() == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+def _named_outputs(output: Any) -> dict[str, Tensor]:
+    """The floating tensors of a model's output, by name: "output", or "output.logits" of a Hugging Face output."""
+    if isinstance(output, Tensor):
+        return {"output": output}
+    items = output.items() if isinstance(output, Mapping) else enumerate(output)
+    return {f"output.{key}": value for key, value in items if isinstance(value, Tensor) and value.is_floating_point()}
