@@ -13,6 +13,7 @@ touches no GPU.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -71,3 +72,7 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_EXPORTS))
+
+
+if "timm.models" in sys.modules:  # then torch is loaded too: let timm.create_model know our models
+    importlib.import_module(f"{__name__}.nn")

@@ -21,7 +21,6 @@ Who decides, strongest first: ``backend=`` of the call (``accelerate(model, back
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -30,13 +29,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._library import BACKENDS
+from ._library import BACKENDS, SCHEMAS
 
 logger = logging.getLogger("mvit_kernels")
 
 # Fastest first. The reference is plain PyTorch and comes last everywhere.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_MODULES = {"cpu": "mvit_kernels.cpu"}
+_MODULES: dict[str, ModuleType] = {}  # filled at the end of this file
 
 
 class BackendError(RuntimeError):
@@ -95,29 +94,31 @@ def use_backend(name: str | None) -> Iterator[None]:
         _override = previous
 
 
-def _module(backend: str) -> ModuleType | None:
-    return importlib.import_module(_MODULES[backend]) if backend in _MODULES else None
-
-
-def unavailable(backend: str, device_type: str) -> list[str]:
-    """Why `backend` cannot run on this machine's `device_type` at all; an empty list if it can."""
+@torch.compiler.assume_constant_result  # it may load a library, which is no business of a trace
+def unavailable(backend: str, device_type: str) -> tuple[str, ...]:
+    """Why `backend` cannot run on this machine's `device_type` at all; empty if it can."""
     if backend == "reference":
-        return []
-    module = _module(backend)
-    if module is None:
-        return [f"this version of mvit_kernels has no {backend} kernels"]
-    return module.unavailable(device_type)
+        return ()
+    if backend not in _MODULES:
+        return (f"this version of mvit_kernels has no {backend} kernels",)
+    return tuple(_MODULES[backend].unavailable(device_type))
+
+
+def operators(backend: str) -> tuple[str, ...]:
+    """The operators that `backend` has kernels for (all, for the reference)."""
+    if backend == "reference":
+        return tuple(name for name in SCHEMAS if not name.endswith("_backward"))
+    return tuple(_MODULES[backend].SUPPORTS) if backend in _MODULES else ()
 
 
 def reasons_against(backend: str, call: Call) -> list[str]:
     """Why `backend` cannot serve `call`; an empty list if it can."""
     if backend == "reference":
         return []
-    reasons = unavailable(backend, call.device_type)
-    module = _module(backend)
-    if module is None:
+    reasons = list(unavailable(backend, call.device_type))
+    if backend not in _MODULES:
         return reasons
-    predicate = module.SUPPORTS.get(call.operator)
+    predicate = _MODULES[backend].SUPPORTS.get(call.operator)
     if predicate is None:
         return [*reasons, f"it has no {call.operator}"]
     return reasons + predicate(call)
@@ -182,3 +183,8 @@ def _log_once(message: str) -> None:
     if message not in _logged:
         _logged.add(message)
         logger.info(message)
+
+
+from . import cpu  # noqa: E402  (it judges the `Call` defined above)
+
+_MODULES["cpu"] = cpu

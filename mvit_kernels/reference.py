@@ -161,7 +161,8 @@ def _normalize(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1/sqrt(variance + eps) of the rows; two passes, since the one-pass formula cancels where |mean| ≫ σ."""
     x = x.to(_wide(x.dtype))
-    variance, mean = torch.var_mean(x, dim=-1, correction=0)
+    mean = x.mean(-1)
+    variance = (x - mean.unsqueeze(-1)).square().mean(-1)  # torch.var_mean warns of an empty batch
     return mean, torch.rsqrt(variance + eps)
 
 
@@ -215,7 +216,7 @@ def _patch_attention(qkv, num_heads, patch_size, scale):
     q, k, v = (t.to(_wide(qkv.dtype)) for t in _split_heads(qkv, num_heads, patch_size))
     scores = scale * (q @ k.transpose(-1, -2))
     logsumexp = torch.logsumexp(scores, -1)
-    out = _merge_heads(torch.exp(scores - logsumexp.unsqueeze(-1)) @ v, (qkv.shape[1], qkv.shape[2]), patch_size)
+    out = _merge_heads(torch.softmax(scores, -1) @ v, (qkv.shape[1], qkv.shape[2]), patch_size)
     return out.to(qkv.dtype).contiguous(), logsumexp.unflatten(0, (qkv.shape[0], patch_size[0] * patch_size[1]))
 
 

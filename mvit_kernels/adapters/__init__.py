@@ -10,8 +10,8 @@ Example:
 
 The block's ``__class__`` becomes a subclass of the same name whose ``forward`` calls `transformer_on_map`; modules,
 parameters, ``state_dict`` and hooks stay where they are. (Patching ``forward`` instead kills Hugging Face's gradient
-checkpointing.) What the fast path would get wrong is declined, with the reasons: when `accelerate` is called, and again when
-a block runs, since hooks, LoRA and parametrizations may come later.
+checkpointing.) What the fast path would get wrong is declined, with the reasons: when `accelerate` is called, and
+again when a block runs, since hooks, LoRA and parametrizations may come later.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .. import backends
 from ..nn.frozen import FrozenMobileViTBlock
 from . import cvnets, huggingface, kornia, own, timm
 from ._block import Refusal
-from ._swap import is_accelerated, swap, unswap
+from ._swap import derived_from_accelerated, global_hooks, is_accelerated, swap, unswap
 
 ADAPTERS: tuple[ModuleType, ...] = (timm, huggingface, kornia, cvnets, own)
 logger = logging.getLogger("mvit_kernels")
 
 
 class BlockReport(NamedTuple):
-    """One MobileViT block of a model: where it is, whose it is, and whether it is accelerated or the reasons why not."""
+    """One MobileViT block of a model: where it is, whose it is, whether it is accelerated, and the reasons why not."""
 
     name: str
     library: str
@@ -77,9 +77,12 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
         >>> model = mvit_kernels.accelerate(timm.create_model("mobilevit_s", pretrained=True))
         >>> model = mvit_kernels.accelerate(MobileViTForImageClassification.from_pretrained("apple/mobilevit-small"))
 
-    Parameters, ``state_dict``, hooks on the blocks, ``deepcopy``, pickling, gradient checkpointing, ``features_only``, DDP and
-    FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions stay the
-    model's own: put the model in ``torch.channels_last`` to spare their layout copies, or `freeze` it.
+    Parameters, ``state_dict``, hooks on the blocks, ``deepcopy``, pickling, gradient checkpointing, ``features_only``,
+    DDP, FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions stay
+    the model's own: put the model in ``torch.channels_last`` to spare their layout copies, or `freeze` it.
+
+    While a block cannot be served (a hook on an inner module, a LoRA layer, a hook on all modules) it runs as it was,
+    and says so once in the log; it is fast again as soon as that is gone. Wrap with ``fully_shard`` afterwards.
 
     Args:
         model: a model that contains blocks of timm, Hugging Face transformers, Kornia, cvnets or `mvit_kernels.nn`, or
@@ -131,10 +134,19 @@ def restore(model: nn.Module) -> nn.Module:
 
     Returns:
         `model` itself; a model that was not accelerated is left as it is.
+
+    Raises:
+        ValueError: a block was wrapped by ``fully_shard`` since; the model is then unchanged.
     """
-    for module in model.modules():
-        if is_accelerated(module):
-            unswap(module)
+    blocks = [(name, module) for name, module in model.named_modules() if is_accelerated(module)]
+    for name, block in blocks:
+        if derived_from_accelerated(block):
+            raise ValueError(
+                f"restore: {name} has become a {type(block).__name__} since it was accelerated, and has no way back; "
+                "restore before fully_shard, or build the model anew"
+            )
+    for _, block in blocks:
+        unswap(block)
     return model
 
 
@@ -146,15 +158,19 @@ def report(model: nn.Module) -> AccelerationReport:
     """
     blocks = [BlockReport(name, "frozen", True, ()) for name, _, adapter in named_blocks(model) if adapter is None]
     for name, block, adapter, reasons in _find(model):
+        reasons = reasons + global_hooks()
         blocks.append(BlockReport(name, adapter.NAME, is_accelerated(block) and not reasons, tuple(reasons)))
     return AccelerationReport(tuple(blocks))
 
 
 def adapter_of(module: nn.Module) -> ModuleType | None:
-    """The adapter for which `module` is a MobileViT block: by its class's name and its children, without any import."""
-    names = {cls.__name__ for cls in type(module).__mro__}
+    """The adapter for which `module` is a MobileViT block: by its class, which is known by name and package without any
+    import, and its children."""
     for adapter in ADAPTERS:
-        if adapter.BLOCK in names and all(child in module._modules for child in adapter.CHILDREN):
+        if all(child in module._modules for child in adapter.CHILDREN) and any(
+            cls.__name__ == adapter.BLOCK and adapter.PACKAGE in cls.__module__.split(".")
+            for cls in type(module).__mro__
+        ):
             return adapter
     return None
 

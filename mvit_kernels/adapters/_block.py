@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the adapters share: a library's block as plain parts, the checks of those parts, and the block's fast forward.
+"""What the adapters share: a library's block as plain parts, and its fast forward.
 
-An adapter says where a library keeps the parts of its block (`BlockParts`); everything else is here. Parts are read from
-the modules at every call, so that optimizers, FSDP, EMA or a user may replace parameters at any time.
+An adapter says where a library keeps the parts of its block (`BlockParts`), `Inspector` whether they are what they
+should be. Parameters are read from the modules at every call, so that optimizers, FSDP, EMA or a user may replace them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,15 @@ class LayerModules(NamedTuple):
     path2: nn.Module | None = None
 
 
-class BlockParts(NamedTuple):
-    """A MobileViT block of some library: ``fusion(cat(x, after(transformer(before(x)))))``.
+class Seen(NamedTuple):
+    """What an adapter's answer rests on, beside parameters and buffers."""
 
-    `bypassed` are the modules that the fast path does not call, each with its path inside the block: nobody's hook on one
-    of them may be left without its call.
-    """
+    modules: tuple[nn.Module, ...]  # the block, then all that the fast path does not call
+    facts: tuple[tuple[nn.Module, str, Any], ...]  # plain attributes: module, name, value
+
+
+class BlockParts(NamedTuple):
+    """A MobileViT block of some library: ``fusion(cat(x, after(transformer(before(x)))))``."""
 
     downsampling: nn.Module | None  # Hugging Face keeps the stride-2 inverted residual inside the block
     before: tuple[nn.Module, ...]
@@ -51,119 +54,38 @@ class BlockParts(NamedTuple):
     num_heads: int
     patch_size: tuple[int, int]
     eps: float
-    bypassed: tuple[tuple[str, nn.Module], ...]
+    seen: Seen
 
 
 class Refusal(Exception):
     """A block that the fast path would get wrong; `reasons` say why."""
 
-    def __init__(self, reasons: Iterable[str]) -> None:
-        self.reasons = list(reasons)
+    def __init__(self, reasons: Iterable[str], seen: Seen) -> None:
+        self.reasons, self.seen = list(reasons), seen
         super().__init__("; ".join(self.reasons))
 
 
-class Inspector:
-    """Collects the reasons against a block while an adapter reads its parts; paths are relative to the block.
-
-    Types are compared exactly: a quantised, LoRA-wrapped or parametrised linear is another type, and computes something else.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self.reasons: list[str] = []
-
-    def get(self, path: str) -> nn.Module | None:
-        """The submodule at `path`, None (and a reason) if there is none."""
-        try:
-            return self.block.get_submodule(path)
-        except AttributeError:
-            self.reasons.append(f"it has no {path}")
-            return None
-
-    def linear(self, path: str) -> nn.Linear | None:
-        return self._exact(path, (nn.Linear,), "a quantised, LoRA-wrapped or parametrised linear computes something else")
-
-    def norm(self, path: str, also: tuple[type, ...] = ()) -> nn.LayerNorm | None:
-        norm = self._exact(path, (nn.LayerNorm, *also), "only LayerNorm is fused")
-        if norm is not None and (norm.weight is None or norm.bias is None):
-            self.reasons.append(f"{path} has no weight or no bias")
-        if norm is not None and len(norm.normalized_shape) != 1:
-            self.reasons.append(f"{path} normalises over {len(norm.normalized_shape)} axes; only the last is fused")
-        return norm
-
-    def silu(self, path: str) -> None:
-        module = self.get(path)
-        if module is not None and type(module).__name__ not in ("SiLU", "SiLUActivation", "Swish"):
-            self.reasons.append(f"{path} is {type(module).__name__}; only SiLU is fused")
-
-    def dropout(self, path: str, also: tuple[str, ...] = ()) -> nn.Module | None:
-        module = self.get(path)
-        if module is not None and type(module).__name__ not in ("Dropout", "Identity", *also):
-            self.reasons.append(f"{path} is {type(module).__name__}; only Dropout is known there")
-        return module
-
-    def identity(self, path: str) -> None:
-        module = self.get(path)
-        if module is not None and type(module) is not nn.Identity:
-            self.reasons.append(f"{path} is {type(module).__name__}; the fast path has no such step")
-
-    def require(self, condition: bool, reason: str) -> None:
-        if not condition:
-            self.reasons.append(reason)
-
-    def _exact(self, path: str, types: tuple[type, ...], why: str):
-        module = self.get(path)
-        if module is None or type(module) in types:
-            return module
-        self.reasons.append(f"{path} is {type(module).__module__}.{type(module).__name__}; {why}")
-        return None
-
-    def hooks(self, paths: Iterable[str]) -> tuple[tuple[str, nn.Module], ...]:
-        """The modules at and below `paths`, none of which the fast path calls; a reason for each that carries a hook."""
-        bypassed = []
-        for path in paths:
-            root = self.get(path)
-            for name, module in root.named_modules() if root is not None else ():
-                full = f"{path}.{name}" if name else path
-                bypassed.append((full, module))
-                if has_hooks(module):
-                    self.reasons.append(f"{full} carries a hook, which would no longer be called; put it on the block")
-        return tuple(bypassed)
-
-    def consistent(self, layers: list[LayerModules], final_norm: nn.LayerNorm | None, num_heads: int) -> float:
-        """Widths fit and every LayerNorm has one eps, which is returned; call it when nothing was refused so far."""
-        if self.reasons:
-            raise Refusal(self.reasons)
-        self.require(bool(layers), "it has no transformer layers")
-        norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)]
-        norms += [final_norm] if final_norm is not None else []
-        self.require(len({norm.eps for norm in norms}) <= 1, "its LayerNorms have different eps")
-        for index, layer in enumerate(layers):
-            d, inner = layer.norm1.normalized_shape[0], layer.proj.in_features
-            fits = (
-                sum(linear.out_features for linear in layer.qkv) == 3 * inner
-                and all(linear.in_features == d for linear in (*layer.qkv, layer.fc1))
-                and len({linear.bias is None for linear in layer.qkv}) == 1
-                and inner % num_heads == 0
-                and layer.proj.out_features == layer.fc2.out_features == d
-                and layer.fc1.out_features == layer.fc2.in_features
-            )
-            self.require(fits, f"the widths of layer {index} do not fit together (pruned heads?)")
-            biases = all(linear.bias is not None for linear in (layer.proj, layer.fc1, layer.fc2))
-            self.require(biases, f"a linear of layer {index} has no bias")
-        if self.reasons:
-            raise Refusal(self.reasons)
-        return norms[0].eps
+def original_class(block: nn.Module) -> type[nn.Module]:
+    """The class that a block has, or had before `accelerate`."""
+    return getattr(type(block), "_mvit_original", type(block))
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is to be called around the module's forward or backward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return any(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """The dictionaries of a module's own hooks."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
 
 
-def forward(block: nn.Module, parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
+def forward(parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
     """The block on a (B, C, H, W) map, its transformer by `transformer_on_map`. Convolutions stay the library's own."""
     if parts.downsampling is not None:
         x = parts.downsampling(x)
@@ -177,7 +99,7 @@ def forward(block: nn.Module, parts: BlockParts, x: Tensor, backend: str | None)
         num_heads=parts.num_heads,
         patch_size=parts.patch_size,
         eps=parts.eps,
-        dropout=[live_dropout(layer) for layer in parts.layers] if block.training else None,
+        dropout=[live_dropout(layer) for layer in parts.layers],
         backend=backend,
     )
     for module in parts.after:

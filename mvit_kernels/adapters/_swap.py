@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class swap behind `accelerate`: a subclass of the same name, made once for each class, that pickles as the original."""
+"""The class swap behind `accelerate`: a subclass of the same name, one for each class, that pickles as the original."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import _block
 from ._block import BlockParts, Refusal
@@ -22,24 +23,46 @@ _BACKEND, _PLAN = "_mvit_backend", "_mvit_plan"  # in the block's __dict__
 
 
 class Plan(NamedTuple):
-    """A block's parts, and what must still be so for them to be right; checked at every eager call (about 3 µs a layer)."""
+    """An adapter's answer for a block, and what must still be so for it to be right.
+
+    Checked at every eager call, by loops in C only: 4 µs a layer, where plain Python takes 25.
+    """
 
     parts: BlockParts | None  # None: declined
-    owners: tuple[tuple[dict, str, nn.Module], ...]  # owner._modules, name, the module that was there
-    types: tuple[tuple[nn.Module, type], ...]  # parametrize and quantization change a module's class in place
+    owners: tuple[dict, ...]  # the `_modules` of each module that has any
+    children: tuple[tuple[nn.Module | None, ...], ...]  # what was in them
+    modules: tuple[nn.Module, ...]
+    types: tuple[type, ...]  # parametrize and quantization change a module's class in place
+    attributes: tuple[dict, ...]  # `__dict__` of some module
+    names: tuple[str, ...]  # a name in it: eps, heads, …, and "forward", which nobody may replace
+    values: tuple[Any, ...]
     hooks: tuple[dict, ...]
+    hooked: bool
 
-    def holds(self) -> bool:
+    def holds(self, block: nn.Module) -> bool:
         return (
-            self.parts is not None  # a declined block is looked at again each time: what was in the way may be gone
-            and all(modules.get(name) is module for modules, name, module in self.owners)
-            and all(module.__class__ is cls for module, cls in self.types)
-            and not any(self.hooks)
+            self.owners[0] is block._modules  # DataParallel copies a block's __dict__, this plan and all
+            and tuple(map(tuple, map(dict.values, self.owners))) == self.children
+            and tuple(map(type, self.modules)) == self.types
+            and tuple(map(dict.get, self.attributes, self.names)) == self.values
+            and any(self.hooks) is self.hooked
         )
 
 
+def global_hooks() -> list[str]:
+    """The reason against any fast path while somebody listens to the calls of all modules, as FLOP counters do."""
+    if not _has_any_global_hook():
+        return []
+    return ["a hook on all modules (register_module_forward_hook and the like) is registered, which wants every call"]
+
+
 def is_accelerated(module: nn.Module) -> bool:
-    return "_mvit_original" in type(module).__dict__
+    return hasattr(type(module), "_mvit_original")
+
+
+def derived_from_accelerated(module: nn.Module) -> bool:
+    """Whether something made a subclass of an accelerated class, as ``fully_shard`` does."""
+    return is_accelerated(module) and "_mvit_original" not in type(module).__dict__
 
 
 def backend_of(block: nn.Module) -> str | None:
@@ -68,13 +91,13 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
         return cls
     takes = getattr(adapter, "takes", None)
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         # cvnets passes tuples and keywords for video: anything but a plain map is the block's own business
-        if isinstance(x, Tensor) and not args and not kwargs:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             parts = _parts(self, adapter)
-            if parts is not None and (takes is None or takes(self, x)):
-                return _block.forward(self, parts, x, self.__dict__[_BACKEND])
-        return original.forward(self, x, *args, **kwargs)
+            if parts is not None and (takes is None or takes(self, args[0])):
+                return _block.forward(parts, args[0], self.__dict__[_BACKEND])
+        return original.forward(self, *args, **kwargs)
 
     namespace = {
         "forward": forward,
@@ -96,11 +119,14 @@ def _parts(block: nn.Module, adapter: ModuleType) -> BlockParts | None:
     that torch.compile guards on what it saw."""
     if torch.compiler.is_compiling():
         try:
-            return adapter.parts(block)
+            return None if global_hooks() else adapter.parts(block)
         except Refusal:
             return None
+    for reason in global_hooks():
+        _warn_once(block, reason)
+        return None
     plan = block.__dict__.get(_PLAN)
-    if plan is None or not plan.holds():
+    if plan is None or not plan.holds(block):
         plan = block.__dict__[_PLAN] = _make_plan(block, adapter)
     return plan.parts
 
@@ -108,26 +134,33 @@ def _parts(block: nn.Module, adapter: ModuleType) -> BlockParts | None:
 def _make_plan(block: nn.Module, adapter: ModuleType) -> Plan:
     try:
         parts = adapter.parts(block)
+        seen = parts.seen
     except Refusal as refusal:
-        message = f"{type(block).__name__} runs unaccelerated: {refusal}"
-        if message not in _warned:
-            _warned.add(message)
-            logger.warning(message)
-        return Plan(None, (), (), ())
-    inner = [module for _, module in parts.bypassed]
-    owners = [(block._modules, name, module) for name, module in block._modules.items()]
-    owners += [(owner._modules, name, module) for owner in inner for name, module in owner._modules.items()]
-    hooks = [
-        hooks
-        for module in inner
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    ]
-    return Plan(parts, tuple(owners), tuple((module, type(module)) for module in inner), tuple(hooks))
+        _warn_once(block, str(refusal))
+        parts, seen = None, refusal.seen
+    inner = seen.modules[1:]
+    owners = tuple(module._modules for module in seen.modules if module._modules)
+    facts = [*seen.facts, *((module, "forward", module.__dict__.get("forward")) for module in inner)]
+    hooks = tuple(hooks for module in inner for hooks in _block.hooks_of(module))
+    return Plan(
+        parts=parts,
+        owners=owners,
+        children=tuple(map(tuple, map(dict.values, owners))),
+        modules=inner,
+        types=tuple(map(type, inner)),
+        attributes=tuple(module.__dict__ for module, _, _ in facts),
+        names=tuple(name for _, name, _ in facts),
+        values=tuple(value for _, _, value in facts),
+        hooks=hooks,
+        hooked=any(hooks),
+    )
+
+
+def _warn_once(block: nn.Module, reason: str) -> None:
+    message = f"{type(block).__name__} runs unaccelerated: {reason}"
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)
 
 
 # Pickling and deepcopy go by the original class, which can be imported by name; its accelerated subclass cannot.

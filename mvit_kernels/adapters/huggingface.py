@@ -5,51 +5,43 @@ from __future__ import annotations
 
 from torch import nn
 
-from ._block import BlockParts, Inspector, LayerModules
+from ._block import BlockParts, LayerModules
+from ._inspector import Inspector
 
 NAME = "huggingface"
+PACKAGE = "transformers"
 BLOCK = "MobileViTLayer"
 CHILDREN = ("conv_kxk", "conv_1x1", "transformer", "layernorm", "conv_projection", "fusion")
 
 
 def parts(block: nn.Module) -> BlockParts:
     """Where transformers keeps what; raises `Refusal` with every reason against it."""
-    look = Inspector(block)
-    layers, heads = [], set()
-    for index in range(len(block.transformer.layer)):
-        layers.append(_layer(look, f"transformer.layer.{index}", heads))
-    final_norm = look.norm("layernorm")
-    bypassed = look.hooks(("transformer", "layernorm"))
-    look.require(len(heads) <= 1, f"its layers have different numbers of heads: {sorted(heads)}")
-    look.require(
-        isinstance(block.patch_height, int) and isinstance(block.patch_width, int),
-        f"its patch size is {block.patch_height!r}, {block.patch_width!r}; transformers itself takes one int only",
-    )
-    eps = look.consistent(layers, final_norm, num_heads=next(iter(heads), 1))
-    return BlockParts(
+    look = Inspector(block, PACKAGE, BLOCK, bypassed=("transformer", "layernorm"))
+    look.own("transformer", "MobileViTTransformer")
+    depth = look.sequence("transformer.layer", nn.ModuleList)
+    return look.parts(
         downsampling=block.downsampling_layer,
+        layers=[_layer(look, f"transformer.layer.{index}") for index in range(depth)],
+        final_norm=look.norm("layernorm"),
         before=(block.conv_kxk, block.conv_1x1),
-        layers=tuple(layers),
-        final_norm=final_norm,
         after=(block.conv_projection,),
         fusion=block.fusion,
-        input_first=True,
-        num_heads=heads.pop(),
-        patch_size=(block.patch_height, block.patch_width),
-        eps=eps,
-        bypassed=bypassed,
+        patch_size=(look.fact("", "patch_height"), look.fact("", "patch_width")),
     )
 
 
-def _layer(look: Inspector, path: str, heads: set[int]) -> LayerModules:
-    attention = look.get(f"{path}.attention.attention")
-    if attention is not None:
-        heads.add(getattr(attention, "num_attention_heads", 0))
+def _layer(look: Inspector, path: str) -> LayerModules:
+    look.own(path, "MobileViTTransformerLayer")
+    look.own(f"{path}.attention", "MobileViTAttention")
+    look.own(f"{path}.attention.attention", "MobileViTSelfAttention")
+    look.own(f"{path}.attention.output", "MobileViTSelfOutput")
+    look.own(f"{path}.intermediate", "MobileViTIntermediate")
+    look.own(f"{path}.output", "MobileViTOutput")
     look.silu(f"{path}.intermediate.intermediate_act_fn")
-    names = ("query", "key", "value")
+    look.heads(f"{path}.attention.attention", "num_attention_heads", head_dim="attention_head_size")
     return LayerModules(
         norm1=look.norm(f"{path}.layernorm_before"),
-        qkv=tuple(look.linear(f"{path}.attention.attention.{name}") for name in names),
+        qkv=tuple(look.linear(f"{path}.attention.attention.{name}") for name in ("query", "key", "value")),
         proj=look.linear(f"{path}.attention.output.dense"),
         norm2=look.norm(f"{path}.layernorm_after"),
         fc1=look.linear(f"{path}.intermediate.dense"),

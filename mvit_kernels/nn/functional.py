@@ -76,7 +76,14 @@ def transformer_on_map(
     MobileViT, arXiv:2110.02178, section 3.1.
     """
     checks.tensor(OP, "x", x, 4, "(B, d, H, W)")
-    ph, pw = patch_size
+    checks.heads(OP, num_heads)
+    ph, pw = patch_size = checks.patch(OP, patch_size)
+    if not layers:
+        raise ValueError(f"{OP}: layers is empty; at least one TransformerLayerWeights is wanted")
+    if dropout is not None and len(dropout) != len(layers):
+        raise ValueError(f"{OP}: dropout has {len(dropout)} entries for {len(layers)} layers; one a layer is wanted")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{OP}: x is an empty map of {x.shape[2]} × {x.shape[3]} pixels")
     size = (x.shape[2], x.shape[3])
     whole = (-(-size[0] // ph) * ph, -(-size[1] // pw) * pw)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
@@ -85,8 +92,8 @@ def transformer_on_map(
     if dropout is not None and not any(any(layer[:-1]) for layer in dropout):
         dropout = None
 
-    rows = x.permute(0, 2, 3, 1)
     dtype = checks.autocast_dtype(x) or x.dtype
+    rows = x.to(dtype).permute(0, 2, 3, 1)
     stack = stack_call(rows, layers, final_norm, num_heads, patch_size, dtype)
     if dropout is None and backends.serves("transformer", stack, backend):
         rows = transformer(

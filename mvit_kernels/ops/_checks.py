@@ -7,6 +7,7 @@ are all that is looked at, so a traced call pays nothing at run time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..backends import Call
 
+OPTIONAL = ("bias", "qkv_bias")  # the arguments that may be None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -40,7 +42,7 @@ def like(op: str, x: Tensor, x_name: str, autocast: bool, **others: Tensor | Non
     """All of `others` are on x's device and of x's dtype; LayerNorm's parameters may be kept in float32, and under
     autocast any floating dtype but float64 goes."""
     for name, other in others.items():
-        if other is None:
+        if other is None and name in OPTIONAL:
             continue
         tensor(op, name, other)
         if other.device != x.device:
@@ -59,7 +61,8 @@ def like(op: str, x: Tensor, x_name: str, autocast: bool, **others: Tensor | Non
 
 def patch(op: str, patch_size: Any) -> tuple[int, int]:
     """`patch_size` as (height, width): an int or a pair of ints, at least 1."""
-    pair = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    pair = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    pair = tuple(pair) if isinstance(pair, Iterable) else ()
     if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
         raise ValueError(f"{op}: patch_size is {patch_size!r}; a pair (height, width) of positive ints is wanted")
     return pair
@@ -78,6 +81,11 @@ def whole_patches(op: str, name: str, height: int, width: int, patch_size: tuple
 def heads(op: str, num_heads: Any) -> None:
     if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
         raise ValueError(f"{op}: num_heads is {num_heads!r}; a positive int is wanted")
+
+
+def eps(op: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{op}: eps is {value!r}; a positive number is wanted")
 
 
 def autocast_dtype(x: Any) -> torch.dtype | None:

@@ -80,7 +80,7 @@ def inverted_residual(
     checks.shape(OP, "project_bias", project_bias, project_weight.shape[:1], "one value for each row of project_weight")
     if x.shape[1] == 0 or x.shape[2] == 0:
         raise ValueError(f"{OP}: x is an empty map of {x.shape[1]} × {x.shape[2]} pixels")
-    if stride not in (1, 2):
+    if not isinstance(stride, int) or stride not in (1, 2):
         raise ValueError(f"{OP}: stride is {stride!r}; 1 or 2 is wanted")
     if not isinstance(dilation, int) or dilation < 1:
         raise ValueError(f"{OP}: dilation is {dilation!r}; a positive int is wanted")

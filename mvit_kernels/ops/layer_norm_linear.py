@@ -62,8 +62,7 @@ def layer_norm_linear(
         checks.shape(OP, "bias", bias, weight.shape[:1], "one value for each row of weight")
     if activation not in (None, "silu"):
         raise ValueError(f"{OP}: activation is {activation!r}; None or 'silu' is wanted")
-    if not eps > 0:
-        raise ValueError(f"{OP}: eps is {eps!r}; a positive number is wanted")
+    checks.eps(OP, eps)
 
     if dtype is not None and x.dtype != dtype:
         x = x.to(dtype)

@@ -75,8 +75,7 @@ def layer_norm_mlp(
     checks.shape(OP, "fc1_bias", fc1_bias, (hidden,), "one value for each row of fc1_weight")
     checks.shape(OP, "fc2_weight", fc2_weight, (d, hidden), "(width of x, rows of fc1_weight)")
     checks.shape(OP, "fc2_bias", fc2_bias, (d,), "the width of x")
-    if not eps > 0:
-        raise ValueError(f"{OP}: eps is {eps!r}; a positive number is wanted")
+    checks.eps(OP, eps)
 
     if dtype is not None and x.dtype != dtype:
         x = x.to(dtype)

@@ -62,9 +62,9 @@ def patch_attention(
         )
     checks.whole_patches(OP, "qkv", height, width, patch_size)
     head_dim = channels // (3 * num_heads)
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"{OP}: scale is {scale}; a finite number is wanted")
+    scale = head_dim**-0.5 if scale is None else scale
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"{OP}: scale is {scale!r}; a finite number is wanted")
 
     dtype = checks.autocast_dtype(qkv)
     if dtype is not None and qkv.dtype != dtype:

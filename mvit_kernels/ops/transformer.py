@@ -80,16 +80,16 @@ def transformer(
     checks.whole_patches(OP, "x", x.shape[1], x.shape[2], patch_size)
     if not layers:
         raise ValueError(f"{OP}: layers is empty; at least one TransformerLayerWeights is wanted")
-    layers = [TransformerLayerWeights(*layer) for layer in layers]
     for index, layer in enumerate(layers):
         _check_layer(x, index, layer, num_heads, dtype is not None)
     if final_norm is not None:
+        if not isinstance(final_norm, tuple | list) or len(final_norm) != 2:
+            raise TypeError(f"{OP}: final_norm is a {type(final_norm).__name__}; a pair (weight, bias), or None, is wanted")
         weight, bias = final_norm
         checks.like(OP, x, "x", dtype is not None, final_norm_weight=weight, final_norm_bias=bias)
         checks.shape(OP, "final_norm weight", weight, x.shape[-1:], "the width of x")
         checks.shape(OP, "final_norm bias", bias, x.shape[-1:], "the width of x")
-    if not eps > 0:
-        raise ValueError(f"{OP}: eps is {eps!r}; a positive number is wanted")
+    checks.eps(OP, eps)
 
     if dtype is not None and x.dtype != dtype:
         x = x.to(dtype)
@@ -139,7 +139,11 @@ def flatten(layers: Sequence[TransformerLayerWeights], dtype=None) -> list[Tenso
 
 def _check_layer(x: Tensor, index: int, layer: TransformerLayerWeights, num_heads: int, autocast: bool) -> None:
     name = f"{OP}: layers[{index}]"
+    if not isinstance(layer, TransformerLayerWeights):
+        raise TypeError(f"{name} is a {type(layer).__name__}; a TransformerLayerWeights is wanted")
     checks.like(name, x, "x", autocast, **layer._asdict())
+    for field in ("qkv_weight", "fc1_weight"):
+        checks.tensor(name, field, getattr(layer, field), 2, "(out, in)")
     d = x.shape[-1]
     for field in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "proj_bias", "fc2_bias"):
         checks.shape(name, field, getattr(layer, field), (d,), "the width of x")

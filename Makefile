@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` do all their set-up; `make help` tells the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+USE_SYSTEM_PYTHON ?=
+
+# The set-up is done when this file exists, is newer than what it was made from, and $(IS_SOUND) agrees.
+READY := $(VENV)/.mvit_kernels-ready
+
+ifeq ($(USE_SYSTEM_PYTHON),1)
+PY := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+else
+PY := $(VENV)/bin/python
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format build setup clean
+
+help:
+	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and what was gained'
+	@echo 'make test     lint, build, and run the whole test suite'
+	@echo 'make lint     ruff: rules and format;  make format  repairs both'
+	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error where something is missing'
+	@echo 'make setup    create $(VENV) and install everything as pinned in constraints.txt'
+	@echo 'make clean    remove what was built; the environment stays (rm -r $(VENV) removes that)'
+	@echo
+	@echo 'Each does the set-up it needs, and is quick when there is nothing to do. Variables:'
+	@echo '  PYTHON=python3        what $(VENV) is created with: Python 3.10 or newer'
+	@echo '  VENV=.venv            the environment'"'"'s folder'
+	@echo '  PYTEST_ARGS=...       handed to pytest: PYTEST_ARGS="-k freeze -x"'
+	@echo '  USE_SYSTEM_PYTHON=1   use PYTHON as it is: no environment, nothing installed, built in place'
+	@echo '  CXX, MAX_JOBS         the C++ compiler, and how many files it compiles at once'
+	@echo 'pip'"'"'s own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold: they decide which build of torch comes.'
+
+demo: setup
+	@$(PY) setup.py -q build_native --inplace
+	@$(PY) -m mvit_kernels.demo
+
+test: lint build
+	@$(PY) -m pytest -q $(PYTEST_ARGS)
+
+build: setup
+	@MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace
+
+ifeq ($(USE_SYSTEM_PYTHON),1)
+
+lint: setup
+	@if $(PY) -m ruff --version >/dev/null 2>&1; then $(PY) -m ruff check . && $(PY) -m ruff format --check .; \
+	else echo 'lint: skipped, $(PYTHON) has no ruff'; fi
+
+setup:
+	@$(PYTHON_IS_NEW_ENOUGH)
+	@$(PY) -c 'import torch, setuptools' || { \
+		echo 'error: USE_SYSTEM_PYTHON=1 installs nothing, and $(PYTHON) lacks the module named above' >&2; exit 1; }
+
+else
+
+lint: setup
+	@$(PY) -m ruff check -q . && $(PY) -m ruff format -q --check . || { \
+		echo 'lint: `make format` repairs what can be repaired without a thought' >&2; exit 1; }
+
+setup:
+	@if [ -e '$(READY)' ] && ! $(PY) -I -c "$$IS_SOUND" constraints.txt; then \
+		echo '--- $(VENV) is not what the set-up left (see above): setting it up again'; rm -f '$(READY)'; fi
+	@$(MAKE) --no-print-directory --silent $(READY)
+
+endif
+
+format: setup
+	@$(PY) -m ruff check -q --fix . ; $(PY) -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info mvit_kernels/lib .pytest_cache .ruff_cache .benchmarks
+	find mvit_kernels tests -name __pycache__ -prune -exec rm -r {} +
+
+# -- The environment -------------------------------------------------------------------------------------------------
+
+define PYTHON_IS_NEW_ENOUGH
+command -v $(PYTHON) >/dev/null || { \
+	echo 'error: $(PYTHON) was not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3' >&2; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	echo "error: Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1): name another, make PYTHON=/path/to/python3" >&2; exit 1; }
+endef
+
+# Succeeds iff the environment is what a finished set-up leaves: everything pinned is there at its version, and the
+# package is imported from this very folder. The stamp alone would still stand after `pip install -U numpy`, after the
+# folder was moved or copied, and after the base Python was removed.
+define IS_SOUND
+import importlib.metadata as metadata, json, pathlib, sys
+from packaging.requirements import Requirement
+for line in open(sys.argv[1], encoding="utf-8"):
+    text = line.split("#")[0].strip()
+    pin = Requirement(text) if text else None
+    if pin and (pin.marker is None or pin.marker.evaluate()) and metadata.version(pin.name) not in pin.specifier:
+        sys.exit(f"{pin.name} is {metadata.version(pin.name)} and not {pin.specifier}")
+origin = json.loads(metadata.distribution("mvit_kernels").read_text("direct_url.json"))["url"]
+if origin != pathlib.Path.cwd().as_uri():
+    sys.exit(f"mvit_kernels is installed from {origin}")
+endef
+export IS_SOUND
+
+# torch first, by itself: then everything that depends on torch finds it there, and pip has no reason to fetch another.
+# --no-compile: of the 14,000 Python files that come few are ever imported, and those are then compiled anyway.
+$(READY): constraints.txt pyproject.toml setup.py mvit_kernels/__init__.py
+	@$(PYTHON_IS_NEW_ENOUGH)
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo 'error: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv), or name another Python: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@if [ -d '$(VENV)' ] && [ ! -e '$(VENV)/pyvenv.cfg' ] && [ -n "$$(ls -A '$(VENV)')" ]; then \
+		echo 'error: VENV=$(VENV) is a folder that is no virtual environment: name another, make VENV=/path/to/new' >&2; exit 1; fi
+	@rm -f $(READY)
+	@echo '--- environment: $(VENV)'
+	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || $(PYTHON) -m venv --clear '$(VENV)'
+	@echo '--- torch'
+	@$(PY) -m pip install --no-compile -c constraints.txt torch setuptools ninja
+	@echo '--- mvit_kernels, and what its demo and tests need'
+	@MVIT_KERNELS_BUILD=skip $(PY) -m pip install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PY) -m pip check
+	@touch $(READY)

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner loop of every small matrix product: a tile of R rows × V vectors of the result stays in registers.
+#pragma once
+
+#include "vec.h"
+
+namespace mvit {
+namespace MVIT_ISA {
+
+// Registers of a tile. AVX-512 has 32 of 16 lanes: 8 × 3 accumulators + 3 operands + 1 broadcast; AVX2 has 16:
+// 6 × 2 + 2 + 1. Both leave the loads well behind the arithmetic. Six rows divide 24, 30, 36, 48 and 60 exactly.
+#if MVIT_VECTOR_BYTES == 64
+constexpr int kTileRows = 8, kTileVectors = 3;
+#else
+constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
+
+enum class Operand { row_major, column_major };
+
+// tile[r][v] += Σ_k A(r, k) · B[k][v], k ascending, one fused multiply-add each: the bits of an element do not depend
+// on the shape of the tile that computes it.
+//   A(r, k) is a[r · lda + k] (row-major) or a[k · lda + r] (column-major); B's row k begins at b + k · ldb.
+template <int R, int V, Operand kOrder, typename T>
+MVIT_INLINE void multiply_add(Vec<T> (&tile)[R][V], const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) row[v] = load(b + k * ldb + v * Vec<T>::size);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> scalar(kOrder == Operand::row_major ? a[r * lda + k] : a[k * lda + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) tile[r][v] = fma(scalar, row[v], tile[r][v]);
+    }
+  }
+}
+
+template <int R, int V, typename T>
+MVIT_INLINE void fill(Vec<T> (&tile)[R][V], Vec<T> value) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) tile[r][v] = value;
+}
+
+// Long sums are sums of blocks: each from zero, then added. The rounding error grows with the block and with the number
+// of blocks, not with their product.
+template <int R, int V, typename T>
+MVIT_INLINE void add_tile(Vec<T> (&tile)[R][V], const T* p, int64_t ld) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) tile[r][v] = load(p + r * ld + v * Vec<T>::size) + tile[r][v];
+}
+
+template <int R, int V, typename T>
+MVIT_INLINE void store_tile(T* p, int64_t ld, const Vec<T> (&tile)[R][V]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(p + r * ld + v * Vec<T>::size, tile[r][v]);
+}
+
+// A function of its own for each shape of tile: inlined into a whole kernel the accumulators compete for registers with
+// all that the kernel holds, and GCC 12 spills them (half the speed on AVX2).
+template <int n, typename Body>
+__attribute__((noinline)) void step(const Body& body, int64_t begin) {
+  body(std::integral_constant<int, n>{}, begin);
+}
+
+// body(std::integral_constant<int, n>, begin) over [0, count) in steps of n = kStep, the rest in halves of it: few
+// shapes of tile to compile, and any count.
+template <int kStep, typename Body>
+MVIT_INLINE void in_steps(int64_t count, const Body& body, int64_t begin = 0) {
+  for (; begin + kStep <= count; begin += kStep) step<kStep>(body, begin);
+  if constexpr (kStep > 1) {
+    if (begin < count) in_steps<kStep / 2>(count, body, begin);
+  }
+}
+
+// body(std::integral_constant<int, n>) for n = count, which is from 1 to kMost.
+template <int kMost, typename Body>
+MVIT_INLINE void with_constant(int64_t count, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_constant<kMost - 1>(count, body);
+  }
+  body(std::integral_constant<int, kMost>{});
+}
+
+}  // namespace MVIT_ISA
+}  // namespace mvit

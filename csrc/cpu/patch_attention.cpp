@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// patch_attention.cpu and patch_attention_backward.cpu: checks, memory and threads around patch_attention_kernel.h.
+#include "patch_attention.h"
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+#include "tensors.h"
+
+namespace mvit {
+namespace {
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Double:
+      return Dtype::float64;
+    default:
+      STD_TORCH_CHECK(false, "patch_attention: the CPU kernels take float32, bfloat16 and float64");
+  }
+}
+
+PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::vector<int64_t>& patch, double scale) {
+  STD_TORCH_CHECK(qkv.dim() == 4, "patch_attention: qkv must be (B, H, W, 3 * inner), not of ", qkv.dim(), " axes");
+  STD_TORCH_CHECK(patch.size() == 2 && patch[0] > 0 && patch[1] > 0,
+                  "patch_attention: patch_size must be two positive numbers");
+  STD_TORCH_CHECK(qkv.size(1) % patch[0] == 0 && qkv.size(2) % patch[1] == 0, "patch_attention: a map of ", qkv.size(1),
+                  " x ", qkv.size(2), " does not divide into patches of ", patch[0], " x ", patch[1]);
+  STD_TORCH_CHECK(num_heads > 0 && qkv.size(3) > 0 && qkv.size(3) % (3 * num_heads) == 0, "patch_attention: ",
+                  qkv.size(3), " channels are not q, k and v of ", num_heads, " heads");
+  PatchAttentionShape shape;
+  shape.images = qkv.size(0);
+  shape.patch_rows = qkv.size(1) / patch[0];
+  shape.patch_columns = qkv.size(2) / patch[1];
+  shape.patch_height = patch[0];
+  shape.patch_width = patch[1];
+  shape.heads = num_heads;
+  shape.head_dim = qkv.size(3) / (3 * num_heads);
+  shape.scale = scale;
+  return shape;
+}
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& qkv, int64_t channels) {
+  bool same = tensor.dim() == 4 && tensor.size(3) == channels;
+  for (int64_t axis = 0; same && axis < 3; ++axis) same = tensor.size(axis) == qkv.size(axis);
+  STD_TORCH_CHECK(same, "patch_attention: ", name, " is not of qkv's (B, H, W) and ", channels, " channels");
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == qkv.scalar_type(), "patch_attention: ", name,
+                  " is not of qkv's dtype and device");
+}
+
+Tensor with_adjacent_channels(const Tensor& tensor) {
+  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+TokenMap map_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+ScalarType statistics_type(Dtype dtype) {
+  return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+std::size_t scratch_bytes(int64_t elements, Dtype dtype) {
+  return static_cast<std::size_t>(elements) * (dtype == Dtype::float64 ? sizeof(double) : sizeof(float));
+}
+
+std::tuple<Tensor, Tensor> patch_attention(const Tensor& qkv_argument, int64_t num_heads, std::vector<int64_t> patch_size,
+                                           double scale) {
+  const PatchAttentionShape shape = shape_of(qkv_argument, num_heads, patch_size, scale);
+  const Dtype dtype = dtype_of(qkv_argument);
+  const auto type = static_cast<int>(dtype);
+  const PatchAttentionKernels& kernels = MVIT_KERNELS_FOR_THIS_CPU(patch_attention);
+  const Tensor qkv = with_adjacent_channels(qkv_argument);
+  Tensor out = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), shape.inner()});
+  Tensor logsumexp = torch::stable::new_empty(qkv, {shape.images, shape.positions(), shape.heads, shape.tokens()},
+                                              statistics_type(dtype));
+
+  const PatchAttentionForward args{shape, map_of(qkv), map_of(out), logsumexp.data_ptr()};
+  const std::size_t bytes = scratch_bytes(kernels.forward_scratch[type](shape), dtype);
+  // Threads share out parts of 64 queries, so that one image's few strands keep many cores busy; consecutive parts of a
+  // strand are one call, which packs the strand's keys and values once.
+  constexpr int64_t part = 64;
+  const int64_t tokens = shape.tokens(), parts = (tokens + part - 1) / part;
+  parallel_for(shape.strands() * parts, shape.score_flops(2) * std::min(part, tokens) * tokens,
+               [&](int64_t begin, int64_t end) {
+                 void* memory = scratch(bytes);
+                 while (begin < end) {
+                   const int64_t strand = begin / parts, last = std::min(end, (strand + 1) * parts);
+                   kernels.forward[type](args, strand, (begin - strand * parts) * part,
+                                         std::min(tokens, (last - strand * parts) * part), memory);
+                   begin = last;
+                 }
+               });
+  return {out, logsumexp};
+}
+
+Tensor patch_attention_backward(const Tensor& grad_out_argument, const Tensor& qkv_argument, const Tensor& out_argument,
+                                const Tensor& logsumexp_argument, int64_t num_heads, std::vector<int64_t> patch_size,
+                                double scale) {
+  const PatchAttentionShape shape = shape_of(qkv_argument, num_heads, patch_size, scale);
+  const Dtype dtype = dtype_of(qkv_argument);
+  const auto type = static_cast<int>(dtype);
+  check_like("grad_out", grad_out_argument, qkv_argument, shape.inner());
+  check_like("out", out_argument, qkv_argument, shape.inner());
+  STD_TORCH_CHECK(logsumexp_argument.numel() == shape.strands() * shape.tokens() && logsumexp_argument.is_cpu() &&
+                      logsumexp_argument.scalar_type() == statistics_type(dtype),
+                  "patch_attention: logsumexp is not the one that the forward operator returned");
+  const PatchAttentionKernels& kernels = MVIT_KERNELS_FOR_THIS_CPU(patch_attention);
+  const Tensor grad_out = with_adjacent_channels(grad_out_argument), qkv = with_adjacent_channels(qkv_argument),
+               out = with_adjacent_channels(out_argument), logsumexp = torch::stable::contiguous(logsumexp_argument);
+  Tensor grad_qkv = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)});
+
+  const PatchAttentionBackward args{shape, map_of(grad_out), map_of(qkv), map_of(out), map_of(grad_qkv),
+                                    logsumexp.data_ptr()};
+  const std::size_t bytes = scratch_bytes(kernels.backward_scratch[type](shape), dtype);
+  const int64_t tokens = shape.tokens();
+  parallel_for(shape.strands(), shape.score_flops(5) * tokens * tokens, [&](int64_t begin, int64_t end) {
+    void* memory = scratch(bytes);
+    for (int64_t strand = begin; strand < end; ++strand) kernels.backward[type](args, strand, memory);
+  });
+  return grad_qkv;
+}
+
+}  // namespace
+}  // namespace mvit
+
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
+  m.impl("patch_attention.cpu", TORCH_BOX(&mvit::patch_attention));
+  m.impl("patch_attention_backward.cpu", TORCH_BOX(&mvit::patch_attention_backward));
+}

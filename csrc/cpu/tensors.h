@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the operators' fronts need of LibTorch, through its stable ABI (of 2.10), and nothing else.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace mvit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Memory of the calling thread that kernels may use until the next call of scratch() by the same thread; it grows, is
+// kept (fresh pages cost more than the kernels), and is aligned to a cache line. Its contents are undefined.
+inline void* scratch(std::size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local std::size_t size = 0;
+  if (size < bytes) {
+    memory.reset();
+    size = 0;
+    memory.reset(::operator new(bytes, std::align_val_t(64)));
+    size = bytes;
+  }
+  return memory.get();
+}
+
+// body(begin, end) over parts of [0, items) on PyTorch's own threads, so that torch.set_num_threads is obeyed. A thread
+// gets at least so many items that they take `flops_per_item` × items >= 2^18 operations, about 2 µs of one core: less
+// is not worth waking a thread for.
+template <typename Body>
+void parallel_for(int64_t items, double flops_per_item, const Body& body) {
+  constexpr double worth_a_thread = 1 << 18;
+  const double grain = flops_per_item > 0 ? worth_a_thread / flops_per_item : 1;
+  torch::stable::parallel_for(0, items, grain < 1 ? 1 : static_cast<int64_t>(grain), body);
+}
+
+}  // namespace mvit

@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+// One SIMD register, Vec<float> or Vec<double>, for the instruction set that the including file is compiled for.
+//
+// The file that includes this (through a kernel header) defines before
+//   MVIT_ISA            avx512 | avx2 | portable: the namespace that everything here lives in
+//   MVIT_VECTOR_BYTES   64     | 32   | 16
+// Each set has a namespace of its own because the linker keeps only one copy of equal inline functions: an AVX-512 copy
+// called by the portable kernels would be an illegal instruction. For the same reason kernel headers call no inline
+// functions or templates of the standard library, and include no header of PyTorch.
+//
+// Built on the vector extensions of GCC and Clang; intrinsics only where the extensions have no word for it.
+#pragma once
+
+#if !defined(MVIT_ISA) || !defined(MVIT_VECTOR_BYTES)
+#error "define MVIT_ISA and MVIT_VECTOR_BYTES before including a kernel header"
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <utility>  // std::integer_sequence: a type, no code
+
+#if MVIT_VECTOR_BYTES >= 32
+#include <immintrin.h>
+#endif
+#if MVIT_VECTOR_BYTES == 64 && !(defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__))
+#error "*_avx512.cpp needs -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
+#elif MVIT_VECTOR_BYTES == 32 && !(defined(__AVX2__) && defined(__FMA__))
+#error "*_avx2.cpp needs -mavx2 -mfma"
+#endif
+
+#define MVIT_INLINE inline __attribute__((always_inline))
+
+// The operator's table for this instruction set: MVIT_TABLE(patch_attention) is patch_attention_avx2.
+#define MVIT_JOIN_(a, b) a##_##b
+#define MVIT_JOIN(a, b) MVIT_JOIN_(a, b)
+#define MVIT_TABLE(op) MVIT_JOIN(op, MVIT_ISA)
+
+namespace mvit {
+namespace MVIT_ISA {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+typedef float NativeFloat __attribute__((vector_size(MVIT_VECTOR_BYTES)));
+typedef double NativeDouble __attribute__((vector_size(MVIT_VECTOR_BYTES)));
+typedef int32_t NativeInt32 __attribute__((vector_size(MVIT_VECTOR_BYTES)));
+typedef int64_t NativeInt64 __attribute__((vector_size(MVIT_VECTOR_BYTES)));
+typedef uint32_t NativeBits __attribute__((vector_size(MVIT_VECTOR_BYTES)));
+typedef uint16_t NativeHalfBits __attribute__((vector_size(MVIT_VECTOR_BYTES / 2)));
+
+template <typename T>
+struct NativeOf;
+template <>
+struct NativeOf<float> {
+  using Native = NativeFloat;
+  using Integer = int32_t;
+  using NativeInteger = NativeInt32;
+};
+template <>
+struct NativeOf<double> {
+  using Native = NativeDouble;
+  using Integer = int64_t;
+  using NativeInteger = NativeInt64;
+};
+
+template <typename T>
+struct Vec {
+  static constexpr int size = MVIT_VECTOR_BYTES / static_cast<int>(sizeof(T));
+  using Native = typename NativeOf<T>::Native;
+  using Integer = typename NativeOf<T>::Integer;
+  using NativeInteger = typename NativeOf<T>::NativeInteger;
+
+  Native native;
+
+  Vec() = default;
+  MVIT_INLINE Vec(Native n) : native(n) {}
+  MVIT_INLINE Vec(T value) : native(value - Native{}) {}  // broadcast; x - 0 is x for every x, x + 0 is not for -0
+
+  friend MVIT_INLINE Vec operator-(Vec a) { return -a.native; }
+  friend MVIT_INLINE Vec operator+(Vec a, Vec b) { return a.native + b.native; }
+  friend MVIT_INLINE Vec operator-(Vec a, Vec b) { return a.native - b.native; }
+  friend MVIT_INLINE Vec operator*(Vec a, Vec b) { return a.native * b.native; }
+  friend MVIT_INLINE Vec operator/(Vec a, Vec b) { return a.native / b.native; }
+};
+
+// ---- loads and stores, unaligned ------------------------------------------------------------------------------------
+
+template <typename T>
+MVIT_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v.native, p, sizeof v.native);
+  return v;
+}
+
+template <typename T>
+MVIT_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v.native, sizeof v.native);
+}
+
+// The first n elements (0 < n <= size); the rest are zero.
+template <typename T>
+MVIT_INLINE Vec<T> load_first(const T* p, int n) {
+  if (n == Vec<T>::size) return load(p);
+#if MVIT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return typename Vec<T>::Native(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
+  else
+    return typename Vec<T>::Native(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
+#else
+  T buffer[Vec<T>::size] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+#endif
+}
+
+template <typename T>
+MVIT_INLINE void store_first(T* p, Vec<T> v, int n) {
+  if (n == Vec<T>::size) return store(p, v);
+#if MVIT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v.native);
+  else
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v.native);
+#else
+  T buffer[Vec<T>::size];
+  store(buffer, v);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
+}
+
+// bfloat16 in memory is float in registers.
+
+MVIT_INLINE Vec<float> load_first(const bfloat16* p, int n) {
+  NativeHalfBits half{};
+  if (n == Vec<float>::size) {
+    std::memcpy(&half, p, sizeof half);
+  } else {
+#if MVIT_VECTOR_BYTES == 64
+    half = NativeHalfBits(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+#else
+    uint16_t buffer[Vec<float>::size] = {};
+    for (int i = 0; i < n; ++i) buffer[i] = p[i].bits;
+    std::memcpy(&half, buffer, sizeof half);
+#endif
+  }
+  return Vec<float>::Native(__builtin_convertvector(half, NativeBits) << 16);
+}
+
+MVIT_INLINE void store_first(bfloat16* p, Vec<float> v, int n) {
+  const NativeBits bits = NativeBits(v.native);
+  const NativeBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const NativeBits quiet_nan = (bits >> 16) | 0x40;  // rounding could carry a NaN's payload into infinity
+  const NativeBits is_nan = NativeBits(v.native != v.native);
+  const NativeHalfBits half = __builtin_convertvector((rounded & ~is_nan) | (quiet_nan & is_nan), NativeHalfBits);
+  if (n == Vec<float>::size) {
+    std::memcpy(p, &half, sizeof half);
+  } else {
+    uint16_t buffer[Vec<float>::size];
+    std::memcpy(buffer, &half, sizeof half);
+    for (int i = 0; i < n; ++i) p[i].bits = buffer[i];
+  }
+}
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+template <typename T>
+MVIT_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  using Native = typename Vec<T>::Native;
+#if MVIT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return Native(_mm512_fmadd_ps(a.native, b.native, c.native));
+  else
+    return Native(_mm512_fmadd_pd(a.native, b.native, c.native));
+#elif MVIT_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return Native(_mm256_fmadd_ps(a.native, b.native, c.native));
+  else
+    return Native(_mm256_fmadd_pd(a.native, b.native, c.native));
+#else
+  return Native(a.native * b.native + c.native);  // one instruction where the architecture has it, as on aarch64
+#endif
+}
+
+// The greater of each pair; b where either is a NaN (so is minimum: the meaning of x86's instructions).
+template <typename T>
+MVIT_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  using Native = typename Vec<T>::Native;
+#if MVIT_VECTOR_BYTES == 64  // the masked forms, of all lanes: GCC 12 warns of the plain ones' undefined third operand
+  if constexpr (sizeof(T) == 4)
+    return Native(_mm512_mask_max_ps(a.native, -1, a.native, b.native));
+  else
+    return Native(_mm512_mask_max_pd(a.native, -1, a.native, b.native));
+#elif MVIT_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return Native(_mm256_max_ps(a.native, b.native));
+  else
+    return Native(_mm256_max_pd(a.native, b.native));
+#else
+  return Native(a.native > b.native ? a.native : b.native);
+#endif
+}
+
+template <typename T>
+MVIT_INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) {
+  using Native = typename Vec<T>::Native;
+#if MVIT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return Native(_mm512_mask_min_ps(a.native, -1, a.native, b.native));
+  else
+    return Native(_mm512_mask_min_pd(a.native, -1, a.native, b.native));
+#elif MVIT_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return Native(_mm256_min_ps(a.native, b.native));
+  else
+    return Native(_mm256_min_pd(a.native, b.native));
+#else
+  return Native(a.native < b.native ? a.native : b.native);
+#endif
+}
+
+// ---- shuffles -------------------------------------------------------------------------------------------------------
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define MVIT_SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MVIT_SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, typename Vec<T>::NativeInteger{__VA_ARGS__})
+#endif
+
+// a0 b0 a1 b1 …, of the lower or the upper halves.
+template <typename T, int... I>
+MVIT_INLINE Vec<T> zip_lower(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return typename Vec<T>::Native(MVIT_SHUFFLE(T, a.native, b.native, (I / 2 + (I % 2) * Vec<T>::size)...));
+}
+template <typename T, int... I>
+MVIT_INLINE Vec<T> zip_upper(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return typename Vec<T>::Native(
+      MVIT_SHUFFLE(T, a.native, b.native, (I / 2 + (I % 2) * Vec<T>::size + Vec<T>::size / 2)...));
+}
+
+// Rows become columns, in log2(size) rounds of interleaving row i with row i + size / 2.
+template <typename T>
+MVIT_INLINE void transpose(Vec<T> (&row)[Vec<T>::size]) {
+  constexpr int size = Vec<T>::size;
+  constexpr std::make_integer_sequence<int, size> lanes{};
+#pragma GCC unroll 4
+  for (int round = 1; round < size; round *= 2) {
+    Vec<T> next[size];
+#pragma GCC unroll 16
+    for (int i = 0; i < size / 2; ++i) {
+      next[2 * i] = zip_lower(row[i], row[i + size / 2], lanes);
+      next[2 * i + 1] = zip_upper(row[i], row[i + size / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < size; ++i) row[i] = next[i];
+  }
+}
+
+// The sum of all lanes, as a tree, so that the order does not depend on the compiler.
+template <typename T>
+MVIT_INLINE T sum(Vec<T> v) {
+  T lane[Vec<T>::size];
+  store(lane, v);
+#pragma GCC unroll 4
+  for (int half = Vec<T>::size / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// ---- exponential and logarithm --------------------------------------------------------------------------------------
+
+// e^x is 2^n · 2^f with n = round(x · log2(e)) and f in [-1/2, 1/2]. The polynomials minimise the relative error of 2^f
+// there with the constant term held at 1, so that e^0 is exactly 1: 2.6e-9 for float, 1.8e-17 for double.
+template <typename T>
+struct Exp;
+template <>
+struct Exp<float> {
+  static constexpr int degree = 6;
+  static constexpr float coefficient[degree + 1] = {1.0f,           0.6931472149680279f, 0.24022652782887738f,
+                                                    0.05550310551013797f, 0.009617692992973063f, 0.001340664390235176f,
+                                                    0.00015594678161326619f};
+  static constexpr float lowest = -88.029691f, highest = 88.722839f;  // ln(2^-127), ln(2^128): 0 and infinity
+  static constexpr float round_and_bias = 12582912.0f + 127;   // 1.5 · 2^23: adding it leaves n + 127 in the low bits
+  static constexpr int mantissa_bits = 23;
+};
+template <>
+struct Exp<double> {
+  static constexpr int degree = 11;
+  static constexpr double coefficient[degree + 1] = {
+      1.0,
+      0.69314718055994569675,
+      0.24022650695910098007,
+      0.055504108664790394552,
+      0.0096181291076070023796,
+      0.0013333558153439964747,
+      0.0001540353044157213033,
+      1.5252727385193868197e-5,
+      1.3215442675329822143e-6,
+      1.0180647659234138888e-7,
+      7.0725704128144235096e-9,
+      4.078071929588336665e-10,
+  };
+  static constexpr double lowest = -709.08956571282405, highest = 709.78271289338400;
+  static constexpr double round_and_bias = 6755399441055744.0 + 1023;  // 1.5 · 2^52
+  static constexpr int mantissa_bits = 52;
+};
+
+// e^x within 2 units in the last place, 0 for results below the normal numbers, infinity above them, NaN for NaN.
+template <typename T>
+MVIT_INLINE Vec<T> exp(Vec<T> x) {
+  using E = Exp<T>;
+  using Native = typename Vec<T>::Native;
+  const Vec<T> log2_e(T(1.44269504088896340736));
+  x = minimum(Vec<T>(E::highest), maximum(Vec<T>(E::lowest), x));
+#if MVIT_VECTOR_BYTES == 64
+  Vec<T> n = x * log2_e;
+  if constexpr (sizeof(T) == 4)
+    n = Native(_mm512_maskz_roundscale_ps(-1, n.native, _MM_FROUND_TO_NEAREST_INT));
+  else
+    n = Native(_mm512_maskz_roundscale_pd(-1, n.native, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Vec<T> biased = fma(x, log2_e, Vec<T>(E::round_and_bias));
+  const Vec<T> n = biased - Vec<T>(E::round_and_bias);
+#endif
+  const Vec<T> f = fma(x, log2_e, -n);  // fused: x · log2(e) is not rounded before n, all of its high bits, is gone
+  Vec<T> p(E::coefficient[E::degree]);
+#pragma GCC unroll 16
+  for (int i = E::degree - 1; i >= 0; --i) p = fma(p, f, Vec<T>(E::coefficient[i]));
+#if MVIT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return Native(_mm512_maskz_scalef_ps(-1, p.native, n.native));
+  else
+    return Native(_mm512_maskz_scalef_pd(-1, p.native, n.native));
+#else
+  using NativeInteger = typename Vec<T>::NativeInteger;
+  return p * Vec<T>(Native(NativeInteger(biased.native) << E::mantissa_bits));
+#endif
+}
+
+// The natural logarithm of normal positive numbers: x = 2^e · m with m in [sqrt(1/2), sqrt(2)), and
+// log m = 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + …) with s = (m - 1) / (m + 1), |s| <= 0.1716.
+template <typename T>
+MVIT_INLINE Vec<T> log(Vec<T> x) {
+  using Native = typename Vec<T>::Native;
+  using Integer = typename Vec<T>::Integer;
+  using NativeInteger = typename Vec<T>::NativeInteger;
+  constexpr int terms = sizeof(T) == 4 ? 5 : 11;
+  constexpr Integer root_half = static_cast<Integer>(sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd);
+  const NativeInteger bits = NativeInteger(x.native);
+  const NativeInteger exponent = (bits - root_half) >> Exp<T>::mantissa_bits;
+  const Vec<T> m = Native(bits - (exponent << Exp<T>::mantissa_bits));
+  const Vec<T> s = (m - Vec<T>(T(1))) / (m + Vec<T>(T(1)));
+  const Vec<T> s2 = s * s;
+  Vec<T> series(T(2) / (2 * terms - 1));
+#pragma GCC unroll 16
+  for (int i = terms - 2; i >= 0; --i) series = fma(series, s2, Vec<T>(T(2) / (2 * i + 1)));
+  const Vec<T> e = __builtin_convertvector(exponent, Native);
+  const Vec<T> result = fma(e, Vec<T>(T(0.693147180559945309417)), s * series);
+  return result + (x - x);  // the bits of a NaN or infinity would give a number
+}
+
+}  // namespace MVIT_ISA
+}  // namespace mvit

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mvit-kernels``, also as ``python -m mvit_kernels``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import __version__
+from .cli import COMMANDS
+
+_EXAMPLES = """\
+examples:
+  mvit-kernels info                                  versions, device, and which backend can run here
+  mvit-kernels verify --model mobilevit_s            are the numbers the same?
+  mvit-kernels bench --model apple/mobilevit-small   what is gained?
+  mvit-kernels classify cat.jpg --checkpoint my.pth
+
+MVIT_KERNELS_BACKEND asks for one backend everywhere; MVIT_KERNELS_DEBUG=1, as --debug, shows tracebacks.
+"""
+_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # BackendError is a RuntimeError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as all others are: by an exception that `main` prints."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="mvit-kernels",
+        description="Fused kernels for MobileViT: look at them, check them and measure them on your model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mvit-kernels {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"mvit_kernels.cli.{name}").add_arguments(commands)
+    for each in (parser, *commands.choices.values()):
+        each.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 1 for a verification that failed, 2 for an error."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv or os.environ.get("MVIT_KERNELS_DEBUG", "0") not in ("", "0")
+    try:
+        args = build_parser().parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()  # here, where a closed pipe is caught
+        return code
+    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except _ERRORS as error:
+        if debug:
+            raise
+        print(f"mvit-kernels: error: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    first_line = str(error).strip().partition("\n")[0]
+    return first_line or f"{type(error).__name__}; --debug shows where"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports of the libraries whose models this package accelerates: all of them optional."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+import torch
+
+# The two operators that torchvision's Python code wants to exist as soon as it is imported.
+_TORCHVISION_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_torchvision_library: torch.library.Library | None = None  # the schemas live as long as this does
+
+
+def prepare_torchvision() -> None:
+    """Import torchvision, if it is installed, in a way that works without its compiled part too.
+
+    Example:
+        >>> prepare_torchvision()
+        >>> import timm  # which imports torchvision
+
+    A torchvision is compiled for one build of torch, on Linux usually the CUDA one. Beside another build its
+    compiled part does not load, and ``import torchvision`` ends in ``RuntimeError: operator torchvision::nms
+    does not exist``, although timm and transformers need nothing but its image transforms. In this case alone
+    the missing schemas are declared and the import is done again. Where torchvision is whole, or absent, or
+    fails for another reason, nothing is declared; an error of its own is raised as it is.
+    """
+    global _torchvision_library
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if _torchvision_library or not ("torchvision::" in str(error) and "does not exist" in str(error)):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]  # imported before the failure, and unaware of what comes now
+        _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in _TORCHVISION_SCHEMAS:
+            _torchvision_library.define(schema)
+        importlib.import_module("torchvision")
+
+
+def import_timm() -> ModuleType:
+    """timm, or an ImportError that says what to install."""
+    return _import("timm", extra="timm", through_torchvision=True)
+
+
+def import_transformers() -> ModuleType:
+    """Hugging Face transformers, or an ImportError that says what to install."""
+    return _import("transformers", extra="huggingface", through_torchvision=True)
+
+
+def import_kornia() -> ModuleType:
+    """Kornia, or an ImportError that says what to install."""
+    return _import("kornia", extra="kornia", through_torchvision=False)
+
+
+def _import(name: str, *, extra: str, through_torchvision: bool) -> ModuleType:
+    if sys.modules.get(name):
+        return sys.modules[name]
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(f"{name} is not installed: pip install 'mvit_kernels[{extra}]'", name=name)
+    try:
+        if through_torchvision:
+            prepare_torchvision()
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"{name} is installed but does not import ({error}): "
+            f"pip install --upgrade 'mvit_kernels[{extra}]', or another version of what is named",
+            name=name,
+        ) from error

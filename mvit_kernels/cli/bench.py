@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mvit-kernels bench``: a model as it was, accelerated, frozen and compiled, checked and then timed in turns."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from . import add_command, output_file, write_csv, write_json
+from .models import add_model_arguments, load, random_images
+
+_PEERS = "eager,channels_last,accelerated,frozen"
+
+_EXAMPLES = """\
+  mvit-kernels bench --model mobilevit_s
+  mvit-kernels bench --model apple/mobilevit-small --batch 8 --peers eager,accelerated,frozen,compile
+  mvit-kernels bench --model own/xxs --train --csv training.csv
+  mvit-kernels bench --model mobilevit_xs --device cuda --dtype bfloat16 --peers all --json xs.json
+
+The exit code is 1 if a candidate's error was more than allowed, 2 for anything else that is wrong."""
+
+
+def add_arguments(subparsers: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        subparsers,
+        "bench",
+        run,
+        summary="what is gained? milliseconds beside PyTorch's own",
+        description="Times a model in several forms. Each is first compared with float64, and not timed if its\n"
+        "error is more than twice PyTorch's own and a band for rounding. Then all take turns in one\n"
+        "process; times are medians with the 20th and 80th percentile, ratios are to eager: above 1 is\n"
+        "faster. In training, --dtype bfloat16 and float16 mean autocast, else weights of that dtype.",
+        examples=_EXAMPLES,
+    )
+    add_model_arguments(parser)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--peers",
+        metavar="A,B,…",
+        default=None,
+        help=f"the candidates; eager comes by itself (default: {_PEERS}, without frozen in training). "
+        "Known are eager, channels_last, accelerated, frozen, compile, compile_channels_last, "
+        "compile_max_autotune, compile_freezing, compile_accelerated, or all",
+    )
+    what.add_argument("--train", action="store_true", help="forward and backward, not inference")
+    what.add_argument(
+        "--seconds", type=_seconds, metavar="S", default=10.0, help="of measuring, all together (default: 10)"
+    )
+    what.add_argument(
+        "--build-seconds",
+        type=_seconds,
+        metavar="S",
+        help="give up a candidate that takes longer to be built or compiled (default: never)",
+    )
+    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the table there, a line a candidate")
+    what.add_argument("--json", type=output_file, metavar="FILE", help="write the table there as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..comparison import Subject, check_peers, compare, csv_rows, table
+    from ..timing import environment
+
+    peers = args.peers or ",".join(n for n in _PEERS.split(",") if not (args.train and n == "frozen"))
+    peers = check_peers(filter(None, peers.split(",")), args.train)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    subject = subject_of(args, Subject)
+    name = args.model or f"own/{subject.model.mode}"
+
+    start = time.perf_counter()
+
+    def progress(step: str) -> None:
+        print(f"{time.perf_counter() - start:6.1f} s  {step}", file=sys.stderr, flush=True)
+
+    results = compare(subject, peers, seconds=args.seconds, build_seconds=args.build_seconds, progress=progress)
+    origin = environment(args.device)
+    kind = "training" if args.train else "inference"
+    size = "x".join(map(str, args.size))
+    print(f"{name}, {kind}, batch {args.batch}, {size} px, {args.dtype}, {origin['device_name']}, ", end="")
+    print(f"{origin['threads']} threads, torch {origin['torch']}")
+    print(table(results))
+    rows = csv_rows(results, subject, name, origin)
+    if args.csv:
+        write_csv(args.csv, rows)
+    if args.json:
+        write_json(args.json, rows)
+    return 1 if any(result.row is not None and not result.row.ok for result in results) else 0
+
+
+def subject_of(args: argparse.Namespace, subject_class: type):
+    """The `comparison.Subject` that the arguments of `add_model_arguments` ask for."""
+    import torch
+
+    model = load(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint, device=args.device)
+    return subject_class(
+        model,
+        random_images(argparse.Namespace(**{**vars(args), "dtype": "float32"})),
+        getattr(torch, args.dtype),
+        None if args.backend == "auto" else args.backend,
+        getattr(args, "train", False),
+    )
+
+
+def _seconds(text: str) -> float:
+    """An argument's type: a positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value

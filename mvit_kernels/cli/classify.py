@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mvit-kernels classify``: what is in these photos, by an accelerated and frozen model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import add_command, to_json
+from ._builders import is_huggingface
+from .models import add_model_arguments, load_model, logits, positive
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_EXAMPLES = """\
+  mvit-kernels classify cat.jpg dog.jpg --checkpoint mobilevit_s.safetensors --labels imagenet.txt
+  mvit-kernels classify cat.jpg --model apple/mobilevit-small --pretrained
+  mvit-kernels classify photos/*.png --checkpoint land_use.pth --labels class_indices.json --size 224 \\
+      --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"""
+
+
+def add_arguments(subparsers: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        subparsers,
+        "classify",
+        run,
+        summary="what is in these photos? the likeliest classes of each",
+        description="Classifies photos with an accelerated and frozen model. As the published models want "
+        "it, photos are resized, cropped at the centre and scaled to 0 … 1; a model that was trained "
+        "otherwise needs --mean and --std.",
+        examples=_EXAMPLES,
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a photo, of any kind that Pillow reads")
+    add_model_arguments(parser)
+    photos = parser.add_argument_group("photos")
+    photos.add_argument(
+        "--resize",
+        type=positive,
+        metavar="N",
+        help="short side before the crop to --size (default: size × 256 / 224)",
+    )
+    photos.add_argument("--mean", type=_three, metavar="R,G,B", help="subtracted from the channels (default: 0,0,0)")
+    photos.add_argument("--std", type=_three, metavar="R,G,B", help="and what they are divided by (default: 1,1,1)")
+    photos.add_argument(
+        "--bgr",
+        action=argparse.BooleanOptionalAction,
+        help="channels in the order B, G, R (default: for Hugging Face's published weights only)",
+    )
+    result = parser.add_argument_group("result")
+    result.add_argument(
+        "--labels", type=Path, metavar="FILE", help="names: JSON, index to name or a list; or one a line"
+    )
+    result.add_argument("--topk", type=positive, metavar="K", default=5, help="how many classes (default: 5)")
+    result.add_argument("--json", action="store_true", help="as JSON")
+    result.add_argument("--no-freeze", action="store_true", help="run the accelerated model without freezing it")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not (args.checkpoint or args.pretrained):
+        raise ValueError("weights are wanted: give --checkpoint FILE, or --model NAME --pretrained")
+    import torch
+
+    from .. import accelerate, freeze
+    from .images import load_image, preprocess
+
+    labels = read_labels(args.labels) if args.labels else None
+    bgr = is_huggingface(args.model) and args.pretrained if args.bgr is None else args.bgr
+    # Every photo before the model: a broken one is reported at once, and nothing is half done.
+    photos = torch.stack(
+        [preprocess(load_image(path), args.size, args.resize, args.mean, args.std, bgr) for path in args.images]
+    )
+    model = accelerate(load_model(args), backend=args.backend)
+    names = _names(model, labels, args.pretrained)
+    if not args.no_freeze:
+        model = freeze(model)
+    probabilities = _probabilities(model, photos.to(getattr(torch, args.dtype)), args.batch, args.device)
+    if labels is not None and len(labels) != probabilities.shape[1]:
+        raise ValueError(
+            f"{args.labels} has {len(labels)} labels, and the model {probabilities.shape[1]} classes; "
+            "give the labels that belong to the model"
+        )
+
+    results = []
+    for path, row in zip(args.images, probabilities, strict=True):
+        top = row.topk(min(args.topk, len(row)))
+        predictions = [
+            {"index": index, "label": names.get(index, str(index)), "probability": probability}
+            for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        ]
+        results.append({"image": path, "predictions": predictions})
+    print(to_json(results) if args.json else "\n".join(map(_text, results)))
+    return 0
+
+
+def read_labels(path: Path) -> dict[int, str]:
+    """Class index -> name, from JSON (an object of index to name, or a list) or from text, one name a line.
+
+    Raises:
+        ValueError: the file is neither, or its indices are not 0, 1, 2, …
+        OSError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8; labels are JSON, or one name a line") from None
+    if not text.lstrip().startswith(("{", "[")):
+        names: Any = text.rstrip().splitlines()
+    else:
+        try:
+            names = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid JSON: {error}") from None
+    if isinstance(names, Sequence):
+        names = dict(enumerate(names))
+    keys = {str(key) for key in names}
+    if not names or keys != {str(index) for index in range(len(names))}:
+        raise ValueError(f"{path} does not name the classes 0, 1, 2, … one by one; its keys begin {sorted(keys)[:3]}")
+    if not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path} has names that are no text; index to name is wanted, or a list of names")
+    return {int(index): name for index, name in names.items()}
+
+
+def _names(model: nn.Module, labels: dict[int, str] | None, pretrained: bool) -> Mapping[int, str]:
+    """The labels given, else those that come with Hugging Face's weights, else none."""
+    if labels is not None:
+        return labels
+    return getattr(getattr(model, "config", None), "id2label", {}) if pretrained else {}
+
+
+def _probabilities(model: nn.Module, photos: Tensor, batch: int, device: str) -> Tensor:
+    """(photos, classes), float32 on the CPU."""
+    import torch
+
+    with torch.inference_mode():
+        parts = [logits(model(part.to(device))).float().cpu() for part in photos.split(batch)]
+    scores = torch.cat(parts)
+    if scores.ndim != 2:
+        raise ValueError(f"the model gives maps of shape {tuple(scores.shape[1:])}: it has no classifier")
+    if not torch.isfinite(scores).all():
+        raise ValueError("the model gives logits that are not finite; try --dtype float32, or other weights")
+    return scores.softmax(dim=1)
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = [result["image"]]
+    for each in result["predictions"]:
+        lines.append(f"  {each['probability']:7.2%}  {each['label']}")
+    return "\n".join(lines)
+
+
+def _three(text: str) -> tuple[float, float, float]:
+    try:
+        red, green, blue = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no three numbers, as 0.485,0.456,0.406") from None
+    return red, green, blue

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photographs as tensors, for ``classify``, ``verify --image`` and the demo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The image in the file, upright and in RGB.
+
+    Example:
+        >>> preprocess(load_image("cat.jpg"), 256).shape
+        torch.Size([3, 256, 256])
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: the path.
+        ValueError: the file is no image, is damaged, or has more than 8 bits a channel.
+        ImportError: Pillow is not installed.
+    """
+    pil = _pillow()
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the images in it")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no image {path}")
+    try:
+        with pil.open(path) as image:
+            image.load()
+    except pil.UnidentifiedImageError:
+        raise ValueError(f"{path} is no image of a kind that Pillow {pil.__version__} reads") from None
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if image.mode.startswith(("I", "F")):  # which convert() would cut off at 255
+        raise ValueError(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def preprocess(
+    image: Image.Image,
+    size: int | tuple[int, int],
+    resize: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    bgr: bool = False,
+) -> Tensor:
+    """An RGB image as a classifier is given it: resized, cropped at the centre, scaled to 0 … 1, normalised.
+
+    Example:
+        >>> x = preprocess(image, 224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))[None]
+
+    Args:
+        image: as `load_image` gives it.
+        size: of the crop: its side, or (height, width).
+        resize: what the short side becomes before the crop, bilinearly; 256/224 of the crop's by default.
+        mean, std: of the channels, in the order R, G, B; 0 and 1 by default, as published MobileViTs want.
+        bgr: channels in the order B, G, R, as Hugging Face's published MobileViTs want.
+
+    Returns:
+        (3, height, width), float32.
+
+    Raises:
+        ValueError: `resize` is smaller than the crop; a mean or std that is no three numbers, or a std of 0.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    resize = round(max(height, width) * 256 / 224) if resize is None else resize
+    if resize < max(height, width):
+        raise ValueError(f"a crop of {height} × {width} does not fit into an image resized to {resize}")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or not np.isfinite(values).all()):
+            raise ValueError(f"{name} is {values}; three numbers are wanted, for red, green and blue")
+    if std is not None and 0 in std:
+        raise ValueError(f"std is {std}; numbers above 0 are wanted")
+
+    # Resized and cropped in one go: the resized image, which a long strip would make huge, is never whole.
+    short = min(image.size)
+    crop_box = []
+    for side, crop in zip(image.size, (width, height), strict=True):
+        resized = round(side * resize / short)
+        start = (resized - crop) // 2
+        crop_box.append((start * side / resized, (start + crop) * side / resized))
+    (left, right), (top, bottom) = crop_box
+    resampling = _pillow().Resampling.BILINEAR
+    pixels = np.asarray(image.resize((width, height), resampling, box=(left, top, right, bottom)))
+    x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().contiguous() / 255
+    if mean is not None:
+        x -= torch.tensor(mean)[:, None, None]
+    if std is not None:
+        x /= torch.tensor(std)[:, None, None]
+    return x.flip(0) if bgr else x
+
+
+def sample_photos() -> list[tuple[str, Image.Image]]:
+    """Photographs that matplotlib and scikit-learn ship, by name; of whichever is installed.
+
+    Example:
+        >>> [name for name, image in sample_photos()]
+        ['grace_hopper', 'china', 'flower']
+    """
+    photos = []
+    try:
+        import matplotlib
+
+        path = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")
+        if path.exists():
+            photos.append((path.stem, load_image(path)))
+    except ImportError:
+        pass
+    try:
+        from sklearn.datasets import load_sample_images
+
+        samples = load_sample_images()
+        for name, pixels in zip(samples.filenames, samples.images, strict=True):
+            photos.append((Path(name).stem, _pillow().fromarray(pixels)))
+    except ImportError:
+        pass
+    return photos
+
+
+def _pillow():
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("Pillow, which reads images, is not installed: pip install pillow") from error
+    return Image

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mvit-kernels info``: versions, machine, and what each backend can do here or why it cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from . import add_command, to_json
+
+_PACKAGES = ("torch", "triton", "numpy", "timm", "transformers", "kornia")
+_INSTRUCTION_SETS = "avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 avx512_vnni avx512_fp16 amx_bf16"
+_INSTRUCTION_SETS += " asimd sve bf16"  # Arm's
+_DEVICE_TYPES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # what each backend is for
+
+
+def add_arguments(subparsers: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        subparsers,
+        "info",
+        run,
+        summary="versions, device, and each backend: available, or the reasons why not",
+        description="Versions, machine, and each backend: available, or the reasons why not.",
+        examples="  mvit-kernels info\n  mvit-kernels info --json > info.json",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    info = gather()
+    print(to_json(info) if args.json else _text(info))
+    return 0
+
+
+def gather() -> dict[str, Any]:
+    """All that ``info`` tells, as plain values: versions, machine, gpus, backends, libraries."""
+    return {
+        "versions": _versions(),
+        "machine": _machine(),
+        "gpus": _gpus(),
+        "backends": _backends(),
+        "libraries": _libraries(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    from .. import __version__
+
+    versions: dict[str, str | None] = {"mvit_kernels": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    cpu = _cpuinfo()
+    flags = cpu.get("flags", cpu.get("Features", "")).split()
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "os": platform.platform(),
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "instruction_sets": [name for name in _INSTRUCTION_SETS.split() if name in flags],
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    driver = _driver() if torch.cuda.is_available() else None
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "driver": driver,
+                "cuda_of_torch": torch.version.cuda,
+            }
+        )
+    return gpus
+
+
+def _driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return result.stdout.partition("\n")[0].strip() or None
+
+
+def _backends() -> dict[str, dict[str, Any]]:
+    from .. import backends
+    from .._library import BACKENDS
+
+    return {
+        backend: {
+            "device_type": _DEVICE_TYPES[backend] if backend != "reference" else "any",
+            "reasons_against": list(backends.unavailable(backend, _DEVICE_TYPES[backend])),
+            "operators": list(backends.operators(backend)),
+        }
+        for backend in BACKENDS
+    }
+
+
+def _libraries() -> dict[str, Any]:
+    """What ``lib/build_info.json`` tells about the compiled libraries, or why it tells nothing."""
+    from .._library import LIBRARY_DIRECTORY
+
+    path = LIBRARY_DIRECTORY / "build_info.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {"all": {"built": False, "reason": f"there is no {path}"}}
+    except ValueError:
+        return {"all": {"built": False, "reason": f"{path} is damaged; build again"}}
+
+
+def _text(info: dict[str, Any]) -> str:
+    machine = info["machine"]
+    lines = ["versions"]
+    lines += [_line(name, version or "not installed") for name, version in info["versions"].items()]
+    lines += [
+        "machine",
+        _line("os", machine["os"]),
+        _line("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads in torch"),
+        _line("", f"{' '.join(machine['instruction_sets'])} (torch uses {machine['torch_cpu_capability']})"),
+    ]
+    for gpu in info["gpus"]:
+        about = f"compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}"
+        lines.append(_line("gpu", f"{gpu['name']}, {about}, torch for CUDA {gpu['cuda_of_torch']}"))
+    if not info["gpus"]:
+        lines.append(_line("gpu", "none that torch sees"))
+    lines.append("backends")
+    for name, backend in info["backends"].items():
+        if backend["reasons_against"]:
+            lines.append(_line(name, f"not available: {'; '.join(backend['reasons_against'])}"))
+        else:
+            lines.append(_line(name, f"available on {backend['device_type']}: {', '.join(backend['operators'])}"))
+    lines.append("compiled libraries")
+    for name, library in info["libraries"].items():
+        lines.append(_line(name, _about(library)))
+    return "\n".join(lines)
+
+
+def _about(library: dict[str, Any]) -> str:
+    if not library.get("built"):
+        return f"not built: {library.get('reason', 'no reason was noted')}"
+    instruction_sets = ", ".join(library.get("isa") or ["baseline only"])
+    compiler = library.get("compiler", "an unknown compiler")
+    about = f"built {library.get('time', '')} by {compiler} for {instruction_sets}"
+    left_out = library.get("isa_left_out")
+    return about + (f"; the compiler has no {', '.join(left_out)}" if left_out else "")
+
+
+def _line(name: str, value: str) -> str:
+    return f"  {name:<13} {value}"

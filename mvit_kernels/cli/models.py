@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by name, and the arguments that name them, for every command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._builders import builder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+_VARIANT_OF_WIDTH = {96: "xxs", 144: "xs", 240: "s"}  # the transformer's in the last stage
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that runs a model: which one, on what, and how."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        help="own/xxs, own/xs, own/s (or xxs, xs, s); timm's name, as mobilevit_s; huggingface/s, or the "
+        "hub's name, as apple/mobilevit-small; kornia/s (default: own/ and the checkpoint's variant, else "
+        "own/s)",
+    )
+    model.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="with published weights, downloaded from the Hugging Face hub",
+    )
+    model.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="with these weights: timm's, Hugging Face's, cvnets' or our own, as .pth or .safetensors",
+    )
+    how = parser.add_argument_group("how it runs")
+    how.add_argument(
+        "--size",
+        type=image_size,
+        metavar="N|HxW",
+        default=(256, 256),
+        help="of the images in pixels (default: 256)",
+    )
+    how.add_argument("--batch", type=positive, metavar="N", default=1, help="images at once (default: 1)")
+    how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: float32)")
+    how.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    how.add_argument("--backend", choices=BACKENDS, default="auto", help="whose kernels must run (default: auto)")
+    how.add_argument("--threads", type=positive, metavar="N", help="on the CPU (default: PyTorch's choice)")
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argument's type: ``256``, or height and width as ``250x270``."""
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give 256, or HxW as 250x270, of 32 pixels or more")
+    return int(sides[0]), int(sides[-1])
+
+
+def load_model(args: argparse.Namespace) -> nn.Module:
+    """The model that the arguments of `add_model_arguments` ask for, in their dtype and on their device."""
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = load(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint, device=args.device)
+    return model.to(getattr(torch, args.dtype))
+
+
+def check_size(args: argparse.Namespace) -> None:
+    """Raise ValueError where --size is one that the model itself cannot take."""
+    if (args.model or "").startswith("kornia/") and any(side % 64 for side in args.size):
+        raise ValueError(f"--model {args.model}: Kornia's takes multiples of 64 pixels only; give another --size")
+
+
+def random_images(args: argparse.Namespace) -> Tensor:
+    """(batch, 3, H, W) from 0 to 1, the same at every call, by the arguments of `add_model_arguments`."""
+    import torch
+
+    check_size(args)
+    images = torch.rand(args.batch, 3, *args.size, generator=torch.Generator().manual_seed(0))
+    return images.to(device=args.device, dtype=getattr(torch, args.dtype))
+
+
+def load(
+    name: str | None,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    device: str = "cpu",
+) -> nn.Module:
+    """A MobileViT by name, for evaluation.
+
+    Example:
+        >>> model = load("mobilevit_s")                             # timm's; also "timm/mobilevit_s"
+        >>> model = load("huggingface/xs", num_classes=10)          # built here, as published
+        >>> model = load("apple/mobilevit-small", pretrained=True)  # the hub's, or a folder's
+        >>> model = load("kornia/xxs")                              # a backbone: Kornia has no classifier
+        >>> model = load("own/xxs", checkpoint="land_use21.pth")    # 21 classes, as the checkpoint has
+
+    Without weights to load, the model is made for measuring: random weights, the same at every call, that
+    hide no errors. As models come, they would: Hugging Face draws batch norm weights from N(0, 0.02), so that
+    activations vanish; everyone's running statistics are 0 and 1, so that a wrong fold goes unseen; linear
+    weights of 0.02 make attention all but uniform. Here norms have weights of 0.75 to 1.25 and biases around
+    0, linear layers keep the size of what they are given, and running statistics are those of a random batch.
+
+    Args:
+        name: None for own/ and the checkpoint's variant, "own/s" without one.
+        pretrained: published weights, from the hub.
+        checkpoint: a file for `mvit_kernels.load_checkpoint`; the number of classes is read from it.
+        num_classes: 0 for none; None for the checkpoint's, else 1000.
+        device: where to.
+
+    Raises:
+        ValueError: an unknown name (with near ones), a model without MobileViT blocks, arguments that exclude
+            each other, a device that is not there; what `load_checkpoint` raises.
+        ImportError: the model's library is not installed.
+        OSError: no such file; published weights could not be fetched.
+    """
+    import torch
+
+    from ..adapters import report
+
+    if pretrained and checkpoint is not None:
+        raise ValueError("--pretrained and --checkpoint exclude each other: give one of the two")
+    where = checked_device(device)
+    variant, state_dict = None, None
+    if checkpoint is not None:
+        state_dict, variant, classes = _read_checkpoint(Path(checkpoint))
+    name = name or f"own/{variant or 's'}"
+    if checkpoint is not None and num_classes is None and not name.startswith("kornia/"):
+        num_classes = classes
+    build = builder(name, pretrained)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build(num_classes).eval()
+        if not report(model).blocks:
+            raise ValueError(f"--model {name}: {report(model)}")
+        if state_dict is not None:
+            _load_state_dict(model, name, state_dict, Path(checkpoint))
+        elif not pretrained:
+            _randomise(model)
+    return model.to(where)
+
+
+def logits(output: Any) -> Tensor:
+    """The tensor in what a model returned: logits, or of a backbone its last map; the first of several.
+
+    Raises:
+        TypeError: there is no tensor in it.
+    """
+    import torch
+
+    while not isinstance(output, torch.Tensor):
+        for attribute in ("logits", "last_hidden_state"):
+            if getattr(output, attribute, None) is not None:
+                output = getattr(output, attribute)
+                break
+        else:
+            if not isinstance(output, list | tuple) or not output:
+                raise TypeError(f"the model returned {type(output).__name__}, in which there is no tensor")
+            output = output[0]
+    return output
+
+
+def checked_device(name: str) -> Any:
+    """The ``torch.device`` of this name.
+
+    Raises:
+        ValueError: no device's name, or a GPU that is not there.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no device has this name; give cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise ValueError(f"--device {name}: PyTorch sees no NVIDIA GPU here (torch {torch.__version__})")
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+    return device
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], str | None, int]:
+    """The checkpoint's tensors, its variant where it is a known one, and its number of classes (0: none)."""
+    from .._checkpoint_keys import read_keys
+    from ..checkpoints import _read_file, _unwrap
+
+    state_dict = _unwrap(_read_file(path), str(path))
+    if _is_kornia(state_dict):  # which fits no layout but its own
+        return state_dict, None, 0
+    keys = read_keys(state_dict, str(path)).found
+
+    def length(own_key: str) -> int:
+        return state_dict[keys[own_key][0]].numel() if own_key in keys else 0
+
+    return state_dict, _VARIANT_OF_WIDTH.get(length("stages.4.1.norm.weight")), length("classifier.bias")
+
+
+def _load_state_dict(model: nn.Module, name: str, state_dict: dict[str, Tensor], path: Path) -> None:
+    from ..checkpoints import load_checkpoint
+
+    if not (name.startswith("kornia/") and _is_kornia(state_dict)):
+        load_checkpoint(model, path)
+        return
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of Kornia's MobileViT, and does not fit {name}: take another variant") from error
+
+
+def _is_kornia(state_dict: dict[str, Tensor]) -> bool:
+    return "conv1.0.weight" in state_dict
+
+
+def _randomise(model: nn.Module) -> None:
+    """See `load`."""
+    import torch
+    from torch import nn
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+                module.weight.uniform_(0.75, 1.25)
+                module.bias.normal_(std=0.1)
+            elif isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5)
+        for norm in norms:
+            norm.momentum = 1.0  # the statistics of this batch alone
+            norm.train()
+        model(torch.rand(4, 3, 128, 128))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mvit-kernels verify``: the fast path's error and PyTorch's own, both against float64."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from . import add_command, output_file, write_csv, write_json
+from .models import add_model_arguments, check_size, load_model, random_images
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_EXAMPLES = """\
+  mvit-kernels verify --model mobilevit_s
+  mvit-kernels verify --model apple/mobilevit-small --size 250x270 --gradients
+  mvit-kernels verify --model own/xxs --dtype bfloat16 --frozen --csv errors.csv
+  mvit-kernels verify --checkpoint my.pth --size 224 --image cat.jpg dog.jpg
+
+The exit code is 0 if every error is allowed, 1 if one is not, 2 for anything else that is wrong."""
+
+
+def add_arguments(subparsers: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        subparsers,
+        "verify",
+        run,
+        summary="are the numbers the same? the error of every block and of the output",
+        description="Runs a model accelerated and as it was, and compares both with float64: every block and "
+        "the output. Allowed is twice PyTorch's own error and a band for rounding.",
+        examples=_EXAMPLES,
+    )
+    add_model_arguments(parser)
+    what = parser.add_argument_group("what is verified")
+    what.add_argument(
+        "--image",
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="on these photos, cropped to --size, not random images",
+    )
+    what.add_argument("--frozen", action="store_true", help="the frozen copy, not the accelerated model")
+    what.add_argument("--gradients", action="store_true", help="the gradients of every parameter too")
+    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the errors there, a line each")
+    what.add_argument("--json", type=output_file, metavar="FILE", help="write the errors there as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.frozen and args.gradients:
+        raise ValueError("--frozen and --gradients exclude each other: a frozen model is for inference only")
+    from .. import accelerate, freeze, report, verify
+
+    check_size(args)
+    images = _photos(args) if args.image else None
+    model = accelerate(load_model(args), backend=args.backend)
+    example = random_images(args) if images is None else images.to(next(model.parameters()))
+    print(report(model))
+    if args.frozen:
+        frozen = freeze(model)
+        print(frozen.freeze_report)
+        result = verify(frozen, example, reference=model)
+    else:
+        result = verify(model, example, gradients=args.gradients)
+    print(result)
+
+    settings = {
+        "model": args.model or f"own/{model.mode}",
+        "checkpoint": str(args.checkpoint or ""),
+        "size": "x".join(map(str, args.size)),
+        "batch": len(example),
+        "dtype": args.dtype,
+        "device": args.device,
+        "backend": args.backend,
+        "frozen": args.frozen,
+    }
+    rows = [{**row._asdict(), "ok": row.ok} for row in result.rows]
+    if args.csv:
+        write_csv(args.csv, [{**settings, **row} for row in rows])
+    if args.json:
+        write_json(args.json, {**settings, "ok": result.ok, "rows": rows})
+    return 0 if result.ok else 1
+
+
+def _photos(args: argparse.Namespace) -> Tensor:
+    """The photos of --image, (number, 3, H, W)."""
+    import torch
+
+    from .images import load_image, preprocess
+
+    return torch.stack([preprocess(load_image(path), args.size) for path in args.image])

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This package's own MobileViT, its parts, and its registration with timm."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+from .._third_party import import_timm
+from .block import MobileViTBlock, TransformerLayer
+from .layers import ConvNormAct, InvertedResidual
+from .mobilevit import MobileViT
+
+__all__ = [
+    "ConvNormAct",
+    "InvertedResidual",
+    "MobileViT",
+    "MobileViTBlock",
+    "TransformerLayer",
+    "register_timm_models",
+]
+
+
+def register_timm_models() -> None:
+    """Make `timm.create_model` know this package's models.
+
+    Example:
+        >>> mvit_kernels.nn.register_timm_models()
+        >>> timm.create_model("mvit_kernels_mobilevit_s", num_classes=10)(torch.rand(1, 3, 256, 256)).shape
+        torch.Size([1, 10])
+
+    Adds `mvit_kernels_mobilevit_xxs`, `_xs` and `_s`. Importing `mvit_kernels.nn` does this by itself where
+    timm was imported before; call it where timm comes after. More than one call does no harm.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    import_timm()
+    importlib.import_module("mvit_kernels.nn.timm_models")  # registers as it is imported, once
+
+
+if "timm.models" in sys.modules:
+    try:
+        register_timm_models()
+    except ImportError as error:  # a timm before 0.9: everything but the registration works
+        logging.getLogger("mvit_kernels").warning("timm.create_model will not know MobileViT: %s", error)

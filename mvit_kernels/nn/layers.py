@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolutional layers of MobileViT: convolution + batch norm + SiLU, and MobileNetV2's block."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+__all__ = ["ConvNormAct", "InvertedResidual", "make_divisible"]
+
+
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """Round `value` to the nearest multiple of `divisor`, but never below 90 % of it (MobileNetV2's rule).
+
+    Example:
+        >>> make_divisible(16 * 2.0), make_divisible(27)
+        (32, 32)
+    """
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded if rounded >= 0.9 * value else rounded + divisor
+
+
+class ConvNormAct(nn.Module):
+    """A bias-free convolution that keeps the map's size at stride 1, then batch norm, then SiLU.
+
+    Example:
+        >>> ConvNormAct(3, 16, kernel_size=3, stride=2)(torch.rand(1, 3, 256, 256)).shape
+        torch.Size([1, 16, 128, 128])
+
+    Args:
+        in_channels, out_channels: channels of the map in and out.
+        kernel_size: odd; the map is padded by `dilation * (kernel_size - 1) // 2`.
+        stride, dilation, groups: as in `torch.nn.Conv2d`.
+        activation: SiLU after the norm, or nothing.
+
+    Shapes: `(B, in_channels, H, W)` to `(B, out_channels, ceil(H / stride), ceil(W / stride))`, any floating
+    dtype that the parameters have.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        activation: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size - 1) // 2,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+        )
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.act = nn.SiLU() if activation else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: expand 1x1, depthwise 3x3, project 1x1; the input is added where shapes allow it.
+
+    Example:
+        >>> InvertedResidual(16, 24, stride=2, expand_ratio=2)(torch.rand(1, 16, 128, 128)).shape
+        torch.Size([1, 24, 64, 64])
+
+    Every convolution has a batch norm, the first two a SiLU. The hidden width is
+    `make_divisible(in_channels * expand_ratio)`, and `self.residual` says whether the input is added
+    (stride 1 and as many channels out as in). MobileViT paper, section 3 and table 4; Sandler et al. 2018.
+
+    Shapes: `(B, in_channels, H, W)` to `(B, out_channels, ceil(H / stride), ceil(W / stride))`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        expand_ratio: float = 4.0,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        hidden = make_divisible(in_channels * expand_ratio)
+        self.residual = stride == 1 and in_channels == out_channels
+        self.expand = ConvNormAct(in_channels, hidden)
+        self.depthwise = ConvNormAct(hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden)
+        self.project = ConvNormAct(hidden, out_channels, activation=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.residual else y

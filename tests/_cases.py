@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operator is called with, written down in plain literals, and the ways to call it.
+
+Example:
+    >>> tensors, settings = make("patch_attention", dict(shape=(2, 6, 4), heads=4, head_dim=16, patch=(2, 2)))
+    >>> out = call("patch_attention", tensors, settings, path="raw")
+
+A *path* is a way to the operator's values: ``reference`` (the public function on the reference backend, plain PyTorch),
+``raw`` (the reference's raw operators with the autograd function around them), or a backend with kernels, by its name;
+`paths` gives those that can run on this machine. ``oracle`` and ``usual`` are the truth and the yardstick of the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import _oracle
+import _usual
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mvit_kernels
+from mvit_kernels import backends
+from mvit_kernels._library import BACKENDS, raw
+
+DIFFERENTIABLE = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
+INFERENCE = ("inverted_residual", "transformer")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+LAYOUTS = ("contiguous", "permuted", "transposed", "sliced", "strided", "offset", "expanded")
+
+# ------------------------------------------------------------------------------------------------------------ inputs
+
+Tensors = dict[str, Tensor | None]
+
+
+class Draw:
+    """Seeded normal float64 tensors."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64) * std + mean
+
+    def norm(self, d: int) -> tuple[Tensor, Tensor]:
+        return self(d, std=0.2, mean=1.0), self(d, std=0.2)
+
+    def linear(self, n: int, k: int) -> tuple[Tensor, Tensor]:
+        return self(n, k, std=max(k, 1) ** -0.5), self(n, std=0.2)
+
+
+def _layer_norm_linear(draw, shape, n, bias=True, activation=None, mean=0.0, eps=1e-5):
+    norm, linear = draw.norm(shape[-1]), draw.linear(n, shape[-1])
+    tensors = {
+        "x": draw(*shape, mean=mean),
+        "norm_weight": norm[0],
+        "norm_bias": norm[1],
+        "weight": linear[0],
+    }
+    return {**tensors, "bias": linear[1] if bias else None}, {"eps": eps, "activation": activation}
+
+
+def _patch_attention(draw, shape, heads, head_dim, patch, scale=None, magnitude=1.0):
+    qkv = draw(*shape, 3 * heads * head_dim, std=magnitude)
+    return {"qkv": qkv}, {"num_heads": heads, "patch_size": patch, "scale": scale}
+
+
+def _linear_residual(draw, shape, n, bias=True):
+    weight, b = draw.linear(n, shape[-1])
+    return {
+        "x": draw(*shape),
+        "weight": weight,
+        "bias": b if bias else None,
+        "residual": draw(*shape[:-1], n),
+    }, {}
+
+
+def _layer_norm_mlp(draw, shape, hidden, mean=0.0, eps=1e-5):
+    d = shape[-1]
+    norm, fc1, fc2 = draw.norm(d), draw.linear(hidden, d), draw.linear(d, hidden)
+    names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    return {"x": draw(*shape, mean=mean), **dict(zip(names, (*norm, *fc1, *fc2), strict=True))}, {"eps": eps}
+
+
+def _inverted_residual(draw, shape, hidden, out, stride=1, dilation=1, residual=False):
+    expand, project = draw.linear(hidden, shape[-1]), draw.linear(out, hidden)
+    tensors = {
+        "x": draw(*shape),
+        "expand_weight": expand[0],
+        "expand_bias": expand[1],
+        "depthwise_weight": draw(hidden, 1, 3, 3, std=1 / 3),
+        "depthwise_bias": draw(hidden, std=0.2),
+        "project_weight": project[0],
+        "project_bias": project[1],
+    }
+    return tensors, {"stride": stride, "dilation": dilation, "residual": residual}
+
+
+def _transformer(draw, shape, heads, patch, head_dim=None, ratio=2, layers=2, qkv_bias=True, final_norm=True, eps=1e-5):
+    d = shape[-1]
+    inner = heads * head_dim if head_dim else d
+    tensors: Tensors = {"x": draw(*shape)}
+    for index in range(layers):
+        qkv, proj, fc1, fc2 = (
+            draw.linear(3 * inner, d),
+            draw.linear(d, inner),
+            draw.linear(ratio * d, d),
+            draw.linear(d, ratio * d),
+        )
+        values = (*draw.norm(d), qkv[0], qkv[1] if qkv_bias else None, *proj, *draw.norm(d), *fc1, *fc2)
+        for field, value in zip(mvit_kernels.TransformerLayerWeights._fields, values, strict=True):
+            tensors[f"layers.{index}.{field}"] = value
+    if final_norm:
+        tensors["final_norm.weight"], tensors["final_norm.bias"] = draw.norm(d)
+    return tensors, {"num_heads": heads, "patch_size": patch, "eps": eps}
+
+
+def make(operator: str, sizes: dict[str, Any], seed: int = 0) -> tuple[Tensors, dict[str, Any]]:
+    """The operator's tensors (float64, in the order of its schema) and its other arguments."""
+    return globals()[f"_{operator}"](Draw(seed), **sizes)
+
+
+def convert(
+    tensors: Tensors, dtype: torch.dtype, norm_dtype: torch.dtype | None = None, device: str = "cpu"
+) -> Tensors:
+    """In `dtype`, the LayerNorms' parameters in `norm_dtype` if given."""
+    return {
+        name: None if t is None else t.to(device, norm_dtype if norm_dtype and "norm" in name else dtype)
+        for name, t in tensors.items()
+    }
+
+
+def lay_out(t: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
+    """The values of `t` under other strides, and the buffer of 42s that they lie in, where there is one.
+
+    ``permuted`` puts the channels before the rows, as an NCHW map has them; ``expanded`` repeats the first of the first
+    axis with stride 0 (so the values change); ``strided`` leaves a gap between channels.
+    """
+    if layout == "permuted" and t.dim() > 1:
+        return t.movedim(-1, t.dim() // 3).contiguous().movedim(t.dim() // 3, -1), None
+    if layout == "transposed" and t.dim() > 1:
+        axis = (t.dim() - 1) // 2
+        return t.transpose(axis, axis + 1).contiguous().transpose(axis, axis + 1), None
+    if layout == "expanded" and t.dim() > 0 and t.shape[0] > 0:
+        return t[:1].clone().expand(t.shape), None
+    if layout == "sliced":
+        buffer = t.new_full([side + 3 for side in t.shape], 42.0)
+        view = buffer[tuple(slice(1, 1 + side) for side in t.shape)]
+    elif layout == "strided":
+        buffer = t.new_full([*t.shape[:-1], 2 * t.shape[-1]], 42.0)
+        view = buffer[..., ::2]
+    elif layout == "offset":
+        buffer = t.new_full([t.numel() + 6], 42.0)  # three elements in: no vector load is aligned
+        view = buffer[3 : 3 + t.numel()].view(t.shape)
+    else:
+        return t.contiguous(), None
+    view.copy_(t)
+    return view, buffer
+
+
+def lay_out_all(tensors: Tensors, layout: str) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """`lay_out` of every tensor; only activations are expanded (weights of equal rows would be no test)."""
+    activations = ("x", "qkv", "residual")
+    return {
+        name: (None, None)
+        if t is None
+        else lay_out(t, "contiguous" if layout == "expanded" and name not in activations else layout)
+        for name, t in tensors.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- calls
+
+
+def paths(operator: str) -> list[str]:
+    """The ways to the operator that can run here."""
+    found = ["reference", "raw"]
+    for backend in BACKENDS[1:]:
+        if not backends.unavailable(backend, device_of(backend)) and operator in backends._module(backend).SUPPORTS:
+            found.append(backend)
+    return found
+
+
+def device_of(path: str) -> str:
+    return "cuda" if path in ("triton", "cuda") else "cpu"
+
+
+def resolved(operator: str, tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with their defaults written out."""
+    if settings.get("scale", 0.0) is None:
+        head_dim = tensors["qkv"].shape[-1] // (3 * settings["num_heads"])
+        return {**settings, "scale": head_dim**-0.5}
+    return settings
+
+
+def structured(operator: str, tensors: Tensors) -> dict[str, Any]:
+    """The tensors as the public function takes them."""
+    if operator != "transformer":
+        return dict(tensors)
+    weights = [t for name, t in tensors.items() if name.startswith("layers.")]
+    layers = [mvit_kernels.TransformerLayerWeights(*weights[i : i + 12]) for i in range(0, len(weights), 12)]
+    final = (tensors["final_norm.weight"], tensors["final_norm.bias"]) if "final_norm.weight" in tensors else None
+    return {"x": tensors["x"], "layers": layers, "final_norm": final}
+
+
+def raw_arguments(operator: str, tensors: Tensors, settings: dict[str, Any]) -> tuple:
+    """The raw operator's arguments."""
+    settings = resolved(operator, tensors, settings)
+    if operator == "transformer":
+        from mvit_kernels.ops.transformer import flatten
+
+        s = structured(operator, tensors)
+        return s["x"], flatten(s["layers"]), *(s["final_norm"] or (None, None)), *settings.values()
+    return *tensors.values(), *("" if value is None else value for value in settings.values())
+
+
+def backward_arguments(
+    operator: str, tensors: Tensors, settings: dict[str, Any], outputs: tuple, grad_out: Tensor
+) -> tuple:
+    """The arguments of the raw backward operator, given what the raw forward operator returned."""
+    t, settings = list(tensors.values()), list(resolved(operator, tensors, settings).values())
+    return {
+        "layer_norm_linear": lambda: (grad_out, t[0], *outputs[1:], *t[1:], settings[1] or ""),
+        "patch_attention": lambda: (grad_out, t[0], *outputs, *settings),
+        "linear_residual": lambda: (grad_out, t[0], t[1]),
+        "layer_norm_mlp": lambda: (grad_out, t[0], *outputs[1:], *t[1:-1]),
+    }[operator]()
+
+
+def call(operator: str, tensors: Tensors, settings: dict[str, Any], path: str) -> Tensor:
+    """The operator's result by `path`, by the ``oracle`` or the ``usual`` way."""
+    if path in ("oracle", "usual"):
+        function = getattr(_oracle if path == "oracle" else _usual, operator)
+        return function(**structured(operator, tensors), **resolved(operator, tensors, settings))
+    if path == "raw":
+        arguments = raw_arguments(operator, tensors, settings)
+        if operator in INFERENCE:
+            return raw(operator, "reference")(*arguments)
+        needs_grad = any(t is not None and t.requires_grad for t in tensors.values())
+        return importlib.import_module(f"mvit_kernels.ops.{operator}").apply("reference", needs_grad, *arguments)
+    return getattr(mvit_kernels, operator)(**structured(operator, tensors), **settings, backend=path)
+
+
+def evaluate(
+    function: Callable[[Tensors], Tensor],
+    tensors: Tensors,
+    gradients: bool | tuple[str, ...],
+    layout: str = "contiguous",
+) -> dict[str, Tensor]:
+    """The result, and the gradients of all tensors or of those named, for the same seeded gradient of the result."""
+    wanted = [name for name, t in tensors.items() if t is not None and (gradients is True or name in (gradients or ()))]
+    leaves = {name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
+    out = function(leaves)
+    results = {"out": out.detach()}
+    if wanted:  # the gradient of the result is exact in every dtype
+        grad_out = lay_out(Draw(99)(*out.shape).to(torch.bfloat16).to(out.device, out.dtype), layout)[0]
+        grads = torch.autograd.grad(out, [leaves[name] for name in wanted], grad_out)
+        results.update({f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)})
+    return results
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every ``torch.empty`` with NaN, also those of compiled code: memory that is read before it is written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operators that run inside, by name and with the shapes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        outputs = results if isinstance(results, tuple | list) else (results,)
+        self.calls.append((function.name(), tuple(tuple(t.shape) for t in outputs if isinstance(t, Tensor))))
+        return results
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def ours(self) -> list[str]:
+        """Our raw operators, without the namespace."""
+        return [name.removeprefix("mvit_kernels::") for name in self.names() if name.startswith("mvit_kernels::")]

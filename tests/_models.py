@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MobileViTs of every library, with weights on which a wrong one shows, and what tests do with all of them alike."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import mvit_kernels
+from mvit_kernels import _third_party
+from mvit_kernels.adapters import adapter_of
+
+LIBRARIES = ("timm", "huggingface", "kornia", "cvnets", "own")
+VARIANTS = ("xxs", "xs", "s")
+
+_HUGGINGFACE = {
+    "xxs": dict(hidden_sizes=[64, 80, 96], neck_hidden_sizes=[16, 16, 24, 48, 64, 80, 320], expand_ratio=2.0),
+    "xs": dict(hidden_sizes=[96, 120, 144], neck_hidden_sizes=[16, 32, 48, 64, 80, 96, 384], expand_ratio=4.0),
+    "s": dict(hidden_sizes=[144, 192, 240], neck_hidden_sizes=[16, 32, 64, 96, 128, 160, 640], expand_ratio=4.0),
+}
+
+
+def timm(variant: str, **options) -> nn.Module:
+    return _third_party.import_timm().create_model(f"mobilevit_{variant}", **options)
+
+
+def huggingface_config(variant: str, **options):
+    transformers = _third_party.import_transformers()
+    return transformers.MobileViTConfig(**{"hidden_dropout_prob": 0.0} | _HUGGINGFACE[variant] | options)
+
+
+def huggingface(variant: str, task: str = "ForImageClassification", **options) -> nn.Module:
+    """Without its default dropout of 0.1, unless asked for."""
+    cls = getattr(_third_party.import_transformers(), f"MobileViT{task}")
+    return cls(huggingface_config(variant, **{"num_labels": 1000} | options))
+
+
+def kornia(variant: str, **options) -> nn.Module:
+    _third_party.import_kornia()
+    import kornia.models.vit_mobile
+
+    return kornia.models.vit_mobile.MobileViT(variant, **options)
+
+
+def cvnets(variant: str, **options) -> nn.Module:
+    import _cvnets
+
+    return _cvnets.MobileViT(variant, **options)
+
+
+def own(variant: str, **options) -> nn.Module:
+    return mvit_kernels.MobileViT(variant, **{"num_classes": 1000} | options)
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "timm": timm,
+    "huggingface": huggingface,
+    "kornia": kornia,
+    "cvnets": cvnets,
+    "own": own,
+}
+
+
+def build(library: str, variant: str = "xxs", **options) -> nn.Module:
+    """A model as its library makes it, not accelerated, in evaluation mode, with `sensible` weights; yours to change."""
+    return copy.deepcopy(_built(library, variant, tuple(sorted(options.items()))))
+
+
+@functools.cache
+def _built(library: str, variant: str, options: tuple) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = mvit_kernels.restore(_BUILDERS[library](variant, **dict(options)))
+    return sensible(model)
+
+
+def sensible(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw weights anew so that nothing vanishes, nothing is neutral and nothing saturates.
+
+    Fresh models would hide mistakes: linear weights of 0.02 make attention uniform, biases are 0 and norms 1, Hugging
+    Face's batch norms are drawn from N(0, 0.02). Here linear and convolution weights keep the variance, biases and affine
+    parameters are random, and the running statistics are those of random images, slightly off.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: Tensor, mean: float, std: float) -> Tensor:
+        return torch.randn(like.shape, generator=generator) * std + mean
+
+    with torch.no_grad():
+        for module in model.modules():
+            is_norm = isinstance(module, (nn.BatchNorm2d, nn.LayerNorm))
+            for name, value in module.named_parameters(recurse=False):
+                if is_norm:
+                    value.copy_(normal(value, float(name == "weight"), 0.1))
+                elif value.dim() == 1:
+                    value.copy_(normal(value, 0.0, 0.1))
+                else:
+                    value.copy_(normal(value, 0.0, value[0].numel() ** -0.5 * (2**0.5 if value.dim() == 4 else 1)))
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        model.train()(images(2, 128, 128))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.running_mean += normal(norm.running_mean, 0.0, 0.05)
+            norm.running_var *= torch.rand(norm.running_var.shape, generator=generator) * 0.2 + 0.9
+    return model.eval()
+
+
+def images(batch: int, height: int, width: int, seed: int = 1) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def output(result) -> Tensor:
+    """A model's logits or last map, whatever the library wraps them in."""
+    if isinstance(result, Tensor):
+        return result
+    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+def accelerated(model: nn.Module, **options) -> nn.Module:
+    """An accelerated copy; every block must go."""
+    return mvit_kernels.accelerate(copy.deepcopy(model), strict=True, **options)
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if adapter_of(module) is not None]
+
+
