@@ -8,7 +8,7 @@ Every operator is called on 4 tokens of 16 channels, along these paths:
 - ``plain``: the reference's function, no boundary at all;
 - ``raw``: the raw operator ``mvit_kernels::<operator>.<backend>``, through PyTorch's dispatcher;
 - ``function``: the same with the autograd function around it, as where a gradient is needed;
-- ``public``: ``mvit_kernels.<operator>`` under no_grad: checks of the arguments, choice of the backend, one of the above;
+- ``public``: ``mvit_kernels.<operator>`` under no_grad: checks of the arguments, choice of the backend, the call;
 - ``public, grad``: the same on an input that requires a gradient.
 
 Beside them ``torch.add`` of two such tensors, in the same run. The raw reference operators are written in Python and
@@ -142,7 +142,8 @@ def main() -> None:
     candidates: dict[tuple[str, str, str], Callable[[], object]] = {}
     a, b = table["linear_residual"].tensors[0], torch.randn(1, SIDE, SIDE, D)
     candidates["torch.add", "", ""] = lambda: torch.add(a, b)
-    candidates["torch.add", "", "grad"] = _with_grad(lambda b=b.clone().requires_grad_(): torch.add(a, b))
+    needing = b.clone().requires_grad_()
+    candidates["torch.add", "", "grad"] = _with_grad(lambda: torch.add(a, needing))
     for name, case in table.items():
         for backend in _library.BACKENDS:
             if _serves(case, backend):

@@ -151,9 +151,7 @@ def read_keys(keys: Iterable[str], what: str) -> Keys:
         )
     order = list(table)
     upto = order.index(list(found)[-1]) + 1
-    missing = [
-        name for own in order[:upto] for name in table[own] if name not in actual and not is_counter(own)
-    ]
+    missing = [name for own in order[:upto] for name in table[own] if name not in actual and not is_counter(own)]
     if missing:
         raise ValueError(
             f"{what} fits none of the layouts {', '.join(LAYOUTS)}. The nearest is {layout}, with "

@@ -66,9 +66,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], to: Layout) -> dict[str, T
         converted.update(_split(tensor, table[own], what))
     if to == "huggingface" and "classifier.weight" in converted:
         # The task model holds the network as `mobilevit`, beside its classifier.
-        return {
-            key if key.startswith("classifier.") else f"mobilevit.{key}": t for key, t in converted.items()
-        }
+        return {key if key.startswith("classifier.") else f"mobilevit.{key}": t for key, t in converted.items()}
     return converted
 
 
@@ -139,9 +137,7 @@ def _fit(
     if flip_stem_channels:
         stem = own["stem.conv.weight"]
         if stem.ndim != 4 or stem.shape[1] != 3:
-            raise ValueError(
-                f"{what} has a stem of shape {tuple(stem.shape)}; flipping needs three input channels"
-            )
+            raise ValueError(f"{what} has a stem of shape {tuple(stem.shape)}; flipping needs three input channels")
         own["stem.conv.weight"] = stem.flip(1)
 
     values: dict[str, Tensor] = {}
@@ -205,9 +201,7 @@ _VARIANTS = {96: "xxs", 144: "xs", 240: "s"}  # by the transformer's width in th
 def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> str:
     """What explains the shapes that differ between checkpoint and model, and what to do about it."""
     width = "stages.4.1.norm.weight"
-    source, target = (
-        _VARIANTS.get(tensors[width].numel()) if width in tensors else None for tensors in (own, current)
-    )
+    source, target = (_VARIANTS.get(tensors[width].numel()) if width in tensors else None for tensors in (own, current))
     if source and target and source != target:
         there = f"the model a MobileViT-{target.upper()}"
         return f"The checkpoint is a MobileViT-{source.upper()}, {there}: build the model as {source!r}"
@@ -219,9 +213,7 @@ def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> s
             f"Hugging Face: num_labels={classes}), or without a classifier to take the rest"
         )
     if differ == {"stem.conv.weight"}:
-        return (
-            "The images' channels differ: build the model with as many input channels as the checkpoint has"
-        )
+        return "The images' channels differ: build the model with as many input channels as the checkpoint has"
     advice = "Build the model with the checkpoint's widths"
     return f"{advice} (Hugging Face: hidden_sizes, neck_hidden_sizes, expand_ratio in the config)"
 
@@ -229,15 +221,11 @@ def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> s
 def _check_values(values: dict[str, Tensor], current: Mapping[str, Tensor], what: str) -> None:
     """What could still go wrong: meta tensors, integers for weights, values not finite here or there."""
     if any(tensor.is_meta for tensor in current.values()):
-        raise ValueError(
-            f"{what} cannot be loaded into a model on the meta device; call model.to_empty() first"
-        )
+        raise ValueError(f"{what} cannot be loaded into a model on the meta device; call model.to_empty() first")
     kinds = [k for k, value in values.items() if value.is_floating_point() != current[k].is_floating_point()]
     if kinds:
         dtypes = (f"{key} in {values[key].dtype}" for key in kinds)
-        raise ValueError(
-            f"{what} has {some(dtypes)}; weights of floating point are wanted, not quantised ones"
-        )
+        raise ValueError(f"{what} has {some(dtypes)}; weights of floating point are wanted, not quantised ones")
     broken = [key for key, value in values.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"{what} has NaN or infinite values in {some(broken)}; take an earlier checkpoint")
@@ -272,9 +260,7 @@ def _unwrap(checkpoint: object, what: str) -> dict[str, Tensor]:
         raise ValueError(f"{what} is an empty state dict")
     others = [repr(k) for k, v in state_dict.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if others:
-        raise TypeError(
-            f"{what} must hold names and tensors only; take {some(others)} out, or pass its state dict"
-        )
+        raise TypeError(f"{what} must hold names and tensors only; take {some(others)} out, or pass its state dict")
     return state_dict
 
 
@@ -305,16 +291,12 @@ def _read_file(path: Path) -> object:
                 f"load_checkpoint: {path} holds Python objects besides tensors and is not read, since that "
                 "could run code; where it was made, save torch.save(model.state_dict(), path)"
             ) from error
-        raise ValueError(
-            f"load_checkpoint: {path} is corrupt or no {kind}; fetch or save it again"
-        ) from error
+        raise ValueError(f"load_checkpoint: {path} is corrupt or no {kind}; fetch or save it again") from error
 
 
 def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(
-            "load_checkpoint: to read safetensors, install it: pip install safetensors"
-        ) from error
+        raise ImportError("load_checkpoint: to read safetensors, install it: pip install safetensors") from error
     return safetensors.torch

@@ -87,7 +87,7 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     if dtype is not None:
         holder.to(dtype)
     # Dense weights that stay the library's own follow the layout of the maps.
-    holder.to(memory_format=torch.channels_last)
+    holder.to(memory_format=torch.channels_last).eval()
 
     frozen = holder.model
     report = FreezeReport(tuple(blocks), tuple(inverted_residuals), tuple(convolutions), tuple(left))

@@ -152,7 +152,7 @@ def time_by_category(
         synchronize(device)
         wall = (time.perf_counter() - start) * 1e3 / calls
 
-    operators = sorted(_operators(profiler.key_averages(), calls, on_gpu), key=lambda row: -row.ms)
+    operators = sorted(_operators(profiler.events(), calls, on_gpu), key=lambda row: -row.ms)
     categories = dict.fromkeys((*CATEGORIES, OTHER), 0.0)
     for operator in operators:
         categories[operator.category] += operator.ms
@@ -161,18 +161,28 @@ def time_by_category(
 
 
 def _operators(events: Iterable[Any], calls: int, on_gpu: bool) -> list[Operator]:
-    rows, kernels = [], 0.0
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    kernels = 0.0
     for event in events:
+        ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / calls
         if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel; its operator has its time as well
             kernels += event.self_device_time_total / 1e3 / calls
-            continue
-        total = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if total > 0:
-            rows.append(Operator(event.key, category(event.key), total / 1e3 / calls, event.count / calls))
-    unclaimed = kernels - sum(row.ms for row in rows)
+        elif _lays_down_a_bias(event):
+            times[event.cpu_parent.name] += ms
+        else:
+            times[event.name] += ms
+            counts[event.name] += 1
+    unclaimed = kernels - sum(times.values())
     if on_gpu and unclaimed > 1e-6:
-        rows.append(Operator("kernels launched by no operator", OTHER, unclaimed, 0))
-    return rows
+        times["kernels launched by no operator"] = unclaimed
+    return [Operator(name, category(name), ms, counts[name] / calls) for name, ms in times.items() if ms > 0]
+
+
+def _lays_down_a_bias(event: Any) -> bool:
+    """addmm begins by copying its bias into every row of the result: part of a linear layer, no copy of a map."""
+    parent = event.cpu_parent
+    return event.name == "aten::copy_" and parent is not None and parent.name in ("aten::addmm", "aten::baddbmm")
 
 
 def table(profiles: dict[str, Profile]) -> str:
@@ -199,16 +209,17 @@ def layout_copies(function: Callable[[], object]) -> list[LayoutCopy]:
         >>> layout_copies(lambda: x.permute(0, 2, 3, 1).contiguous())
         [LayoutCopy(operator='aten::contiguous', shape=(1, 64, 64, 32), count=1)]
 
-    A copy is an ``aten::copy_`` (the end of every contiguous, clone, reshape and dtype conversion; scalars are left
-    out) or an ``aten::cat``, of which the profiler does not record the shapes: its shape is (). What a kernel moves
-    inside itself cannot be seen: oneDNN's reorders within a convolution, the packing of a matrix product.
+    A copy is an ``aten::copy_`` (the end of every contiguous, clone, reshape and dtype conversion) or an ``aten::cat``,
+    of which the profiler does not record the shapes: its shape is (). Left out are scalars, and the bias that a matrix
+    product starts its sums from. What a kernel moves inside itself cannot be seen: oneDNN's reorders within a
+    convolution, the packing of a matrix product.
     """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiler:
         function()
     found: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for event in profiler.events():
         shape = tuple(event.input_shapes[0]) if event.input_shapes else ()
-        if event.name == "aten::cat" or (event.name == "aten::copy_" and shape):
+        if event.name == "aten::cat" or (event.name == "aten::copy_" and shape and not _lays_down_a_bias(event)):
             found[_outermost(event), shape] += 1
     copies = [LayoutCopy(operator, shape, count) for (operator, shape), count in found.items()]
     return sorted(copies, key=lambda copy: (-math.prod(copy.shape), copy))

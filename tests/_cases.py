@@ -181,7 +181,7 @@ def paths(operator: str) -> list[str]:
     """The ways to the operator that can run here."""
     found = ["reference", "raw"]
     for backend in BACKENDS[1:]:
-        if not backends.unavailable(backend, device_of(backend)) and operator in backends._module(backend).SUPPORTS:
+        if operator in backends.operators(backend) and not backends.unavailable(backend, device_of(backend)):
             found.append(backend)
     return found
 

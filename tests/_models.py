@@ -34,9 +34,9 @@ def huggingface_config(variant: str, **options):
 
 
 def huggingface(variant: str, task: str = "ForImageClassification", **options) -> nn.Module:
-    """Without its default dropout of 0.1, unless asked for."""
+    """Without its default dropouts of 0.1, unless asked for."""
     cls = getattr(_third_party.import_transformers(), f"MobileViT{task}")
-    return cls(huggingface_config(variant, **{"num_labels": 1000} | options))
+    return cls(huggingface_config(variant, **{"num_labels": 1000, "classifier_dropout_prob": 0.0} | options))
 
 
 def kornia(variant: str, **options) -> nn.Module:

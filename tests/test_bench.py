@@ -20,6 +20,16 @@ from mvit_kernels.profiling import LAUNCH_GAPS, OTHER, category, layout_copies, 
 from mvit_kernels.profiling import table as profile_table
 from mvit_kernels.timing import Timing, environment, interleave
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine take a hundred times as long as one that works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # --- timing
 
 
@@ -65,7 +75,7 @@ def test_interleave_warms_up_by_time_and_stops_by_time():
     clock, seen = Clock(), []
     candidates = {"slow": clock.candidate("slow", 0.5), "fast": clock.candidate("fast", 0.1)}
     times = interleave(
-        candidates, seconds=6.0, warmup_seconds=1.0, clock=lambda: clock.now, progress=lambda *done: seen.append(done)
+        candidates, seconds=5.9, warmup_seconds=1.0, clock=lambda: clock.now, progress=lambda *done: seen.append(done)
     )
     warm_up = clock.log[:12]
     assert warm_up.count("slow") == 2 and warm_up.count("fast") == 10
@@ -100,10 +110,6 @@ def subject():
     return Subject(_models.build("own", "xxs"), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
 
 
-def _slow(subject):
-    time.sleep(30)
-
-
 def _missing(subject):
     raise ImportError("the library for it is not installed")
 
@@ -117,30 +123,35 @@ def _wrong(subject):
 
 
 def test_only_what_is_right_is_timed(subject, monkeypatch):
-    for name, build in (("wrong", _wrong), ("missing", _missing), ("slow", _slow)):
+    for name, build in (("wrong", _wrong), ("missing", _missing)):
         monkeypatch.setitem(PEERS, name, Peer(name, build))
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
     steps = []
     results = compare(
         subject,
-        ["accelerated", "wrong", "missing", "frozen", "slow"],
+        ["accelerated", "wrong", "missing", "frozen"],
         seconds=0.1,
         warmup_seconds=0.0,
-        build_seconds=3.0,
         progress=steps.append,
     )
     by_name = {result.candidate: result for result in results}
-    assert list(by_name) == ["eager", "accelerated", "wrong", "missing", "frozen", "slow"]
+    assert list(by_name) == ["eager", "accelerated", "wrong", "missing", "frozen"]
     for name in ("eager", "accelerated", "frozen"):
         assert by_name[name].row.ok and by_name[name].timing.count >= 3, name
         assert by_name[name].ratio == by_name["eager"].timing.median / by_name[name].timing.median
-    for name, note in (("wrong", "not timed: the error of output is"), ("slow", "given up: not built within 3 s")):
-        assert by_name[name].timing is None and by_name[name].note.startswith(note)
+    assert by_name["wrong"].timing is None and not by_name["wrong"].row.ok
+    assert by_name["wrong"].note.startswith("not timed: the error of output is")
     assert by_name["missing"].note == "absent: the library for it is not installed"
     assert steps[-1] == "timing eager, accelerated, frozen"
     assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
     text = comparison.table(results)
-    assert len(text.splitlines()) == 7 and "given up" in text
+    assert len(text.splitlines()) == 6 and "absent" in text
+
+
+def test_what_takes_too_long_to_build_is_given_up(subject, monkeypatch):
+    monkeypatch.setitem(PEERS, "slow", Peer("", lambda subject: time.sleep(60)))
+    slow = compare(subject, ["slow"], seconds=0.1, warmup_seconds=0.0, build_seconds=1.0)[-1]
+    assert (slow.candidate, slow.timing, slow.note) == ("slow", None, "given up: not built within 1 s")
 
 
 def test_a_wrong_gradient_is_not_timed(subject, monkeypatch):
@@ -315,17 +326,16 @@ def test_accelerated_block_copies_no_map(library, backend, expected):
         pytest.skip("; ".join(reasons))
     if library == "huggingface":
         block = _models.build(library).mobilevit.encoder.layer[2]
+        block.downsampling_layer = torch.nn.Conv2d(48, 48, 3, padding=1)  # its stride of 2 is in the others' stage
     else:
         block = _models.build(library).stages[2][1]
-    channels = 24 if library == "huggingface" else 48  # its block begins with the inverted residual of stride 2
-    x = torch.rand(2, channels, 32, 32).contiguous(memory_format=torch.channels_last)
     block = block.to(memory_format=torch.channels_last)
-    if library == "huggingface":
-        block.downsampling_layer = torch.nn.Conv2d(24, 48, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.rand(2, 48, 32, 32).contiguous(memory_format=torch.channels_last)
     as_it_was = _copies_of_the_map(block, x, 64)
     mvit_kernels.accelerate(block, backend=backend, strict=True)
     assert _copies_of_the_map(block, x, 64) == expected
-    assert as_it_was >= 4, "the usual implementation copies the map at least four times: is anything seen at all?"
+    # timm copies the map six times, our own textbook path three: if none were seen, 0 would prove nothing
+    assert as_it_was > max(2, expected)
 
 
 # --- the demo

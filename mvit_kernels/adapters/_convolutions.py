@@ -27,56 +27,68 @@ UNITS = (
 INVERTED_RESIDUALS = (
     ("BottleneckBlock", "conv1_1x1", "conv2_kxk", "conv3_1x1", lambda block: block.shortcut is not None),  # timm
     ("MobileViTInvertedResidual", "expand_1x1", "conv_3x3", "reduce_1x1", lambda block: block.use_residual),
-    ("InvertedResidual", "block.exp_1x1", "block.conv_3x3", "block.red_1x1", lambda block: block.use_res_connect),  # cvnets
+    (  # cvnets
+        "InvertedResidual",
+        *(f"block.{unit}.block.conv" for unit in ("exp_1x1", "conv_3x3", "red_1x1")),
+        lambda block: block.use_res_connect,
+    ),
     ("InvertedResidual", "expand", "depthwise", "project", lambda block: block.residual),  # ours
     ("MV2Block", "conv.0", "conv.3", "conv.6", lambda block: block.use_res_connect),  # Kornia
 )
 
 
 def freeze_convolutions(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """Put `FrozenConv2d` in place of every unit below `model`; yield (name, None) for it, or (name, why not)."""
+    """Put `FrozenConv2d` in place of every unit below `model`; yield (name, None) for it, or (name, why not).
+
+    Bare convolutions become one too: the 1×1 into the transformer, and the one of a unit that cannot be folded."""
+    refused: list[str] = []
+    for name, owner, child_name, child in _children(model):
+        paths = _unit(child)
+        if paths is None:
+            continue
+        conv, norm, activation = (_submodule(child, path) for path in paths)
+        frozen = _fold(conv, norm, activation, gone=[module for module in child.modules() if module is not child])
+        if isinstance(frozen, str):
+            refused.append(f"{name}.")
+            yield name, frozen
+        else:
+            owner._modules[child_name] = with_hooks(frozen, child)
+            yield name, None
     for owner_name, owner in list(model.named_modules()):
-        for child_name, child in list(owner._modules.items()):
-            name = f"{owner_name}.{child_name}" if owner_name else child_name
-            paths = _unit(child)
-            if paths is not None:
-                conv, norm, activation = (_submodule(child, path) for path in paths)
-                inner = [module for module in child.modules() if module is not child]
-                frozen = _fold(conv, norm, activation, inner)
-                if isinstance(frozen, str):
-                    yield name, frozen
-                else:
-                    owner._modules[child_name] = with_hooks(frozen, child)
-                    yield name, None
         if type(owner) is nn.Sequential:
             yield from _freeze_sequential(owner_name, owner)
-    for name, module in list(model.named_modules()):
-        for child_name, child in list(module._modules.items()):
-            # a bare convolution (the 1×1 into the transformer) becomes one too, to keep channels-last and its dtype
-            if type(child) is nn.Conv2d:
-                frozen = _fold(child, None, None, [child])
-                if not isinstance(frozen, str):
-                    module._modules[child_name] = frozen
-                    yield f"{name}.{child_name}", None
-                else:
-                    yield f"{name}.{child_name}", frozen
+    for name, owner, child_name, child in _children(model):
+        if type(child) is not nn.Conv2d:
+            continue
+        frozen = _fold(child, None, None, gone=[])
+        if not isinstance(frozen, str):
+            owner._modules[child_name] = with_hooks(frozen, child)
+            yield name, None
+        elif not any(name.startswith(unit) for unit in refused):
+            yield name, frozen
 
 
 def freeze_inverted_residuals(model: nn.Module) -> Iterator[tuple[str, str | None]]:
     """Put `FrozenInvertedResidual` in place of blocks whose three units are frozen; yield as `freeze_convolutions`."""
+    for name, owner, child_name, child in _children(model):
+        for cls, *paths, adds_input in INVERTED_RESIDUALS:
+            units = [_submodule(child, path) for path in paths] if type(child).__name__ == cls else [None]
+            if any(unit is None for unit in units):
+                continue
+            reason = _inverted_residual_reason(child, units)
+            if reason is None:
+                frozen = FrozenInvertedResidual(*units, residual=bool(adds_input(child)))
+                owner._modules[child_name] = with_hooks(frozen, child)
+            yield name, reason
+            break
+
+
+def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Every module below `model`, as (name, owner, the name there, itself); owners may be changed while this runs."""
     for owner_name, owner in list(model.named_modules()):
         for child_name, child in list(owner._modules.items()):
-            name = f"{owner_name}.{child_name}" if owner_name else child_name
-            for cls, *paths, adds_input in INVERTED_RESIDUALS:
-                units = [_submodule(child, path) for path in paths] if type(child).__name__ == cls else [None]
-                if any(unit is None for unit in units):
-                    continue
-                reason = _inverted_residual_reason(child, units)
-                if reason is None:
-                    frozen = FrozenInvertedResidual(*units, residual=bool(adds_input(child)))
-                    owner._modules[child_name] = with_hooks(frozen, child)
-                yield name, reason
-                break
+            if child is not None:
+                yield f"{owner_name}.{child_name}".removeprefix("."), owner, child_name, child
 
 
 def _unit(module: nn.Module) -> tuple[str, str, str] | None:
@@ -104,7 +116,7 @@ def _freeze_sequential(name: str, sequential: nn.Sequential) -> Iterator[tuple[s
         act_name, act = children[index + 2] if index + 2 < len(children) else ("", None)
         if act is not None and not _is_silu(act):
             act = None
-        frozen = _fold(conv, norm, act, [module for module in (conv, norm, act) if module is not None])
+        frozen = _fold(conv, norm, act, gone=[module for module in (conv, norm, act) if module is not None])
         if isinstance(frozen, str):
             yield f"{name}.{conv_name}", frozen
             continue
@@ -115,8 +127,8 @@ def _freeze_sequential(name: str, sequential: nn.Sequential) -> Iterator[tuple[s
         yield f"{name}.{conv_name}", None
 
 
-def _fold(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None, inner) -> FrozenConv2d | str:
-    """The folded convolution, or why it cannot be folded. `inner` are the modules that will be gone."""
+def _fold(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None, gone) -> FrozenConv2d | str:
+    """The folded convolution, or why it cannot be folded; `gone` are the modules that nobody will call any more."""
     if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
         return f"{type(conv).__name__} is no plain Conv2d"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
@@ -127,7 +139,7 @@ def _fold(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None,
         return "its batch norm keeps no running statistics"
     if activation is not None and not (_is_silu(activation) or isinstance(activation, nn.Identity)):
         return f"activation {type(activation).__name__}; only SiLU is fused"
-    if any(has_hooks(module) for module in inner):
+    if any(has_hooks(module) for module in gone):
         return "an inner module carries a hook"
     with torch.no_grad():
         weight = conv.weight.double()

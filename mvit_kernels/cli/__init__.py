@@ -49,7 +49,7 @@ def output_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
+    if not _is_special(path) and not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"the folder {path.parent} cannot be written to")
     return path
 
@@ -82,10 +82,10 @@ def _finite(data: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    path = path.resolve()  # a link stays a link
-    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: nothing to rename, and no half file to fear
+    if _is_special(path):  # nothing to rename, and no half file to fear
         path.write_text(text, encoding="utf-8")
         return
+    path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -93,3 +93,8 @@ def _write(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _is_special(path: Path) -> bool:
+    """Whether this is a device or a pipe, as /dev/stdout: to be written to, never to be replaced."""
+    return path.exists() and not path.is_file()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MobileViT block (paper section 3.1, figure 1b) and the transformer layer inside it, as the textbook has them.
 
-`mvit_kernels.accelerate` puts the block's transformer on the operators, as it does for other libraries' blocks; `MobileViT`
-does so when it is made. What stands here is the plain path: what `verify` compares with, and what `restore` returns to.
+`mvit_kernels.accelerate` puts the block's transformer on the operators, as it does for other libraries' blocks;
+`MobileViT` does so when it is made. What stands here is the plain path: what `verify` compares with, and what
+`restore` returns to.
 """
 
 from __future__ import annotations

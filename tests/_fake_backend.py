@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend for the tests: "triton" on the CPU, served by the reference's raw operators, as picky as a test wants it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+
+import torch
+
+from mvit_kernels import backends
+from mvit_kernels._library import SCHEMAS, raw
+
+NAME = "triton"
+
+
+def _as_compiled(operator: Callable) -> Callable:
+    """Neither autograd nor autocast sees into a compiled kernel."""
+
+    def kernel(*arguments):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return operator(*arguments)
+
+    return kernel
+
+
+@contextlib.contextmanager
+def fake_backend(
+    operators: Iterable[str],
+    *,
+    refuses: Callable[[backends.Call], list[str]] = lambda call: [],
+    unavailable: Iterable[str] = (),
+    preferred: bool = True,
+) -> Iterator[SimpleNamespace]:
+    """Let "triton" serve `operators` on the CPU inside, and be the automatic choice there if `preferred`.
+
+    Example:
+        >>> with fake_backend(["patch_attention"], refuses=lambda call: ["not today"]):
+        ...     model(images)
+
+    The module that is put in has a list `asked` of all `Call`s that it was asked about.
+    """
+    asked: list[backends.Call] = []
+
+    def predicate(call: backends.Call) -> list[str]:
+        asked.append(call)
+        return list(refuses(call))
+
+    module = SimpleNamespace(
+        unavailable=lambda device_type: list(unavailable),
+        SUPPORTS={operator: predicate for operator in operators},
+        asked=asked,
+    )
+    library = torch.library.Library("mvit_kernels", "IMPL")
+    for operator in operators:
+        for name in (operator, f"{operator}_backward"):
+            if name in SCHEMAS:
+                library.impl(f"{name}.{NAME}", _as_compiled(raw(name, "reference")), "CPU")
+    before = dict(backends._MODULES), dict(backends.PREFERENCE), backends._override
+    backends._MODULES[NAME] = module
+    if preferred:
+        backends.PREFERENCE["cpu"] = (NAME, "reference")
+    backends._choices.clear()
+    backends._logged.clear()
+    try:
+        yield module
+    finally:
+        for current, previous in zip((backends._MODULES, backends.PREFERENCE), before, strict=False):
+            current.clear()
+            current.update(previous)
+        backends._override = before[2]
+        backends._choices.clear()
+        backends._logged.clear()
+        library._destroy()

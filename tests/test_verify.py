@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify`: it passes what is right, and fails what is wrong by little."""
+
+from __future__ import annotations
+
+import copy
+
+import _models
+import pytest
+import torch
+from torch import nn
+
+import mvit_kernels
+from mvit_kernels.nn import functional
+from mvit_kernels.verification import error_row
+
+
+@pytest.mark.parametrize("library", _models.LIBRARIES)
+def test_accelerated_models_pass(library):
+    model = mvit_kernels.accelerate(_models.build(library), strict=True)
+    before = copy.deepcopy(model.state_dict())
+    report = mvit_kernels.verify(model, _models.images(1, 64, 64))
+    assert report.ok, f"\n{report}"
+    assert len(report.rows) >= 4
+    assert report.rows[-1].name.startswith("output")
+    assert all(row.scale > 0 and row.error > 0 for row in report.rows)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(block.accelerated for block in mvit_kernels.report(model).blocks)
+
+
+def test_gradients():
+    model = mvit_kernels.accelerate(_models.build("timm"))
+    report = mvit_kernels.verify(model, _models.images(2, 64, 64), gradients=True)
+    assert report.ok, f"\n{report}"
+    names = {row.name for row in report.rows}
+    assert names >= {f"gradient of {name}" for name, _ in model.named_parameters()}
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def _swapped_patch_sides(original):
+    def wrong(x, *args, patch_size, **kwargs):
+        return original(x, *args, patch_size=(patch_size[0] * 2, patch_size[1]), **kwargs)
+
+    return wrong
+
+
+def _slightly_off(original):
+    def wrong(*args, **kwargs):
+        return original(*args, **kwargs) * 1.00003
+
+    return wrong
+
+
+@pytest.mark.parametrize("wrong", [_swapped_patch_sides, _slightly_off])
+def test_what_is_wrong_fails(wrong, monkeypatch):
+    """Other patches, and a factor of 3e-5: 250 units of float32, a fortieth of one of bfloat16."""
+    from mvit_kernels.adapters import _block
+
+    monkeypatch.setattr(_block, "transformer_on_map", wrong(functional.transformer_on_map))
+    model = mvit_kernels.accelerate(_models.build("timm"))
+    report = mvit_kernels.verify(model, _models.images(1, 128, 128))
+    assert not report.ok
+    assert not report.rows[0].ok
+    assert "TOO LARGE" in str(report)
+
+
+def test_the_rule():
+    truth = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    pytorch = [(truth + 1e-6).float(), truth.float()]
+    band = torch.finfo(torch.float32).eps * 4
+    for error, ok in ((2 * (1e-6 + band) * 0.9, True), (2 * (1e-6 + band) * 1.2, False), (float("nan"), False)):
+        row = error_row("x", (truth + error).float(), pytorch, truth)
+        assert row.ok is ok
+        assert row.allowed == pytest.approx(2 * (1e-6 + band), rel=0.3)
+    assert error_row("x", torch.empty(0), [torch.empty(0)], torch.empty(0).double()).ok
+    with pytest.raises(ValueError, match="has shape"):
+        error_row("x", torch.empty(3), [torch.empty(2)], truth)
+
+
+def test_keyword_examples():
+    model = mvit_kernels.accelerate(_models.build("huggingface"))
+    example = {"pixel_values": _models.images(1, 64, 64), "output_hidden_states": True}
+    report = mvit_kernels.verify(model, example)
+    assert report.ok
+    assert "output.logits" in {row.name for row in report.rows}
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "options", "error", "message"),
+    [
+        (None, torch.rand(1, 3, 64, 64), {}, TypeError, "model is NoneType; a torch.nn.Module is wanted"),
+        ("timm", torch.rand(0, 3, 64, 64), {}, ValueError, r"the example is empty, of shape \(0, 3, 64, 64\)"),
+        ("frozen", torch.rand(1, 3, 64, 64), {}, ValueError, "give the model it was made from as reference="),
+        ("frozen", torch.rand(1, 3, 64, 64), {"gradients": True}, ValueError, "a frozen model has no gradients"),
+        ("nan", torch.rand(1, 3, 64, 64), {}, ValueError, "not finite in float64 either"),
+    ],
+)
+def test_errors(model, example, options, error, message):
+    reference = None
+    if model == "frozen":
+        model = mvit_kernels.freeze(_models.build("timm"))
+        reference = _models.build("timm") if options else None
+    elif model is not None:
+        spoil = model == "nan"
+        model = _models.build("timm")
+        if spoil:
+            nn.init.constant_(model.stem.conv.weight, float("nan"))
+    with pytest.raises(error, match=message):
+        mvit_kernels.verify(model, example, reference=reference, **options)
