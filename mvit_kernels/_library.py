@@ -54,7 +54,9 @@ _library = torch.library.Library("mvit_kernels", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     for _backend in BACKENDS:
         # Exact strides: Inductor must hand a kernel the layout that was traced, channels-last maps above all.
-        _library.define(f"{_name}.{_backend}{_schema}", tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+        _library.define(
+            f"{_name}.{_backend}{_schema}", tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+        )
 
 
 def register_fake(name: str) -> Callable[[Callable], Callable]:

@@ -15,7 +15,8 @@ error when a backend was asked for by name, the log, and ``mvit-kernels info``. 
 and shapes alone, so that ``torch.compile`` folds it.
 
 Who decides, strongest first: ``backend=`` of the call (``accelerate(model, backend=…)`` sets it on the blocks),
-``use_backend``, the environment variable ``MVIT_KERNELS_BACKEND`` (read when the package is imported), the automatic choice.
+``use_backend``, the environment variable ``MVIT_KERNELS_BACKEND`` (read when the package is imported), the automatic
+choice.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ def _choose(call: Call, requested: str | None) -> str:
         if reasons:
             raise BackendError(
                 f"{call.operator}: backend {requested!r} was asked for and cannot serve this call "
-                f"({_describe(call)}): {'; '.join(reasons)}. Leave the backend to the automatic choice, or change the call."
+                f"({_describe(call)}): {'; '.join(reasons)}. Leave the backend to the automatic choice, or change the "
+                "call."
             )
         return requested
     for backend in PREFERENCE.get(call.device_type, ("reference",)):

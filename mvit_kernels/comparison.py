@@ -53,6 +53,8 @@ class Form(NamedTuple):
 
 
 class Peer(NamedTuple):
+    """One form of a model that can be asked for by name."""
+
     summary: str
     build: Callable[[Subject], Form]
     inference_only: bool = False
@@ -185,7 +187,7 @@ def compare(
         results: dict[str, Result] = {}
         calls: dict[str, Callable[[], object]] = {}
         for name in names:
-            progress(name)
+            progress(f"{name} ({PEERS[name].summary})")
             start = time.perf_counter()
             try:
                 with time_limit(build_seconds):

@@ -264,7 +264,10 @@ def _indented(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mvit_kernels.demo", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mvit_kernels.demo",
+        description="Accelerates, freezes, verifies and times MobileViT on photographs.",
+    )
     parser.add_argument(
         "--model",
         action="append",

@@ -47,20 +47,20 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
 
     Example:
         >>> fast = mvit_kernels.freeze(model)                        # any of the five kinds of MobileViT
-        >>> fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)  # half the bytes, and twice the rate where there is bf16
+        >>> fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)  # half the bytes, twice the rate on bf16 units
         >>> with torch.inference_mode():
         ...     logits = fast(images)
 
-    Batch norms are folded into their convolutions (in float64), SiLU and the residual additions of inverted residuals are
-    fused, and everything runs channels-last inside, whatever the layout of the input. The model's own modules around
-    that (pooling, heads, ``features_only``, Hugging Face's output classes) stay. What cannot be frozen stays as it was,
-    layer by layer, and is listed in ``fast.freeze_report``.
+    Batch norms are folded into their convolutions (in float64), SiLU and the residual additions of inverted residuals
+    are fused, and everything runs channels-last inside, whatever the layout of the input. The model's own modules
+    around that (pooling, heads, ``features_only``, Hugging Face's output classes) stay. What cannot be frozen stays as
+    it was, layer by layer, and is listed in ``fast.freeze_report``.
 
     Args:
-        model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. Its ``state_dict`` afterwards is the
-            frozen one's own: load checkpoints before freezing.
-        dtype: float32, bfloat16, float16 or float64 for all weights; inputs are cast, outputs come in it. None keeps the
-            model's.
+        model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. Its ``state_dict`` afterwards
+            is the frozen one's own: load checkpoints before freezing.
+        dtype: float32, bfloat16, float16 or float64 for all weights; inputs are cast, outputs come in it. None keeps
+            the model's.
 
     Returns:
         A new model in evaluation mode, without parameters that need a gradient. ``train()`` on it raises.
@@ -75,7 +75,7 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         raise TypeError(f"freeze: dtype is {dtype!r}; float32, bfloat16, float16 or float64 is wanted")
     _check_finite(model)
 
-    # Inference tensors have no versions and cannot be changed; the copy is made of ordinary ones. A holder, so that the model itself may be a block or a unit.
+    # A holder, so that the model itself may be a block or a unit.
     holder = nn.Module()
     holder.model = copy.deepcopy(model).eval().requires_grad_(False)
     backends = {name.removeprefix("model").removeprefix("."): backend_of(m) for name, m in holder.named_modules()}
@@ -102,7 +102,9 @@ def _check_finite(model: nn.Module) -> None:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             continue
         if not torch.isfinite(value).all():
-            raise ValueError(f"freeze: {name} has values that are not finite; mend or reload the weights before freezing")
+            raise ValueError(
+                f"freeze: {name} has values that are not finite; mend or reload the weights before freezing"
+            )
         if name.endswith("running_var") and (value < 0).any():
             raise ValueError(f"freeze: {name} has negative variances; mend or reload the weights before freezing")
 

@@ -8,9 +8,9 @@ Two forms of each operator live here.
 
 - A plain function, differentiable by PyTorch itself in every dtype including float64. It is what a CPU without the
   compiled library and an unsupported GPU run, and what an exporter sees.
-- The raw operators ``mvit_kernels::<name>.reference`` and ``…_backward.reference``: the same values by the formulas that
-  the kernels use (saved statistics, recomputed intermediates, explicit gradients). They define what the raw operators
-  of the other backends must return, and prove the autograd functions in ``ops/`` without any compiled code.
+- The raw operators ``mvit_kernels::<name>.reference`` and ``…_backward.reference``: the same values by the formulas
+  that the kernels use (saved statistics, recomputed intermediates, explicit gradients). They define what the raw
+  operators of the other backends must return, and prove the autograd functions in ``ops/`` without any compiled code.
 
 MobileViT: Mehta & Rastegari 2021, arXiv:2110.02178, section 3. Shapes are in ``ops/``.
 """
@@ -161,8 +161,7 @@ def _normalize(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1/sqrt(variance + eps) of the rows; two passes, since the one-pass formula cancels where |mean| ≫ σ."""
     x = x.to(_wide(x.dtype))
-    mean = x.mean(-1)
-    variance = (x - mean.unsqueeze(-1)).square().mean(-1)  # torch.var_mean warns of an empty batch
+    variance, mean = torch.var_mean(x, dim=-1, correction=0)
     return mean, torch.rsqrt(variance + eps)
 
 

@@ -2,12 +2,13 @@
 """``verify``: the fast path and PyTorch's own path, both against float64, block by block.
 
 The tolerance rule: with e(·) the largest absolute difference from the float64 result on the same inputs,
-``e(fast) ≤ 2 · (e(PyTorch in the same dtype) + band)``; the band is one unit of the dtype at the largest value of the result.
+``e(fast) ≤ 2 · (e(PyTorch in the same dtype) + band)``; the band is one unit of the dtype at the largest value of the
+result.
 
 Two readings make the rule fit whole models. PyTorch's own error is the larger of its two memory formats, NCHW and
-channels-last: they run different convolutions, and at XXS's third stage the errors of the two already differ by 1.8 times. And
-some gradients are zero in exact arithmetic (a key's bias shifts all scores of a row alike), so that all of their value is
-rounding: a gradient's band is taken at the largest gradient of the same module's parameters.
+channels-last: they run different convolutions, and at XXS's third stage the errors of the two already differ by 1.8
+times. And some gradients are zero in exact arithmetic (a key's bias shifts all scores of a row alike), so that all of
+their value is rounding: a gradient's band is taken at the largest gradient of the same module's parameters.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from .adapters import named_blocks, restore
 from .nn.frozen import FrozenMobileViTBlock
-
 
 GRADIENT = "gradient of "
 
@@ -60,7 +60,9 @@ class VerificationReport(NamedTuple):
         return "\n".join(lines)
 
 
-def error_row(name: str, fast: Tensor, pytorch: Sequence[Tensor], truth: Tensor, scale: float | None = None) -> ErrorRow:
+def error_row(
+    name: str, fast: Tensor, pytorch: Sequence[Tensor], truth: Tensor, scale: float | None = None
+) -> ErrorRow:
     """The tolerance rule on one tensor: `pytorch` are PyTorch's own results, `truth` is float64, the band is taken at
     `scale`, the truth's largest value where None."""
     if scale is None:
@@ -69,7 +71,9 @@ def error_row(name: str, fast: Tensor, pytorch: Sequence[Tensor], truth: Tensor,
 
     def error(value: Tensor) -> float:
         if value.shape != truth.shape:
-            raise ValueError(f"verify: {name} has shape {tuple(value.shape)} on one path and {tuple(truth.shape)} on the other")
+            raise ValueError(
+                f"verify: {name} has shape {tuple(value.shape)} on one path and {tuple(truth.shape)} on the other"
+            )
         return largest(value.double() - truth)
 
     pytorch_error = max(error(value) for value in pytorch)
@@ -99,11 +103,13 @@ def verify(
             batch's statistics, and their running ones are left alone.
 
     Returns:
-        The errors of every MobileViT block's output, of the output, and of the gradients if asked for. No model is changed.
+        The errors of every MobileViT block's output, of the output, and of the gradients if asked for. No model is
+        changed.
 
     Raises:
         TypeError: `model` is no ``nn.Module``.
-        ValueError: an empty example, an output that is not finite on PyTorch's own path, or a frozen model without reference.
+        ValueError: an empty example, an output that is not finite on PyTorch's own path, or a frozen model without
+            reference.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"verify: model is {type(model).__name__}; a torch.nn.Module is wanted")
@@ -114,7 +120,9 @@ def verify(
         raise ValueError("verify: a frozen model has no gradients; verify the model it was made from")
     for value in _tensors(example):
         if value.numel() == 0:
-            raise ValueError(f"verify: the example is empty, of shape {tuple(value.shape)}; at least one image is wanted")
+            raise ValueError(
+                f"verify: the example is empty, of shape {tuple(value.shape)}; at least one image is wanted"
+            )
 
     pytorch = restore(copy.deepcopy(model if reference is None else reference))
     truth = copy.deepcopy(pytorch).double()
@@ -151,7 +159,8 @@ def _outputs(model: nn.Module, example: Any, dtype: torch.dtype) -> dict[str, Te
 
 
 def _gradients(model: nn.Module, example: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The output in training mode without dropout, and the gradient of every parameter for one fixed random cotangent."""
+    """The output in training mode without dropout, and the gradient of every parameter for one fixed random
+    cotangent."""
     model.train()
     for module in model.modules():
         if "drop" in type(module).__name__.lower():

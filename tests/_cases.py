@@ -39,13 +39,13 @@ Tensors = dict[str, Tensor | None]
 
 
 class Draw:
-    """Seeded normal float64 tensors."""
+    """Seeded normal float64 tensors, of values that float32 has as well."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, *shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64) * std + mean
+        return (torch.randn(shape, generator=self.generator) * std + mean).double()
 
     def norm(self, d: int) -> tuple[Tensor, Tensor]:
         return self(d, std=0.2, mean=1.0), self(d, std=0.2)
@@ -266,7 +266,8 @@ def evaluate(
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill every ``torch.empty`` with NaN, also those of compiled code: memory that is read before it is written shows."""
+    """Fill every ``torch.empty`` with NaN, also those of compiled code: memory that is read before it is written
+    shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 import mvit_kernels
 from mvit_kernels import _third_party
-from mvit_kernels.adapters import adapter_of
+from mvit_kernels.adapters import _block, adapter_of
 
 LIBRARIES = ("timm", "huggingface", "kornia", "cvnets", "own")
 VARIANTS = ("xxs", "xs", "s")
@@ -66,7 +67,8 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(library: str, variant: str = "xxs", **options) -> nn.Module:
-    """A model as its library makes it, not accelerated, in evaluation mode, with `sensible` weights; yours to change."""
+    """A model as its library makes it, not accelerated, in evaluation mode, with `sensible` weights; yours to
+    change."""
     return copy.deepcopy(_built(library, variant, tuple(sorted(options.items()))))
 
 
@@ -82,8 +84,8 @@ def sensible(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draw weights anew so that nothing vanishes, nothing is neutral and nothing saturates.
 
     Fresh models would hide mistakes: linear weights of 0.02 make attention uniform, biases are 0 and norms 1, Hugging
-    Face's batch norms are drawn from N(0, 0.02). Here linear and convolution weights keep the variance, biases and affine
-    parameters are random, and the running statistics are those of random images, slightly off.
+    Face's batch norms are drawn from N(0, 0.02). Here linear and convolution weights keep the variance, biases and
+    affine parameters are random, and the running statistics are those of random images, slightly off.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -128,7 +130,69 @@ def accelerated(model: nn.Module, **options) -> nn.Module:
     return mvit_kernels.accelerate(copy.deepcopy(model), strict=True, **options)
 
 
-def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if adapter_of(module) is not None]
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The three MobileViT blocks."""
+    return [module for module in model.modules() if adapter_of(module) is not None]
 
 
+@contextlib.contextmanager
+def fast_calls() -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the maps that took the fast path inside: without this, a block that declines passes every test."""
+    shapes, original = [], _block.transformer_on_map
+
+    def counted(x, *args, **kwargs):
+        shapes.append(tuple(x.shape))
+        return original(x, *args, **kwargs)
+
+    _block.transformer_on_map = counted
+    try:
+        yield shapes
+    finally:
+        _block.transformer_on_map = original
+
+
+def differentiated(model: nn.Module, x: Tensor, autocast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output in training, and the gradients of the images and of every parameter, for one fixed cotangent."""
+    model.train()
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = output(model(x))
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (y.double() * cotangent).sum().backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing, f"no gradient reaches {missing}"
+    return y.detach(), {"images": x.grad} | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_gradients_as_pytorch(
+    ours: dict[str, Tensor], pytorch: dict[str, Tensor], truth: dict[str, Tensor], unit: float
+) -> None:
+    """The tolerance rule for every gradient, with errors as root sums of squares, the band `unit` at the module's gradient.
+
+    Two readings make the rule fit a whole network's backward pass, where all errors come through the same long chain.
+
+    - The largest error of a gradient of 16 numbers is a draw of luck: that of two right paths differs by up to 2.1 times
+      (a batch norm's weight near the input, with nothing but attention computed in another order), their root sums of
+      squares by 1.4 at most. So the rule's factor of 2 is applied to those.
+    - Some gradients are zero in exact arithmetic and all of their value is rounding: of a key's bias, which shifts the
+      scores of a row alike, and of what adds a constant to a channel before a batch norm in training (the last
+      LayerNorm's bias, in Kornia the last fc2's). How large that rounding is, the rest of the module tells.
+    """
+
+    def module(name: str) -> str:
+        return name.rpartition(".")[0]
+
+    squares: dict[str, float] = {}
+    for name, value in truth.items():
+        squares[module(name)] = squares.get(module(name), 0.0) + value.square().sum().item()
+    for name, value in truth.items():
+        error, allowed_for = ((gradients[name].double() - value).norm().item() for gradients in (ours, pytorch))
+        bound = 2 * (allowed_for + unit * squares[module(name)] ** 0.5)
+        assert error <= bound, f"gradient of {name}: error {error:.2e}, PyTorch's {allowed_for:.2e}, allowed {bound:.2e}"
+
+
+def assert_same(ours: Tensor, expected: Tensor) -> None:
+    """The same in float64 up to the order of summation: a sharper test than any tolerance in float32."""
+    assert ours.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10 * max(expected.abs().max().item(), 1.0))

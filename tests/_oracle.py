@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The truth of the tests: every operator from its textbook formula, in float64, one step at a time.
 
-Nothing here is shared with the package, and nothing is a fused operator of PyTorch's: sequences are gathered by an index
-that plain loops write down, softmax and LayerNorm are spelled out, the depthwise convolution is nine shifted products and
-the bilinear resize two matrices. Gradients come from autograd through these elementary steps.
+Nothing here is shared with the package, and nothing is a fused operator of PyTorch's: sequences are gathered by an
+index that plain loops write down, softmax and LayerNorm are spelled out, the depthwise convolution is nine shifted
+products and the bilinear resize two matrices. Gradients come from autograd through these elementary steps.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def test_kernels_for_inference_run(operator):
 
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_kernels_see_one_dtype_under_autocast(operator):
-    """Autocast does not reach into raw operators: the linear weights are cast before, with gradients through the casts."""
+    """Autocast does not reach into raw operators: the linear weights are cast before, with gradients through the
+    casts."""
     tensors, settings = make(operator, SIZES[operator])
     tensors = convert(tensors, torch.float32)
     with fake_backend([operator]) as module:

@@ -85,9 +85,8 @@ def test_saved_logsumexp(backend, dtype):
     tensors, settings = make(OP, dict(shape=(2, 4, 6), heads=3, head_dim=10, patch=(2, 1)))
     qkv = tensors["qkv"].to(getattr(torch, dtype))
     _, logsumexp = raw(OP, backend)(*raw_arguments(OP, {"qkv": qkv}, settings))
-    wide = qkv.to(torch.float64 if dtype == "float64" else torch.float32).reshape(2, 2, 2, 6, 3, 3, 10)
-    q, k, _ = wide.permute(4, 0, 2, 5, 1, 3, 6).flatten(
-        4, 5
+    q, k, _ = (
+        qkv.float().reshape(2, 2, 2, 6, 3, 3, 10).permute(4, 0, 2, 5, 1, 3, 6).flatten(4, 5)
     )  # (B, place, head, N, head_dim); places are rows of a patch
     pytorch = torch.logsumexp(q @ k.transpose(-1, -2) * 10**-0.5, -1)
     _, truth = patch_attention_and_logsumexp(qkv.double(), 3, (2, 1), 10**-0.5)
@@ -97,7 +96,8 @@ def test_saved_logsumexp(backend, dtype):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("patch", [(2, 2), (1, 1), (2, 1), (1, 3), (4, 3)])
 def test_who_attends_to_whom(patch, path):
-    """With equal scores and a value for each token of its own, the result names exactly the tokens that were attended to."""
+    """With equal scores and a value for each token of its own, the result names exactly the tokens that were attended
+    to."""
     height, width = 4, 6
     tokens = height * width
     values = torch.eye(tokens).reshape(1, height, width, tokens)

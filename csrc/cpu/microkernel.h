@@ -35,22 +35,25 @@ MVIT_INLINE void multiply_add(Vec<T> (&tile)[R][V], const T* a, int64_t lda, con
   }
 }
 
-template <int R, int V, typename T>
-MVIT_INLINE void fill(Vec<T> (&tile)[R][V], Vec<T> value) {
+// tile[r][v] = f(tile[r][v], r, v)
+template <int R, int V, typename T, typename F>
+MVIT_INLINE void map_tile(Vec<T> (&tile)[R][V], const F& f) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) tile[r][v] = value;
+    for (int v = 0; v < V; ++v) tile[r][v] = f(tile[r][v], r, v);
+}
+
+template <int R, int V, typename T>
+MVIT_INLINE void clear(Vec<T> (&tile)[R][V]) {
+  map_tile(tile, [](Vec<T>, int, int) { return Vec<T>(T(0)); });
 }
 
 // Long sums are sums of blocks: each from zero, then added. The rounding error grows with the block and with the number
 // of blocks, not with their product.
 template <int R, int V, typename T>
 MVIT_INLINE void add_tile(Vec<T> (&tile)[R][V], const T* p, int64_t ld) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) tile[r][v] = load(p + r * ld + v * Vec<T>::size) + tile[r][v];
+  map_tile(tile, [&](Vec<T> x, int r, int v) { return load(p + r * ld + v * Vec<T>::size) + x; });
 }
 
 template <int R, int V, typename T>

@@ -54,11 +54,16 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& qkv, int64
 }
 
 Tensor with_adjacent_channels(const Tensor& tensor) {
-  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : contiguous(tensor);
 }
 
-TokenMap map_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+// Inputs are only read: const_data_ptr leaves lazily copied tensors shared.
+TokenMap input_map(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+TokenMap output_map(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 ScalarType statistics_type(Dtype dtype) {
@@ -76,17 +81,17 @@ std::tuple<Tensor, Tensor> patch_attention(const Tensor& qkv_argument, int64_t n
   const auto type = static_cast<int>(dtype);
   const PatchAttentionKernels& kernels = MVIT_KERNELS_FOR_THIS_CPU(patch_attention);
   const Tensor qkv = with_adjacent_channels(qkv_argument);
-  Tensor out = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), shape.inner()});
-  Tensor logsumexp = torch::stable::new_empty(qkv, {shape.images, shape.positions(), shape.heads, shape.tokens()},
-                                              statistics_type(dtype));
+  const Tensor out = new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), shape.inner()}, qkv.scalar_type());
+  const Tensor logsumexp =
+      new_empty(qkv, {shape.images, shape.positions(), shape.heads, shape.tokens()}, statistics_type(dtype));
 
-  const PatchAttentionForward args{shape, map_of(qkv), map_of(out), logsumexp.data_ptr()};
+  const PatchAttentionForward args{shape, input_map(qkv), output_map(out), logsumexp.mutable_data_ptr()};
   const std::size_t bytes = scratch_bytes(kernels.forward_scratch[type](shape), dtype);
   // Threads share out parts of 64 queries, so that one image's few strands keep many cores busy; consecutive parts of a
   // strand are one call, which packs the strand's keys and values once.
   constexpr int64_t part = 64;
   const int64_t tokens = shape.tokens(), parts = (tokens + part - 1) / part;
-  parallel_for(shape.strands() * parts, shape.score_flops(2) * std::min(part, tokens) * tokens,
+  parallel_for(shape.strands() * parts, shape.score_flops(2) * static_cast<double>(std::min(part, tokens) * tokens),
                [&](int64_t begin, int64_t end) {
                  void* memory = scratch(bytes);
                  while (begin < end) {
@@ -112,14 +117,16 @@ Tensor patch_attention_backward(const Tensor& grad_out_argument, const Tensor& q
                   "patch_attention: logsumexp is not the one that the forward operator returned");
   const PatchAttentionKernels& kernels = MVIT_KERNELS_FOR_THIS_CPU(patch_attention);
   const Tensor grad_out = with_adjacent_channels(grad_out_argument), qkv = with_adjacent_channels(qkv_argument),
-               out = with_adjacent_channels(out_argument), logsumexp = torch::stable::contiguous(logsumexp_argument);
-  Tensor grad_qkv = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)});
+               out = with_adjacent_channels(out_argument), logsumexp = logsumexp_argument.is_contiguous() ? logsumexp_argument : contiguous(logsumexp_argument);
+  const Tensor grad_qkv =
+      new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)}, qkv.scalar_type());
 
-  const PatchAttentionBackward args{shape, map_of(grad_out), map_of(qkv), map_of(out), map_of(grad_qkv),
-                                    logsumexp.data_ptr()};
+  const PatchAttentionBackward args{shape,           input_map(grad_out),  input_map(qkv),
+                                    input_map(out),  output_map(grad_qkv), logsumexp.const_data_ptr()};
   const std::size_t bytes = scratch_bytes(kernels.backward_scratch[type](shape), dtype);
   const int64_t tokens = shape.tokens();
-  parallel_for(shape.strands(), shape.score_flops(5) * tokens * tokens, [&](int64_t begin, int64_t end) {
+  const int64_t strands = tokens == 0 ? 0 : shape.strands();  // a map of no rows has strands, of nothing
+  parallel_for(strands, shape.score_flops(5) * static_cast<double>(tokens * tokens), [&](int64_t begin, int64_t end) {
     void* memory = scratch(bytes);
     for (int64_t strand = begin; strand < end; ++strand) kernels.backward[type](args, strand, memory);
   });

@@ -2,8 +2,8 @@
 """The convolutional units of the libraries, and the folding of their batch norms, for `freeze`.
 
 A unit is convolution, batch norm and activation, one after another. Batch norm in evaluation is an affine map for each
-channel, so ``BN(conv(x)) = conv'(x)`` with ``w' = w·γ/σ`` and ``b' = β + (b − μ)·γ/σ`` (Jacob et al. 2018, arXiv:1712.05877,
-section 3.2). The folding is done in float64.
+channel, so ``BN(conv(x)) = conv'(x)`` with ``w' = w·γ/σ`` and ``b' = β + (b − μ)·γ/σ`` (Jacob et al. 2018,
+arXiv:1712.05877, section 3.2). The folding is done in float64.
 """
 
 from __future__ import annotations
@@ -189,7 +189,12 @@ def _inverted_residual_reason(block: nn.Module, units: list[nn.Module]) -> str |
 
 def with_hooks(frozen: nn.Module, original: nn.Module) -> nn.Module:
     """Hooks on what is replaced go on being called (timm's ``features_only`` may have put them there)."""
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+    for name in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
         frozen.__dict__[name] = original.__dict__[name]
     return frozen
 

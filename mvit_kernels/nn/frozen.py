@@ -28,8 +28,8 @@ class Frozen(nn.Module):
     def train(self, mode: bool = True) -> Frozen:
         if mode:
             raise RuntimeError(
-                f"{type(self).__name__} is frozen for inference and cannot be trained; train the model that freeze() was "
-                "given (accelerate() speeds that up), then freeze it again"
+                f"{type(self).__name__} is frozen for inference and cannot be trained; train the model that freeze() "
+                "was given (accelerate() speeds that up), then freeze it again"
             )
         return super().train(False)
 
@@ -152,15 +152,16 @@ class FrozenInvertedResidual(Frozen):
 
 
 class FrozenMobileViTBlock(Frozen):
-    """A MobileViT block of any library for inference: convolutions frozen, the transformer's weights joined and cast once.
+    """A MobileViT block of any library for inference: convolutions frozen, the transformer's weights joined and cast
+    once.
 
     Args:
         downsampling, before, after, fusion, input_first: as in ``adapters._block.BlockParts``.
         layers: `TransformerLayerWeights` of each layer.
         final_norm: (weight, bias) of the last LayerNorm, or None.
         num_heads, patch_size, eps, backend: as in `mvit_kernels.transformer`.
-        fallback, takes: where ``takes(fallback, x)`` is false, the library's own block `fallback` serves the call (maps on
-            which Kornia raises and cvnets normalises otherwise).
+        fallback, takes: where ``takes(fallback, x)`` is false, the library's own block `fallback` serves the call (maps
+            on which Kornia raises and cvnets normalises otherwise).
     """
 
     def __init__(

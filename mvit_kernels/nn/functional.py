@@ -5,9 +5,9 @@ Example:
     >>> y = transformer_on_map(x, layers, (norm.weight, norm.bias), num_heads=4, patch_size=(2, 2))
 
 Sequences never mix and everything but attention is row-wise, so rows may be in any order. Where a kernel serves the
-attention they stay in the map's own order and nothing is copied. Where PyTorch does (the reference backend), they are put
-into sequence order once before the first layer and back once after the last, instead of the gather and scatter that each
-layer's attention would need: two copies of the map a block, against four to six in the usual implementations.
+attention they stay in the map's own order and nothing is copied. Where PyTorch does (the reference backend), they are
+put into sequence order once before the first layer and back once after the last, instead of the gather and scatter that
+each layer's attention would need: two copies of the map a block, against four to six in the usual implementations.
 """
 
 from __future__ import annotations
@@ -58,11 +58,13 @@ def transformer_on_map(
     dropout: Sequence[LayerDropout] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Unfold, L transformer layers, final LayerNorm and fold, of MobileViT's block, on a (B, d, H, W) map; differentiable.
+    """Unfold, L transformer layers, final LayerNorm and fold, of MobileViT's block, on a (B, d, H, W) map;
+    differentiable.
 
     Args:
-        x: (B, d, H, W), of any memory format; channels-last is copied least. A map that does not split into whole patches
-            is resized (bilinear, ``align_corners=False``) before and back after, as in timm, Hugging Face and cvnets.
+        x: (B, d, H, W), of any memory format; channels-last is copied least. A map that does not split into whole
+            patches is resized (bilinear, ``align_corners=False``) before and back after, as in timm, Hugging Face and
+            cvnets.
         layers, final_norm, num_heads, patch_size, eps, backend: as in `mvit_kernels.transformer`.
         dropout: the live dropout of each layer while training, or None. On the reference backend the draws are made in
             sequence order, as the usual implementations make them: with the same seed, they are the same.
@@ -147,7 +149,14 @@ def _mlp_half(rows, layer, patch_size, eps, drop, backend) -> Tensor:
     if not (drop.activation or drop.mlp or drop.path2):
         return layer_norm_mlp(rows, *layer[6:], eps=eps, backend=backend)
     hidden = layer_norm_linear(
-        rows, layer.norm2_weight, layer.norm2_bias, layer.fc1_weight, layer.fc1_bias, eps=eps, activation="silu", backend=backend
+        rows,
+        layer.norm2_weight,
+        layer.norm2_bias,
+        layer.fc1_weight,
+        layer.fc1_bias,
+        eps=eps,
+        activation="silu",
+        backend=backend,
     )
     branch = F.dropout(F.linear(F.dropout(hidden, drop.activation), layer.fc2_weight, layer.fc2_bias), drop.mlp)
     return rows + drop_path(branch, drop.path2, patch_size, drop.path_scale)

@@ -26,7 +26,8 @@ def tensor(op: str, name: str, value: Any, ndim: int | None = None, layout: str 
         raise TypeError(f"{op}: {name} is {_article(type(value).__name__)}; a torch.Tensor is wanted")
     if value.dtype not in DTYPES:
         raise TypeError(
-            f"{op}: {name} is {value.dtype}; one of float32, bfloat16, float16, float64 is wanted. Convert it with .float()"
+            f"{op}: {name} is {value.dtype}; one of float32, bfloat16, float16, float64 is wanted. Convert it with "
+            ".float()"
         )
     if ndim is not None and value.dim() != ndim:
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; {ndim} axes {layout} are wanted")
@@ -47,7 +48,8 @@ def like(op: str, x: Tensor, x_name: str, autocast: bool, **others: Tensor | Non
         tensor(op, name, other)
         if other.device != x.device:
             raise ValueError(
-                f"{op}: {name} is on {other.device} and {x_name} on {x.device}; move both to one device with .to(device)"
+                f"{op}: {name} is on {other.device} and {x_name} on {x.device}; move both to one device with "
+                ".to(device)"
             )
         if other.dtype == x.dtype or (autocast and other.dtype != torch.float64):
             continue
@@ -73,8 +75,8 @@ def whole_patches(op: str, name: str, height: int, width: int, patch_size: tuple
     ph, pw = patch_size
     if height == 0 or width == 0 or height % ph or width % pw:
         raise ValueError(
-            f"{op}: {name} is a map of {height} × {width} tokens, which does not split into patches of {ph} × {pw}; resize "
-            f"it first, as MobileViT does (mvit_kernels.nn.functional.transformer_on_map)"
+            f"{op}: {name} is a map of {height} × {width} tokens, which does not split into patches of {ph} × {pw}; "
+            "resize it first, as MobileViT does (mvit_kernels.nn.functional.transformer_on_map)"
         )
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``inverted_residual``: MobileNetV2's block with the batch norms folded; the wide tensor never in memory. Inference only."""
+"""``inverted_residual``: MobileNetV2's block with the batch norms folded; the wide tensor never in memory. Inference
+only."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def inverted_residual(
 
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, device or shape.
-        BackendError: `backend` cannot serve the call; kernels are for inference and never serve one that needs a gradient.
+        BackendError: `backend` cannot serve the call; kernels are for inference and never serve one that needs a
+            gradient.
 
     Sandler et al. 2018, arXiv:1801.04381, section 3.3, with SiLU as in MobileViT.
     """
@@ -67,15 +69,19 @@ def inverted_residual(
     channels = x.shape[-1]
     if expand_weight.dim() != 2 or expand_weight.shape[1] != channels:
         raise ValueError(
-            f"{OP}: expand_weight has shape {tuple(expand_weight.shape)}; (hidden, {channels}) is wanted, for x of {channels} channels"
+            f"{OP}: expand_weight has shape {tuple(expand_weight.shape)}; (hidden, {channels}) is wanted, for x of "
+            f"{channels} channels"
         )
     hidden = expand_weight.shape[0]
     checks.shape(OP, "expand_bias", expand_bias, (hidden,), "one value for each row of expand_weight")
-    checks.shape(OP, "depthwise_weight", depthwise_weight, (hidden, 1, 3, 3), "one 3 × 3 filter for each hidden channel")
+    checks.shape(
+        OP, "depthwise_weight", depthwise_weight, (hidden, 1, 3, 3), "one 3 × 3 filter for each hidden channel"
+    )
     checks.shape(OP, "depthwise_bias", depthwise_bias, (hidden,), "one value for each hidden channel")
     if project_weight.dim() != 2 or project_weight.shape[1] != hidden:
         raise ValueError(
-            f"{OP}: project_weight has shape {tuple(project_weight.shape)}; (out, {hidden}) is wanted, for {hidden} hidden channels"
+            f"{OP}: project_weight has shape {tuple(project_weight.shape)}; (out, {hidden}) is wanted, for {hidden} "
+            "hidden channels"
         )
     checks.shape(OP, "project_bias", project_bias, project_weight.shape[:1], "one value for each row of project_weight")
     if x.shape[1] == 0 or x.shape[2] == 0:
@@ -125,6 +131,17 @@ def inverted_residual_call(
 
 
 @register_fake(OP)
-def _fake(x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, stride, dilation, residual):
+def _fake(
+    x,
+    expand_weight,
+    expand_bias,
+    depthwise_weight,
+    depthwise_bias,
+    project_weight,
+    project_bias,
+    stride,
+    dilation,
+    residual,
+):
     b, h, w, _ = x.shape
     return x.new_empty((b, (h - 1) // stride + 1, (w - 1) // stride + 1, project_weight.shape[0]))

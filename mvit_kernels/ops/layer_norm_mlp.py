@@ -103,9 +103,7 @@ def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
 class _LayerNormMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
-        out, mean, rstd = raw(OP, backend)(
-            x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps
-        )
+        out, mean, rstd = raw(OP, backend)(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
         ctx.backend = backend
         return out

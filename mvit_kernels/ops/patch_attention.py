@@ -43,7 +43,8 @@ def patch_attention(
         backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
 
     Returns:
-        (B, H, W, inner), contiguous, in qkv's dtype, or in autocast's where that is on. Softmax is in float32 or better.
+        (B, H, W, inner), contiguous, in qkv's dtype, or in autocast's where that is on. Softmax is in float32 or
+        better.
 
     Raises:
         TypeError, ValueError: an argument of another kind, dtype or shape.
@@ -57,8 +58,8 @@ def patch_attention(
     _, height, width, channels = qkv.shape
     if channels == 0 or channels % (3 * num_heads):
         raise ValueError(
-            f"{OP}: qkv has {channels} channels, not a positive multiple of 3 · num_heads = {3 * num_heads}; its last axis "
-            f"is q, k and v, each num_heads × head_dim"
+            f"{OP}: qkv has {channels} channels, not a positive multiple of 3 · num_heads = {3 * num_heads}; its last "
+            "axis is q, k and v, each num_heads × head_dim"
         )
     checks.whole_patches(OP, "qkv", height, width, patch_size)
     head_dim = channels // (3 * num_heads)

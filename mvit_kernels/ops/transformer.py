@@ -68,8 +68,8 @@ def transformer(
 
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, device or shape.
-        BackendError: `backend` cannot serve the call; kernels are for inference and never serve one that needs a gradient
-            (train with `mvit_kernels.nn.functional.transformer_on_map`; the reference is differentiable).
+        BackendError: `backend` cannot serve the call; kernels are for inference and never serve one that needs a
+            gradient (train with `mvit_kernels.nn.functional.transformer_on_map`; the reference is differentiable).
 
     MobileViT, arXiv:2110.02178, section 3.1 and eq. 1.
     """
@@ -84,7 +84,9 @@ def transformer(
         _check_layer(x, index, layer, num_heads, dtype is not None)
     if final_norm is not None:
         if not isinstance(final_norm, tuple | list) or len(final_norm) != 2:
-            raise TypeError(f"{OP}: final_norm is a {type(final_norm).__name__}; a pair (weight, bias), or None, is wanted")
+            raise TypeError(
+                f"{OP}: final_norm is a {type(final_norm).__name__}; a pair (weight, bias), or None, is wanted"
+            )
         weight, bias = final_norm
         checks.like(OP, x, "x", dtype is not None, final_norm_weight=weight, final_norm_bias=bias)
         checks.shape(OP, "final_norm weight", weight, x.shape[-1:], "the width of x")
@@ -127,7 +129,8 @@ def stack_call(
 
 
 def flatten(layers: Sequence[TransformerLayerWeights], dtype=None) -> list[Tensor]:
-    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros, linear weights in `dtype` if given."""
+    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros, linear weights in `dtype` if
+    given."""
     flat = []
     for layer in layers:
         if layer.qkv_bias is None:
@@ -150,7 +153,9 @@ def _check_layer(x: Tensor, index: int, layer: TransformerLayerWeights, num_head
     rows = layer.qkv_weight.shape[0]
     checks.shape(name, "qkv_weight", layer.qkv_weight, (rows, d), f"for x of width {d}")
     if rows == 0 or rows % (3 * num_heads):
-        raise ValueError(f"{name}: qkv_weight has {rows} rows, not a positive multiple of 3 · num_heads = {3 * num_heads}")
+        raise ValueError(
+            f"{name}: qkv_weight has {rows} rows, not a positive multiple of 3 · num_heads = {3 * num_heads}"
+        )
     if layer.qkv_bias is not None:
         checks.shape(name, "qkv_bias", layer.qkv_bias, (rows,), "one value for each row of qkv_weight")
     checks.shape(name, "proj_weight", layer.proj_weight, (d, rows // 3), "(width of x, num_heads × head_dim)")

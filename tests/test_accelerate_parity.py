@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accelerated models compute what they computed: outputs and every gradient, in all libraries, by the tolerance
+rule."""
+
+import copy
+
+import _models
+import pytest
+import torch
+from _models import LIBRARIES, VARIANTS, fast_calls
+from _tolerance import assert_close_as_pytorch
+
+# 224 px meets an odd map in stage 5, 250 × 270 odd maps in stages 3 to 5. Kornia takes multiples of 64 only.
+SIZES = {library: [(256, 256), (224, 224), (192, 192), (250, 270)] for library in LIBRARIES}
+SIZES["kornia"] = [(256, 256), (192, 192), (128, 192), (320, 256)]
+SMALL = {library: (64, 96) for library in LIBRARIES} | {"kornia": (64, 128)}  # 64 × 96: 2 × 3 in stage 5
+NEXT = {library: (96, 160) for library in LIBRARIES} | {"kornia": (128, 192)}
+
+
+def evaluated(model, x, autocast=False):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return _models.output(model(x))
+
+
+def assert_evaluates_as_pytorch(library, variant, x, autocast=False):
+    model = _models.build(library, variant)
+    with fast_calls() as calls:
+        ours = evaluated(_models.accelerated(model), x, autocast)
+    assert len(calls) == 3
+    pytorch = evaluated(model, x, autocast)
+    assert_close_as_pytorch(f"{library} {variant}", ours, pytorch, evaluated(model.double(), x.double()))
+
+
+def assert_trains_as_pytorch(library, variant, x, autocast=False):
+    model = _models.build(library, variant)
+    with fast_calls() as calls:
+        ours, ours_gradients = _models.differentiated(_models.accelerated(model), x, autocast)
+    assert len(calls) == 3
+    truth, true_gradients = _models.differentiated(copy.deepcopy(model).double(), x.double())
+    pytorch, gradients = _models.differentiated(model, x, autocast)
+    assert_close_as_pytorch(f"{library} {variant}", ours, pytorch, truth)
+    unit = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
+    _models.assert_gradients_as_pytorch(ours_gradients, gradients, true_gradients, unit)
+
+
+@pytest.mark.parametrize(("library", "size"), [(library, size) for library in LIBRARIES for size in SIZES[library]])
+def test_evaluation_at_the_usual_sizes(library, size):
+    assert_evaluates_as_pytorch(library, "xxs", _models.images(1, *size))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_evaluation_of_the_larger_variants(library, variant):
+    size = (256, 256) if variant == "s" else SMALL[library]
+    assert_evaluates_as_pytorch(library, variant, _models.images(1, *size))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training(library, variant):
+    assert_trains_as_pytorch(library, variant, _models.images(2, *SMALL[library]))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_evaluation_under_autocast(library):
+    assert_evaluates_as_pytorch(library, "xxs", _models.images(2, *NEXT[library]), autocast=True)
+
+
+@pytest.mark.parametrize(("library", "variant"), [*((library, "xxs") for library in LIBRARIES), ("huggingface", "s")])
+def test_training_under_autocast(library, variant):
+    assert_trains_as_pytorch(library, variant, _models.images(2, *NEXT[library]), autocast=True)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_float64_to_the_last_digits(library):
+    """The sharpest test: what float32 hides in its rounding shows here, in the output and in every gradient."""
+    model = _models.build(library).double()
+    x = _models.images(2, *SMALL[library]).double()
+    ours, ours_gradients = _models.differentiated(_models.accelerated(model), x)
+    pytorch, gradients = _models.differentiated(model, x)
+    _models.assert_same(ours, pytorch)
+    _models.assert_gradients_as_pytorch(ours_gradients, gradients, gradients, unit=1e-9)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_channels_last(library):
+    """Values and memory format are those of the model itself."""
+    model = _models.build(library).to(memory_format=torch.channels_last)
+    x = _models.images(2, *NEXT[library]).contiguous(memory_format=torch.channels_last)
+    outputs = []
+    for candidate in (_models.accelerated(model), model):
+        seen = []
+        handle = _models.blocks(candidate)[0].register_forward_hook(lambda _, __, y, seen=seen: seen.append(y))
+        outputs.append((evaluated(candidate, x), *seen))
+        handle.remove()
+    (ours, our_map), (pytorch, their_map) = outputs
+    assert our_map.is_contiguous(memory_format=torch.channels_last)
+    assert their_map.stride() == our_map.stride()
+    assert_close_as_pytorch(library, ours, pytorch, evaluated(model.double(), x.double()))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_batch_norm_statistics_move_as_they_would(library):
+    model = _models.build(library)
+    ours = _models.accelerated(model)
+    x = _models.images(2, *SMALL[library])
+    with torch.no_grad():
+        model.train()(x)
+        ours.train()(x)
+    for (name, expected), (_, value) in zip(model.named_buffers(), ours.named_buffers(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_bfloat16_weights(library):
+    model = _models.build(library)
+    x = _models.images(2, *NEXT[library])
+    truth = evaluated(copy.deepcopy(model).double(), x.double())
+    model.to(torch.bfloat16)
+    ours = evaluated(_models.accelerated(model), x.bfloat16())
+    assert_close_as_pytorch(library, ours, evaluated(model, x.bfloat16()), truth)
