@@ -89,10 +89,15 @@ LIBRARY_DIRECTORY = Path(__file__).parent / "lib"
 _loaded: dict[str, str] = {}  # backend -> "" when its library is loaded, else why it could not be
 
 
+def library_path(backend: str) -> Path:
+    """Where the compiled library of `backend` ("cpu" or "cuda") lies if it was built."""
+    return LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
+
+
 def load(backend: str) -> str:
     """Load the compiled library of `backend` ("cpu" or "cuda") once; return "" or why it can not be used."""
     if backend not in _loaded:
-        path = LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
+        path = library_path(backend)
         if not path.exists():
             _loaded[backend] = (
                 f"its library {path.name} was not built (a C++ compiler and `pip install --no-build-isolation .` build "

@@ -58,6 +58,7 @@ class Peer(NamedTuple):
     summary: str
     build: Callable[[Subject], Form]
     inference_only: bool = False
+    ours: bool = False  # its errors are ours, and not a compiler's
 
 
 class Result(NamedTuple):
@@ -115,8 +116,8 @@ def _compiled(build: Callable[[Subject], Form], **options: Any) -> Callable[[Sub
 PEERS: dict[str, Peer] = {
     "eager": Peer("as it was, NCHW", _eager),
     "channels_last": Peer("as it was, channels-last", _channels_last),
-    "accelerated": Peer("channels-last, mvit_kernels.accelerate", _accelerated),
-    "frozen": Peer("mvit_kernels.freeze", _frozen, inference_only=True),
+    "accelerated": Peer("channels-last, mvit_kernels.accelerate", _accelerated, ours=True),
+    "frozen": Peer("mvit_kernels.freeze", _frozen, inference_only=True, ours=True),
     "compile": Peer("torch.compile", _compiled(_eager)),
     "compile_channels_last": Peer("torch.compile, channels-last", _compiled(_channels_last)),
     "compile_max_autotune": Peer("torch.compile, mode max-autotune", _compiled(_channels_last, mode="max-autotune")),

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
-from ._library import load
+from ._library import library_path, load
 from .backends import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -17,6 +19,16 @@ def unavailable(device_type: str) -> list[str]:
         return [f"it is for the CPU, and the tensors are on {device_type}"]
     why = load("cpu")
     return [why] if why else []
+
+
+def instruction_set() -> str:
+    """The instruction set in use: "avx512", "avx2" or "portable", the best that the processor has or the one that the
+    environment variable ``MVIT_KERNELS_CPU_ISA`` asks for; "" where that is wrong, or where there is no library."""
+    if load("cpu"):
+        return ""
+    function = ctypes.CDLL(str(library_path("cpu"))).mvit_kernels_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def _dtype(call: Call) -> list[str]:

@@ -2,7 +2,7 @@
 """The checks that every operator passes by every path.
 
 Example:
-    >>> check("patch_attention", dict(shape=(2, 6, 4), heads=4, head_dim=16, patch=(2, 2)), dtype="bfloat16", path="raw")
+    >>> check("patch_attention", dict(shape=(2, 6, 4), heads=4, head_dim=16, patch=(2, 2)), path="raw")
 
 All arguments are plain literals, so that a failing case can be pasted into a shell:
 ``cd tests; PYTHONPATH=.. python -c 'from _checks import *; check(…)'``.

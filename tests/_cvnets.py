@@ -150,7 +150,7 @@ class MultiHeadAttention(nn.Module):
             _, k, v = self.qkv_proj(x_kv).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         scores = (self.scaling * q) @ k.transpose(-1, -2)
-        probabilities = self.attn_dropout(self.softmax(scores.float()).to(scores.dtype))
+        probabilities = self.attn_dropout(self.softmax(scores))
         return self.out_proj((probabilities @ v).transpose(1, 2).flatten(2))
 
 

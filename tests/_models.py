@@ -18,6 +18,22 @@ from mvit_kernels.adapters import _block, adapter_of
 LIBRARIES = ("timm", "huggingface", "kornia", "cvnets", "own")
 VARIANTS = ("xxs", "xs", "s")
 
+# Paths in a block: modules that the fast path does not call, and those that it does.
+BYPASSED = {
+    "timm": ("transformer", "transformer.0.attn", "transformer.1.mlp.act", "transformer.1.drop_path1", "norm"),
+    "huggingface": ("transformer", "transformer.layer.0.attention.attention.key", "transformer.layer.1.output", "layernorm"),
+    "kornia": ("transformer", "transformer.layers.0.0.fn.attend", "transformer.layers.1.1"),
+    "cvnets": ("global_rep.0", "global_rep.0.pre_norm_mha.1", "global_rep.1.pre_norm_ffn.2", "global_rep.2"),
+    "own": ("transformer.0", "transformer.1.fc1", "norm"),
+}
+CALLED = {
+    "timm": ("conv_kxk", "conv_1x1", "conv_proj", "conv_fusion"),
+    "huggingface": ("downsampling_layer", "conv_kxk", "conv_1x1", "conv_projection", "fusion"),
+    "kornia": ("conv1", "conv2", "conv3", "conv4"),
+    "cvnets": ("local_rep", "local_rep.conv_1x1", "conv_proj", "fusion"),
+    "own": ("conv_local", "conv_in", "conv_out", "conv_fusion"),
+}
+
 _HUGGINGFACE = {
     "xxs": dict(hidden_sizes=[64, 80, 96], neck_hidden_sizes=[16, 16, 24, 48, 64, 80, 320], expand_ratio=2.0),
     "xs": dict(hidden_sizes=[96, 120, 144], neck_hidden_sizes=[16, 32, 48, 64, 80, 96, 384], expand_ratio=4.0),
@@ -41,10 +57,12 @@ def huggingface(variant: str, task: str = "ForImageClassification", **options) -
 
 
 def kornia(variant: str, **options) -> nn.Module:
-    _third_party.import_kornia()
-    import kornia.models.vit_mobile
-
-    return kornia.models.vit_mobile.MobileViT(variant, **options)
+    library = _third_party.import_kornia()
+    try:
+        from kornia.models.vit_mobile import MobileViT  # since 0.8.3
+    except ImportError:
+        MobileViT = library.contrib.MobileViT
+    return MobileViT(variant, **options)
 
 
 def cvnets(variant: str, **options) -> nn.Module:

@@ -52,8 +52,9 @@ def assert_close_as_pytorch(name: str, ours: Tensor, pytorch: Tensor, truth64: T
         difference = (ours.detach().to("cpu", torch.float64) - truth64.detach()).abs()
         where = tuple(int(i) for i in torch.unravel_index(difference.nan_to_num(nan=torch.inf).argmax(), ours.shape))
         raise AssertionError(
-            f"{name}: error {error:.3e} is over {bound:.3e} = {factor} · (PyTorch's {allowed_for:.3e} + band {band:.3e}); "
-            f"{ours.dtype}, shape {tuple(ours.shape)}, worst at {where}: {ours[where].item()} for {truth64[where].item()}"
+            f"{name}: error {error:.3e} is over {bound:.3e} = {factor} · (PyTorch's {allowed_for:.3e} + "
+            f"band {band:.3e}); {ours.dtype}, shape {tuple(ours.shape)}, worst at {where}: {ours[where].item()} "
+            f"for {truth64[where].item()}"
         )
 
 

@@ -7,6 +7,7 @@ import copy
 import _models
 import pytest
 import torch
+from _checks import one_thread  # noqa: F401 (a fixture)
 from _models import LIBRARIES, VARIANTS, fast_calls
 from _tolerance import assert_close_as_pytorch
 

@@ -207,6 +207,14 @@ def test_bench_writes_a_row_a_candidate(tmp_path, capsys):
     assert "accelerated" in capsys.readouterr().out
 
 
+def test_bench_fails_where_ours_is_wrong(monkeypatch, capsys):
+    command = "bench --model own/xxs --size 64 --seconds 0.1 --peers accelerated".split()
+    monkeypatch.setitem(PEERS, "accelerated", Peer("", _wrong))
+    assert main(command) == 0 and "not timed" in capsys.readouterr().out  # a compiler's mistake, say
+    monkeypatch.setitem(PEERS, "accelerated", Peer("", _wrong, ours=True))
+    assert main(command) == 1 and "not timed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -36,8 +36,8 @@ Isa choose() {
     if (supported(candidate.isa)) return candidate.isa;
     if (!any)
       throw std::runtime_error(std::string("MVIT_KERNELS_CPU_ISA is '") + wanted +
-                               "', which this processor (or the compiler that built the library) does not support; unset "
-                               "it, or choose a lower one of avx512, avx2 and portable");
+                               "', which this processor, or the compiler that built the library, does not support; "
+                               "unset it, or choose a lower one of avx512, avx2 and portable");
   }
   throw std::runtime_error(std::string("MVIT_KERNELS_CPU_ISA is '") + wanted +
                            "'; choose one of avx512, avx2 and portable, or unset it for the best that is supported");
@@ -52,7 +52,7 @@ Isa current_isa() {
 
 }  // namespace mvit
 
-// For `mvit-kernels info` and the tests, through ctypes: the set in use, or the empty string when the variable is wrong.
+// For `mvit-kernels info` and the tests, by ctypes: the set in use, or the empty string where the variable is wrong.
 extern "C" __attribute__((visibility("default"))) const char* mvit_kernels_cpu_isa() noexcept {
   try {
     switch (mvit::current_isa()) {

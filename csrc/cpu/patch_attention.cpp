@@ -31,8 +31,9 @@ PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::ve
                   "patch_attention: patch_size must be two positive numbers");
   STD_TORCH_CHECK(qkv.size(1) % patch[0] == 0 && qkv.size(2) % patch[1] == 0, "patch_attention: a map of ", qkv.size(1),
                   " x ", qkv.size(2), " does not divide into patches of ", patch[0], " x ", patch[1]);
-  STD_TORCH_CHECK(num_heads > 0 && qkv.size(3) > 0 && qkv.size(3) % (3 * num_heads) == 0, "patch_attention: ",
-                  qkv.size(3), " channels are not q, k and v of ", num_heads, " heads");
+  const int64_t channels = qkv.size(3);
+  STD_TORCH_CHECK(num_heads > 0 && num_heads <= channels && channels % (3 * num_heads) == 0, "patch_attention: ",
+                  channels, " channels are not q, k and v of ", num_heads, " heads");
   PatchAttentionShape shape;
   shape.images = qkv.size(0);
   shape.patch_rows = qkv.size(1) / patch[0];
@@ -40,7 +41,7 @@ PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::ve
   shape.patch_height = patch[0];
   shape.patch_width = patch[1];
   shape.heads = num_heads;
-  shape.head_dim = qkv.size(3) / (3 * num_heads);
+  shape.head_dim = channels / (3 * num_heads);
   shape.scale = scale;
   return shape;
 }
@@ -74,8 +75,8 @@ std::size_t scratch_bytes(int64_t elements, Dtype dtype) {
   return static_cast<std::size_t>(elements) * (dtype == Dtype::float64 ? sizeof(double) : sizeof(float));
 }
 
-std::tuple<Tensor, Tensor> patch_attention(const Tensor& qkv_argument, int64_t num_heads, std::vector<int64_t> patch_size,
-                                           double scale) {
+std::tuple<Tensor, Tensor> patch_attention(const Tensor& qkv_argument, int64_t num_heads,
+                                           std::vector<int64_t> patch_size, double scale) {
   const PatchAttentionShape shape = shape_of(qkv_argument, num_heads, patch_size, scale);
   const Dtype dtype = dtype_of(qkv_argument);
   const auto type = static_cast<int>(dtype);
@@ -116,13 +117,14 @@ Tensor patch_attention_backward(const Tensor& grad_out_argument, const Tensor& q
                       logsumexp_argument.scalar_type() == statistics_type(dtype),
                   "patch_attention: logsumexp is not the one that the forward operator returned");
   const PatchAttentionKernels& kernels = MVIT_KERNELS_FOR_THIS_CPU(patch_attention);
-  const Tensor grad_out = with_adjacent_channels(grad_out_argument), qkv = with_adjacent_channels(qkv_argument),
-               out = with_adjacent_channels(out_argument), logsumexp = logsumexp_argument.is_contiguous() ? logsumexp_argument : contiguous(logsumexp_argument);
+  const Tensor grad_out = with_adjacent_channels(grad_out_argument), qkv = with_adjacent_channels(qkv_argument);
+  const Tensor out = with_adjacent_channels(out_argument);
+  const Tensor logsumexp = logsumexp_argument.is_contiguous() ? logsumexp_argument : contiguous(logsumexp_argument);
   const Tensor grad_qkv =
       new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)}, qkv.scalar_type());
 
-  const PatchAttentionBackward args{shape,           input_map(grad_out),  input_map(qkv),
-                                    input_map(out),  output_map(grad_qkv), logsumexp.const_data_ptr()};
+  const PatchAttentionBackward args{
+      shape, input_map(grad_out), input_map(qkv), input_map(out), output_map(grad_qkv), logsumexp.const_data_ptr()};
   const std::size_t bytes = scratch_bytes(kernels.backward_scratch[type](shape), dtype);
   const int64_t tokens = shape.tokens();
   const int64_t strands = tokens == 0 ? 0 : shape.strands();  // a map of no rows has strands, of nothing

@@ -52,8 +52,8 @@ int64_t forward_scratch(const PatchAttentionShape& shape) {
   return 2 * shape.tokens() * ld + (2 * ld + kKeyBlock + 1) * lanes;
 }
 
-// Oᵀ (unnormalised), maximum score and sum of weights of V · size queries against all keys. Keys come in blocks, with the
-// running maximum of FlashAttention: when a block raises it, what was summed before is scaled down.
+// Oᵀ (unnormalised), maximum score and sum of weights of V · size queries against all keys. Keys come in blocks, with
+// the running maximum of FlashAttention: when a block raises it, what was summed before is scaled down.
 template <int V, typename T>
 MVIT_INLINE void attend(const T* queries, const T* keys, const T* values, int64_t tokens, int64_t head_dim, int64_t ld,
                         T* scores, T* out, Vec<T> (&maximum_score)[V], Vec<T> (&sum)[V]) {
@@ -216,7 +216,8 @@ void backward(const PatchAttentionBackward& args, int64_t strand, void* scratch)
         store_tile(grad_scores + row * lanes, lanes, tile);
       });
 
-      const auto add_product = [&](T* sum, const T* rows_of, const T* panel) {  // sum[c] += Σ_i rows_of[i][c] · panel[i]
+      // sum[c] += Σ_i rows_of[i][c] · panel[i]
+      const auto add_product = [&](T* sum, const T* rows_of, const T* panel) {
         in_steps<kTileRows>(head_dim, [&](auto rows, int64_t row) {
           constexpr int R = decltype(rows)::value;
           Vec<T> tile[R][V];

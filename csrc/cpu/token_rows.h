@@ -42,8 +42,8 @@ MVIT_INLINE void pack_rows(T* panel, int64_t ld, const TokenRows<const E>& token
   });
 }
 
-// panel[c][i] = factor · channel c of token begin + i for c in [0, round_up(channels, size)), i in [0, ld); zeros where there is
-// no such channel or i >= count. ld is a multiple of the vector.
+// panel[c][i] = factor · channel c of token begin + i, for c in [0, round_up(channels, size)) and i in [0, ld); zeros
+// where there is no such channel or i >= count. ld is a multiple of the vector.
 template <typename T, typename E>
 MVIT_INLINE void pack_columns(T* panel, int64_t ld, const TokenRows<const E>& tokens, int64_t begin, int64_t count,
                               int64_t channels, Vec<T> factor) {
@@ -79,8 +79,8 @@ MVIT_INLINE void unpack_rows(const TokenRows<E>& tokens, int64_t begin, int64_t 
   });
 }
 
-// token begin + i, channel c = panel[c][i] · factor[i]; the panel has round_up(channels, size) rows, and ld columns like
-// `factor`, both a multiple of the vector.
+// token begin + i, channel c = panel[c][i] · factor[i]. The panel has round_up(channels, size) rows, and ld columns as
+// `factor` has, a multiple of the vector.
 template <typename T, typename E>
 MVIT_INLINE void unpack_columns(const TokenRows<E>& tokens, int64_t begin, int64_t count, int64_t channels,
                                 const T* panel, int64_t ld, const T* factor) {

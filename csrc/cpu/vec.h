@@ -22,7 +22,8 @@
 #if MVIT_VECTOR_BYTES >= 32
 #include <immintrin.h>
 #endif
-#if MVIT_VECTOR_BYTES == 64 && !(defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__))
+#if MVIT_VECTOR_BYTES == 64 && \
+    !(defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__))
 #error "*_avx512.cpp needs -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
 #elif MVIT_VECTOR_BYTES == 32 && !(defined(__AVX2__) && defined(__FMA__))
 #error "*_avx2.cpp needs -mavx2 -mfma"

@@ -7,7 +7,6 @@ should be. Parameters are read from the modules at every call, so that optimizer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,11 +57,21 @@ class BlockParts(NamedTuple):
 
 
 class Refusal(Exception):
-    """A block that the fast path would get wrong; `reasons` say why."""
+    """A block that the fast path would get wrong: the reasons why, and what they rest on.
 
-    def __init__(self, reasons: Iterable[str], seen: Seen) -> None:
-        self.reasons, self.seen = list(reasons), seen
-        super().__init__("; ".join(self.reasons))
+    It keeps both in `args`: torch.compile traces no exception with an ``__init__`` of its own.
+    """
+
+    @property
+    def reasons(self) -> list[str]:
+        return self.args[0]
+
+    @property
+    def seen(self) -> Seen:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        return "; ".join(self.reasons)
 
 
 def original_class(block: nn.Module) -> type[nn.Module]:

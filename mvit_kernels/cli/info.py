@@ -65,6 +65,8 @@ def _versions() -> dict[str, str | None]:
 def _machine() -> dict[str, Any]:
     import torch
 
+    from ..cpu import instruction_set
+
     cpu = _cpuinfo()
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     affinity = getattr(os, "sched_getaffinity", None)
@@ -75,6 +77,7 @@ def _machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "instruction_sets": [name for name in _INSTRUCTION_SETS.split() if name in flags],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels_instruction_set": instruction_set(),
     }
 
 
@@ -151,7 +154,8 @@ def _text(info: dict[str, Any]) -> str:
         "machine",
         _line("os", machine["os"]),
         _line("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads in torch"),
-        _line("", f"{' '.join(machine['instruction_sets'])} (torch uses {machine['torch_cpu_capability']})"),
+        _line("", " ".join(machine["instruction_sets"])),
+        _line("", f"torch uses {machine['torch_cpu_capability']}, our C++ kernels {machine['kernels_instruction_set'] or 'none'}"),
     ]
     for gpu in info["gpus"]:
         about = f"compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}"

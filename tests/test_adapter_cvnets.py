@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cvnets' MobileViT, by a stand-in with its names: keys, video, and the habit of its LayerNorm."""
+
+import copy
+
+import _cvnets
+import _data
+import _models
+import pytest
+import torch
+from _checks import one_thread  # noqa: F401 (a fixture)
+from _declined import LoRA, assert_declined, evaluated, replaced
+from _models import accelerated, assert_same, blocks, fast_calls
+from torch import nn
+
+from mvit_kernels import accelerate, report
+from mvit_kernels.backends import use_backend
+
+X = _models.images(1, 64, 64).double()
+LAYER = "global_rep.0"
+
+
+# ------------------------------------------------------------------------------------------------- the stand-in itself
+
+
+@pytest.mark.parametrize(("variant", "parameters"), [("xxs", 1_272_024), ("xs", 2_317_848), ("s", 5_578_632)])
+def test_the_stand_in_has_the_papers_parameters(variant, parameters):
+    assert sum(parameter.numel() for parameter in _cvnets.MobileViT(variant).parameters()) == parameters
+
+
+def test_the_stand_in_has_cvnets_keys():
+    """A checkpoint trained in cvnets' layout loads strictly, and gets its ten photos right, before and after."""
+    model = _cvnets.MobileViT("xxs", num_classes=21, norm=_cvnets.PlainLayerNorm)
+    model.load_state_dict(torch.load(_data.land_use_checkpoint(), map_location="cpu", weights_only=True))
+    model.eval()
+    photos, labels = _data.land_use_photos()
+    for candidate in (model, accelerated(model)):
+        assert torch.equal(evaluated(candidate, photos).argmax(1), labels)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusal
+
+
+class _SingleHeadAttention(_cvnets.MultiHeadAttention):
+    pass
+
+
+def _as(cls):
+    def make(module):
+        module.__class__ = cls
+        return module
+
+    return make
+
+
+class _LayerNormFP32(_cvnets.LayerNorm):
+    """cvnets has one of that name; what a subclass computes is its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _scaling(block):
+    block.global_rep[0].pre_norm_mha[1].scaling = 0.5
+
+
+DECLINED = {
+    "LoRA": (replaced(f"{LAYER}.pre_norm_mha.1.out_proj", lambda m: LoRA(m)), f"{LAYER}.pre_norm_mha.1.out_proj"),
+    "ReLU": (replaced(f"{LAYER}.pre_norm_ffn.2", lambda _: nn.ReLU()), f"{LAYER}.pre_norm_ffn.2", "only SiLU"),
+    "another norm": (replaced(f"{LAYER}.pre_norm_mha.0", lambda _: nn.RMSNorm(64).double()), "only LayerNorm is fused"),
+    "LayerNormFP32": (replaced("global_rep.2", _as(_LayerNormFP32)), "global_rep.2", "_LayerNormFP32"),
+    "another scaling": (_scaling, "layer 0 scales its scores by 0.5"),
+    "softmax over queries": (replaced(f"{LAYER}.pre_norm_mha.1.softmax", lambda _: nn.Softmax(-2)), "softmax"),
+}
+
+
+@pytest.mark.parametrize("case", DECLINED)
+def test_declined(case):
+    change, *words = DECLINED[case]
+    assert_declined("cvnets", change, *words)
+
+
+def test_other_attentions_are_declined():
+    """cvnets has a class of its own for one head, without `num_heads`."""
+
+    def change(block):
+        attention = block.global_rep[0].pre_norm_mha[1]
+        attention.__class__ = _SingleHeadAttention
+        attention.__dict__.pop("num_heads")
+
+    assert_declined("cvnets", change, f"{LAYER}.pre_norm_mha.1", "MultiHeadAttention is wanted", runs=False)
+
+
+def test_channel_first_linears_are_declined():
+    def change(block):
+        block.global_rep[0].pre_norm_ffn[1].channel_first = True
+
+    assert_declined("cvnets", change, f"{LAYER}.pre_norm_ffn.1 is channel-first", runs=False)
+
+
+def test_nothing_but_the_last_norm():
+    assert_declined("cvnets", lambda block: block.global_rep.__delitem__(slice(0, 2)), "no transformer layers", runs=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ accepted
+
+
+def test_vendored_packages_and_linears_of_pytorch():
+    """A copy of cvnets inside another package, and nn.Linear in place of cvnets' own."""
+    model = _models.build("cvnets").double()
+    linear = nn.Linear(64, 128).double()
+    blocks(model)[0].global_rep[0].pre_norm_ffn[1] = linear
+    vendored = type("MobileViTBlock", (_cvnets.MobileViTBlock,), {"__module__": "third_party.cvnets.modules"})
+    blocks(model)[1].__class__ = vendored
+    with fast_calls() as calls:
+        assert_same(evaluated(accelerated(model), X), evaluated(model, X))
+    assert len(calls) == 3
+
+
+def test_without_fusion():
+    torch.manual_seed(0)
+    block = _cvnets.MobileViTBlock(8, 16, 2, _cvnets.LayerNorm, fusion=False).double()
+    x = torch.randn(2, 8, 6, 10, dtype=torch.float64)
+    with fast_calls() as calls:
+        assert_same(accelerated(block)(x).detach(), block(x).detach())
+    assert len(calls) == 1
+
+
+# -------------------------------------------------------------------------------------------------- cvnets' own habits
+
+
+@pytest.mark.parametrize("variant", ["xxs", "s"])
+def test_layer_norm_over_patches_is_kept(variant):
+    """As many patches as channels: XXS at 128 px (64 in stage 3), S at 192 px (144). cvnets then normalises over patches;
+    the block itself serves that call, and no other."""
+    size = {"xxs": 128, "s": 192}[variant]
+    model = _models.build("cvnets", variant).double()
+    plain = _models.build("cvnets", variant, norm=_cvnets.PlainLayerNorm).double()
+    plain.load_state_dict(model.state_dict())
+    x = _models.images(1, size, size).double()
+    results = {}
+    for name, candidate in (("trap", model), ("plain", plain)):
+        ours = accelerated(candidate)
+        with fast_calls() as calls:
+            results[name] = evaluated(ours, x)
+        assert_same(results[name], evaluated(candidate, x))
+        assert len(calls) == {"trap": 2, "plain": 3}[name]
+        assert len(report(ours).accelerated) == 3
+    assert (results["trap"] - results["plain"]).abs().max() > 1e-3
+
+    bigger = _models.images(1, size + 64, size + 64).double()
+    assert_same(evaluated(accelerated(model), bigger), evaluated(plain, bigger))
+
+
+@pytest.mark.parametrize("size", [(15, 16), (16, 15), (8, 32)])
+def test_layer_norm_over_patches_after_resizing(size):
+    """What counts is the number of patches that the resized map has: 8 × 8, or 4 × 16."""
+    model = _models.build("cvnets").double()
+    block, ours = blocks(model)[0], blocks(accelerated(model))[0]
+    x = torch.randn(1, 48, *size, dtype=torch.float64)
+    with fast_calls() as calls:
+        assert_same(ours(x).detach(), block(x).detach())
+    assert not calls
+
+
+def test_a_tuple_is_video_and_passes_through():
+    """Frame by frame: a tuple (map, patches of the frame before) gives a tuple; nothing of it is ours."""
+    model = _models.build("cvnets").double()
+    block, ours = blocks(model)[0], blocks(accelerated(model))[0]
+    frames = torch.randn(3, 1, 48, 6, 8, dtype=torch.float64)
+    previous = torch.randn(4, 12, 64, dtype=torch.float64)
+    with fast_calls() as calls:
+        for frame in frames:
+            y, patches = ours((frame, previous))
+            expected, expected_patches = block((frame, previous))
+            assert torch.equal(y, expected) and torch.equal(patches, expected_patches)
+            previous = patches
+    assert not calls
+    assert_same(ours(frames[0]).detach(), block(frames[0]).detach())
+
+
+@pytest.mark.parametrize(
+    "dropouts",
+    [{"dropout": 0.1}, {"attn_dropout": 0.1}, {"ffn_dropout": 0.2}, {"path": 0.3}, {"dropout": 0.2, "ffn_dropout": 0.1}],
+)
+def test_live_dropout_draws_what_cvnets_draws(dropouts):
+    model = _models.build("cvnets", **dropouts).double()
+    x = _models.images(2, 64, 96).double()
+    results = []
+    for candidate in (accelerated(model), model):
+        torch.manual_seed(5)
+        with use_backend("reference"), fast_calls() as calls:
+            results.append(_models.differentiated(candidate, x))
+        assert len(calls) == (3 if candidate is not model else 0)
+    (ours, our_gradients), (theirs, gradients) = results
+    assert_same(ours, theirs)
+    _models.assert_gradients_as_pytorch(our_gradients, gradients, gradients, unit=1e-9)
+    assert not torch.equal(model(x), theirs)
+
+
+def test_releases_without_stochastic_depth():
+    """`drop_path` came with 0.4."""
+    model = _models.build("cvnets").double()
+    expected = evaluated(model, X)
+    older = copy.deepcopy(model)
+    for block in blocks(older):
+        for layer in list(block.global_rep)[:-1]:
+            layer.drop_path = None
+            del layer.drop_path
+    with fast_calls() as calls:
+        assert_same(evaluated(accelerate(older, strict=True), X), expected)
+    assert len(calls) == 3
