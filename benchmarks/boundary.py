@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -159,10 +160,10 @@ def main() -> None:
             calls=CALLS,
             warmup_seconds=0.02,
             progress=lambda done, seconds: print(
-                f"\r{done} of {args.rounds} rounds, {seconds:.0f} s", end="", flush=True
+                f"\r{done} of {args.rounds} rounds, {seconds:.0f} s", end="", file=sys.stderr, flush=True
             ),
         )
-    print()
+    print(file=sys.stderr)
     base = times[" ".join(("torch.add", "", ""))].median
     rows = [_row(*keys[text], timing, base) for text, timing in times.items()]
     for row in rows:

@@ -117,6 +117,8 @@ def reasons_against(backend: str, call: Call) -> list[str]:
     if backend == "reference":
         return []
     reasons = list(unavailable(backend, call.device_type))
+    if call.needs_grad and f"{call.operator}_backward" not in SCHEMAS:
+        reasons.append(f"{call.operator} is for inference, and this call needs a gradient")
     if backend not in _MODULES:
         return reasons
     predicate = _MODULES[backend].SUPPORTS.get(call.operator)
@@ -133,7 +135,7 @@ def choose(call: Call, requested: str | None = None) -> str:
         BackendError: the backend that was asked for cannot serve the call.
     """
     requested = requested or _override
-    if torch.compiler.is_compiling():  # traced once, and symbolic sizes are not keys
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # traced once, and symbolic sizes are not keys
         return _choose(call, requested)
     key = (call, requested)
     chosen = _choices.get(key)
@@ -146,10 +148,10 @@ def choose(call: Call, requested: str | None = None) -> str:
 
 def serves(operator: str, call: Call, requested: str | None = None) -> bool:
     """Whether a backend other than the reference serves `call`: the one asked for, or any by the automatic choice."""
-    requested = requested or _override
+    requested = checked_name(requested or _override, operator)
     if requested is not None:
-        return requested != "reference" and not reasons_against(checked_name(requested, operator), call)
-    return choose(call) != "reference"
+        return requested != "reference" and not reasons_against(requested, call)
+    return choose(call, "auto") != "reference"
 
 
 def _choose(call: Call, requested: str | None) -> str:

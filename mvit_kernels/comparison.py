@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from .adapters import accelerate, restore
 from .inference import freeze
 from .timing import Timing, interleave, synchronize
-from .verification import GRADIENT, ErrorRow, error_row, largest
-from .verification import _named_outputs as named_outputs
+from .verification import GRADIENT, ErrorRow, error_rows, named_outputs
 
 Progress = Callable[[str], None]
 
@@ -236,13 +235,7 @@ def worst_row(outputs: dict[str, Tensor], own: list[dict[str, Tensor]], truth: d
     if outputs.keys() != truth.keys():
         odd = sorted(outputs.keys() ^ truth.keys())
         raise ValueError(f"its outputs and gradients are not the model's own: {', '.join(odd[:3])} on one side only")
-    rows = []
-    for name, exact in truth.items():
-        # A gradient may be 0 in exact arithmetic: its rounding is judged by the size of its module's gradients.
-        module = f"{name.rpartition('.')[0]}."
-        near = [v for key, v in truth.items() if f"{key.rpartition('.')[0]}." == module]
-        scale = max(map(largest, near)) if name.startswith(GRADIENT) else None
-        rows.append(error_row(name, outputs[name], [result[name] for result in own], exact, scale))
+    rows = error_rows(outputs, own, truth)
     return max(rows, key=lambda row: (not row.ok, row.error / row.allowed if row.allowed else row.error))
 
 

@@ -205,7 +205,7 @@ def _measured(
     forms = list(FORMS)
     compile_seconds = left - reserve - 30
     compiled = [result for results in earlier.values() for result in results if result.candidate == "compile"]
-    if compile_seconds < max((0.9 * result.build_seconds for result in compiled), default=10.0):
+    if compile_seconds < max((1.3 * result.build_seconds for result in compiled), default=10.0):
         forms.remove("compile")
     results = compare(
         subject,

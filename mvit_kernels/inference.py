@@ -80,6 +80,8 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     holder.model = copy.deepcopy(model).eval().requires_grad_(False)
     backends = {name.removeprefix("model").removeprefix("."): backend_of(m) for name, m in holder.named_modules()}
     restore(holder)
+    if dtype == torch.float64:
+        holder.double()  # before folding: a fold that went through float32 would keep its rounding
     left: list[tuple[str, str]] = []
     convolutions = _collect(freeze_convolutions(holder), left)
     inverted_residuals = _collect(freeze_inverted_residuals(holder), left)

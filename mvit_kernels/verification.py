@@ -14,7 +14,7 @@ their value is rounding: a gradient's band is taken at the largest gradient of t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,14 +136,25 @@ def verify(
         raise ValueError("verify: the model's output is not finite in float64 either; mend its weights or the example")
     own = [run(copy.deepcopy(pytorch), example, dtype)]
     own.append(run(pytorch.to(memory_format=torch.channels_last), _channels_last(example), dtype))
-    rows = []
-    for name, value in fast.items():
+    return VerificationReport(tuple(error_rows(fast, own, exact)))
+
+
+def error_rows(
+    outputs: Mapping[str, Tensor], own: Sequence[Mapping[str, Tensor]], truth: Mapping[str, Tensor]
+) -> Iterator[ErrorRow]:
+    """The tolerance rule on every one of `outputs`, by name; gradients are named ``GRADIENT`` + the parameter's name.
+
+    Args:
+        outputs: the results to judge.
+        own: PyTorch's own results in the same dtype, one mapping for each memory format.
+        truth: the float64 results.
+    """
+    for name, value in outputs.items():
         scale = None
         if name.startswith(GRADIENT):
-            siblings = f"{name.rpartition('.')[0]}."
-            scale = max(largest(other) for key, other in exact.items() if f"{key.rpartition('.')[0]}." == siblings)
-        rows.append(error_row(name, value, [result[name] for result in own], exact[name], scale))
-    return VerificationReport(tuple(rows))
+            module = name.rpartition(".")[0]
+            scale = max(largest(other) for key, other in truth.items() if key.rpartition(".")[0] == module)
+        yield error_row(name, value, [result[name] for result in own], truth[name], scale)
 
 
 def _outputs(model: nn.Module, example: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -154,7 +165,7 @@ def _outputs(model: nn.Module, example: Any, dtype: torch.dtype) -> dict[str, Te
         if name:
             module.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
     with torch.no_grad():
-        outputs.update(_named_outputs(_call(model, example, dtype)))
+        outputs.update(named_outputs(_call(model, example, dtype)))
     return outputs
 
 
@@ -165,7 +176,7 @@ def _gradients(model: nn.Module, example: Any, dtype: torch.dtype) -> dict[str, 
     for module in model.modules():
         if "drop" in type(module).__name__.lower():
             module.eval()
-    outputs = _named_outputs(_call(model, example, dtype))
+    outputs = named_outputs(_call(model, example, dtype))
     generator = torch.Generator().manual_seed(0)
     loss = 0.0
     for value in outputs.values():
@@ -205,7 +216,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
-def _named_outputs(output: Any) -> dict[str, Tensor]:
+def named_outputs(output: Any) -> dict[str, Tensor]:
     """The floating tensors of a model's output, by name: "output", or "output.logits" of a Hugging Face output."""
     if isinstance(output, Tensor):
         return {"output": output}

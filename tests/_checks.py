@@ -28,6 +28,7 @@ from _cases import (
     lay_out,
     lay_out_all,
     make,
+    paths,
     poisoned,
     raw_arguments,
     structured,
@@ -137,7 +138,8 @@ def check_autocast(operator: str, sizes: dict[str, Any], path: str = "reference"
         cast = {name: v if v is None or "norm" in name else v.to(torch.bfloat16) for name, v in t.items()}
         return call(operator, cast, settings, path)
 
-    ours, expected = evaluate(by_autocast, tensors, True), evaluate(by_hand, tensors, True)
+    gradients = operator in DIFFERENTIABLE or path == "reference"
+    ours, expected = evaluate(by_autocast, tensors, gradients), evaluate(by_hand, tensors, gradients)
     assert ours["out"].dtype == torch.bfloat16
     for name, value in ours.items():
         assert value.dtype == expected[name].dtype
@@ -174,6 +176,12 @@ def check_registration(
         grad_out = lay_out(torch.randn_like(outputs[0]), layout)[0]
         arguments = backward_arguments(operator, tensors, settings, outputs, grad_out)
         torch.library.opcheck(raw(f"{operator}_backward", backend), arguments)
+
+
+def registrations(operator: str) -> list[tuple[str, str]]:
+    """The backends and layouts for `check_registration`; kernels may want dense rows."""
+    kernels = [path for path in paths(operator) if path not in ("reference", "raw")]
+    return [("reference", "contiguous"), ("reference", "permuted"), *((kernel, "contiguous") for kernel in kernels)]
 
 
 def check_same_bits(operator: str, sizes: dict[str, Any], path: str, runs: int = 20) -> None:

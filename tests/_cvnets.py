@@ -157,7 +157,15 @@ class MultiHeadAttention(nn.Module):
 @_in_package("cvnets.modules.transformer")
 class TransformerEncoder(nn.Module):
     def __init__(
-        self, dim: int, ffn_dim: int, heads: int, dropout: float, ffn_dropout: float, attn_dropout: float, path: float, norm
+        self,
+        dim: int,
+        ffn_dim: int,
+        heads: int,
+        dropout: float,
+        ffn_dropout: float,
+        attn_dropout: float,
+        path: float,
+        norm,
     ) -> None:
         super().__init__()
         attention = MultiHeadAttention(dim, heads, attn_dropout)
@@ -180,7 +188,9 @@ class TransformerEncoder(nn.Module):
 
 @_in_package("cvnets.modules.mobilevit_block")
 class MobileViTBlock(nn.Module):
-    def __init__(self, channels: int, dim: int, depth: int, norm, fusion: bool = True, heads: int = 4, **dropouts) -> None:
+    def __init__(
+        self, channels: int, dim: int, depth: int, norm, fusion: bool = True, heads: int = 4, **dropouts
+    ) -> None:
         super().__init__()
         rates = {"dropout": 0.0, "ffn_dropout": 0.0, "attn_dropout": 0.0, "path": 0.0} | dropouts
         self.local_rep = nn.Sequential()

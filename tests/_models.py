@@ -21,7 +21,12 @@ VARIANTS = ("xxs", "xs", "s")
 # Paths in a block: modules that the fast path does not call, and those that it does.
 BYPASSED = {
     "timm": ("transformer", "transformer.0.attn", "transformer.1.mlp.act", "transformer.1.drop_path1", "norm"),
-    "huggingface": ("transformer", "transformer.layer.0.attention.attention.key", "transformer.layer.1.output", "layernorm"),
+    "huggingface": (
+        "transformer",
+        "transformer.layer.0.attention.attention.key",
+        "transformer.layer.1.output",
+        "layernorm",
+    ),
     "kornia": ("transformer", "transformer.layers.0.0.fn.attend", "transformer.layers.1.1"),
     "cvnets": ("global_rep.0", "global_rep.0.pre_norm_mha.1", "global_rep.1.pre_norm_ffn.2", "global_rep.2"),
     "own": ("transformer.0", "transformer.1.fc1", "norm"),
@@ -186,13 +191,13 @@ def differentiated(model: nn.Module, x: Tensor, autocast: bool = False) -> tuple
 def assert_gradients_as_pytorch(
     ours: dict[str, Tensor], pytorch: dict[str, Tensor], truth: dict[str, Tensor], unit: float
 ) -> None:
-    """The tolerance rule for every gradient, with errors as root sums of squares, the band `unit` at the module's gradient.
+    """The tolerance rule for every gradient: errors as root sums of squares, the band `unit` of the module's gradient.
 
     Two readings make the rule fit a whole network's backward pass, where all errors come through the same long chain.
 
-    - The largest error of a gradient of 16 numbers is a draw of luck: that of two right paths differs by up to 2.1 times
-      (a batch norm's weight near the input, with nothing but attention computed in another order), their root sums of
-      squares by 1.4 at most. So the rule's factor of 2 is applied to those.
+    - The largest error of a gradient of 16 numbers is a draw of luck: that of two right paths differs by up to 2.1
+      times (a batch norm's weight near the input, with nothing but attention computed in another order), their root
+      sums of squares by 1.4 at most. So the rule's factor of 2 is applied to those.
     - Some gradients are zero in exact arithmetic and all of their value is rounding: of a key's bias, which shifts the
       scores of a row alike, and of what adds a constant to a channel before a batch norm in training (the last
       LayerNorm's bias, in Kornia the last fc2's). How large that rounding is, the rest of the module tells.
@@ -207,7 +212,9 @@ def assert_gradients_as_pytorch(
     for name, value in truth.items():
         error, allowed_for = ((gradients[name].double() - value).norm().item() for gradients in (ours, pytorch))
         bound = 2 * (allowed_for + unit * squares[module(name)] ** 0.5)
-        assert error <= bound, f"gradient of {name}: error {error:.2e}, PyTorch's {allowed_for:.2e}, allowed {bound:.2e}"
+        assert error <= bound, (
+            f"gradient of {name}: error {error:.2e}, PyTorch's {allowed_for:.2e}, allowed {bound:.2e}"
+        )
 
 
 def assert_same(ours: Tensor, expected: Tensor) -> None:

@@ -21,6 +21,7 @@ from mvit_kernels._third_party import import_timm
 from mvit_kernels.backends import BackendError
 
 X = _models.images(1, 64, 64).double()
+KERNELS = ("transformer", "layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
 
 
 def double(library="timm", **options):
@@ -123,8 +124,11 @@ def test_a_model_without_blocks(make, caplog):
     assert classes(model) == untouched
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_script_modules_are_left_alone():
-    scripted = torch.jit.script(_models.build("timm"))
+    """TorchScript's copies of the blocks bear other classes, and have no Python forward to replace."""
+    scripted = torch.jit.trace(_models.build("timm"), X.float(), check_trace=False)
+    assert isinstance(scripted, torch.jit.ScriptModule)
     assert accelerate(scripted) is scripted
     assert report(scripted).blocks == ()
 
@@ -137,11 +141,18 @@ def test_unknown_backend():
     assert classes(model) == untouched
 
 
-def test_unavailable_backend():
+@pytest.mark.parametrize(
+    ("operators", "unavailable", "message"),
+    [
+        (KERNELS, ["no such chip"], "backend 'triton' was asked for and cannot run here: no such chip"),
+        (["transformer"], [], "it has no layer_norm_linear, patch_attention"),
+    ],
+)
+def test_unavailable_backend(operators, unavailable, message):
     model = _models.build("timm")
     untouched = classes(model)
-    with fake_backend(["transformer"], unavailable=["no such chip"], preferred=False):
-        with pytest.raises(BackendError, match="backend 'triton' was asked for and cannot run here: no such chip"):
+    with fake_backend(operators, unavailable=unavailable, preferred=False):
+        with pytest.raises(BackendError, match=message):
             accelerate(model, backend="triton")
     assert classes(model) == untouched
 
@@ -150,7 +161,7 @@ def test_unavailable_backend():
 def test_the_backend_asked_for_serves_the_blocks(requested):
     model = double()
     expected = evaluated(model, X)
-    with fake_backend(["transformer"], preferred=False) as fake:
+    with fake_backend(KERNELS, preferred=False) as fake:
         accelerate(model, backend=requested, strict=True)
         assert_same(evaluated(model, X), expected)
         assert len(fake.asked) >= 3 if requested == "triton" else fake.asked == []

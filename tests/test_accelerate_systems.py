@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accelerated models under what PyTorch's users do with models: copies, files, processes, threads, compilers, exporters."""
+"""Accelerated models under what users do with models: copies, files, processes, threads, compilers, exporters."""
 
 import copy
 import importlib.util
@@ -33,7 +33,7 @@ def double(library="timm", **options):
     return _models.build(library, **options).double()
 
 
-# ------------------------------------------------------------------------------------------------------ copies and files
+# ---------------------------------------------------------------------------------------------------- copies and files
 
 
 def _through_a_file(model):
@@ -110,7 +110,7 @@ def test_functional_calls_and_averaged_models():
     assert_same(evaluated(average.eval(), X), evaluated(model, X))
 
 
-# ------------------------------------------------------------------------------------------------- processes and threads
+# ----------------------------------------------------------------------------------------------- processes and threads
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,7 @@ def test_distributed_data_parallel(library, process_group):
     _models.assert_gradients_as_pytorch(gradients, expected_gradients, expected_gradients, unit=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("library", ["timm", "huggingface"])
 def test_fully_sharded_blocks_by_class(library, process_group):
     """Policies name the library's class; our blocks are of it."""
@@ -155,7 +156,7 @@ def test_fully_sharded_blocks_by_class(library, process_group):
 
 
 def test_fully_shard(process_group):
-    """`fully_shard` makes a class of its own from ours: still accelerated; but not from inside, where its hooks must run."""
+    """It makes a class of its own from ours: still fast; but not around inner modules, whose hooks must run."""
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     model = double()
     x = _models.images(2, 64, 96).double()
@@ -225,7 +226,7 @@ def test_two_threads_call_one_model():
     assert all(torch.equal(outputs[index], value) for index, value in enumerate(expected))
 
 
-# ----------------------------------------------------------------------------------------------- compilers and exporters
+# --------------------------------------------------------------------------------------------- compilers and exporters
 
 
 @pytest.fixture
@@ -279,7 +280,7 @@ def test_export_is_plain_pytorch(library):
     assert_same(evaluated(exported.module(), X), expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("library", ["timm", "huggingface", "own"])
 def test_trace(library):
     model, x = accelerated(_models.build(library)), X.float()

@@ -99,7 +99,9 @@ def test_channel_first_linears_are_declined():
 
 
 def test_nothing_but_the_last_norm():
-    assert_declined("cvnets", lambda block: block.global_rep.__delitem__(slice(0, 2)), "no transformer layers", runs=False)
+    assert_declined(
+        "cvnets", lambda block: block.global_rep.__delitem__(slice(0, 2)), "no transformer layers", runs=False
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ accepted
@@ -131,8 +133,8 @@ def test_without_fusion():
 
 @pytest.mark.parametrize("variant", ["xxs", "s"])
 def test_layer_norm_over_patches_is_kept(variant):
-    """As many patches as channels: XXS at 128 px (64 in stage 3), S at 192 px (144). cvnets then normalises over patches;
-    the block itself serves that call, and no other."""
+    """As many patches as channels: XXS at 128 px (64 in stage 3), S at 192 px (144). cvnets then normalises over
+    patches; the block itself serves that call, and no other."""
     size = {"xxs": 128, "s": 192}[variant]
     model = _models.build("cvnets", variant).double()
     plain = _models.build("cvnets", variant, norm=_cvnets.PlainLayerNorm).double()
@@ -181,7 +183,13 @@ def test_a_tuple_is_video_and_passes_through():
 
 @pytest.mark.parametrize(
     "dropouts",
-    [{"dropout": 0.1}, {"attn_dropout": 0.1}, {"ffn_dropout": 0.2}, {"path": 0.3}, {"dropout": 0.2, "ffn_dropout": 0.1}],
+    [
+        {"dropout": 0.1},
+        {"attn_dropout": 0.1},
+        {"ffn_dropout": 0.2},
+        {"path": 0.3},
+        {"dropout": 0.2, "ffn_dropout": 0.1},
+    ],
 )
 def test_live_dropout_draws_what_cvnets_draws(dropouts):
     model = _models.build("cvnets", **dropouts).double()

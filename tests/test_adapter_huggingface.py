@@ -166,6 +166,7 @@ def test_dropout_left_on_in_evaluation():
     assert not torch.equal(outputs[1], outputs[2])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant):
     """Each block's forward is run again in backward, with the same draws."""
@@ -206,8 +207,9 @@ def test_hidden_states_loss_and_tuples():
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
 def test_segmentation(output_stride):
     """DeepLabv3 on dilated stages, in evaluation and in training."""
-    model = _models.build("huggingface", task="ForSemanticSegmentation", num_labels=5, output_stride=output_stride,
-                          aspp_dropout_prob=0.0).double()
+    model = _models.build(
+        "huggingface", task="ForSemanticSegmentation", num_labels=5, output_stride=output_stride, aspp_dropout_prob=0.0
+    ).double()
     x = _models.images(2, 64, 96).double()
     with fast_calls() as calls:
         assert_same(evaluated(accelerated(model), x), evaluated(model, x))

@@ -125,6 +125,19 @@ def test_a_backend_for_inference_leaves_training_to_the_reference(operator):
             evaluate(lambda t: call(operator, t, settings, NAME), tensors, True)
 
 
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+def test_a_second_derivative_of_kernels_is_refused(operator):
+    """Their backward has no derivative of its own; silence would be a wrong gradient penalty."""
+    tensors, settings = make(operator, SIZES[operator])
+    first = next(iter(tensors))
+    tensors[first].requires_grad_()
+    with fake_backend([operator]):
+        out = call(operator, tensors, settings, None)
+        (gradient,) = torch.autograd.grad(out.square().sum(), tensors[first], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
 @pytest.mark.parametrize("operator", INFERENCE)
 def test_no_gradient_is_lost_where_a_kernel_has_none(operator):
     """Even if a backend forgets to say that it has no backward."""
@@ -252,11 +265,11 @@ def test_an_operator_that_a_backend_lacks():
         mvit_kernels.linear_residual(x, w, None, torch.zeros(3, 3))
 
 
-def test_a_backend_without_a_module():
+def test_a_backend_without_a_module(monkeypatch):
+    monkeypatch.delitem(backends._MODULES, "cuda", raising=False)
     with pytest.raises(mvit_kernels.BackendError, match="this version of mvit_kernels has no cuda kernels"):
-        if "cuda" in backends._MODULES:
-            pytest.skip("this version has cuda kernels")
         attention(backend="cuda")
+    assert backends.operators("cuda") == ()
 
 
 def test_the_automatic_choice_falls_back_and_says_so_once(caplog):

@@ -58,6 +58,12 @@ def test_outputs_come_in_the_dtype_asked_for(dtype):
     assert {value.dtype for value in frozen.state_dict().values()} == {dtype}
 
 
+def test_a_float64_fold_is_exact():
+    model, images = _models.build("timm"), example("timm").double()
+    frozen = run(mvit_kernels.freeze(model, dtype=torch.float64), images)
+    torch.testing.assert_close(frozen, run(model.double(), images), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("library", ["timm", "huggingface", "own"])
 def test_any_input_layout(library):
     frozen = mvit_kernels.freeze(_models.build(library))
@@ -72,9 +78,13 @@ def test_any_input_layout(library):
 def test_maps_stay_channels_last_inside():
     frozen = mvit_kernels.freeze(_models.build("timm"))
     seen = []
+
+    def look(module: nn.Module, args: tuple, y: torch.Tensor) -> None:
+        seen.append(y.is_contiguous(memory_format=torch.channels_last))
+
     for module in frozen.modules():
         if isinstance(module, (FrozenConv2d, FrozenInvertedResidual, FrozenMobileViTBlock)):
-            module.register_forward_hook(lambda _, __, y: seen.append(y.is_contiguous(memory_format=torch.channels_last)))
+            module.register_forward_hook(look)
     run(frozen, example("timm"))
     assert len(seen) > 30
     assert all(seen)

@@ -13,6 +13,7 @@ from _checks import (
     check_registration,
     check_same_bits,
     one_thread,  # noqa: F401 (a fixture)
+    registrations,
 )
 from torch import nn
 
@@ -92,8 +93,9 @@ def test_a_pixel_is_seen_by_its_neighbours_only(stride, dilation, path):
         assert {(1, a // stride, b // stride) for a, b in seen} == set(map(tuple, changed.nonzero().tolist()))
 
 
-def test_autocast():
-    check_autocast(OP, SMALL)
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
+def test_autocast(path):
+    check_autocast(OP, SMALL, path)
 
 
 def test_finite_differences():
@@ -102,9 +104,9 @@ def test_finite_differences():
     check_gradients(OP, dict(shape=(1, 2, 2, 1), hidden=2, out=1), "reference", twice=True)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_registration(layout):
-    check_registration(OP, SMALL, layout)
+@pytest.mark.parametrize("backend, layout", registrations(OP))
+def test_registration(backend, layout):
+    check_registration(OP, SMALL, layout, backend)
 
 
 def test_registration_with_stride():

@@ -15,6 +15,7 @@ from _checks import (
     check_registration,
     check_same_bits,
     one_thread,  # noqa: F401 (a fixture)
+    registrations,
 )
 from _oracle import layer_norm
 from _tolerance import assert_close_as_pytorch
@@ -43,6 +44,7 @@ def test_values_and_gradients(sizes, dtype, path):
     check(OP, sizes, dtype=dtype, path=path)
 
 
+@pytest.mark.filterwarnings("ignore:var_mean")  # PyTorch's word on no rows at all
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("sizes", EMPTY, ids=str)
 def test_empty(sizes, path):
@@ -126,8 +128,9 @@ def test_normalised_rows_have_mean_zero_and_variance_one():
     torch.testing.assert_close(y.var(-1, correction=0), torch.ones(5, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-def test_autocast():
-    check_autocast(OP, SMALL)
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
+def test_autocast(path):
+    check_autocast(OP, SMALL, path)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -142,9 +145,9 @@ def test_finite_differences(path):
     check_gradients(OP, tiny, path, twice=path == "reference")
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_registration(layout):
-    check_registration(OP, SMALL, layout)
+@pytest.mark.parametrize("backend, layout", registrations(OP))
+def test_registration(backend, layout):
+    check_registration(OP, SMALL, layout, backend)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -15,6 +15,7 @@ from _checks import (
     check_registration,
     check_same_bits,
     one_thread,  # noqa: F401 (a fixture)
+    registrations,
 )
 
 from mvit_kernels import linear_residual
@@ -80,8 +81,9 @@ def test_rows_are_independent(path):
     assert changed.nonzero().flatten().tolist() == [11, 23]
 
 
-def test_autocast():
-    check_autocast(OP, SMALL)
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
+def test_autocast(path):
+    check_autocast(OP, SMALL, path)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -95,9 +97,9 @@ def test_finite_differences(path):
     check_gradients(OP, dict(shape=(2, 3, 4), n=3), path, twice=path == "reference")
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_registration(layout):
-    check_registration(OP, SMALL, layout)
+@pytest.mark.parametrize("backend, layout", registrations(OP))
+def test_registration(backend, layout):
+    check_registration(OP, SMALL, layout, backend)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -16,6 +16,7 @@ from _checks import (
     check_registration,
     check_same_bits,
     one_thread,  # noqa: F401 (a fixture)
+    registrations,
 )
 from _oracle import patch_attention_and_logsumexp, sequences
 from _tolerance import assert_close_as_pytorch
@@ -197,8 +198,9 @@ def test_the_result_is_contiguous(heads, patch, layout):
     assert patch_attention(qkv, num_heads=heads, patch_size=patch, backend="reference").is_contiguous()
 
 
-def test_autocast():
-    check_autocast(OP, SMALL)
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
+def test_autocast(path):
+    check_autocast(OP, SMALL, path)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -214,9 +216,9 @@ def test_finite_differences(patch, path):
     check_gradients(OP, tiny, path, twice=path == "reference")
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_registration(layout):
-    check_registration(OP, SMALL, layout)
+@pytest.mark.parametrize("backend, layout", registrations(OP))
+def test_registration(backend, layout):
+    check_registration(OP, SMALL, layout, backend)
 
 
 @pytest.mark.parametrize("path", PATHS)

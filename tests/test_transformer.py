@@ -13,6 +13,7 @@ from _checks import (
     check_registration,
     check_same_bits,
     one_thread,  # noqa: F401 (a fixture)
+    registrations,
 )
 from _oracle import sequences
 from _tolerance import assert_close_as_pytorch
@@ -105,8 +106,9 @@ def test_nan_stays_in_its_sequence(path):
     assert torch.equal(found, expected.reshape(2, 4, 6))
 
 
-def test_autocast():
-    check_autocast(OP, SMALL)
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
+def test_autocast(path):
+    check_autocast(OP, SMALL, path)
 
 
 def test_autocast_in_a_bfloat16_model_without_a_last_norm():
@@ -117,11 +119,10 @@ def test_finite_differences():
     check_gradients(OP, dict(shape=(1, 2, 4, 2), heads=1, patch=(2, 2), layers=1), "reference")
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_registration(layout):
-    check_registration(
-        OP, dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2), layers=1, qkv_bias=layout == "permuted"), layout
-    )
+@pytest.mark.parametrize("backend, layout", registrations(OP))
+def test_registration(backend, layout):
+    sizes = dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2), layers=1, qkv_bias=layout == "permuted")
+    check_registration(OP, sizes, layout, backend)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -30,6 +30,7 @@ from ._block import Refusal
 from ._swap import derived_from_accelerated, global_hooks, is_accelerated, swap, unswap
 
 ADAPTERS: tuple[ModuleType, ...] = (timm, huggingface, kornia, cvnets, own)
+BLOCK_OPERATORS = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
 logger = logging.getLogger("mvit_kernels")
 
 
@@ -97,14 +98,17 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     Raises:
         TypeError: `model` is no ``nn.Module``.
         ValueError: an unknown backend; with ``strict``, a declined block, or none found. The model is then unchanged.
-        BackendError: `backend` cannot run on the model's device at all.
+        BackendError: `backend` cannot run on the model's device at all, or lacks an operator that the blocks need.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is {type(model).__name__}; a torch.nn.Module is wanted")
     backend = backends.checked_name(backend, "accelerate")
     if backend is not None:
         device_type = next((p.device.type for p in model.parameters()), "cpu")
-        reasons = backends.unavailable(backend, device_type)
+        reasons = list(backends.unavailable(backend, device_type))
+        if not reasons:
+            missing = [name for name in BLOCK_OPERATORS if name not in backends.operators(backend)]
+            reasons = [f"it has no {', '.join(missing)}"] if missing else []
         if reasons:
             raise backends.BackendError(
                 f"accelerate: backend {backend!r} was asked for and cannot run here: {'; '.join(reasons)}"

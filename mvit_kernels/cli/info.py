@@ -148,6 +148,7 @@ def _libraries() -> dict[str, Any]:
 
 def _text(info: dict[str, Any]) -> str:
     machine = info["machine"]
+    kernels = machine["kernels_instruction_set"]
     lines = ["versions"]
     lines += [_line(name, version or "not installed") for name, version in info["versions"].items()]
     lines += [
@@ -155,7 +156,7 @@ def _text(info: dict[str, Any]) -> str:
         _line("os", machine["os"]),
         _line("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads in torch"),
         _line("", " ".join(machine["instruction_sets"])),
-        _line("", f"torch uses {machine['torch_cpu_capability']}, our C++ kernels {machine['kernels_instruction_set'] or 'none'}"),
+        _line("", f"torch uses {machine['torch_cpu_capability']}, our C++ kernels {kernels or 'none'}"),
     ]
     for gpu in info["gpus"]:
         about = f"compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}"
