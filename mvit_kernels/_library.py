@@ -86,18 +86,14 @@ def raw(name: str, backend: str) -> torch._ops.OpOverload:
 
 
 LIBRARY_DIRECTORY = Path(__file__).parent / "lib"
+loaded_paths: dict[str, Path] = {}  # backend -> its library, once loaded
 _loaded: dict[str, str] = {}  # backend -> "" when its library is loaded, else why it could not be
-
-
-def library_path(backend: str) -> Path:
-    """Where the compiled library of `backend` ("cpu" or "cuda") lies if it was built."""
-    return LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
 
 
 def load(backend: str) -> str:
     """Load the compiled library of `backend` ("cpu" or "cuda") once; return "" or why it can not be used."""
     if backend not in _loaded:
-        path = library_path(backend)
+        path = LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
         if not path.exists():
             _loaded[backend] = (
                 f"its library {path.name} was not built (a C++ compiler and `pip install --no-build-isolation .` build "
@@ -107,6 +103,7 @@ def load(backend: str) -> str:
             try:
                 torch.ops.load_library(str(path))
                 _loaded[backend] = ""
+                loaded_paths[backend] = path
             except OSError as error:
                 _loaded[backend] = f"its library {path} does not load: {error}"
     return _loaded[backend]

@@ -7,7 +7,7 @@ import ctypes
 
 import torch
 
-from ._library import library_path, load
+from ._library import load, loaded_paths
 from .backends import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -26,7 +26,7 @@ def instruction_set() -> str:
     environment variable ``MVIT_KERNELS_CPU_ISA`` asks for; "" where that is wrong, or where there is no library."""
     if load("cpu"):
         return ""
-    function = ctypes.CDLL(str(library_path("cpu"))).mvit_kernels_cpu_isa
+    function = ctypes.CDLL(str(loaded_paths["cpu"])).mvit_kernels_cpu_isa
     function.restype = ctypes.c_char_p
     return function().decode()
 

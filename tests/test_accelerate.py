@@ -124,7 +124,7 @@ def test_a_model_without_blocks(make, caplog):
     assert classes(model) == untouched
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_script_modules_are_left_alone():
     """TorchScript's copies of the blocks bear other classes, and have no Python forward to replace."""
     scripted = torch.jit.trace(_models.build("timm"), X.float(), check_trace=False)

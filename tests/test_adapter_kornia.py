@@ -136,3 +136,11 @@ def test_the_input_comes_last_in_the_concatenation():
     assert_same(accelerate(block, strict=True)(x).detach(), expected)
     assert torch.equal(seen[0][:, 48:], x)
     assert [part.library for part in report(block).blocks] == ["kornia"]
+
+
+@pytest.mark.parametrize(("version", "accepted"), [("0.6.9", False), ("0.6.10", True), ("1.0rc1", True)])
+def test_releases_that_unfolded_wrongly_are_declined(version, accepted, monkeypatch):
+    monkeypatch.setattr("kornia.__version__", version)
+    model = accelerate(_models.build("kornia"))
+    assert len(report(model).accelerated) == (3 if accepted else 0)
+    assert accepted or "before 0.6.10" in str(report(model))

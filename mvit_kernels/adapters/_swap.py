@@ -124,6 +124,8 @@ def _parts(block: nn.Module, adapter: ModuleType) -> BlockParts | None:
             return None if global_hooks() else adapter.parts(block)
         except Refusal:
             return None
+    if torch._C._are_functorch_transforms_active():
+        return None  # torch.func's vmap and grad need operators of PyTorch's own
     for reason in global_hooks():
         _warn_once(block, reason)
         return None

@@ -8,6 +8,9 @@ whole patches are an error in Kornia, and stay one.
 
 from __future__ import annotations
 
+import sys
+
+import torch
 from torch import Tensor, nn
 
 from ._block import BlockParts, LayerModules
@@ -22,6 +25,7 @@ CHILDREN = ("conv1", "conv2", "transformer", "conv3", "conv4")
 def parts(block: nn.Module) -> BlockParts:
     """Where Kornia keeps what; raises `Refusal` with every reason against it."""
     look = Inspector(block, PACKAGE, BLOCK, bypassed=("transformer",))
+    look.require(_release() >= (0, 6, 10), "Kornia unfolded maps wrongly before 0.6.10; upgrade it")
     look.own("transformer", "Transformer")
     depth = look.sequence("transformer.layers", nn.ModuleList)
     return look.parts(
@@ -33,6 +37,13 @@ def parts(block: nn.Module) -> BlockParts:
         input_first=False,
         patch_size=(look.fact("", "ph"), look.fact("", "pw")),
     )
+
+
+@torch.compiler.assume_constant_result
+def _release() -> tuple[int, ...]:
+    """Kornia's version: where the block is, its package has been imported."""
+    numbers = sys.modules["kornia"].__version__.split(".")[:3]
+    return tuple(int("".join(filter(str.isdigit, number)) or 0) for number in numbers)
 
 
 def takes(block: nn.Module, x: Tensor) -> bool:
