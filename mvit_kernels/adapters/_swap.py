@@ -27,7 +27,7 @@ _BACKEND, _PLAN = "_mvit_backend", "_mvit_plan"  # in the block's __dict__
 class Plan:
     """An adapter's answer for a block, and what must still be so for it to be right.
 
-    Checked at every eager call, by loops in C only: 4 µs a layer, where plain Python takes 25.
+    Checked at every eager call, by loops in C only: 2.4 µs a layer, where generator expressions take 3.8.
     """
 
     parts: BlockParts | None  # None: declined
