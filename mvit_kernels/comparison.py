@@ -178,7 +178,8 @@ def compare(
     device = subject.images.device
     with torch.set_grad_enabled(subject.training):
         progress("float64 reference")
-        own = [_outputs(build(subject), subject) for build in (_eager, _channels_last)]
+        orders = (False, True) if subject.training else (False,)  # as `verify` does, and for its reasons
+        own = [_outputs(build(subject), subject, order) for build in (_eager, _channels_last) for order in orders]
         wide = subject._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
         truth = _outputs(_eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
         if not all(torch.isfinite(value).all() for value in truth.values()):
@@ -239,8 +240,9 @@ def worst_row(outputs: dict[str, Tensor], own: list[dict[str, Tensor]], truth: d
     return max(rows, key=lambda row: (not row.ok, row.error / row.allowed if row.allowed else row.error))
 
 
-def _call(form: Form, subject: Subject) -> Callable[[], object]:
-    """What is timed: the plain call, or forward and backward of one fixed random cotangent."""
+def _call(form: Form, subject: Subject, reverse: bool = False) -> Callable[[], object]:
+    """What is timed: the plain call, or forward and backward of one fixed random cotangent (`reverse`: from the last
+    image to the first)."""
     if not subject.training:
         return lambda: form.model(form.images)
     cast = subject.dtype not in (torch.float32, torch.float64)
@@ -254,21 +256,25 @@ def _call(form: Form, subject: Subject) -> Callable[[], object]:
             if name not in cotangents:
                 generator = torch.Generator().manual_seed(0)
                 cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-                cotangents[name] = cotangent.to(value)
+                cotangents[name] = (cotangent.flip(0) if reverse else cotangent).to(value)
         torch.autograd.backward(list(outputs.values()), [cotangents[name] for name in outputs])
         return outputs
 
     return train
 
 
-def _outputs(form: Form, subject: Subject) -> dict[str, Tensor]:
-    """The outputs of one call by name, and in training the gradients."""
+def _outputs(form: Form, subject: Subject, reverse: bool = False) -> dict[str, Tensor]:
+    """The outputs of one call by name, and in training the gradients; with `reverse` by the batch in reverse order."""
     dtype = subject.dtype
     if not subject.training:
         return {name: value.detach() for name, value in named_outputs(form.model(form.images)).items()}
     if dtype == torch.float64:
         form = Form(form.model.double(), form.images.double())
-    outputs = {name: value.detach() for name, value in _call(form, subject)().items()}
+    if reverse:
+        form = form._replace(images=form.images.flip(0))
+    outputs = {name: value.detach() for name, value in _call(form, subject, reverse)().items()}
+    if reverse:
+        outputs = {name: value.flip(0) for name, value in outputs.items()}
     gradients = {
         GRADIENT + name.removeprefix("_orig_mod."): parameter.grad.clone()
         for name, parameter in form.model.named_parameters()

@@ -46,9 +46,10 @@ def _through_a_file(model):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _through_a_file])
 def test_copies_are_accelerated_and_independent(library, copied):
     model = accelerated(double(library), backend="reference")
-    expected = evaluated(model, X)  # the plan of the first call must not travel
+    expected = evaluated(model, X)
     twin = copied(model)
     assert classes(twin) == classes(model)
+    assert "_mvit_plan" in blocks(model)[0].__dict__ and "_mvit_plan" not in blocks(twin)[0].__dict__
     with fast_calls() as calls:
         assert_same(evaluated(twin, X), expected)
     assert len(calls) == 3 and len(report(twin).accelerated) == 3

@@ -347,7 +347,7 @@ def test_features_only(feature_cls):
 
 
 def test_feature_extraction_by_fx_after_accelerating():
-    """The block stays a leaf of timm's tracer: its inner modules do not appear in the graph."""
+    """The block stays a leaf of timm's tracer, which asks by isinstance: its inner modules are not in the graph."""
     model = accelerated(_models.build("timm")).double()
     plain = FeatureGraphNet(mvit_kernels.restore(copy.deepcopy(model)), out_indices=(2, 3, 4))
     extractor = FeatureGraphNet(model, out_indices=(2, 3, 4))

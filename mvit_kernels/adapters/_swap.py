@@ -111,8 +111,6 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
         "_mvit_adapter": adapter.__name__,
     }
     cls = _classes[original] = type(original.__name__, (original,), namespace)
-    if hasattr(adapter, "registered"):
-        adapter.registered(cls)
     return cls
 
 

@@ -53,10 +53,3 @@ def _layer(look: Inspector, path: str) -> LayerModules:
         path1=look.dropout(f"{path}.drop_path1", also="DropPath"),
         path2=look.dropout(f"{path}.drop_path2", also="DropPath"),
     )
-
-
-def registered(accelerated: type[nn.Module]) -> None:
-    """timm traces models with FX for ``features_only``, and its block is a leaf there: so is ours."""
-    from timm.layers import register_notrace_module
-
-    register_notrace_module(accelerated)
