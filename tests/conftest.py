@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test needs."""
 
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from mvit_kernels import _third_party
+from mvit_kernels.__main__ import main
+from mvit_kernels.nn import MobileViT
 
 # Before any test module imports timm, which imports torchvision.
 _third_party.prepare_torchvision()
@@ -11,3 +18,45 @@ _third_party.prepare_torchvision()
 # The shapes are small, and OpenMP's threads spin while they wait for each other: beside any other process two threads
 # were ten times slower than one. What is about threads sets their number itself.
 torch.set_num_threads(1)
+
+
+# The command line, for the files that run it.
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; its exit code, and what it printed to stdout and stderr."""
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command that must fail: exit code 2, nothing on stdout, and one sentence, which is returned."""
+
+    def refused(*arguments):
+        result = run(*arguments)
+        assert result.code == 2 and result.out == ""
+        assert result.err.startswith("mvit-kernels: error: ") and result.err.count("\n") == 1
+        return result.err
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of MobileViT-XXS with 5 classes."""
+    path = tmp_path_factory.mktemp("weights") / "xxs.pth"
+    torch.save(MobileViT("xxs", num_classes=5).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(path)
+    return path
