@@ -19,7 +19,6 @@ from mvit_kernels._third_party import import_transformers
 from mvit_kernels.adapters import _block
 from mvit_kernels.cli import models
 
-
 # ---------------------------------------------------------------------------------------------------- the whole
 
 
