@@ -112,7 +112,7 @@ def load_checkpoint(
     if isinstance(path_or_state_dict, str | os.PathLike):
         path = Path(path_or_state_dict)
         what = f"load_checkpoint: {path}"
-        state_dict = _unwrap(_read_file(path), what)
+        state_dict = read_state_dict(path, what)
     else:
         what = "load_checkpoint: the checkpoint"
         state_dict = _unwrap(path_or_state_dict, what)
@@ -195,13 +195,15 @@ def _refuse_extra(keys: Keys, what: str) -> None:
         )
 
 
-_VARIANTS = {96: "xxs", 144: "xs", 240: "s"}  # by the transformer's width in the last stage
+VARIANT_OF_WIDTH = {96: "xxs", 144: "xs", 240: "s"}  # the transformer's width in the last stage
 
 
 def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> str:
     """What explains the shapes that differ between checkpoint and model, and what to do about it."""
     width = "stages.4.1.norm.weight"
-    source, target = (_VARIANTS.get(tensors[width].numel()) if width in tensors else None for tensors in (own, current))
+    source, target = (
+        VARIANT_OF_WIDTH.get(tensors[width].numel()) if width in tensors else None for tensors in (own, current)
+    )
     if source and target and source != target:
         there = f"the model a MobileViT-{target.upper()}"
         return f"The checkpoint is a MobileViT-{source.upper()}, {there}: build the model as {source!r}"
@@ -242,6 +244,11 @@ _WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model_state_dict", "ema"),
     *("state_dict", "model_state_dict", "model"),
 )
+
+
+def read_state_dict(path: Path, what: str) -> dict[str, Tensor]:
+    """The state dict in a file, as `load_checkpoint` takes it, of any layout; `what` is what errors call it."""
+    return _unwrap(_read_file(path), what)
 
 
 def _unwrap(checkpoint: object, what: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from . import accelerate, freeze, report, verify
 from ._third_party import import_timm
 from .cli import write_csv
 from .cli.images import preprocess, sample_photos
-from .cli.models import checked_device, load, positive
+from .cli.models import calibrate, checked_device, load, positive
 from .comparison import PEERS, Result, Subject, compare, csv_rows, table
 from .timing import environment, interleave
 
@@ -153,26 +153,14 @@ def _prepared(name: str, checkpoint: str | None, images: Tensor) -> nn.Module:
     if checkpoint:
         _step(f"{name}: weights of {checkpoint}")
     else:
-        calibrate(model, images)
+        calibrate(model, views(images))
         _step(f"{name}: random weights (nothing is downloaded), batch norms with the photographs' statistics")
     return model
 
 
-def calibrate(model: nn.Module, images: Tensor) -> None:
-    """Give every batch norm the statistics that it sees on `images`, upright and mirrored: as after training, no
-    activation vanishes or explodes, and a wrongly folded batch norm shows."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all batches
-        norm.train()
-    with torch.no_grad():
-        for batch in (images, images.flip(3), images.flip(2), images.flip(2, 3)):
-            model(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+def views(images: Tensor) -> list[Tensor]:
+    """The images upright and mirrored."""
+    return [images, images.flip(3), images.flip(2), images.flip(2, 3)]
 
 
 def _verified(name: str, model: nn.Module, images: Tensor) -> bool:

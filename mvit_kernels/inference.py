@@ -78,7 +78,7 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     # A holder, so that the model itself may be a block or a unit.
     holder = nn.Module()
     holder.model = copy.deepcopy(model).eval().requires_grad_(False)
-    backends = {name.removeprefix("model").removeprefix("."): backend_of(m) for name, m in holder.named_modules()}
+    backends = {_name_in_model(name): backend_of(module) for name, module in holder.named_modules()}
     restore(holder)
     if dtype == torch.float64:
         holder.double()  # before folding: a fold that went through float32 would keep its rounding
@@ -111,14 +111,18 @@ def _check_finite(model: nn.Module) -> None:
             raise ValueError(f"freeze: {name} has negative variances; mend or reload the weights before freezing")
 
 
+def _name_in_model(name: str) -> str:
+    """A module's name below the model, from its name below the holder."""
+    return name.removeprefix("model").removeprefix(".")
+
+
 def _collect(steps, left: list[tuple[str, str]]) -> list[str]:
     done = []
     for name, reason in steps:
-        name = name.removeprefix("model").removeprefix(".")
         if reason is None:
-            done.append(name)
+            done.append(_name_in_model(name))
         else:
-            left.append((name, reason))
+            left.append((_name_in_model(name), reason))
     return done
 
 
@@ -130,7 +134,7 @@ def _freeze_blocks(holder: nn.Module, backends: dict[str, str | None], left: lis
             adapter = adapter_of(block) if block is not None else None
             if adapter is None:
                 continue
-            name = f"{owner_name}.{child_name}".removeprefix(".").removeprefix("model").removeprefix(".")
+            name = _name_in_model(f"{owner_name}.{child_name}".removeprefix("."))
             try:
                 parts = adapter.parts(block)
             except Refusal as refusal:

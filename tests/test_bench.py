@@ -375,7 +375,7 @@ def test_demo_fails_where_an_error_is_too_large(tmp_path, capsys, monkeypatch):
 def test_calibration_gives_batch_norms_the_statistics_of_the_images():
     model = _models.build("own", "xxs")
     images = torch.rand(3, 3, 64, 64)
-    demo.calibrate(model, images)
+    demo.calibrate(model, demo.views(images))
     with torch.no_grad():
         maps = model.stem.conv(torch.cat([images, images.flip(3), images.flip(2), images.flip(2, 3)]))
     norm = model.stem.norm

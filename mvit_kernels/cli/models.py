@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ._builders import builder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-_VARIANT_OF_WIDTH = {96: "xxs", 144: "xs", 240: "s"}  # the transformer's in the last stage
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,9 +201,9 @@ def checked_device(name: str) -> Any:
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], str | None, int]:
     """The checkpoint's tensors, its variant where it is a known one, and its number of classes (0: none)."""
     from .._checkpoint_keys import read_keys
-    from ..checkpoints import _read_file, _unwrap
+    from ..checkpoints import VARIANT_OF_WIDTH, read_state_dict
 
-    state_dict = _unwrap(_read_file(path), str(path))
+    state_dict = read_state_dict(path, str(path))
     if _is_kornia(state_dict):  # which fits no layout but its own
         return state_dict, None, 0
     keys = read_keys(state_dict, str(path)).found
@@ -210,7 +211,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], str | None, int]:
     def length(own_key: str) -> int:
         return state_dict[keys[own_key][0]].numel() if own_key in keys else 0
 
-    return state_dict, _VARIANT_OF_WIDTH.get(length("stages.4.1.norm.weight")), length("classifier.bias")
+    return state_dict, VARIANT_OF_WIDTH.get(length("stages.4.1.norm.weight")), length("classifier.bias")
 
 
 def _load_state_dict(model: nn.Module, name: str, state_dict: dict[str, Tensor], path: Path) -> None:
@@ -234,8 +235,6 @@ def _randomise(model: nn.Module) -> None:
     import torch
     from torch import nn
 
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
@@ -243,10 +242,24 @@ def _randomise(model: nn.Module) -> None:
                 module.bias.normal_(std=0.1)
             elif isinstance(module, nn.Linear):
                 module.weight.normal_(std=module.in_features**-0.5)
-        for norm in norms:
-            norm.momentum = 1.0  # the statistics of this batch alone
-            norm.train()
-        model(torch.rand(4, 3, 128, 128))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
+    calibrate(model, [torch.rand(4, 3, 128, 128)])
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Give every batch norm the statistics that it sees on `batches`: as after training, no activation vanishes or
+    explodes, and a wrongly folded batch norm shows."""
+    import torch
+    from torch import nn
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all batches
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
