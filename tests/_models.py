@@ -221,3 +221,18 @@ def assert_same(ours: Tensor, expected: Tensor) -> None:
     """The same in float64 up to the order of summation: a sharper test than any tolerance in float32."""
     assert ours.dtype == expected.dtype == torch.float64
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10 * max(expected.abs().max().item(), 1.0))
+
+
+def assert_same_draws(model: nn.Module, x: Tensor) -> Tensor:
+    """With one seed, live dropout drops the same in `model` and in an accelerated copy on the reference backend: output
+    and gradients agree in float64. Returns the model's own output."""
+    results = []
+    for candidate in (accelerated(model), model):
+        torch.manual_seed(5)
+        with mvit_kernels.use_backend("reference"), fast_calls() as calls:
+            results.append(differentiated(candidate, x))
+        assert len(calls) == (3 if candidate is not model else 0)
+    (ours, our_gradients), (theirs, gradients) = results
+    assert_same(ours, theirs)
+    assert_gradients_as_pytorch(our_gradients, gradients, gradients, unit=1e-9)
+    return theirs

@@ -263,15 +263,7 @@ def test_live_dropout_draws_what_timm_draws(path, probabilities, size):
     """With one seed, the same elements and the same sequences are dropped: outputs and gradients agree in float64."""
     model = _dropping(_models.build("timm", drop_path_rate=path), **probabilities).double()
     x = _models.images(2, *size).double()
-    results = []
-    for candidate in (accelerated(model), model):
-        torch.manual_seed(5)
-        with use_backend("reference"), fast_calls() as calls:
-            results.append(_models.differentiated(candidate, x))
-        assert len(calls) == (3 if candidate is not model else 0)
-    (ours, our_gradients), (theirs, gradients) = results
-    assert_same(ours, theirs)
-    _models.assert_gradients_as_pytorch(our_gradients, gradients, gradients, unit=1e-9)
+    theirs = _models.assert_same_draws(model, x)
     torch.manual_seed(6)
     with use_backend("reference"):
         assert torch.equal(model(x), theirs) is (probabilities == {"proj_drop": 1.0})
