@@ -20,7 +20,7 @@ constexpr int64_t kQueryBlock = 32;  // backward's P and dS of 32 queries × 48 
 enum Part { kQuery, kKey, kValue };
 
 template <typename E>
-MVIT_INLINE TokenRows<E> tokens_of(const PatchAttentionShape& shape, const TokenMap& map, int64_t strand, int part) {
+MVIT_INLINE TokenRows<E> tokens_of(const PatchAttentionShape& shape, const Map& map, int64_t strand, int part) {
   const int64_t head = strand % shape.heads, sequence = strand / shape.heads;
   const int64_t position = sequence % shape.positions(), image = sequence / shape.positions();
   const int64_t h = position / shape.patch_width, w = position % shape.patch_width;
