@@ -8,6 +8,7 @@
 #pragma once
 
 #include "microkernel.h"
+#include "panels.h"
 #include "patch_attention.h"
 #include "token_rows.h"
 
@@ -27,21 +28,6 @@ MVIT_INLINE TokenRows<E> tokens_of(const PatchAttentionShape& shape, const Map& 
   E* first = static_cast<E*>(map.data) + image * map.image_stride + h * map.row_stride + w * map.column_stride +
              part * shape.inner() + head * shape.head_dim;
   return {first, shape.patch_height * map.row_stride, shape.patch_width * map.column_stride, shape.patch_columns};
-}
-
-// body(std::integral_constant<int, V>, begin, present): [begin, end) in blocks of V vectors, 1 to kTileVectors, as even
-// as can be (4 vectors are 2 + 2 rather than 3 + 1, whose 1 would be short of loads).
-template <typename T, typename Body>
-MVIT_INLINE void in_lane_blocks(int64_t begin, int64_t end, const Body& body) {
-  constexpr int size = Vec<T>::size;
-  while (begin < end) {
-    const int64_t vectors = round_up(end - begin, size) / size;
-    const int64_t blocks = round_up(vectors, kTileVectors) / kTileVectors;
-    const int64_t width = round_up(vectors, blocks) / blocks;
-    const int64_t present = smaller(width * size, end - begin);
-    with_constant<kTileVectors>(width, [&](auto v) { body(v, begin, present); });
-    begin += present;
-  }
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
