@@ -353,6 +353,7 @@ Tensor pack_convolution(const Tensor& weight, const Tensor& bias) {
                   "pack_convolution: (out, in, k, k) and (out,) are wanted");
   const ConvolutionTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(convolution);
   const ConvolutionKernels& kernels = weight.scalar_type() == ScalarType::BFloat16 ? table.pairs : table.single;
+  STD_TORCH_CHECK(kernels.pack != nullptr, "pack_convolution: there are no products of bfloat16 pairs here");
   const ConvolutionShape shape{1, 1, weight.size(1), weight.size(0), weight.size(2), 1, 1, false};
   const Tensor packed = bytes_like(weight, kernels.packed_bytes(shape));
   kernels.pack(shape, weight.const_data_ptr(), static_cast<const float*>(bias.const_data_ptr()),
@@ -366,6 +367,7 @@ Tensor pack_inverted_residual(const Tensor& expand, const Tensor& expand_bias, c
     STD_TORCH_CHECK(tensor->is_contiguous(), "pack_inverted_residual: contiguous weights are wanted");
   const InvertedResidualTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(inverted_residual);
   const InvertedResidualKernels& kernels = expand.scalar_type() == ScalarType::BFloat16 ? table.pairs : table.single;
+  STD_TORCH_CHECK(kernels.pack != nullptr, "pack_inverted_residual: there are no products of bfloat16 pairs here");
   const InvertedResidualShape shape{1, 1, expand.size(1), expand.size(0), project.size(0), 1, 1, false};
   const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
   const Tensor packed = bytes_like(expand, kernels.packed_bytes(shape));

@@ -19,7 +19,7 @@ from .. import backends
 from ..ops import TransformerLayerWeights, inverted_residual
 from ..ops.inverted_residual import inverted_residual_call
 from .functional import transformer_on_map
-from .network import Builder, Network, NotNative, Place, links_of, network_allowed
+from .network import Builder, Network, NotNative, Place, hooks_inside, links_of, network_allowed
 
 
 class Frozen(nn.Module):
@@ -77,7 +77,7 @@ class Frozen(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __setattr__(self, name: str, value) -> None:
-        if isinstance(value, (nn.Module, Tensor)) or name in self.__dict__.get("_modules", ()):
+        if not name.startswith("_") and (isinstance(value, (nn.Module, Tensor)) or name in self._modules):
             self._changed()
         super().__setattr__(name, value)
 
@@ -143,8 +143,11 @@ class FrozenConv2d(Frozen):
     def in_channels(self) -> int:
         return self.weight.shape[1] * self.groups
 
-    def composed(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(conv(x))``, or ``conv(x) + residual`` (then there is no activation)."""
+        return super().forward(x) if residual is None else self.composed(x, residual)
+
+    def composed(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.to(self.weight.dtype).contiguous(memory_format=torch.channels_last)
         if _onednn_serves(x):
             return self._onednn(x, residual)
@@ -239,11 +242,11 @@ class FrozenInvertedResidual(Frozen):
         expand_weight, project_weight = expand.weight.flatten(1), project.weight.flatten(1)
         stride, dilation = depthwise.stride[0], depthwise.dilation[0]
         call = inverted_residual_call(rows, expand_weight, project_weight, (x,), stride, dilation, self.residual)
-        if backends.serves("inverted_residual", call):
+        if not hooks_inside(self) and backends.serves("inverted_residual", call):
             weights = (expand_weight, expand.bias, depthwise.weight, depthwise.bias, project_weight, project.bias)
             rows = inverted_residual(rows, *weights, stride=stride, dilation=dilation, residual=self.residual)
             return rows.permute(0, 3, 1, 2)
-        return project.composed(depthwise.composed(expand.composed(x)), x if self.residual else None)
+        return project(depthwise(expand(x)), x if self.residual else None)
 
 
 class FrozenMobileViTBlock(Frozen):
@@ -300,7 +303,8 @@ class FrozenMobileViTBlock(Frozen):
         if self.fusion is None:
             return first.place(builder)
         width = last.weight.shape[0]
-        border = max(conv.dilation[0] * (conv.weight.shape[2] // 2) for conv in (first, self.fusion))
+        readers = (first, links_of(self.fusion)[0])
+        border = max(conv.dilation[0] * (conv.weight.shape[2] // 2) for conv in readers)
         joint = builder.value(first.in_channels + width, border)
         return joint._replace(offset=0 if self.input_first else width, channels=first.in_channels)
 

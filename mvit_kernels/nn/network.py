@@ -221,9 +221,7 @@ class Network:
 
     def serves(self, x: Tensor) -> bool:
         """Whether no hook would be left out, and every block takes its map (Kornia raises on odd ones)."""
-        if nn.modules.module._has_any_global_hook():
-            return False
-        if any(part._forward_hooks or part._forward_pre_hooks for part in self._inner):
+        if _hooked(self._inner):
             return False
         if not self.takes:
             return True
@@ -260,6 +258,17 @@ def network_allowed(x: object) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
+
+
+def hooks_inside(module: nn.Module) -> bool:
+    """Whether a hook would be left out if what is inside `module` were not called one by one."""
+    return _hooked([part for part in module.modules() if part is not module])
+
+
+def _hooked(modules: list[nn.Module]) -> bool:
+    if nn.modules.module._has_any_global_hook():
+        return True
+    return any(part._forward_hooks or part._forward_pre_hooks for part in modules)
 
 
 def links_of(module: nn.Module) -> list[Frozen]:
