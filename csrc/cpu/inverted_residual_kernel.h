@@ -296,7 +296,7 @@ struct InvertedResidual {
         Vec<float> tile[R][V];
         begin_with_bias(tile, packed.expand_bias + column);
         multiply_add<R, V, Operand::row_major>(tile, a + x * lda, lda, weights, V * size, depth);
-        map_tile(tile, [](Vec<float> value, int, int) { return silu_of<P>(value); });
+        map_tile(tile, [](Vec<float> value, int, int) { return silu_for<P>(value); });
         Depthwise<P>::store_expanded(blocks, scratch.block_size, scratch.left + x, tile);
       });
     });
@@ -323,7 +323,7 @@ struct InvertedResidual {
         for (auto& s : sum) s = bias;
         weights.add(sum, row, x + i);
         for (int p = 0; p < decltype(n)::value; ++p)
-          store_first(scratch.buffer + (i + p) * scratch.buffer_ld + c, silu_of<P>(sum[p]), size);
+          store_first(scratch.buffer + (i + p) * scratch.buffer_ld + c, silu_for<P>(sum[p]), size);
       };
       int64_t i = 0;
       for (; i + N <= count; i += N) pixels(std::integral_constant<int, N>{}, i);
