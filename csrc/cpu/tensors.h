@@ -32,8 +32,8 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
 // Memory of the calling thread that may be used until the next call of the same function by the same thread; it grows, is
 // kept (fresh pages cost more than the kernels), and is aligned to a cache line. Its contents are undefined.
 // scratch() is for one piece of work on one thread; shared_scratch() is for the thread that gives out work, for what the
-// threads share meanwhile.
-enum class ScratchUse { one_thread, shared };
+// threads share meanwhile; and a network's workspace lasts over many of either.
+enum class ScratchUse { one_thread, shared, network };
 
 template <ScratchUse>
 void* kept_memory(std::size_t bytes) {
