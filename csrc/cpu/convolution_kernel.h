@@ -146,7 +146,7 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
       for (int64_t i = 0; i < shape.kernel; ++i)
         for (int64_t j = 0; j < runs; ++j, b += depth * V * Vec<float>::size)
           multiply_add_at(tile, a, i * tap_row + j * run_stride - border, b, depth);
-      if (shape.silu) map_tile(tile, [](Vec<float> x, int, int) { return silu_of<P>(x); });
+      if (shape.silu) map_tile(tile, [](Vec<float> x, int, int) { return silu_for<P>(x); });
       E* to[R];
       out.locate(pixel, to);
       store_pixels(tile, present, [&](int r) { return to[r] + column; });

@@ -24,7 +24,7 @@ struct Depthwise {
   static constexpr int64_t kWeights = 9;  // vectors, for one block of channels
   static constexpr int kPixels = 4;       // at once
 
-  static constexpr int64_t left(int64_t dilation) { return dilation; }
+  static MVIT_INLINE int64_t left(int64_t dilation) { return dilation; }
 
   template <int R, int V>
   static MVIT_INLINE void store_expanded(T* row, int64_t block_size, int64_t position, const Vec<T> (&tile)[R][V]) {
@@ -66,6 +66,99 @@ struct Depthwise {
     }
   };
 };
+
+#if defined(MVIT_BF16_PAIRS)
+// For bfloat16: pairs of adjacent positions, column 0 in the lower half of one. A pair's product with a pair of weights
+// is two taps at once, and three taps are two products: of the pixels (2i - 1 | 2i, 2i + 1) or (2i, 2i + 1 | 2i + 2).
+template <>
+struct Depthwise<Bf16Pairs> {
+  static constexpr int64_t kWeights = 9;
+  static constexpr int kPixels = 4;
+
+  static MVIT_INLINE int64_t left(int64_t dilation) { return round_up(dilation, 2); }
+
+  template <int R, int V>
+  static MVIT_INLINE void store_expanded(bf16x2* row, int64_t block_size, int64_t position,
+                                         const Vec<float> (&tile)[R][V]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r += 2)
+        store_first(row + v * block_size + (position + r) / 2 * 16, tile[r][v],
+                    r + 1 < R ? tile[r + 1][v] : Vec<float>(0.0f), 16);
+  }
+
+  static MVIT_INLINE void pack(bf16x2* packed, const bfloat16* weight, int64_t channels) {
+    for (int64_t tap = 0; tap < 9; ++tap)
+      for (int64_t i = 0; i < 16; ++i) packed[tap * 16 + i].bits = i < channels ? weight[i * 9 + tap].bits : 0;
+  }
+
+  static MVIT_INLINE NativeBits load_pairs(const bf16x2* p) {
+    NativeBits pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+  }
+
+  static MVIT_INLINE Vec<float> add_product(Vec<float> sum, NativeBits a, NativeBits b) {
+    return Vec<float>(_mm512_dpbf16_ps(sum.native, (__m512bh)a, (__m512bh)b));
+  }
+
+  template <int kStride, int kDilation>
+  struct Filter {
+    struct Row {
+      NativeBits second_0, first_0_second_1, first_1_second_2, first_2;
+    };
+    Row row_weights[3];
+
+    MVIT_INLINE Filter(const bf16x2* packed, int64_t, int64_t) {
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const NativeBits w0 = load_pairs(packed + (3 * i) * 16), w1 = load_pairs(packed + (3 * i + 1) * 16),
+                         w2 = load_pairs(packed + (3 * i + 2) * 16);
+        row_weights[i] = {w0 << 16, w0 | w1 << 16, w1 | w2 << 16, w2};
+      }
+    }
+
+    template <int N>
+    MVIT_INLINE void add(Vec<float> (&sum)[N], const bf16x2* const (&row)[3], int64_t pixel) const {
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const Row& w = row_weights[i];
+        const bf16x2* first = row[i] + pixel * kStride / 2 * 16;
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+          const bf16x2* pairs = first + (n * kStride + 1) / 2 * 16;
+          const bool even = n * kStride % 2 == 0;
+          sum[n] = add_product(sum[n], load_pairs(pairs), even ? w.second_0 : w.first_0_second_1);
+          sum[n] = add_product(sum[n], load_pairs(pairs + 16), even ? w.first_1_second_2 : w.first_2);
+        }
+      }
+    }
+  };
+};
+
+template <>
+struct Depthwise<Bf16Pairs>::Filter<0, 0> {  // tap by tap
+  NativeBits weight[9];
+  int64_t stride, dilation;
+
+  MVIT_INLINE Filter(const bf16x2* packed, int64_t any_stride, int64_t any_dilation)
+      : stride(any_stride), dilation(any_dilation) {
+    for (int tap = 0; tap < 9; ++tap) weight[tap] = load_pairs(packed + tap * 16);
+  }
+
+  template <int N>
+  MVIT_INLINE void add(Vec<float> (&sum)[N], const bf16x2* const (&row)[3], int64_t pixel) const {
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 3; ++j)
+        for (int n = 0; n < N; ++n) {
+          const int64_t position = (pixel + n) * stride + dilation % 2 + j * dilation;
+          const NativeBits pairs = load_pairs(row[i] + position / 2 * 16);
+          sum[n] = add_product(sum[n], position % 2 == 0 ? pairs & 0xffff : pairs >> 16, weight[3 * i + j]);
+        }
+  }
+};
+#endif
 
 template <typename P>
 struct PackedInvertedResidual {
@@ -203,7 +296,7 @@ struct InvertedResidual {
         Vec<float> tile[R][V];
         begin_with_bias(tile, packed.expand_bias + column);
         multiply_add<R, V, Operand::row_major>(tile, a + x * lda, lda, weights, V * size, depth);
-        map_tile(tile, [](Vec<float> value, int, int) { return silu_of<P>(value); });
+        map_tile(tile, [](Vec<float> value, int, int) { return silu_for<P>(value); });
         Depthwise<P>::store_expanded(blocks, scratch.block_size, scratch.left + x, tile);
       });
     });
@@ -230,11 +323,12 @@ struct InvertedResidual {
         for (auto& s : sum) s = bias;
         weights.add(sum, row, x + i);
         for (int p = 0; p < decltype(n)::value; ++p)
-          store_first(scratch.buffer + (i + p) * scratch.buffer_ld + c, silu_of<P>(sum[p]), size);
+          store_first(scratch.buffer + (i + p) * scratch.buffer_ld + c, silu_for<P>(sum[p]), size);
       };
       int64_t i = 0;
       for (; i + N <= count; i += N) pixels(std::integral_constant<int, N>{}, i);
-      for (; i < count; ++i) pixels(std::integral_constant<int, 1>{}, i);
+      for (; i + 2 <= count; i += 2) pixels(std::integral_constant<int, 2>{}, i);  // never from an odd pixel on
+      if (i < count) pixels(std::integral_constant<int, 1>{}, i);
       for (int j = 0; j < 3; ++j) row[j] += step[j];
     }
   }
@@ -299,7 +393,7 @@ extern const InvertedResidualTable MVIT_TABLE(inverted_residual) = {
     MVIT_INVERTED_RESIDUAL_KERNELS(Plain<float>, float),
     MVIT_INVERTED_RESIDUAL_KERNELS(Plain<float>, MVIT_ISA::bfloat16),
 #if defined(MVIT_BF16_PAIRS)
-    {},
+    MVIT_INVERTED_RESIDUAL_KERNELS(Bf16Pairs, MVIT_ISA::bfloat16),
 #else
     {},
 #endif

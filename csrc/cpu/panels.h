@@ -66,11 +66,6 @@ MVIT_INLINE void pack_bias(float* packed, const float* bias, int64_t columns) {
     packed[i] = bias != nullptr && i < columns ? bias[i] : 0.0f;
 }
 
-template <typename P>
-MVIT_INLINE Vec<float> silu_of(Vec<float> x) {
-  return silu(x);
-}
-
 // tile[r][v] = bias[v]: where the sums of the products begin.
 template <int R, int V>
 MVIT_INLINE void begin_with_bias(Vec<float> (&tile)[R][V], const float* bias) {
