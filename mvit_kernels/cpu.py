@@ -50,11 +50,26 @@ def _patch_attention(call: Call) -> list[str]:
     return reasons
 
 
+def _inference_dtype(call: Call) -> list[str]:
+    return [] if call.dtype in INFERENCE_DTYPES else [f"{call.dtype} is not supported; float32 and bfloat16 are"]
+
+
+def _inverted_residual(call: Call) -> list[str]:
+    reasons = _inference_dtype(call)
+    if not call.fact("dense_rows"):
+        reasons.append("the channels of x are not adjacent in memory; call .contiguous() first")
+    return reasons
+
+
 def _transformer(call: Call) -> list[str]:
-    reasons = [] if call.dtype in INFERENCE_DTYPES else [f"{call.dtype} is not supported; float32 and bfloat16 are"]
+    reasons = _inference_dtype(call)
     if not call.fact("same_widths"):
         reasons.append("its layers have different widths")
     return reasons
 
 
-SUPPORTS = {"patch_attention": _patch_attention, "transformer": _transformer}
+SUPPORTS = {
+    "patch_attention": _patch_attention,
+    "inverted_residual": _inverted_residual,
+    "transformer": _transformer,
+}

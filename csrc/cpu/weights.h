@@ -21,6 +21,13 @@ class WeightReader {
     return read(tensor, matrices_);
   }
 
+  const void* filters(const Tensor& tensor, int64_t out, int64_t in, int64_t kernel) {
+    STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == out && tensor.size(1) == in && tensor.size(2) == kernel &&
+                        tensor.size(3) == kernel,
+                    op_, ": a convolution's weight is not of ", out, " x ", in, " x ", kernel, " x ", kernel);
+    return read(tensor, matrices_);
+  }
+
   const float* vector(const Tensor& tensor, int64_t size) {
     STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, op_, ": a bias or norm weight is not of ", size,
                     " values");
