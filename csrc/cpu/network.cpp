@@ -219,7 +219,8 @@ class Run {
   void copy(const Step& step) const {
     const Value& source = value(step.source);
     const PlacedMap from = map(step.source), to = map(step.target);
-    share_out(source.height, static_cast<double>(source.width * step.target.channels), [&](int64_t begin, int64_t end) {
+    constexpr double ops = 16;  // as long as that many products, an element
+    share_out(source.height, ops * static_cast<double>(source.width * step.target.channels), [&](int64_t begin, int64_t end) {
       copy_rows(from, step.source.channels, to, step.target.channels, source.width, begin, end);
     });
   }
@@ -296,7 +297,7 @@ class Run {
     const Value &source = value(step.source), &target = value(step.target);
     if (source.storage == target.storage) return;
     const PlacedMap from = map(step.source), to = map(step.target);
-    share_out(target.height, 8.0 * static_cast<double>(target.width * step.target.channels),
+    share_out(target.height, 64.0 * static_cast<double>(target.width * step.target.channels),
               [&](int64_t begin, int64_t end) {
                 resize_rows(from, source.height, source.width, to, target.height, target.width, step.target.channels,
                             begin, end);

@@ -192,7 +192,7 @@ MVIT_INLINE void attend(const TransformerShape& shape, int64_t head, int64_t seq
       Vec<T> tile[R][V];
       map_tile(tile, [&](Vec<T>, int r, int v) {
         const Vec<T> x = load(scratch.scores + (row + r) * kLanes + v * size);
-        const Vec<T> weight = exp2(x - block_highest[v]);
+        const Vec<T> weight = exp2_for<P>(x - block_highest[v]);
         block_sum[v] = block_sum[v] + weight;
         return weight;
       });
@@ -258,7 +258,7 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
   product<P>(static_cast<const Weight*>(layer.fc1_weight), width, scratch.normalised, shape.hidden, width, lanes,
              [&](auto& tile, int64_t row, int64_t lane) {
                add_bias(tile, layer.fc1_bias, row);
-               map_tile(tile, [](Vec<T> x, int, int) { return silu(x); });
+               map_tile(tile, [](Vec<T> x, int, int) { return silu_for<P>(x); });
                store_operand(scratch.hidden, kLanes, row, lane, kLanes - lane, tile);
              });
   product<P>(static_cast<const Weight*>(layer.fc2_weight), shape.hidden, scratch.hidden, width, shape.hidden, lanes,

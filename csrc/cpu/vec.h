@@ -405,9 +405,22 @@ MVIT_INLINE Vec<T> exp(Vec<T> x) {
   return exp2(whole_and_rest(x, Vec<T>(T(1.44269504088896340736))));
 }
 
-// 2^x, the same.
+// 2^x, the same. AVX-512's scalef takes the exponent from x itself, its reduce the rest in [0, 1): no bounds to keep.
 template <typename T>
 MVIT_INLINE Vec<T> exp2(Vec<T> x) {
+#if MVIT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> rest(_mm512_maskz_reduce_ps(-1, x.native, _MM_FROUND_TO_NEG_INF));  // 0 for infinity
+    // minimises the relative error of 2^rest there with the constant term held at 1: 8.2e-8, 1.4e-7 with rounding
+    Vec<T> p(0.001867131f);
+    p = fma(p, rest, Vec<T>(0.009017027f));
+    p = fma(p, rest, Vec<T>(0.055799916f));
+    p = fma(p, rest, Vec<T>(0.24016444f));
+    p = fma(p, rest, Vec<T>(0.6931513f));
+    p = fma(p, rest, Vec<T>(1.0f));
+    return Vec<T>(_mm512_maskz_scalef_ps(-1, p.native, x.native));
+  }
+#endif
   constexpr T highest = sizeof(T) == 4 ? 128 : 1024;
   x = minimum(Vec<T>(highest), maximum(Vec<T>(1 - highest), x));
   return exp2(whole_and_rest(x, Vec<T>(T(1))));
