@@ -222,6 +222,19 @@ def test_the_kernels_on_every_instruction_set(isa):
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60
 
 
+@pytest.mark.parametrize("operator", ["inverted_residual"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_operators_own_tests_on_every_instruction_set(isa, operator):
+    if not _processor_has(isa):
+        pytest.skip(f"this processor has no {isa}")
+    if isa == _isa_in_use():
+        return  # they run as they are
+    tests = Path(__file__).with_name(f"test_{operator}.py")
+    run = _python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", str(tests))
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60
+
+
 def test_the_instruction_set_in_use_is_the_one_asked_for():
     assert _isa_in_use() in (os.environ.get("MVIT_KERNELS_CPU_ISA"), *ISAS)
     if "MVIT_KERNELS_CPU_ISA" in os.environ:
@@ -234,7 +247,9 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_known(wrong):
     run = _python(wrong, "-c", call)
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
-    assert f"MVIT_KERNELS_CPU_ISA is '{wrong}'" in last and "choose one of avx512bf16, avx512, avx2 and portable" in last
+    assert (
+        f"MVIT_KERNELS_CPU_ISA is '{wrong}'" in last and "choose one of avx512bf16, avx512, avx2 and portable" in last
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the operators' edge
