@@ -23,8 +23,11 @@ def unavailable(device_type: str) -> list[str]:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable", the best that the processor has or the one that the
-    environment variable ``MVIT_KERNELS_CPU_ISA`` asks for; "" where that is wrong, or where there is no library."""
+    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
+
+    It is the best that the processor has, or the one that the environment variable ``MVIT_KERNELS_CPU_ISA`` asks for;
+    "" where that is wrong, or where there is no library.
+    """
     if load("cpu"):
         return ""
     function = ctypes.CDLL(str(loaded_paths["cpu"])).mvit_kernels_cpu_isa

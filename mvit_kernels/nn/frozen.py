@@ -110,8 +110,8 @@ class FrozenConv2d(Frozen):
     Example:
         >>> FrozenConv2d(weight, bias, stride=(2, 2), padding=(1, 1), activation="silu")(images)
 
-    Composed, on the CPU, it is oneDNN's convolution with SiLU (and a residual addition) as its epilogue and with weights
-    reordered once for the first input's size: half the time of convolution, batch norm and SiLU one after another.
+    Composed, on the CPU, it is oneDNN's convolution with SiLU (and a residual addition) as its epilogue and with
+    weights reordered once for the first input's size: half the time of convolution, batch norm and SiLU in turn.
 
     Args:
         weight: (out, in / groups, kh, kw).
