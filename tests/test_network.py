@@ -91,7 +91,7 @@ def native(module: Frozen, x: Tensor) -> Tensor:
     """The module's result, seen to come from one native call."""
     with torch.inference_mode():
         y = module(x)
-    assert isinstance(module._network, network.Network), module._network
+    assert isinstance(module.native(), network.Network), module.native()
     assert module._network.serves(x)
     return y
 

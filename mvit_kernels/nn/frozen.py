@@ -46,10 +46,14 @@ class Frozen(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        network = self._native(x) if network_allowed(x) else None
-        return self.composed(x) if network is None else network(x)
+        if network_allowed(x):
+            network = self.native()
+            if isinstance(network, Network) and network.serves(x):
+                return network(x)
+        return self.composed(x)
 
-    def _native(self, x: Tensor) -> Network | None:
+    def native(self) -> Network | NotNative:
+        """The native call as things are now, or why there is none."""
         network = self._network
         if network is None or (isinstance(network, Network) and network.is_stale()):
             try:
@@ -57,7 +61,7 @@ class Frozen(nn.Module):
             except NotNative as reason:
                 network = reason
             self._network = network
-        return None if isinstance(network, NotNative) or not network.serves(x) else network
+        return network
 
     def place(self, builder: Builder) -> Place | None:
         return None
