@@ -44,4 +44,11 @@ def _patch_attention(call: Call) -> list[str]:
     return reasons
 
 
-SUPPORTS = {"patch_attention": _patch_attention}
+# The row-wise operators take rows of any strides: those that no pair of strides reaches, or whose channels are not adjacent,
+# are copied first, as PyTorch's own layer_norm and linear copy them.
+SUPPORTS = {
+    "layer_norm_linear": _dtype,
+    "patch_attention": _patch_attention,
+    "linear_residual": _dtype,
+    "layer_norm_mlp": _dtype,
+}
