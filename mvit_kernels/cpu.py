@@ -71,8 +71,13 @@ def _transformer(call: Call) -> list[str]:
     return reasons
 
 
+# The row-wise operators take rows of any strides: those that no pair of strides reaches, or whose channels are not
+# adjacent, are copied first, as PyTorch's own layer_norm and linear copy them.
 SUPPORTS = {
+    "layer_norm_linear": _dtype,
     "patch_attention": _patch_attention,
+    "linear_residual": _dtype,
+    "layer_norm_mlp": _dtype,
     "inverted_residual": _inverted_residual,
     "transformer": _transformer,
 }
