@@ -52,6 +52,7 @@ CATEGORIES = {
     # bmm and softmax are an attention that is written out, as in Hugging Face's eager one
     "attention": ("*scaled_dot_product*", "patch_attention", "bmm", "baddbmm", "matmul", "softmax*"),
     "fused transformer": ("transformer",),
+    "frozen network": ("network",),
     # With the residual additions, dropout and other arithmetic that reads a map and writes one.
     "norm and activation": (
         "*batch_norm*",

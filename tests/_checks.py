@@ -39,7 +39,7 @@ from torch import Tensor
 import mvit_kernels
 from mvit_kernels._library import BACKENDS, raw
 
-THREADS = torch.get_num_threads()
+THREADS = 2
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,7 +48,7 @@ def one_thread():
     time."""
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test needs."""
 
+import os
 from types import SimpleNamespace
+
+# Read when torch loads OpenMP. Its threads spin while they wait for each other: beside any other process two threads
+# were ten times slower than one, and the tests of threads took longer than all others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
@@ -15,8 +20,7 @@ from mvit_kernels.nn import MobileViT
 # Before any test module imports timm, which imports torchvision.
 _third_party.prepare_torchvision()
 
-# The shapes are small, and OpenMP's threads spin while they wait for each other: beside any other process two threads
-# were ten times slower than one. What is about threads sets their number itself.
+# The shapes are small; what is about threads sets their number itself.
 torch.set_num_threads(1)
 
 

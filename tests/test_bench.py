@@ -275,9 +275,17 @@ def test_category_of_an_operator(operator, expected):
     assert category(operator) == expected
 
 
-@pytest.mark.parametrize("form", ["eager", "accelerated", "frozen"])
-def test_categories_cover_what_a_model_runs(form):
-    subject = Subject(_models.build("timm", "xxs"), torch.rand(1, 3, 192, 192))
+@pytest.mark.parametrize(
+    ("form", "backend", "expected"),
+    [
+        ("eager", None, ("convolution", "linear", "attention", "norm and activation", "layout copies")),
+        ("accelerated", "reference", ("convolution", "linear", "attention", "norm and activation", "layout copies")),
+        ("accelerated", None, ("convolution", "fused transformer", "norm and activation")),
+        ("frozen", None, ("frozen network", "linear")),
+    ],
+)
+def test_categories_cover_what_a_model_runs(form, backend, expected):
+    subject = Subject(_models.build("timm", "xxs"), torch.rand(1, 3, 192, 192), backend=backend)
     model, images = PEERS[form].build(subject)
     shares = []
     with torch.no_grad():
@@ -287,7 +295,7 @@ def test_categories_cover_what_a_model_runs(form):
             work = profile.wall_ms - profile.categories[LAUNCH_GAPS]
             assert work == pytest.approx(sum(operator.ms for operator in profile.operators))
             shares.append(profile.categories[OTHER] / work)
-    for name in ("convolution", "linear", "attention", "norm and activation", "layout copies"):
+    for name in expected:
         assert profile.categories[name] > 0, name
     assert min(shares) < 0.15, [o for o in profile.operators if o.category == OTHER][:5]
     assert "convolution" in profile_table({form: profile})

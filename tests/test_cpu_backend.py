@@ -2,20 +2,12 @@
 """The C++ backend, where the operators' own tests (which run by path ``cpu`` as well) do not look.
 
 Sizes around every vector's width, scores far outside exp's range, other numbers of threads, two callers at once, calls
-past Python's checks. The tests named ``test_kernels_…`` run once more on every instruction set that the processor has,
-in processes of their own, because the library reads MVIT_KERNELS_CPU_ISA once.
+past Python's checks. tests/test_instruction_sets.py runs those named ``test_kernels_…`` again on every instruction set.
 """
 
-import ctypes
-import json
-import os
-import platform
 import random
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,27 +18,18 @@ from _checks import (
     check_registration,
     one_thread,  # noqa: F401 (a fixture)
 )
+from _native import LIBRARY, skip_without_a_compiler, why_not_built
 
 from mvit_kernels import _library
 from mvit_kernels._library import raw
 
-LIBRARY = _library.LIBRARY_DIRECTORY / "libmvit_kernels_cpu.so"
 OP = "patch_attention"
 
-
-def _why_not_built() -> str:
-    information = _library.LIBRARY_DIRECTORY / "build_info.json"
-    if not information.exists():
-        return "never built: `make build` does it"
-    return json.loads(information.read_text())["cpu"].get("reason", "built, and then lost")
-
-
-if not LIBRARY.exists() and _why_not_built().startswith("no C++ compiler"):
-    pytest.skip(f"the C++ library is not built: {_why_not_built()}", allow_module_level=True)
+skip_without_a_compiler()
 
 
 def test_the_library_loads():
-    assert LIBRARY.exists(), f"the C++ library is not built: {_why_not_built()}"
+    assert LIBRARY.exists(), f"the C++ library is not built: {why_not_built()}"
     assert _library.load("cpu") == ""
 
 
@@ -168,88 +151,6 @@ def test_kernels_leave_nothing_behind():
     with poisoned():
         again = _forward_and_backward(small)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-# ----------------------------------------------------------------------------------------------------- instruction sets
-
-
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
-
-
-def _processor_has(isa: str) -> bool:
-    if isa == "portable":
-        return True
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
-    avx512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
-    needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": avx512 | {"avx512_bf16"}}
-    return needed[isa] <= flags
-
-
-def _python(isa: str | None, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "MVIT_KERNELS_CPU_ISA"}
-    if isa is not None:
-        environment["MVIT_KERNELS_CPU_ISA"] = isa
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-
-
-ISA_IN_USE = (
-    f"import ctypes; f = ctypes.CDLL({str(LIBRARY)!r}).mvit_kernels_cpu_isa; f.restype = ctypes.c_char_p; print(f())"
-)
-
-
-def _isa_in_use() -> str:
-    _library.load("cpu")
-    function = ctypes.CDLL(str(LIBRARY)).mvit_kernels_cpu_isa
-    function.restype = ctypes.c_char_p
-    return function().decode()
-
-
-def test_the_best_instruction_set_is_chosen():
-    best = next(isa for isa in ISAS if _processor_has(isa))
-    assert os.environ.get("MVIT_KERNELS_CPU_ISA", best) == _isa_in_use()
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_the_kernels_on_every_instruction_set(isa):
-    if not _processor_has(isa):
-        pytest.skip(f"this processor has no {isa}")
-    if isa == _isa_in_use():
-        return  # this very process has run them
-    run = _python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_kernels or in_use", __file__)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60
-
-
-@pytest.mark.parametrize("operator", ["inverted_residual"])
-@pytest.mark.parametrize("isa", ISAS)
-def test_the_operators_own_tests_on_every_instruction_set(isa, operator):
-    if not _processor_has(isa):
-        pytest.skip(f"this processor has no {isa}")
-    if isa == _isa_in_use():
-        return  # they run as they are
-    tests = Path(__file__).with_name(f"test_{operator}.py")
-    run = _python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", str(tests))
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60
-
-
-def test_the_instruction_set_in_use_is_the_one_asked_for():
-    assert _isa_in_use() in (os.environ.get("MVIT_KERNELS_CPU_ISA"), *ISAS)
-    if "MVIT_KERNELS_CPU_ISA" in os.environ:
-        assert _isa_in_use() == os.environ["MVIT_KERNELS_CPU_ISA"]
-
-
-@pytest.mark.parametrize("wrong", ["sse2", "AVX2 "])
-def test_an_unknown_instruction_set_is_an_error_that_names_the_known(wrong):
-    call = "import torch, mvit_kernels as m; m.patch_attention(torch.ones(1, 2, 2, 24), num_heads=2, patch_size=2)"
-    run = _python(wrong, "-c", call)
-    assert run.returncode == 1
-    last = run.stderr.strip().splitlines()[-1]
-    assert (
-        f"MVIT_KERNELS_CPU_ISA is '{wrong}'" in last and "choose one of avx512bf16, avx512, avx2 and portable" in last
-    )
 
 
 # ------------------------------------------------------------------------------------------------ the operators' edge

@@ -12,6 +12,7 @@ import threading
 import _models
 import pytest
 import torch
+from _native import skip_without_a_compiler
 from _tolerance import assert_close_as_pytorch
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from mvit_kernels.nn.frozen import (
     FrozenMobileViTBlock,
     FrozenSequential,
 )
+
+skip_without_a_compiler()
 
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = int(os.environ.get("MVIT_KERNELS_FUZZ", "60"))

@@ -99,9 +99,9 @@ class _LayerNormLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        bias = ctx.saved_tensors[-1]
-        grads = raw(f"{OP}_backward", ctx.backend)(grad_out, *ctx.saved_tensors, ctx.activation)
-        return None, *grads[:4], None if bias is None else grads[4], None, None
+        saved = ctx.saved_tensors  # once: gradient checkpointing hands each tensor out a single time
+        grads = raw(f"{OP}_backward", ctx.backend)(grad_out, *saved, ctx.activation)
+        return None, *grads[:4], None if saved[-1] is None else grads[4], None, None
 
 
 @register_fake(OP)
