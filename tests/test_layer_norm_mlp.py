@@ -85,6 +85,10 @@ def test_saved_statistics(backend, dtype):
     backend = "reference" if backend == "raw" else backend
     tensors, settings = make(OP, dict(shape=(3, 7, 80), hidden=16, mean=3.0))
     tensors = convert(tensors, getattr(torch, dtype))
+    if (backend, dtype) == ("cpu", "float16"):
+        with pytest.raises(RuntimeError, match=f"{OP}: the CPU kernels take float32, bfloat16 and float64"):
+            raw(OP, backend)(*raw_arguments(OP, tensors, settings))
+        return
     _, mean, rstd = raw(OP, backend)(*raw_arguments(OP, tensors, settings))
     x = tensors["x"].double()
     centred = x - x.sum(-1, keepdim=True) / 80
