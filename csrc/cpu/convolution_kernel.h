@@ -21,9 +21,10 @@ struct PackedConvolution {
   std::size_t end;
 
   PackedConvolution(const ConvolutionShape& shape, const void* memory) {
-    panels = static_cast<typename P::Operand*>(const_cast<void*>(memory));
-    bias = reinterpret_cast<float*>(panels + panels_size<P>(shape.out_channels, depth_of(shape)));
-    end = reinterpret_cast<std::size_t>(bias + round_up(shape.out_channels, Vec<float>::size));
+    Pieces pieces(memory);
+    panels = pieces.take<typename P::Operand>(panels_size<P>(shape.out_channels, depth_of(shape)));
+    bias = pieces.take<float>(round_up(shape.out_channels, Vec<float>::size));
+    end = pieces.at;
   }
 };
 

@@ -22,6 +22,20 @@ MVIT_INLINE void in_lane_blocks(int64_t begin, int64_t end, const Body& body) {
   }
 }
 
+// Pieces of one block of memory, one after another, each on a cache line of its own; from null they only count.
+struct Pieces {
+  uintptr_t at;
+
+  explicit MVIT_INLINE Pieces(const void* memory) : at(reinterpret_cast<uintptr_t>(memory)) {}
+
+  template <typename T>
+  MVIT_INLINE T* take(int64_t count) {
+    T* const piece = reinterpret_cast<T*>(at);
+    at += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return piece;
+  }
+};
+
 template <typename T>
 MVIT_INLINE int64_t panel_count(int64_t columns) {
   constexpr int64_t width = kTileVectors * Vec<T>::size;

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// The depthwise 3 × 3 convolution of inverted_residual_kernel.h: how an arithmetic lays out a row of one block of channels
+// (a vector of them, [position][channel]) and what it makes of three rows. Zeros lie on either side of a row, so that
+// no pixel is at an edge.
+#pragma once
+
+#include "panels.h"
+
+namespace mvit {
+namespace MVIT_ISA {
+
+template <typename P>
+struct Depthwise;
+
+// For float: a vector of channels for each position.
+template <typename T>
+struct Depthwise<Plain<T>> {
+  // The position of column 0.
+  static MVIT_INLINE int64_t left(int64_t dilation) { return dilation; }
+
+  template <int R, int V>
+  static MVIT_INLINE void store_expanded(T* row, int64_t block_size, int64_t position, const Vec<T> (&tile)[R][V]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) store(row + v * block_size + (position + r) * Vec<T>::size, tile[r][v]);
+  }
+
+  // [tap][channel] of the weights [channel][tap]
+  static MVIT_INLINE void pack(T* packed, const T* weight, int64_t channels) {
+    for (int64_t tap = 0; tap < 9; ++tap)
+      for (int64_t i = 0; i < Vec<T>::size; ++i)
+        packed[tap * Vec<T>::size + i] = i < channels ? weight[i * 9 + tap] : 0;
+  }
+
+  // The weights of a block in registers, for stride and dilation as numbers, or 0 and 0 for any.
+  template <int kStride, int kDilation>
+  struct Filter {
+    Vec<T> weight[9];
+    int64_t stride, dilation;
+
+    MVIT_INLINE Filter(const T* packed, int64_t any_stride, int64_t any_dilation)
+        : stride(kStride > 0 ? kStride : any_stride), dilation(kDilation > 0 ? kDilation : any_dilation) {
+#pragma GCC unroll 16
+      for (int tap = 0; tap < 9; ++tap) weight[tap] = load(packed + tap * Vec<T>::size);
+    }
+
+    // sum[n] += the filter over output pixel `pixel + n`; rows begin at their block of channels.
+    template <int N>
+    MVIT_INLINE void add(Vec<T> (&sum)[N], const T* const (&row)[3], int64_t pixel) const {
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const T* first = row[i] + pixel * stride * Vec<T>::size;
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j)
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n)
+            sum[n] = fma(load(first + (n * stride + j * dilation) * Vec<T>::size), weight[3 * i + j], sum[n]);
+      }
+    }
+  };
+};
+
+#if defined(MVIT_BF16_PAIRS)
+// For bfloat16: pairs of adjacent positions, column 0 in the lower half of one. A pair's product with a pair of weights
+// is two taps at once, and three taps are two products: of the pixels (2i - 1 | 2i, 2i + 1) or (2i, 2i + 1 | 2i + 2).
+// Six products then do for nine, and nothing is converted. The fourth pixel weighs 0, so that a NaN or an infinity also
+// spoils the next pixel but one in its row.
+template <>
+struct Depthwise<Bf16Pairs> {
+  static MVIT_INLINE int64_t left(int64_t dilation) { return round_up(dilation, 2); }
+
+  template <int R, int V>
+  static MVIT_INLINE void store_expanded(bf16x2* row, int64_t block_size, int64_t position,
+                                         const Vec<float> (&tile)[R][V]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r += 2)
+        store_first(row + v * block_size + (position + r) / 2 * 16, tile[r][v],
+                    r + 1 < R ? tile[r + 1][v] : Vec<float>(0.0f), 16);
+  }
+
+  static MVIT_INLINE void pack(bf16x2* packed, const bfloat16* weight, int64_t channels) {
+    for (int64_t tap = 0; tap < 9; ++tap)
+      for (int64_t i = 0; i < 16; ++i) packed[tap * 16 + i].bits = i < channels ? weight[i * 9 + tap].bits : 0;
+  }
+
+  static MVIT_INLINE NativeBits load_pairs(const bf16x2* p) {
+    NativeBits pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+  }
+
+  static MVIT_INLINE Vec<float> add_product(Vec<float> sum, NativeBits a, NativeBits b) {
+    return Vec<float>(_mm512_dpbf16_ps(sum.native, (__m512bh)a, (__m512bh)b));
+  }
+
+  template <int kStride, int kDilation>
+  struct Filter {
+    struct Row {
+      NativeBits second_0, first_0_second_1, first_1_second_2, first_2;
+    };
+    Row row_weights[3];
+
+    MVIT_INLINE Filter(const bf16x2* packed, int64_t, int64_t) {
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const NativeBits w0 = load_pairs(packed + (3 * i) * 16), w1 = load_pairs(packed + (3 * i + 1) * 16),
+                         w2 = load_pairs(packed + (3 * i + 2) * 16);
+        row_weights[i] = {w0 << 16, w0 | w1 << 16, w1 | w2 << 16, w2};
+      }
+    }
+
+    template <int N>
+    MVIT_INLINE void add(Vec<float> (&sum)[N], const bf16x2* const (&row)[3], int64_t pixel) const {
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const Row& w = row_weights[i];
+        const bf16x2* first = row[i] + pixel * kStride / 2 * 16;
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+          const bf16x2* pairs = first + (n * kStride + 1) / 2 * 16;
+          const bool even = n * kStride % 2 == 0;
+          sum[n] = add_product(sum[n], load_pairs(pairs), even ? w.second_0 : w.first_0_second_1);
+          sum[n] = add_product(sum[n], load_pairs(pairs + 16), even ? w.first_1_second_2 : w.first_2);
+        }
+      }
+    }
+  };
+};
+
+template <>
+struct Depthwise<Bf16Pairs>::Filter<0, 0> {  // tap by tap
+  NativeBits weight[9];
+  int64_t stride, dilation;
+
+  MVIT_INLINE Filter(const bf16x2* packed, int64_t any_stride, int64_t any_dilation)
+      : stride(any_stride), dilation(any_dilation) {
+    for (int tap = 0; tap < 9; ++tap) weight[tap] = load_pairs(packed + tap * 16);
+  }
+
+  template <int N>
+  MVIT_INLINE void add(Vec<float> (&sum)[N], const bf16x2* const (&row)[3], int64_t pixel) const {
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 3; ++j)
+        for (int n = 0; n < N; ++n) {
+          const int64_t position = (pixel + n) * stride + dilation % 2 + j * dilation;
+          const NativeBits pairs = load_pairs(row[i] + position / 2 * 16);
+          sum[n] = add_product(sum[n], position % 2 == 0 ? pairs & 0xffff : pairs >> 16, weight[3 * i + j]);
+        }
+  }
+};
+#endif
+
+}  // namespace MVIT_ISA
+}  // namespace mvit
