@@ -2,7 +2,7 @@
 """Every C++ kernel on every instruction set that the processor has.
 
 The library reads MVIT_KERNELS_CPU_ISA once, so each set is a process of its own, which runs the operators' own tests by
-path ``cpu``, those of frozen networks, and test_cpu_backend.py's ``test_kernels_…``.
+path ``cpu``, those of frozen networks, and the ``test_kernels_…`` of test_cpu_backend.py and test_cpu_rows.py.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ OPERATORS = (
     "inverted_residual",
     "transformer",
 )
-FILES = (*(HERE / f"test_{name}.py" for name in (*OPERATORS, "network", "cpu_backend")), Path(__file__))
+FILES = (*(HERE / f"test_{name}.py" for name in (*OPERATORS, "network", "cpu_backend", "cpu_rows")), Path(__file__))
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
@@ -77,7 +77,9 @@ def test_every_kernel_on(isa):
         return  # the tests in this very process run them
     # Beside the one in use, avx512 differs in bfloat16 alone.
     dtypes = " and (bfloat16 or dtype1)" if (isa, _isa_in_use()) == ("avx512", "avx512bf16") else ""
-    where = f"((cpu and not test_cpu_backend) or test_kernels or test_network){dtypes} or in_use_is"
+    where = (
+        f"((cpu and not test_cpu_backend and not test_cpu_rows) or test_kernels or test_network){dtypes} or in_use_is"
+    )
     run = _python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", where, *map(str, FILES))
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100

@@ -121,8 +121,10 @@ void backward_block(const LayerNormLinearBackward& args, const RowStep& step, in
   T mean[kLanes], rstd[kLanes];
   read_normalised<E>(scratch.normalised, mean, rstd, args.x, args.mean, args.rstd, block, channels);
 
-  read_block<E>(scratch.grad, args.grad_out, block, out_channels);
-  if (args.silu) {
+  if (!args.silu) {
+    read_left_and_operand<P, E>(left, scratch.grad_operand, args.grad_out, block, out_channels);
+  } else {
+    read_block<E>(scratch.grad, args.grad_out, block, out_channels);
     scale_and_shift<P>(scratch.norm, scratch.normalised, channels, norm_weight, norm_bias, block.lanes);
     product<P>(weight, channels, scratch.norm, out_channels, channels, block.lanes,
                [&](auto& tile, int64_t row, int64_t lane) {
@@ -131,10 +133,9 @@ void backward_block(const LayerNormLinearBackward& args, const RowStep& step, in
                  map_tile(tile, [&](Vec<T> x, int r, int v) {
                    return silu_backward(load(at + r * kLanes + v * Vec<T>::size), x);
                  });
-                 store_tile(at, kLanes, tile);
+                 store_left_and_operand<P>(left, scratch.grad_operand, row, lane, tile);
                });
   }
-  store_left_and_operand<P>(left, scratch.grad_operand, scratch.grad, out_channels, block.lanes);
   store_right_normalised<P, E>(shared.weight, index * kLanes, args.x, block, mean, rstd, norm_weight, norm_bias);
 
   product<P, Operand::column_major>(
@@ -167,7 +168,7 @@ constexpr RowForward<LayerNormLinear> layer_norm_linear_forward() {
 
 template <typename P, typename E>
 constexpr RowBackward<LayerNormLinearBackward> layer_norm_linear_backward() {
-  return {shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
+  return {group_rows<P>, shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
 }
 
 }  // namespace MVIT_ISA

@@ -197,7 +197,7 @@ constexpr RowForward<LayerNormMlp> layer_norm_mlp_forward() {
 
 template <typename P, typename E>
 constexpr RowBackward<LayerNormMlpBackward> layer_norm_mlp_backward() {
-  return {shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
+  return {group_rows<P>, shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
 }
 
 }  // namespace MVIT_ISA

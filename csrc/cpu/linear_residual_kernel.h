@@ -12,15 +12,14 @@ namespace MVIT_ISA {
 
 template <typename P>
 struct LinearResidualScratch {
-  typename P::Value *panel, *out;  // [round_up(channels, size)][kLanes], [kOutChannels][kLanes]
-  typename P::Operand* operand;
+  typename P::Operand* operand;  // [P::rows(round_up(channels, size))][kLanes]
+  typename P::Value* out;        // [kOutChannels][kLanes]
   std::size_t end;
 
   LinearResidualScratch(const LinearResidual& args, void* memory) {
     Pieces pieces(memory);
-    panel = pieces.take<typename P::Value>(round_up(args.channels, Vec<typename P::Value>::size) * kLanes);
+    operand = pieces.take<typename P::Operand>(P::rows(round_up(args.channels, Vec<typename P::Value>::size)) * kLanes);
     out = pieces.take<typename P::Value>(kOutChannels * kLanes);
-    operand = operand_beside<P>(pieces, panel, args.channels);
     end = pieces.next;
   }
 };
@@ -35,8 +34,7 @@ void forward_block(const LinearResidual& args, int64_t index, void* memory) {
   using T = typename P::Value;
   const LinearResidualScratch<P> scratch(args, memory);
   const Block<T> block(index * kLanes, args.count);
-  read_block<E>(scratch.panel, args.x, block, args.channels);
-  store_operand_of<P>(scratch.operand, scratch.panel, args.channels, block.lanes);
+  read_operand<P, E>(scratch.operand, args.x, block, args.channels);
   const E* residual[kLanes];
   tokens_of<const E>(args.residual).for_each(block.first, block.count, [&](const E* p, int64_t i) { residual[i] = p; });
 
@@ -73,14 +71,12 @@ template <typename P>
 struct LinearResidualBackwardScratch {
   using T = typename P::Value;
   T* grad_x;  // [round_up(channels, size)][kLanes]
-  T* grad;    // [round_up(out_channels, size)][kLanes]
   typename P::Operand* grad_operand;
   std::size_t end;
 
   LinearResidualBackwardScratch(const LinearResidualBackward& args, typename P::Weight* left, void* memory) {
     Pieces pieces(memory);
     grad_x = pieces.take<T>(round_up(args.channels, Vec<T>::size) * kLanes);
-    grad = values_of_left<P>(pieces, left, args.out_channels);
     grad_operand = operand_of_left<P>(pieces, left, args.out_channels);
     end = pieces.next;
   }
@@ -111,8 +107,7 @@ void backward_block(const LinearResidualBackward& args, const RowStep& step, int
   const LinearResidualBackwardScratch<P> scratch(args, left, memory);
   const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
 
-  read_block<E>(scratch.grad, args.grad_out, block, args.out_channels);
-  store_left_and_operand<P>(left, scratch.grad_operand, scratch.grad, args.out_channels, block.lanes);
+  read_left_and_operand<P, E>(left, scratch.grad_operand, args.grad_out, block, args.out_channels);
   store_right<P, E>(shared.weight, index * kLanes, args.x, block, [](Vec<T> x, int64_t, int64_t, int) { return x; });
   product<P, Operand::column_major>(
       transposable<P>(shared.transposable, args.weight), args.channels, scratch.grad_operand, args.channels,
@@ -140,7 +135,7 @@ constexpr RowForward<LinearResidual> linear_residual_forward() {
 
 template <typename P, typename E>
 constexpr RowBackward<LinearResidualBackward> linear_residual_backward() {
-  return {shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
+  return {group_rows<P>, shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
 }
 
 }  // namespace MVIT_ISA

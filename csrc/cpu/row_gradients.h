@@ -91,13 +91,14 @@ MVIT_INLINE void layer_norm_backward(T* grad, const T* normalised, const T* rstd
     clear_chains(projection);
     in_chains(channels, [&](int64_t c, int i) {
       const Vec<T> g = grad_of(c, lane) * Vec<T>(weight[c]);
+      store(grad + c * kLanes + lane, g);  // rounded once: of one channel g - mean is 0 below, as it must be
       sum[i] = sum[i] + g;
       projection[i] = fma(g, normalised_of(c, lane), projection[i]);
     });
     const Vec<T> mean = sum_chains(sum) / count, slope = sum_chains(projection) / count, r = load(rstd + lane);
     for (int64_t c = 0; c < channels; ++c)
       store(grad + c * kLanes + lane,
-            (grad_of(c, lane) * Vec<T>(weight[c]) - mean - normalised_of(c, lane) * slope) * r);
+            (grad_of(c, lane) - mean - normalised_of(c, lane) * slope) * r);
   }
 }
 
@@ -107,14 +108,17 @@ template <typename P>
 struct WeightGradient {
   using T = typename P::Value;
   int64_t rows, columns;       // of dW
-  int64_t panel, ld;           // elements of a block of left; of a row of right and of sums
+  int64_t panel;               // elements of a block of left
+  int64_t ld;                  // elements of a row of right and of sums: an odd number of cache lines, so that the rows of
+                               // a group lie in all sets of L1 (192 floats a row would meet in a quarter of them)
   typename P::Weight* left;    // [block][round_up(rows, size)][kLanes]
   typename P::Operand* right;  // [P::rows(row of the step)][ld]
   T* sums;                     // [rows][ld]
 
   WeightGradient(Pieces& pieces, int64_t rows, int64_t columns, int64_t capacity) : rows(rows), columns(columns) {
     panel = round_up(rows, Vec<T>::size) * kLanes;
-    ld = round_up(columns, Vec<T>::size);
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+    ld = ((columns + line - 1) / line | 1) * line;
     left = pieces.take<typename P::Weight>(round_up(capacity, kLanes) / kLanes * panel);
     right = pieces.take<typename P::Operand>(P::rows(capacity) * ld);
     sums = pieces.take<T>(rows * ld);
@@ -162,17 +166,16 @@ MVIT_INLINE void store_left_and_operand(typename P::Weight* left, typename P::Op
   if constexpr (P::kStep > 1) store_operand(operand, kLanes, row, lane, kLanes - lane, tile);
 }
 
-// A panel of values into both forms; Plain's is there already.
-template <typename P>
-MVIT_INLINE void store_left_and_operand(typename P::Weight* left, typename P::Operand* operand,
-                                        const typename P::Value* panel, int64_t channels, int64_t lanes) {
-  using T = typename P::Value;
-  if constexpr (P::kStep > 1)
-    for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size)
-      for (int64_t c = 0; c < channels; c += 2) {
-        const Vec<T> tile[2][1] = {{load(panel + c * kLanes + lane)}, {load(panel + (c + 1) * kLanes + lane)}};
-        store_left_and_operand<P>(left, operand, c, lane, tile);
-      }
+// The block's rows of gradients, zero where there is none, in both forms.
+template <typename P, typename E>
+MVIT_INLINE void read_left_and_operand(typename P::Weight* left, typename P::Operand* operand, const Rows& rows,
+                                       const Block<typename P::Value>& block, int64_t channels) {
+  read_operand<P, E>(operand, rows, block, channels);
+  if constexpr (P::kStep > 1) {
+    for (int64_t lane = 0; lane < block.lanes; lane += Vec<float>::size)
+      for (int64_t c = 0; c < channels; c += 2)
+        store_halves(left + c * kLanes + lane, left + (c + 1) * kLanes + lane, operand + c / 2 * kLanes + lane);
+  }
 }
 
 // right's rows from the step's row `row` on = value(channels [c, c + size) of row i of the block, i, c, how many there are)
@@ -211,10 +214,18 @@ MVIT_INLINE void store_right_normalised(const WeightGradient<P>& gradient, int64
 // A tile is kTileChannels rows by up to kTileVectors vectors of dW: right's columns of a group are then 24 KB, and read
 // from L2 once for all of the tile's rows.
 constexpr int64_t kTileChannels = 48;
+template <typename P>
+constexpr int64_t group_rows = 128 * P::kStep;
 
 template <typename P>
+MVIT_INLINE int64_t vectors_of(const WeightGradient<P>& gradient) {
+  return round_up(gradient.columns, Vec<typename P::Value>::size) / Vec<typename P::Value>::size;
+}
+
+// At least one: left's sums are made where the first is.
+template <typename P>
 MVIT_INLINE int64_t column_blocks(const WeightGradient<P>& gradient) {
-  return (gradient.ld / Vec<typename P::Value>::size + kTileVectors - 1) / kTileVectors;
+  return gradient.columns == 0 ? 1 : (vectors_of(gradient) + kTileVectors - 1) / kTileVectors;
 }
 
 template <typename P>
@@ -249,14 +260,14 @@ MVIT_INLINE void add_weight_gradient(const WeightGradient<P>& gradient, const Ro
                                      typename P::Value* bias = nullptr) {
   using T = typename P::Value;
   constexpr int64_t size = Vec<T>::size;
-  const int64_t vectors = gradient.ld / size, blocks = column_blocks(gradient);
+  const int64_t vectors = vectors_of(gradient), blocks = column_blocks(gradient);
   const int64_t column_block = tile_index % blocks, begin = tile_index / blocks * kTileChannels;
   const int64_t first_vector = column_block * vectors / blocks;
   const int64_t width = (column_block + 1) * vectors / blocks - first_vector, column = first_vector * size;
   const int64_t count = smaller(kTileChannels, gradient.rows - begin);
 
-  for (int64_t group = 0; group < step.rows; group += kGroupRows) {
-    const int64_t end = smaller(group + kGroupRows, step.rows);
+  for (int64_t group = 0; group < step.rows; group += group_rows<P>) {
+    const int64_t end = smaller(group + group_rows<P>, step.rows);
     const bool first = step.first && group == 0, last = step.last && end == step.rows;
     with_constant<kTileVectors>(width, [&](auto constant) {
       constexpr int V = decltype(constant)::value;
@@ -329,9 +340,10 @@ MVIT_INLINE void make_transposable(typename P::Weight* pairs, const void* weight
   const auto* w = static_cast<const typename P::Weight*>(weight);
   if constexpr (P::kStep > 1)
     for (int64_t k = 0; k < rows; k += 2)
-      for (int64_t c = 0; c < columns; ++c) {
-        pairs[k * columns + 2 * c] = w[k * columns + c];
-        pairs[k * columns + 2 * c + 1] = w[(k + 1) * columns + c];
+      for (int64_t c = 0; c < columns; c += Vec<float>::size) {
+        const int width = static_cast<int>(smaller(Vec<float>::size, columns - c));
+        store_first(reinterpret_cast<typename P::Operand*>(pairs + k * columns) + c, load_first(w + k * columns + c, width),
+                    load_first(w + (k + 1) * columns + c, width), width);
       }
 }
 

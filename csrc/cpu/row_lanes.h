@@ -65,6 +65,40 @@ MVIT_INLINE void store_operand_of(typename P::Operand* operand, const typename P
       fill_operand<P>(operand, channels, lane, [&](int64_t c) { return load(panel + c * kLanes + lane); });
 }
 
+#if defined(MVIT_BF16_PAIRS)
+// operand [channels / 2][kLanes] = the block's rows, zero where there is none: words of two channels are transposed as such.
+MVIT_INLINE void read_pairs(bf16x2* operand, const Rows& rows, const Block<float>& block, int64_t channels) {
+  constexpr int size = Vec<float>::size;
+  for (int64_t i0 = 0; i0 < block.lanes; i0 += size) {
+    const bfloat16* row[size] = {};
+    const int64_t present = smaller(size, block.count - i0);
+    tokens_of<const bfloat16>(rows).for_each(block.first + i0, present,
+                                             [&](const bfloat16* p, int64_t i) { row[i] = p; });
+    for (int64_t c0 = 0; c0 < channels; c0 += 2 * size) {
+      const int width = static_cast<int>(smaller(size, (channels - c0) / 2));
+      Vec<float> tile[size];
+#pragma GCC unroll 16
+      for (int i = 0; i < size; ++i)
+        tile[i] = i < present ? load_first(reinterpret_cast<const float*>(row[i] + c0), width) : Vec<float>(0.0f);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < size; ++i)
+        if (i < width) store(reinterpret_cast<float*>(operand + (c0 / 2 + i) * kLanes + i0), tile[i]);
+    }
+  }
+}
+#endif
+
+// The block's rows as an operand, zero where there is none.
+template <typename P, typename E>
+MVIT_INLINE void read_operand(typename P::Operand* operand, const Rows& rows, const Block<typename P::Value>& block,
+                              int64_t channels) {
+  if constexpr (P::kStep == 1)
+    read_block<E>(operand, rows, block, channels);
+  else
+    read_pairs(operand, rows, block, channels);
+}
+
 // The tables of an operator, in RowArithmetic's order, from a template entry<P, E>().
 #if defined(MVIT_BF16_PAIRS)
 #define MVIT_ROW_PAIRS(entry) MVIT_ISA::entry<MVIT_ISA::Bf16Pairs, MVIT_ISA::bfloat16>()

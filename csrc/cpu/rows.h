@@ -29,9 +29,8 @@ struct RowForward {
 };
 
 // Backward goes through the rows in steps. In each, all blocks are worked on first: they give the rows' own gradients.
-// Then all tiles of the parameters' gradients take in the step's rows, in groups of kGroupRows: a group's sum is made from
+// Then all tiles of the parameters' gradients take in the step's rows, in groups of `group_rows`: a group's sum is made from
 // zero and then added, so a step may have any number of groups, and any thread any block or tile, and no bit changes.
-constexpr int64_t kGroupRows = 128;
 
 struct RowStep {
   int64_t begin, rows;
@@ -41,6 +40,7 @@ struct RowStep {
 
 template <typename Args>
 struct RowBackward {
+  int64_t group_rows;
   std::size_t (*shared_bytes)(const Args&, int64_t capacity);  // memory that lasts from block to tile and step to step
   std::size_t (*scratch_bytes)(const Args&);                   // of one block
   void (*prepare)(const Args&, int64_t capacity, void* shared);  // once, before the first step

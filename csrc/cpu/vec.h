@@ -189,6 +189,16 @@ MVIT_INLINE void store_first(bf16x2* p, Vec<float> first, Vec<float> second, int
   const __m512i pairs = _mm512_maskz_permutexvar_epi16(-1, order, halves);
   _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(n == 16 ? 0xffff : (1u << n) - 1), pairs);
 }
+
+// {first[i], second[i]} = p[i] for i in [0, 16)
+MVIT_INLINE void store_halves(bfloat16* first, bfloat16* second, const bf16x2* p) {
+  __m512i pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+  const __m256i lower = _mm512_maskz_cvtepi32_epi16(-1, pairs);
+  const __m256i upper = _mm512_maskz_cvtepi32_epi16(-1, _mm512_maskz_srli_epi32(-1, pairs, 16));
+  std::memcpy(first, &lower, sizeof lower);
+  std::memcpy(second, &upper, sizeof upper);
+}
 #endif
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
