@@ -86,11 +86,12 @@ def test_is_the_module_everybody_writes(path, stride, dilation):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 2), (2, 1)])
-def test_a_pixel_is_seen_by_its_neighbours_only(stride, dilation, path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)])
+def test_a_pixel_is_seen_by_its_neighbours_only(stride, dilation, dtype, path):
     """Also at the border, where the padding is zeros of expanded values, not of x."""
     tensors, settings = make(OP, dict(shape=(2, 6, 8, 8), hidden=16, out=8, stride=stride, dilation=dilation))
-    tensors = convert(tensors, torch.float32)
+    tensors = convert(tensors, getattr(torch, dtype))
     for h, w in ((0, 0), (3, 4), (5, 7)):
         before = call(OP, tensors, settings, path)
         tensors["x"][1, h, w] += 1
