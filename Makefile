@@ -16,11 +16,12 @@ PY := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format build setup clean
+.PHONY: help demo test sanitize lint format build setup clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and what was gained'
 	@echo 'make test     lint, build, and run the whole test suite'
+	@echo 'make sanitize the C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make lint     ruff: rules and format;  make format  repairs both'
 	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error where something is missing'
 	@echo 'make setup    create $(VENV) and install everything as pinned in constraints.txt'
@@ -40,6 +41,11 @@ demo: setup
 
 test: lint build
 	@$(PY) -m pytest -q $(PYTEST_ARGS)
+
+sanitize: setup
+	@MVIT_KERNELS_SANITIZE=1 MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace
+	@$(PY) tests/_sanitized.py
+	@$(PY) tests/_sanitized.py pytest $(PYTEST_ARGS)
 
 build: setup
 	@MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace

@@ -22,6 +22,9 @@ The environment:
                          skip: build nothing, and leave alone what is there
     CXX                  the C++ compiler (else the first of c++, g++, clang++)
     MAX_JOBS             how many files are compiled at once (else what ninja thinks best)
+    MVIT_KERNELS_SANITIZE
+                         1: build_native --inplace compiles for AddressSanitizer and UndefinedBehaviorSanitizer, into
+                         build/sanitized and not into the package; `make sanitize` runs tests on that
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ from setuptools.command.build import build
 # Relative paths, here and below: setuptools runs this file in the project's folder.
 LIBRARY_FOLDER = Path("mvit_kernels", "lib")
 BUILD_FOLDER = Path("build", "native")
+SANITIZED_FOLDER = Path("build", "sanitized")
 POLICIES = ("auto", "require", "skip")
 
 
@@ -70,6 +74,10 @@ ISA_FLAGS = {
     " -mprefer-vector-width=512",
 }
 X86_64 = ("x86_64", "amd64")
+
+# -O0: a third of the time of -O1 to compile, and no access is optimised away. An error ends the process.
+OPTIMISED = ["-O3"]
+SANITIZED = ["-O0", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ def plan_cpu() -> Plan:
     # The dispatching source asks `#if MVIT_HAVE_AVX512`: defined iff files of that level are in the library.
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     defines += [f"-DMVIT_HAVE_{level.upper()}=1" for level in built]
-    flags = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", *defines]
+    mode = SANITIZED if sanitizing() else OPTIMISED
+    flags = [*mode, "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", *defines]
     # -isystem: torch's headers, kept from our warnings
     headers = [f"-isystem{torch_folder / 'include' / sub}" for sub in (".", "torch/csrc/api/include")]
 
@@ -108,7 +117,7 @@ def plan_cpu() -> Plan:
     objects = [(s, command(level)) for level in order for s in sources if levels[s] == level]
     # No rpath: the process that loads the library has torch, whose libtorch_cpu.so bears the name asked for.
     # With -z defs a symbol that torch does not have fails here and not at the user's.
-    link = shlex.join([*compiler, "-shared", "-fopenmp", "-Wl,-z,defs", "-Wl,--as-needed"])
+    link = shlex.join([*compiler, *mode, "-shared", "-fopenmp", "-Wl,-z,defs", "-Wl,--as-needed"])
     link_libraries = shlex.join([f"-L{torch_folder / 'lib'}", "-ltorch_cpu"])
     info = {
         "compiler": first_line([*compiler, "--version"]),
@@ -122,6 +131,10 @@ def plan_cpu() -> Plan:
 
 # A library's name and the function that plans it. The CUDA library will be one entry more.
 LIBRARIES: dict[str, Callable[[], Plan]] = {"cpu": plan_cpu}
+
+
+def sanitizing() -> bool:
+    return os.environ.get("MVIT_KERNELS_SANITIZE", "") == "1"
 
 
 # -- What it is built with -------------------------------------------------------------------------
@@ -257,7 +270,7 @@ def build_library(name: str, destination: Path) -> dict[str, object]:
     """Build one library into `destination`; return its entry of build_info.json."""
     plan = LIBRARIES[name]()
     target = f"libmvit_kernels_{name}.so"
-    folder = BUILD_FOLDER / name
+    folder = (SANITIZED_FOLDER if sanitizing() else BUILD_FOLDER) / name
     with locked(folder):
         write_ninja(folder / "build.ninja", plan, target)
         run_ninja(folder / "build.ninja")
@@ -321,7 +334,8 @@ class BuildNative(Command):
         if policy == "skip" and beside_sources:
             return  # what an earlier build left there stays
         base = Path() if beside_sources else Path(self.build_lib)
-        self.distribution.has_libraries = build_libraries(base / LIBRARY_FOLDER, policy)
+        destination = SANITIZED_FOLDER if sanitizing() else base / LIBRARY_FOLDER
+        self.distribution.has_libraries = build_libraries(destination, policy)
 
     def get_source_files(self) -> list[str]:
         return sorted(str(file) for file in Path("csrc").rglob("*") if file.is_file())

@@ -12,6 +12,7 @@ statistics are float32, or float64 for float64 inputs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def raw(name: str, backend: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.mvit_kernels, name), backend)
 
 
-LIBRARY_DIRECTORY = Path(__file__).parent / "lib"
+# The variable names another folder, as that of a build with sanitizers.
+LIBRARY_DIRECTORY = Path(os.environ.get("MVIT_KERNELS_LIBRARIES") or Path(__file__).parent / "lib")
 loaded_paths: dict[str, Path] = {}  # backend -> its library, once loaded
 _loaded: dict[str, str] = {}  # backend -> "" when its library is loaded, else why it could not be
 

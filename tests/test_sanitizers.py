@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer; `make sanitize` runs more of it."""
+
+import os
+import subprocess
+import sys
+
+import _sanitized
+import pytest
+
+from mvit_kernels import backends
+
+
+@pytest.fixture(scope="module")
+def sanitized() -> dict[str, str]:
+    """The library, built (the first time a minute on two cores, then nothing), and the variables to run on it."""
+    try:
+        variables = _sanitized.environment()
+    except _sanitized.NoSanitizer as why:
+        pytest.skip(str(why))
+    build = {**os.environ, "MVIT_KERNELS_SANITIZE": "1", "MVIT_KERNELS_BUILD": "require"}
+    command = [sys.executable, "setup.py", "-q", "build_native", "--inplace"]
+    done = subprocess.run(command, cwd=_sanitized.ROOT, env=build, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return variables
+
+
+def test_every_operator_under_the_sanitizers(sanitized):
+    command = [sys.executable, _sanitized.__file__, "here"]
+    done = subprocess.run(command, env=sanitized, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr[:8000]
+    for operator in backends.operators("cpu"):
+        assert f"portable: {operator}, " in done.stdout
+    assert "portable: frozen networks" in done.stdout
+
+
+def test_the_sanitizers_see_a_write_behind_a_tensor(sanitized):
+    """They are at work: the library that was built for them stops a process that writes one float too far."""
+    code = "import ctypes, torch, mvit_kernels.cpu as c; assert c.instruction_set(); x = torch.empty(5); "
+    code += "ctypes.memset(x.data_ptr(), 0, 4 * {})"
+    for floats, fails in ((5, False), (6, True)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(floats)], env=sanitized, capture_output=True, text=True, timeout=300
+        )
+        assert (done.returncode != 0) == fails, done.stderr[:4000]
+        assert ("heap-buffer-overflow" in done.stderr) == fails
