@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvit_kernels
-from mvit_kernels import backends
+from mvit_kernels import backends, triton
 from mvit_kernels._library import BACKENDS, raw
 
 DIFFERENTIABLE = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
@@ -187,7 +187,7 @@ def paths(operator: str) -> list[str]:
 
 
 def device_of(path: str) -> str:
-    return "cuda" if path in ("triton", "cuda") else "cpu"
+    return {"triton": triton.DEVICE_TYPE, "cuda": "cuda"}.get(path, "cpu")
 
 
 def resolved(operator: str, tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvit_kernels import _third_party
+from mvit_kernels import _third_party, triton
 from mvit_kernels.__main__ import main
 from mvit_kernels.nn import MobileViT
 
@@ -19,6 +19,11 @@ _third_party.prepare_torchvision()
 # were ten times slower than one. What is about threads sets their number itself.
 torch.set_num_threads(1)
 
+
+if triton.INTERPRETED:  # TRITON_INTERPRET=1: the Triton backend serves CPU tensors, and is a path of the operators' tests
+    import _interpreter
+
+    _interpreter.repair()
 
 # The command line, for the files that run it.
 

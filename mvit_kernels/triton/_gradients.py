@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of a linear layer, and of the LayerNorm before it, for the row-wise operators.
+
+Everything is a product of tiles summed in a fixed order. Weights' gradients are sums over all rows: rows are split into
+parts by their number alone (never by the number of SMs), each part's sum is kept, and one more kernel adds the parts up:
+the same bits every time, without atomics.
+
+The LayerNorm's parameters need no pass over the rows of their own. With x̂ the rows before weight γ and bias β are applied,
+and P = gᵀ x̂ and b = Σ g the sums that the linear weight W needs anyway, dW = P·γ + b ⊗ β, dγ = Σₙ W·P and dβ = Wᵀ b.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _rows
+from ._launch import Plan, architecture, ceil_div, chunked, kind_of, next_power_of_2
+
+# -------------------------------------------------------------------------------------------------- rows' gradients
+
+
+@triton.jit(do_not_specialize=["M"])
+def _norm_backward(
+    grad,
+    weight,
+    x,
+    mean,
+    rstd,
+    norm_weight,
+    grad_residual,
+    grad_x,
+    M,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    KC: tl.constexpr,
+    NC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient of x from that of LN(x) Wᵀ: whole rows of grad · W stay in registers until LayerNorm's sums over them
+    are there."""
+    first_row = tl.program_id(0) * BM
+    offset = first_row.to(tl.int64)
+    rows, end = tl.arange(0, BM), M - first_row
+    products = _rows.row_product(
+        grad + offset * N, weight, rows, end, 0, N, K, K, 1, BM, BN, KC, NC, PRECISION
+    )
+    mu = tl.load(mean + offset + rows, mask=rows < end, other=0.0)
+    sigma = tl.load(rstd + offset + rows, mask=rows < end, other=0.0)
+    x += offset * K
+    plain, projected = tl.zeros([BM, KC], tl.float32), tl.zeros([BM, KC], tl.float32)
+    for c in tl.static_range(NC):
+        columns = c * KC + tl.arange(0, KC)
+        CHECK: tl.constexpr = (c + 1) * KC > K
+        xhat = (_rows.load(x, rows, columns, end, K, K, 1, True, CHECK).to(tl.float32) - mu[:, None]) * sigma[:, None]
+        scaled = products[c] * _rows.load_vector(norm_weight, columns, K, CHECK)[None, :]
+        plain += scaled
+        projected += scaled * xhat
+    plain_mean = tl.sum(plain, axis=1) * (1.0 / K)
+    projected_mean = tl.sum(projected, axis=1) * (1.0 / K)
+    for c in tl.static_range(NC):
+        columns = c * KC + tl.arange(0, KC)
+        CHECK: tl.constexpr = (c + 1) * KC > K
+        xhat = (_rows.load(x, rows, columns, end, K, K, 1, True, CHECK).to(tl.float32) - mu[:, None]) * sigma[:, None]
+        scaled = products[c] * _rows.load_vector(norm_weight, columns, K, CHECK)[None, :]
+        dx = (scaled - plain_mean[:, None] - xhat * projected_mean[:, None]) * sigma[:, None]
+        if grad_residual is not None:
+            dx += _rows.load(grad_residual + offset * K, rows, columns, end, K, K, 1, True, CHECK).to(tl.float32)
+        _rows.store(grad_x + offset * K, dx, rows, columns, end, K, K, CHECK)
+
+
+# By kind: rows, n step, widest chunk of columns, warps, stages; the second for rows of more than 256.
+_NORM_TILES = {
+    "half": ((64, 32, 64, 8, 2), (16, 16, 64, 8, 2)),
+    "tf32": ((32, 16, 64, 8, 2), (16, 16, 64, 8, 2)),
+    "ieee": ((16, 16, 64, 8, 1), (16, 16, 64, 8, 1)),
+}
+
+
+@lru_cache(maxsize=4096)
+def _norm_plan(device, dtype, norm_dtype, kind, arch, K, N, residual):
+    BM, BN, widest, warps, stages = _NORM_TILES[kind][K > 256]
+    constants = (K, N, BM, BN, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32")
+    return Plan(_norm_backward, constants, num_warps=warps, num_stages=stages), BM
+
+
+def norm_backward(grad, weight, x, mean, rstd, norm_weight, grad_residual, grad_x) -> None:
+    """grad_x = LayerNorm's backward of grad · weight, plus grad_residual if there is one; contiguous rows."""
+    (N, K), rows = weight.shape, mean.numel()
+    if not rows:
+        return
+    plan, BM = _norm_plan(
+        x.get_device(),
+        x.dtype,
+        norm_weight.dtype,
+        kind_of(x.dtype),
+        architecture(x),
+        K,
+        N,
+        grad_residual is not None,
+    )
+    plan((ceil_div(rows, BM),), (grad, weight, x, mean, rstd, norm_weight, grad_residual, grad_x), (rows,))
+
+
+# ------------------------------------------------------------------------------------------------ weights' gradients
+
+
+@triton.jit(do_not_specialize=["M", "PART"])
+def _weight_gradient(
+    grad,
+    x,
+    mean,
+    rstd,
+    weight,
+    norm_weight,
+    norm_bias,
+    weight_sums,
+    bias_sums,
+    norm_weight_sums,
+    norm_bias_sums,
+    M,
+    PART,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BM: tl.constexpr,
+    NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of gradᵀ · x over one part of the rows, and what follows from it (see above)."""
+    K_TILES: tl.constexpr = (K + BK - 1) // BK
+    N_TILES: tl.constexpr = (N + BN - 1) // BN
+    n_tile, k_tile, part = tl.program_id(0) // K_TILES, tl.program_id(0) % K_TILES, tl.program_id(1)
+    ns, ks = n_tile * BN + tl.arange(0, BN), k_tile * BK + tl.arange(0, BK)
+    CHECK_N: tl.constexpr = N % BN != 0
+    CHECK_K: tl.constexpr = K % BK != 0
+    first = part * PART
+    end = tl.minimum(PART, M - first)
+    offset = first.to(tl.int64)
+    grad += offset * N
+    x += offset * K
+    if NORM:
+        mean += offset
+        rstd += offset
+    product = tl.zeros([BN, BK], tl.float32)
+    sums = tl.zeros([BM, BN], tl.float32)  # added up over its rows once, after the loop
+    for m in range(0, end, BM):
+        rows = tl.arange(0, BM)
+        left = end - m
+        g = _rows.load(grad, rows, ns, left, N, N, 1, True, CHECK_N)
+        operand = _rows.load(x, rows, ks, left, K, K, 1, True, CHECK_K)
+        if NORM:
+            mu = tl.load(mean + rows, mask=rows < left, other=0.0)
+            sigma = tl.load(rstd + rows, mask=rows < left, other=0.0)
+            operand = ((operand.to(tl.float32) - mu[:, None]) * sigma[:, None]).to(x.dtype.element_ty)
+            mean += BM
+            rstd += BM
+        product = tl.dot(tl.trans(g), operand, product, input_precision=PRECISION)
+        sums += g.to(tl.float32)
+        grad += BM * N
+        x += BM * K
+    bias_sum = tl.sum(sums, axis=0)
+    if k_tile == 0:
+        tl.store(bias_sums + part * N + ns, bias_sum, mask=ns < N)
+    if NORM:
+        w = _rows.load(weight, ns, ks, N, K, K, 1, CHECK_N, CHECK_K).to(tl.float32)
+        at = (part * N_TILES + n_tile) * K + ks
+        tl.store(norm_weight_sums + at, tl.sum(w * product, axis=0), mask=ks < K)
+        tl.store(norm_bias_sums + at, tl.sum(w * bias_sum[:, None], axis=0), mask=ks < K)
+        gamma = _rows.load_vector(norm_weight, ks, K, CHECK_K)
+        beta = _rows.load_vector(norm_bias, ks, K, CHECK_K)
+        product = product * gamma[None, :] + bias_sum[:, None] * beta[None, :]
+    _rows.store(weight_sums + part.to(tl.int64) * (N * K), product, ns, ks, N, K, K, CHECK_K)
+
+
+@triton.jit
+def _add_up(block, sums, out, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """If `block` is one of this result's: add its PARTS sums up. Returns the number of the block, and where the sums lie,
+    for the next result."""
+    AT_ONCE: tl.constexpr = 8
+    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    if (block >= 0) & (block < BLOCKS):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([AT_ONCE, BLOCK], tl.float32)
+        for first in range(0, PARTS, AT_ONCE):
+            parts = first + tl.arange(0, AT_ONCE)
+            total += _rows.load(sums, parts, at, PARTS, SIZE, SIZE, 1, PARTS % AT_ONCE != 0, SIZE % BLOCK != 0)
+        tl.store(out + at, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=at < SIZE)
+    return block - BLOCKS, sums + PARTS * SIZE
+
+
+@triton.jit
+def _sum_parts(
+    sums,
+    out0,
+    out1,
+    out2,
+    out3,
+    out4,
+    out5,
+    PARTS0: tl.constexpr,
+    SIZE0: tl.constexpr,
+    PARTS1: tl.constexpr,
+    SIZE1: tl.constexpr,
+    PARTS2: tl.constexpr,
+    SIZE2: tl.constexpr,
+    PARTS3: tl.constexpr,
+    SIZE3: tl.constexpr,
+    PARTS4: tl.constexpr,
+    SIZE4: tl.constexpr,
+    PARTS5: tl.constexpr,
+    SIZE5: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Up to six results at once, as launches cost more than the sums: `sums` has PARTS0 · SIZE0 numbers for the first,
+    and so on."""
+    block, sums = _add_up(tl.program_id(0), sums, out0, PARTS0, SIZE0, BLOCK)
+    block, sums = _add_up(block, sums, out1, PARTS1, SIZE1, BLOCK)
+    if out2 is not None:
+        block, sums = _add_up(block, sums, out2, PARTS2, SIZE2, BLOCK)
+        block, sums = _add_up(block, sums, out3, PARTS3, SIZE3, BLOCK)
+    if out4 is not None:
+        block, sums = _add_up(block, sums, out4, PARTS4, SIZE4, BLOCK)
+        block, sums = _add_up(block, sums, out5, PARTS5, SIZE5, BLOCK)
+
+
+class Norm(NamedTuple):
+    """The LayerNorm in front of a linear layer, and where its gradients go."""
+
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    bias: Tensor
+    linear_weight: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+class Product(NamedTuple):
+    """A linear layer: the gradient of its output rows, its input rows (before the LayerNorm, if it has one), and where
+    its gradients go."""
+
+    grad: Tensor
+    x: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+    norm: Norm | None = None
+
+
+# By kind: columns of grad, columns of x, rows at a time, warps, stages.
+_WEIGHT_TILES = {
+    "half": (64, 64, 64, 4, 2),
+    "tf32": (64, 64, 32, 4, 2),
+    "ieee": (32, 32, 32, 4, 1),
+}
+_PROGRAMS = 256  # about two for each SM of a large GPU; a constant, so that the same rows give the same bits everywhere
+_BLOCK = 256
+
+
+@lru_cache(maxsize=4096)
+def _weight_plan(device, dtype, norm_dtype, kind, arch, N, K, norm):
+    BN, BK, BM, warps, stages = _WEIGHT_TILES[kind]
+    BN, BK = min(BN, max(next_power_of_2(N), 16)), min(BK, max(next_power_of_2(K), 16))
+    constants = (N, K, BN, BK, BM, norm, "ieee" if kind == "ieee" else "tf32")
+    plan = Plan(_weight_gradient, constants, num_warps=warps, num_stages=stages)
+    return plan, BM, ceil_div(N, BN), ceil_div(K, BK)
+
+
+@lru_cache(maxsize=4096)
+def _sum_plan(device, dtypes, *results):
+    """`results`: (parts, size) of each."""
+    flat = [number for result in results for number in result]
+    blocks = sum(ceil_div(size, _BLOCK) for _, size in results)
+    constants = (*flat, *[0] * (12 - len(flat)), _BLOCK)
+    return Plan(_sum_parts, constants, num_warps=4, num_stages=2), blocks
+
+
+def weight_gradients(rows: int, *products: Product) -> None:
+    """Fill in the gradients of one or two linear layers over the same rows."""
+    results, outs, launches, total = [], [], [], 0
+    for grad, x, grad_weight, grad_bias, norm in products:
+        N, K = grad_weight.shape
+        plan, BM, n_tiles, k_tiles = _weight_plan(
+            x.get_device(), x.dtype, norm and norm.weight.dtype, kind_of(x.dtype), architecture(x), N, K, bool(norm)
+        )
+        blocks = ceil_div(rows, BM)
+        parts = min(next_power_of_2(ceil_div(_PROGRAMS, n_tiles * k_tiles)), max(blocks, 1))
+        part = ceil_div(blocks, parts) * BM
+        parts = max(ceil_div(rows, part), 1) if part else 1
+        sizes = [(parts, N * K), (parts, N)]
+        if norm:
+            sizes += [(parts * n_tiles, K), (parts * n_tiles, K)]
+        starts = []
+        for count, size in sizes:
+            starts.append(total)
+            total += count * size
+        launches.append((plan, (n_tiles * k_tiles, parts), part, starts))
+        results += sizes
+        outs += [grad_weight, grad_bias, *(norm[-2:] if norm else ())]
+    if not rows:
+        for out in outs:
+            out.zero_()
+        return
+    first = products[0]
+    sums = torch.empty(total, dtype=torch.float32, device=first.x.device)
+    for (plan, grid, part, starts), (grad, x, _, _, norm) in zip(launches, products, strict=True):
+        into = [sums[start:] for start in starts] + [None, None] * (norm is None)
+        tensors = (norm.mean, norm.rstd, norm.linear_weight, norm.weight, norm.bias) if norm else (None,) * 5
+        plan(grid, (grad, x, *tensors, *into), (rows, part))
+    plan, blocks = _sum_plan(first.x.get_device(), tuple(out.dtype for out in outs), *results)
+    plan((blocks,), (sums, *outs, *[None] * (6 - len(outs))))
