@@ -56,22 +56,20 @@ def _norm_backward(
     plain, projected = tl.zeros([BM, KC], tl.float32), tl.zeros([BM, KC], tl.float32)
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)
-        CHECK: tl.constexpr = (c + 1) * KC > K
-        xhat = (_rows.load(x, rows, columns, end, K, K, 1, True, CHECK).to(tl.float32) - mu[:, None]) * sigma[:, None]
-        scaled = products[c] * _rows.load_vector(norm_weight, columns, K, CHECK)[None, :]
+        xhat = (_rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]) * sigma[:, None]
+        scaled = products[c] * _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)[None, :]
         plain += scaled
         projected += scaled * xhat
     plain_mean = tl.sum(plain, axis=1) * (1.0 / K)
     projected_mean = tl.sum(projected, axis=1) * (1.0 / K)
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)
-        CHECK: tl.constexpr = (c + 1) * KC > K
-        xhat = (_rows.load(x, rows, columns, end, K, K, 1, True, CHECK).to(tl.float32) - mu[:, None]) * sigma[:, None]
-        scaled = products[c] * _rows.load_vector(norm_weight, columns, K, CHECK)[None, :]
+        xhat = (_rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]) * sigma[:, None]
+        scaled = products[c] * _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)[None, :]
         dx = (scaled - plain_mean[:, None] - xhat * projected_mean[:, None]) * sigma[:, None]
         if grad_residual is not None:
-            dx += _rows.load(grad_residual + offset * K, rows, columns, end, K, K, 1, True, CHECK).to(tl.float32)
-        _rows.store(grad_x + offset * K, dx, rows, columns, end, K, K, CHECK)
+            dx += _rows.load(grad_residual + offset * K, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32)
+        _rows.store(grad_x + offset * K, dx, rows, columns, end, K, K, (c + 1) * KC > K)
 
 
 # By kind: rows, n step, widest chunk of columns, warps, stages; the second for rows of more than 256.
@@ -180,22 +178,22 @@ def _weight_gradient(
 
 
 @triton.jit
-def _add_up(block, sums, out, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """If `block` is one of this result's: add its PARTS sums up. Returns the number of the block, and where the sums lie,
+def _add_up(block, sums, out, parts, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """If `block` is one of this result's: add its sums over the parts up. Returns the number of the block, and where the sums lie,
     for the next result."""
     AT_ONCE: tl.constexpr = 8
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     if (block >= 0) & (block < BLOCKS):
         at = block * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros([AT_ONCE, BLOCK], tl.float32)
-        for first in range(0, PARTS, AT_ONCE):
-            parts = first + tl.arange(0, AT_ONCE)
-            total += _rows.load(sums, parts, at, PARTS, SIZE, SIZE, 1, PARTS % AT_ONCE != 0, SIZE % BLOCK != 0)
+        for first in range(0, parts, AT_ONCE):
+            which = first + tl.arange(0, AT_ONCE)
+            total += _rows.load(sums, which, at, parts, SIZE, SIZE, 1, True, SIZE % BLOCK != 0)
         tl.store(out + at, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=at < SIZE)
-    return block - BLOCKS, sums + PARTS * SIZE
+    return block - BLOCKS, sums + (parts * SIZE + 3) // 4 * 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts0", "parts1", "parts2", "parts3", "parts4", "parts5"])
 def _sum_parts(
     sums,
     out0,
@@ -204,30 +202,30 @@ def _sum_parts(
     out3,
     out4,
     out5,
-    PARTS0: tl.constexpr,
+    parts0,
+    parts1,
+    parts2,
+    parts3,
+    parts4,
+    parts5,
     SIZE0: tl.constexpr,
-    PARTS1: tl.constexpr,
     SIZE1: tl.constexpr,
-    PARTS2: tl.constexpr,
     SIZE2: tl.constexpr,
-    PARTS3: tl.constexpr,
     SIZE3: tl.constexpr,
-    PARTS4: tl.constexpr,
     SIZE4: tl.constexpr,
-    PARTS5: tl.constexpr,
     SIZE5: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Up to six results at once, as launches cost more than the sums: `sums` has PARTS0 · SIZE0 numbers for the first,
-    and so on."""
-    block, sums = _add_up(tl.program_id(0), sums, out0, PARTS0, SIZE0, BLOCK)
-    block, sums = _add_up(block, sums, out1, PARTS1, SIZE1, BLOCK)
+    """Up to six results at once, as launches cost more than the sums. `sums` has parts0 times SIZE0 numbers for the first,
+    and so on, each on 16 bytes."""
+    block, sums = _add_up(tl.program_id(0), sums, out0, parts0, SIZE0, BLOCK)
+    block, sums = _add_up(block, sums, out1, parts1, SIZE1, BLOCK)
     if out2 is not None:
-        block, sums = _add_up(block, sums, out2, PARTS2, SIZE2, BLOCK)
-        block, sums = _add_up(block, sums, out3, PARTS3, SIZE3, BLOCK)
+        block, sums = _add_up(block, sums, out2, parts2, SIZE2, BLOCK)
+        block, sums = _add_up(block, sums, out3, parts3, SIZE3, BLOCK)
     if out4 is not None:
-        block, sums = _add_up(block, sums, out4, PARTS4, SIZE4, BLOCK)
-        block, sums = _add_up(block, sums, out5, PARTS5, SIZE5, BLOCK)
+        block, sums = _add_up(block, sums, out4, parts4, SIZE4, BLOCK)
+        block, sums = _add_up(block, sums, out5, parts5, SIZE5, BLOCK)
 
 
 class Norm(NamedTuple):
@@ -273,45 +271,43 @@ def _weight_plan(device, dtype, norm_dtype, kind, arch, N, K, norm):
 
 
 @lru_cache(maxsize=4096)
-def _sum_plan(device, dtypes, *results):
-    """`results`: (parts, size) of each."""
-    flat = [number for result in results for number in result]
-    blocks = sum(ceil_div(size, _BLOCK) for _, size in results)
-    constants = (*flat, *[0] * (12 - len(flat)), _BLOCK)
-    return Plan(_sum_parts, constants, num_warps=4, num_stages=2), blocks
+def _sum_plan(device, dtypes, sizes):
+    constants = (*sizes, *[0] * (6 - len(sizes)), _BLOCK)
+    return Plan(_sum_parts, constants, num_warps=4, num_stages=2), sum(ceil_div(size, _BLOCK) for size in sizes)
 
 
 def weight_gradients(rows: int, *products: Product) -> None:
     """Fill in the gradients of one or two linear layers over the same rows."""
-    results, outs, launches, total = [], [], [], 0
+    outs = [out for p in products for out in (p.grad_weight, p.grad_bias, *(p.norm[-2:] if p.norm else ()))]
+    if not rows:
+        for out in outs:
+            out.zero_()
+        return
+    parts, launches, total = [], [], 0
     for grad, x, grad_weight, grad_bias, norm in products:
         N, K = grad_weight.shape
         plan, BM, n_tiles, k_tiles = _weight_plan(
             x.get_device(), x.dtype, norm and norm.weight.dtype, kind_of(x.dtype), architecture(x), N, K, bool(norm)
         )
         blocks = ceil_div(rows, BM)
-        parts = min(next_power_of_2(ceil_div(_PROGRAMS, n_tiles * k_tiles)), max(blocks, 1))
-        part = ceil_div(blocks, parts) * BM
-        parts = max(ceil_div(rows, part), 1) if part else 1
-        sizes = [(parts, N * K), (parts, N)]
-        if norm:
-            sizes += [(parts * n_tiles, K), (parts * n_tiles, K)]
+        part = ceil_div(blocks, min(ceil_div(_PROGRAMS, n_tiles * k_tiles), blocks)) * BM
+        count = ceil_div(rows, part)
         starts = []
-        for count, size in sizes:
+        for number, size in [(count, N * K), (count, N), *[(count * n_tiles, K)] * (2 * bool(norm))]:
             starts.append(total)
-            total += count * size
-        launches.append((plan, (n_tiles * k_tiles, parts), part, starts))
-        results += sizes
-        outs += [grad_weight, grad_bias, *(norm[-2:] if norm else ())]
-    if not rows:
-        for out in outs:
-            out.zero_()
-        return
-    first = products[0]
-    sums = torch.empty(total, dtype=torch.float32, device=first.x.device)
+            parts.append(number)
+            total += ceil_div(number * size, 4) * 4
+        launches.append((plan, (n_tiles * k_tiles, count), part, starts))
+    first = products[0].x
+    sums = torch.empty(total, dtype=torch.float32, device=first.device)
     for (plan, grid, part, starts), (grad, x, _, _, norm) in zip(launches, products, strict=True):
-        into = [sums[start:] for start in starts] + [None, None] * (norm is None)
-        tensors = (norm.mean, norm.rstd, norm.linear_weight, norm.weight, norm.bias) if norm else (None,) * 5
-        plan(grid, (grad, x, *tensors, *into), (rows, part))
-    plan, blocks = _sum_plan(first.x.get_device(), tuple(out.dtype for out in outs), *results)
-    plan((blocks,), (sums, *outs, *[None] * (6 - len(outs))))
+        into = [sums[start:] for start in starts]
+        if norm:
+            inputs = (norm.mean, norm.rstd, norm.linear_weight, norm.weight, norm.bias)
+        else:
+            inputs, into = (None,) * 5, [*into, None, None]
+        plan(grid, (grad, x, *inputs, *into), (rows, part))
+    sizes, dtypes = tuple(out.numel() for out in outs), tuple(out.dtype for out in outs)
+    plan, blocks = _sum_plan(first.get_device(), dtypes, sizes)
+    missing = 6 - len(outs)
+    plan((blocks,), (sums, *outs, *[None] * missing), (*parts, *[0] * missing))

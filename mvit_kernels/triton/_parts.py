@@ -16,7 +16,8 @@ from ._launch import ceil_div, next_power_of_2
 
 
 class Geometry(NamedTuple):
-    """The kernels' constants: of a head, the patch, the patches down and across, and the map's strides."""
+    """The kernels' constants: of a head, the patch, the patches down and across, and the map's strides. As constants they
+    tell the compiler how addresses are aligned; with a run-time stride every load would be of one element."""
 
     heads: int
     head_dim: int
@@ -24,16 +25,17 @@ class Geometry(NamedTuple):
     PW: int
     NH: int
     NW: int
-    SH: int  # elements from a row of the map to the next, and from a token to the next
+    SB: int  # elements from an image to the next, from a row of the map, and from a token
+    SH: int
     SW: int
     WIDE: bool  # offsets inside one image need 64 bits
 
 
 def geometry(qkv: Tensor, num_heads: int, PH: int, PW: int) -> Geometry:
     _, H, W, channels = qkv.shape
-    SH, SW = qkv.stride(1), qkv.stride(2)
+    SB, SH, SW = qkv.stride()[:3]
     wide = (H - 1) * abs(SH) + (W - 1) * abs(SW) + channels >= 2**31 or H * W * channels >= 2**31
-    return Geometry(num_heads, channels // (3 * num_heads), PH, PW, H // PH, W // PW, SH, SW, wide)
+    return Geometry(num_heads, channels // (3 * num_heads), PH, PW, H // PH, W // PW, SB, SH, SW, wide)
 
 
 @functools.cache

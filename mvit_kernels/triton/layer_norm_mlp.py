@@ -70,10 +70,9 @@ def _mlp(
         accumulators = updated
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)
-        CHECK: tl.constexpr = (c + 1) * KC > K
-        y = accumulators[c] + _rows.load_vector(fc2_bias, columns, K, CHECK)[None, :]
-        y += _rows.load(x, rows, columns, end, K, K, 1, True, CHECK).to(tl.float32)
-        _rows.store(out + offset * K, y, rows, columns, end, K, K, CHECK)
+        y = accumulators[c] + _rows.load_vector(fc2_bias, columns, K, (c + 1) * KC > K)[None, :]
+        y += _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32)
+        _rows.store(out + offset * K, y, rows, columns, end, K, K, (c + 1) * KC > K)
 
 
 @triton.jit(do_not_specialize=["M"])

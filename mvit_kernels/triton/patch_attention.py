@@ -34,12 +34,11 @@ def _place(HEADS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
     return sequence // (PH * PW), sequence // PW % PH, sequence % PW, head, both.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["stride_b", "scale"])
+@triton.jit
 def _forward(
     qkv,
     out,
     logsumexp,
-    stride_b: tl.int64,
     scale,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -47,6 +46,7 @@ def _forward(
     PW: tl.constexpr,
     NH: tl.constexpr,
     NW: tl.constexpr,
+    SB: tl.constexpr,
     SH: tl.constexpr,
     SW: tl.constexpr,
     WIDE: tl.constexpr,
@@ -61,7 +61,7 @@ def _forward(
     INNER: tl.constexpr = HEADS * D
     OUT_H: tl.constexpr = NW * PW * INNER
     image, i, j, head, both = _place(HEADS, PH, PW)
-    qkv += image.to(tl.int64) * stride_b + i.to(tl.int64) * SH + j * SW + head * D
+    qkv += image.to(tl.int64) * SB + i.to(tl.int64) * SH + j * SW + head * D
     out += (image.to(tl.int64) * (NH * PH) + i) * OUT_H + j * INNER + head * D
     ms = tl.program_id(1) * BM + tl.arange(0, BM)
     CHECK_M: tl.constexpr = N % BM != 0
@@ -94,14 +94,13 @@ def _forward(
     tl.store(logsumexp + both * N + ms, (largest + tl.log2(total)) * LN_2, mask=ms < N)
 
 
-@triton.jit(do_not_specialize=["stride_b", "scale"])
+@triton.jit
 def _backward_whole(
     grad_out,
     qkv,
     out,
     logsumexp,
     grad_qkv,
-    stride_b: tl.int64,
     scale,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -109,6 +108,7 @@ def _backward_whole(
     PW: tl.constexpr,
     NH: tl.constexpr,
     NW: tl.constexpr,
+    SB: tl.constexpr,
     SH: tl.constexpr,
     SW: tl.constexpr,
     WIDE: tl.constexpr,
@@ -125,7 +125,7 @@ def _backward_whole(
     CHECK_M: tl.constexpr = N % BM != 0
     CHECK_N: tl.constexpr = N % BN != 0
     image, i, j, head, both = _place(HEADS, PH, PW)
-    qkv += image.to(tl.int64) * stride_b + i.to(tl.int64) * SH + j * SW + head * D
+    qkv += image.to(tl.int64) * SB + i.to(tl.int64) * SH + j * SW + head * D
     first = (image.to(tl.int64) * (NH * PH) + i) * OUT_H + j * INNER
     out += first + head * D
     grad_out += first + head * D
@@ -158,14 +158,13 @@ def _backward_whole(
     store_parts(grad_qkv, grad_q, grad_steps, ms, N, D, D0, D1, CHECK_M)
 
 
-@triton.jit(do_not_specialize=["stride_b", "scale"])
+@triton.jit
 def _backward_blocks(
     grad_out,
     qkv,
     out,
     logsumexp,
     grad_qkv,
-    stride_b: tl.int64,
     scale,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -173,6 +172,7 @@ def _backward_blocks(
     PW: tl.constexpr,
     NH: tl.constexpr,
     NW: tl.constexpr,
+    SB: tl.constexpr,
     SH: tl.constexpr,
     SW: tl.constexpr,
     WIDE: tl.constexpr,
@@ -190,7 +190,7 @@ def _backward_blocks(
     CHECK_M: tl.constexpr = N % BM != 0
     CHECK_N: tl.constexpr = N % BN != 0
     image, i, j, head, both = _place(HEADS, PH, PW)
-    qkv += image.to(tl.int64) * stride_b + i.to(tl.int64) * SH + j * SW + head * D
+    qkv += image.to(tl.int64) * SB + i.to(tl.int64) * SH + j * SW + head * D
     first = (image.to(tl.int64) * (NH * PH) + i) * OUT_H + j * INNER
     out += first + head * D
     grad_out += first + head * D
@@ -243,7 +243,8 @@ _FORWARD = {
     "tf32": {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     "ieee": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
-_LONG = (128, 64, 8, 2)  # from 128 tokens on, 16-bit, where that leaves a program for each of 128 SMs
+_LONG = (128, 64, 8, 2)  # from 128 tokens on, 16-bit, where there are many queries:
+_MANY = 128 * 128  # a program for each of 128 SMs
 # Backward with all queries on chip: by columns, up to 64 tokens and up to 256; keys at a time, warps, stages.
 _WHOLE = {32: ((64, 4, 1), (32, 8, 1)), 64: ((64, 8, 1), (16, 8, 1))}
 # Backward by blocks.
@@ -259,34 +260,36 @@ def _row(table, columns):
 
 
 @lru_cache(maxsize=4096)
-def _plan(device, dtype, kind, arch, where: Geometry, images):
+def _plan(device, dtype, kind, arch, where: Geometry, many: bool):
     D0, D1 = parts_of(where.head_dim)
     N = where.NH * where.NW
     BM, BN, warps, stages = _row(_FORWARD[kind], D0 + D1)
-    strands = images * where.PH * where.PW * where.heads
-    if kind == "half" and D0 + D1 <= 64 and N >= 128 and strands * ceil_div(N, 128) >= 128:
+    if many and kind == "half" and D0 + D1 <= 64 and N >= _LONG[0]:
         BM, BN, warps, stages = _LONG
     BM, BN = (min(block, max(next_power_of_2(N), 16)) for block in (BM, BN))
     constants = (*where, D0, D1, BM, BN, "ieee" if kind == "ieee" else "tf32")
-    return Plan(_forward, constants, num_warps=warps, num_stages=stages), (strands, ceil_div(N, BM))
+    return Plan(_forward, constants, num_warps=warps, num_stages=stages), ceil_div(N, BM)
 
 
 @lru_cache(maxsize=4096)
-def _backward_plan(device, dtype, kind, arch, where: Geometry, images):
+def _backward_plan(device, dtype, kind, arch, where: Geometry):
     D0, D1 = parts_of(where.head_dim)
     N = where.NH * where.NW
-    strands = images * where.PH * where.PW * where.heads
     precision = "ieee" if kind == "ieee" else "tf32"
     queries = max(next_power_of_2(N), 16)
     # Padding N to a power of two may cost a fifth; more, and the two more products of the other kernel cost less.
     if kind == "half" and D0 + D1 <= 64 and N <= 256 and queries * 5 <= N * 6:
         BN, warps, stages = _row(_WHOLE, D0 + D1)[N > 64]
         constants = (*where, D0, D1, queries, min(BN, queries), precision)
-        return Plan(_backward_whole, constants, num_warps=warps, num_stages=stages), (strands,)
+        return Plan(_backward_whole, constants, num_warps=warps, num_stages=stages), 1
     BM, BN, warps, stages = _row(_BLOCKS[kind], D0 + D1)
     BM, BN = (min(block, queries) for block in (BM, BN))
     constants = (*where, D0, D1, BM, BN, precision)
-    return Plan(_backward_blocks, constants, num_warps=warps, num_stages=stages), (strands, ceil_div(N, BM))
+    return Plan(_backward_blocks, constants, num_warps=warps, num_stages=stages), ceil_div(N, BM)
+
+
+def _key(qkv, where: Geometry):
+    return qkv.get_device(), qkv.dtype, kind_of(qkv.dtype), architecture(qkv), where
 
 
 @register(OP)
@@ -298,10 +301,14 @@ def forward(qkv, num_heads, patch_size, scale):
     logsumexp = qkv.new_empty((B, PH * PW, num_heads, (H // PH) * (W // PW)), dtype=torch.float32)
     if out.numel():
         where = geometry(qkv, num_heads, PH, PW)
-        kind = kind_of(qkv.dtype)
-        find = short.plan if short.serves(where, kind) else _plan
-        plan, grid = find(qkv.get_device(), qkv.dtype, kind, architecture(qkv), where, B)
-        plan(grid, (qkv, out, logsumexp), (qkv.stride(0), scale))
+        key, sequences = _key(qkv, where), B * PH * PW
+        tensors, scalars = (qkv, out, logsumexp), (scale,)
+        if plan := short.plan(short.forward, *key):
+            plan((sequences,), tensors, scalars)
+        else:
+            strands = sequences * num_heads
+            plan, blocks = _plan(*key, strands * logsumexp.shape[-1] >= _MANY)
+            plan((strands, blocks), tensors, scalars)
     return out, logsumexp
 
 
@@ -312,9 +319,12 @@ def backward(grad_out, qkv, out, logsumexp, num_heads, patch_size, scale):
     grad_out, out, logsumexp = dense(grad_out, out, logsumexp)
     grad_qkv = qkv.new_empty(qkv.shape)
     if grad_qkv.numel():
-        where = geometry(qkv, num_heads, *patch_size)
-        kind = kind_of(qkv.dtype)
-        find = short.backward_plan if short.serves(where, kind) else _backward_plan
-        plan, grid = find(qkv.get_device(), qkv.dtype, kind, architecture(qkv), where, qkv.shape[0])
-        plan(grid, (grad_out, qkv, out, logsumexp, grad_qkv), (qkv.stride(0), scale))
+        PH, PW = patch_size
+        key, sequences = _key(qkv, geometry(qkv, num_heads, PH, PW)), qkv.shape[0] * PH * PW
+        tensors, scalars = (grad_out, qkv, out, logsumexp, grad_qkv), (scale,)
+        if plan := short.plan(short.backward, *key):
+            plan((sequences,), tensors, scalars)
+        else:
+            plan, blocks = _backward_plan(*key)
+            plan((sequences * num_heads, blocks), tensors, scalars)
     return grad_qkv

@@ -19,11 +19,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _first_token(qkv, stride_b, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
+def _first_token(qkv, SB: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
     """This program's sequence: where its first token lies, and its image, row and column inside the patch."""
     sequence = tl.program_id(0)
     image, i, j = (sequence // (PH * PW)).to(tl.int64), sequence // PW % PH, sequence % PW
-    return qkv + image * stride_b + i.to(tl.int64) * SH + j * SW, image, i, j
+    return qkv + image * SB + i.to(tl.int64) * SH + j * SW, image, i, j
 
 
 @triton.jit
@@ -39,12 +39,11 @@ def _inside(N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HB: tl.conste
     return (heads < HEADS)[:, None, None] & (tokens < N)[None, :, None] & (columns < D)[None, None, :]
 
 
-@triton.jit(do_not_specialize=["stride_b", "scale"])
-def _forward(
+@triton.jit
+def forward(
     qkv,
     out,
     logsumexp,
-    stride_b: tl.int64,
     scale,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -52,6 +51,7 @@ def _forward(
     PW: tl.constexpr,
     NH: tl.constexpr,
     NW: tl.constexpr,
+    SB: tl.constexpr,
     SH: tl.constexpr,
     SW: tl.constexpr,
     WIDE: tl.constexpr,
@@ -64,7 +64,7 @@ def _forward(
     INNER: tl.constexpr = HEADS * D
     OUT_H: tl.constexpr = NW * PW * INNER
     tokens = tl.arange(0, NB)
-    first, image, i, j = _first_token(qkv, stride_b, SH, SW, PH, PW)
+    first, image, i, j = _first_token(qkv, SB, SH, SW, PH, PW)
     offsets = _offsets(steps_of(tokens, NW, PH * SH, PW * SW, WIDE), HB, D, DB)
     inside = _inside(N, HEADS, D, HB, NB, DB)
     q = tl.load(first + offsets, mask=inside, other=0.0)
@@ -86,14 +86,13 @@ def _forward(
     tl.store(logsumexp + at, (largest + tl.log2(total)) * LN_2, mask=mask)
 
 
-@triton.jit(do_not_specialize=["stride_b", "scale"])
-def _backward(
+@triton.jit
+def backward(
     grad_out,
     qkv,
     out,
     logsumexp,
     grad_qkv,
-    stride_b: tl.int64,
     scale,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -101,6 +100,7 @@ def _backward(
     PW: tl.constexpr,
     NH: tl.constexpr,
     NW: tl.constexpr,
+    SB: tl.constexpr,
     SH: tl.constexpr,
     SW: tl.constexpr,
     WIDE: tl.constexpr,
@@ -113,7 +113,7 @@ def _backward(
     INNER: tl.constexpr = HEADS * D
     OUT_H: tl.constexpr = NW * PW * INNER
     tokens, heads = tl.arange(0, NB), tl.arange(0, HB)
-    first, image, i, j = _first_token(qkv, stride_b, SH, SW, PH, PW)
+    first, image, i, j = _first_token(qkv, SB, SH, SW, PH, PW)
     offsets = _offsets(steps_of(tokens, NW, PH * SH, PW * SW, WIDE), HB, D, DB)
     inside = _inside(N, HEADS, D, HB, NB, DB)
     q = tl.load(first + offsets, mask=inside, other=0.0)
@@ -146,23 +146,11 @@ def _backward(
 _LARGEST = {"half": 8192, "tf32": 4096, "ieee": 2048}
 
 
-def serves(where: Geometry, kind: str) -> bool:
-    """Whether these kernels take the sequence: it is short, and all heads' tiles fit a program."""
-    if where.NH * where.NW > TOKENS:
-        return False
-    return next_power_of_2(where.heads) * TOKENS * max(next_power_of_2(where.head_dim), 16) <= _LARGEST[kind]
-
-
 @lru_cache(maxsize=4096)
-def _plan(kernel, device, dtype, kind, arch, where: Geometry):
+def plan(kernel, device, dtype, kind, arch, where: Geometry) -> Plan | None:
+    """One of these kernels, a program a sequence; None where the sequence is long or all heads' tiles do not fit."""
     HB, DB = next_power_of_2(where.heads), max(next_power_of_2(where.head_dim), 16)
+    if where.NH * where.NW > TOKENS or HB * TOKENS * DB > _LARGEST[kind]:
+        return None
     constants = (*where, HB, DB, TOKENS, "ieee" if kind == "ieee" else "tf32")
-    return Plan(kernel, constants, num_warps=min(max(HB, 1), 8), num_stages=1)
-
-
-def plan(device, dtype, kind, arch, where: Geometry, images):
-    return _plan(_forward, device, dtype, kind, arch, where), (images * where.PH * where.PW,)
-
-
-def backward_plan(device, dtype, kind, arch, where: Geometry, images):
-    return _plan(_backward, device, dtype, kind, arch, where), (images * where.PH * where.PW,)
+    return Plan(kernel, constants, num_warps=min(HB, 8), num_stages=1)
