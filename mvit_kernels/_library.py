@@ -59,6 +59,16 @@ for _name, _schema in SCHEMAS.items():
         )
 
 
+# What frozen models run on the CPU is no operator with several backends but a list of steps and their packed weights, of
+# mvit_kernels.nn.network's making.
+_library.define("network.cpu(Tensor x, Tensor weights, Tensor program) -> Tensor")
+_library.define("pack_convolution.cpu(Tensor weight, Tensor bias) -> Tensor")
+_library.define(
+    "pack_inverted_residual.cpu(Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
+    "Tensor project, Tensor project_bias) -> Tensor"
+)
+
+
 def register_fake(name: str) -> Callable[[Callable], Callable]:
     """Register the decorated function as the fake of operator `name`, for all of its backends."""
 

@@ -66,6 +66,11 @@ def checked_name(name: str | None, source: str) -> str | None:
     return name
 
 
+def requested() -> str | None:
+    """The backend that `use_backend` or ``MVIT_KERNELS_BACKEND`` asks for, None for the automatic choice."""
+    return _override
+
+
 _override: str | None = checked_name(os.environ.get("MVIT_KERNELS_BACKEND"), "MVIT_KERNELS_BACKEND")
 _choices: dict[tuple[Call, str | None], str] = {}
 _logged: set[str] = set()

@@ -11,6 +11,7 @@ from ._library import load, loaded_paths
 from .backends import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+INFERENCE_DTYPES = (torch.float32, torch.bfloat16)  # of the operators without a backward
 
 
 def unavailable(device_type: str) -> list[str]:
@@ -22,13 +23,18 @@ def unavailable(device_type: str) -> list[str]:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "avx512", "avx2" or "portable", the best that the processor has or the one that the
+    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable", the best that the processor has or the one that the
     environment variable ``MVIT_KERNELS_CPU_ISA`` asks for; "" where that is wrong, or where there is no library."""
     if load("cpu"):
         return ""
     function = ctypes.CDLL(str(loaded_paths["cpu"])).mvit_kernels_cpu_isa
     function.restype = ctypes.c_char_p
     return function().decode()
+
+
+def multiplies_bf16_pairs() -> bool:
+    """Whether bfloat16 products are bfloat16 products here; elsewhere they are made in float32."""
+    return instruction_set() == "avx512bf16"
 
 
 def _dtype(call: Call) -> list[str]:
@@ -44,4 +50,26 @@ def _patch_attention(call: Call) -> list[str]:
     return reasons
 
 
-SUPPORTS = {"patch_attention": _patch_attention}
+def _inference_dtype(call: Call) -> list[str]:
+    return [] if call.dtype in INFERENCE_DTYPES else [f"{call.dtype} is not supported; float32 and bfloat16 are"]
+
+
+def _inverted_residual(call: Call) -> list[str]:
+    reasons = _inference_dtype(call)
+    if not call.fact("dense_rows"):
+        reasons.append("the channels of x are not adjacent in memory; call .contiguous() first")
+    return reasons
+
+
+def _transformer(call: Call) -> list[str]:
+    reasons = _inference_dtype(call)
+    if not call.fact("same_widths"):
+        reasons.append("its layers have different widths")
+    return reasons
+
+
+SUPPORTS = {
+    "patch_attention": _patch_attention,
+    "inverted_residual": _inverted_residual,
+    "transformer": _transformer,
+}

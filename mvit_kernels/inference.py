@@ -18,7 +18,7 @@ from .adapters import adapter_of, restore
 from .adapters._block import Refusal, layer_weights
 from .adapters._convolutions import freeze_convolutions, freeze_inverted_residuals, with_hooks
 from .adapters._swap import backend_of
-from .nn.frozen import FrozenMobileViTBlock
+from .nn.frozen import Frozen, FrozenMobileViTBlock, FrozenSequential
 from .ops import TransformerLayerWeights
 
 logger = logging.getLogger("mvit_kernels")
@@ -86,6 +86,7 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     convolutions = _collect(freeze_convolutions(holder), left)
     inverted_residuals = _collect(freeze_inverted_residuals(holder), left)
     blocks = _freeze_blocks(holder, backends, left)
+    _join_sequentials(holder)
     if dtype is not None:
         holder.to(dtype)
     # Dense weights that stay the library's own follow the layout of the maps.
@@ -162,6 +163,16 @@ def _freeze_blocks(holder: nn.Module, backends: dict[str, str | None], left: lis
             owner._modules[child_name] = with_hooks(frozen, block)
             done.append(name)
     return done
+
+
+def _join_sequentials(holder: nn.Module) -> None:
+    """Put `FrozenSequential` in place of every Sequential of nothing but frozen modules, the innermost first."""
+    for owner in reversed(list(holder.modules())):
+        for name, child in list(owner._modules.items()):
+            if type(child) is nn.Sequential and all(isinstance(m, (Frozen, nn.Identity)) for m in child):
+                joined = FrozenSequential()
+                joined._modules.update(child._modules)
+                owner._modules[name] = with_hooks(joined, child)
 
 
 def _own(value: torch.Tensor | None) -> torch.Tensor | None:

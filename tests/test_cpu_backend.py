@@ -173,13 +173,17 @@ def test_kernels_leave_nothing_behind():
 # ----------------------------------------------------------------------------------------------------- instruction sets
 
 
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+
+
 def _processor_has(isa: str) -> bool:
     if isa == "portable":
         return True
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
-    needed = {"avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    avx512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": avx512 | {"avx512_bf16"}}
     return needed[isa] <= flags
 
 
@@ -203,11 +207,11 @@ def _isa_in_use() -> str:
 
 
 def test_the_best_instruction_set_is_chosen():
-    best = next(isa for isa in ("avx512", "avx2", "portable") if _processor_has(isa))
+    best = next(isa for isa in ISAS if _processor_has(isa))
     assert os.environ.get("MVIT_KERNELS_CPU_ISA", best) == _isa_in_use()
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_the_kernels_on_every_instruction_set(isa):
     if not _processor_has(isa):
         pytest.skip(f"this processor has no {isa}")
@@ -218,8 +222,21 @@ def test_the_kernels_on_every_instruction_set(isa):
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60
 
 
+@pytest.mark.parametrize("operator", ["inverted_residual"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_operators_own_tests_on_every_instruction_set(isa, operator):
+    if not _processor_has(isa):
+        pytest.skip(f"this processor has no {isa}")
+    if isa == _isa_in_use():
+        return  # they run as they are
+    tests = Path(__file__).with_name(f"test_{operator}.py")
+    run = _python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", str(tests))
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60
+
+
 def test_the_instruction_set_in_use_is_the_one_asked_for():
-    assert _isa_in_use() in (os.environ.get("MVIT_KERNELS_CPU_ISA"), "avx512", "avx2", "portable")
+    assert _isa_in_use() in (os.environ.get("MVIT_KERNELS_CPU_ISA"), *ISAS)
     if "MVIT_KERNELS_CPU_ISA" in os.environ:
         assert _isa_in_use() == os.environ["MVIT_KERNELS_CPU_ISA"]
 
@@ -230,7 +247,9 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_known(wrong):
     run = _python(wrong, "-c", call)
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
-    assert f"MVIT_KERNELS_CPU_ISA is '{wrong}'" in last and "choose one of avx512, avx2 and portable" in last
+    assert (
+        f"MVIT_KERNELS_CPU_ISA is '{wrong}'" in last and "choose one of avx512bf16, avx512, avx2 and portable" in last
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the operators' edge

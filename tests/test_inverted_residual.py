@@ -15,6 +15,7 @@ from _checks import (
     one_thread,  # noqa: F401 (a fixture)
     registrations,
 )
+from _tolerance import assert_close_as_pytorch
 from torch import nn
 
 OP = "inverted_residual"
@@ -34,6 +35,11 @@ CASES = [
     dict(shape=(2, 7, 5, 8), hidden=16, out=8, stride=2, dilation=2),
     dict(shape=(1, 1, 1, 8), hidden=16, out=8, residual=True),
     *(dict(shape=(1, 4, 3, c), hidden=h, out=o) for c, h, o in ((17, 33, 100), (33, 100, 17), (1, 1, 1), (3, 7, 5))),
+    *(  # more columns than kernels take at once, by every step that is left over
+        dict(shape=(1, 7, w, 20), hidden=70, out=50, stride=stride, dilation=dilation)
+        for w, stride, dilation in ((16, 1, 1), (37, 1, 1), (39, 2, 1), (66, 2, 1), (35, 1, 2), (35, 2, 2), (38, 2, 3))
+    ),
+    dict(shape=(1, 5, 33, 98), hidden=130, out=98, residual=True),
     dict(shape=(0, 4, 6, 8), hidden=16, out=8, residual=True),
 ]
 
@@ -57,13 +63,13 @@ def test_layouts(layout, dtype, path):
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("path", PATHS)
 def test_is_the_module_everybody_writes(path, stride, dilation):
-    """Against nn.Conv2d on the channels-first map, in float64."""
-    expand = nn.Conv2d(8, 24, 1, dtype=torch.float64)
-    depthwise = nn.Conv2d(24, 24, 3, stride, dilation, dilation, groups=24, dtype=torch.float64)
-    project = nn.Conv2d(24, 12, 1, dtype=torch.float64)
-    x = torch.randn(2, 8, 9, 6, dtype=torch.float64)
+    """Against nn.Conv2d on the channels-first map."""
+    expand, project = nn.Conv2d(8, 24, 1), nn.Conv2d(24, 12, 1)
+    depthwise = nn.Conv2d(24, 24, 3, stride, dilation, dilation, groups=24)
+    module = nn.Sequential(expand, nn.SiLU(), depthwise, nn.SiLU(), project)
+    x = torch.randn(2, 8, 9, 6)
     with torch.no_grad():
-        expected = project(nn.functional.silu(depthwise(nn.functional.silu(expand(x))))).permute(0, 2, 3, 1)
+        usual, truth = (module(x).permute(0, 2, 3, 1), module.double()(x.double()).permute(0, 2, 3, 1))
         tensors = {
             "x": x.permute(0, 2, 3, 1),
             "expand_weight": expand.weight.flatten(1),
@@ -73,8 +79,10 @@ def test_is_the_module_everybody_writes(path, stride, dilation):
             "project_weight": project.weight.flatten(1),
             "project_bias": project.bias,
         }
+        tensors = convert(tensors, torch.float64 if path in ("reference", "raw") else torch.float32)
+        tensors["x"] = tensors["x"].contiguous()
         out = call(OP, tensors, {"stride": stride, "dilation": dilation, "residual": False}, path)
-    torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
+    assert_close_as_pytorch(f"{OP} by {path}", out, usual, truth)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -116,6 +124,59 @@ def test_registration_with_stride():
 @pytest.mark.parametrize("path", PATHS)
 def test_same_bits(path):
     check_same_bits(OP, dict(shape=(1, 8, 8, 16), hidden=32, out=16), path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(shape=(1, 17, 19, 8), hidden=24, out=8, residual=True),  # strips of one image
+        dict(shape=(3, 16, 16, 16), hidden=64, out=24, stride=2),
+        dict(shape=(2, 11, 9, 7), hidden=33, out=5, dilation=3),
+        dict(shape=(5, 2, 3, 8), hidden=16, out=8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", [path for path in PATHS if path not in ("reference", "raw")])
+def test_same_bits_for_any_number_of_threads(path, sizes, dtype):
+    tensors, settings = make(OP, sizes)
+    tensors = convert(tensors, getattr(torch, dtype))
+    alone = call(OP, tensors, settings, path)
+    try:
+        for threads in (2, 3, 4, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(call(OP, tensors, settings, path), alone), f"{threads} threads"
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("path", PATHS)
+def test_leaves_nothing_behind(path, dtype):
+    """Memory that is kept from call to call does not show: neither a larger call's NaNs, nor another shape's rows."""
+    small, settings = make(OP, SMALL)
+    small = convert(small, getattr(torch, dtype))
+    before = call(OP, small, settings, path)
+    large, large_settings = make(OP, dict(shape=(1, 9, 20, 16), hidden=64, out=24, dilation=2))
+    large = convert(large, getattr(torch, dtype))
+    assert call(OP, {**large, "x": large["x"] * torch.nan}, large_settings, path).isnan().all()
+    assert torch.equal(call(OP, small, settings, path), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("path", PATHS)
+def test_large_values(path, dtype):
+    """SiLU of large values is 0 or the value itself, far beyond what its exponential can take (-1e30 over the largest
+    finite e^x is -3e-9)."""
+    x = torch.tensor([-1e30, -3000.0, -100.0, 100.0, 3000.0, 1e30], dtype=getattr(torch, dtype)).reshape(1, 1, 1, 6)
+    one = torch.eye(6, dtype=x.dtype)
+    centre = torch.zeros(6, 1, 3, 3, dtype=x.dtype)
+    centre[:, :, 1, 1] = 1
+    none = torch.zeros(6, dtype=x.dtype)
+    weights = dict(expand_weight=one, expand_bias=none, depthwise_weight=centre, depthwise_bias=none)
+    tensors = {"x": x, **weights, "project_weight": one, "project_bias": none}
+    out = call(OP, tensors, {"stride": 1, "dilation": 1, "residual": False}, path)
+    torch.testing.assert_close(out, x.clamp(min=0), rtol=0, atol=1e-8)
 
 
 REFUSED = [

@@ -350,11 +350,11 @@ def test_attention_dropout_with_kernels_for_the_rest():
         (dict(x=lambda x: x[0]), ValueError, ("transformer_on_map: x has shape (24, 4, 6)", "(B, d, H, W)")),
         (dict(x=lambda x: x[:, :, :0]), ValueError, ("transformer_on_map: x is an empty map of 0 × 6",)),
         (dict(x=lambda x: x.int()), TypeError, ("x is torch.int32",)),
-        (dict(x=lambda x: x[:, :23]), ValueError, ("norm_weight has shape (24,)", "(23,) is wanted")),
+        (dict(x=lambda x: x[:, :23]), ValueError, ("norm1_weight has shape (24,)", "(23,) is wanted")),
         (dict(x=lambda x: x.double()), TypeError, ("norm_weight is torch.float32", "torch.float64")),
         (dict(layers=[]), ValueError, ("transformer_on_map: layers is empty",)),
         (dict(num_heads=0), ValueError, ("transformer_on_map: num_heads is 0",)),
-        (dict(num_heads=5), ValueError, ("patch_attention: qkv has 72 channels", "15")),
+        (dict(num_heads=5), ValueError, ("transformer: layers[0]: qkv_weight has 72 rows", "15")),
         (dict(patch_size=(0, 2)), ValueError, ("transformer_on_map: patch_size is (0, 2)",)),
         (dict(patch_size=None), ValueError, ("transformer_on_map: patch_size is None",)),
         (

@@ -12,6 +12,8 @@ bool supported(Isa isa) {
 #if defined(__x86_64__)
   // __builtin_cpu_supports also asks whether the operating system saves the registers.
   switch (isa) {
+    case Isa::avx512bf16:
+      return kHaveAvx512Bf16 && __builtin_cpu_supports("avx512bf16") && supported(Isa::avx512);
     case Isa::avx512:
       return kHaveAvx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && supported(Isa::avx2);
@@ -28,7 +30,10 @@ Isa choose() {
   const struct {
     const char* name;
     Isa isa;
-  } best_first[] = {{"avx512", Isa::avx512}, {"avx2", Isa::avx2}, {"portable", Isa::portable}};
+  } best_first[] = {{"avx512bf16", Isa::avx512bf16},
+                    {"avx512", Isa::avx512},
+                    {"avx2", Isa::avx2},
+                    {"portable", Isa::portable}};
   const char* wanted = std::getenv("MVIT_KERNELS_CPU_ISA");
   const bool any = wanted == nullptr || *wanted == '\0';
   for (const auto& candidate : best_first) {
@@ -37,10 +42,10 @@ Isa choose() {
     if (!any)
       throw std::runtime_error(std::string("MVIT_KERNELS_CPU_ISA is '") + wanted +
                                "', which this processor, or the compiler that built the library, does not support; "
-                               "unset it, or choose a lower one of avx512, avx2 and portable");
+                               "unset it, or choose a lower one of avx512bf16, avx512, avx2 and portable");
   }
   throw std::runtime_error(std::string("MVIT_KERNELS_CPU_ISA is '") + wanted +
-                           "'; choose one of avx512, avx2 and portable, or unset it for the best that is supported");
+                           "'; choose one of avx512bf16, avx512, avx2 and portable, or unset it for the best that is supported");
 }
 
 }  // namespace
@@ -56,6 +61,8 @@ Isa current_isa() {
 extern "C" __attribute__((visibility("default"))) const char* mvit_kernels_cpu_isa() noexcept {
   try {
     switch (mvit::current_isa()) {
+      case mvit::Isa::avx512bf16:
+        return "avx512bf16";
       case mvit::Isa::avx512:
         return "avx512";
       case mvit::Isa::avx2:

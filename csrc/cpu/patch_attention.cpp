@@ -59,11 +59,11 @@ Tensor with_adjacent_channels(const Tensor& tensor) {
 }
 
 // Inputs are only read: const_data_ptr leaves lazily copied tensors shared.
-TokenMap input_map(const Tensor& tensor) {
+Map input_map(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-TokenMap output_map(const Tensor& tensor) {
+Map output_map(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 

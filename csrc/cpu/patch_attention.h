@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "map.h"
+
 namespace mvit {
 
 enum class Dtype { float32, bfloat16, float64 };  // indexes the tables below
@@ -22,24 +24,18 @@ struct PatchAttentionShape {
   double score_flops(int products) const { return 2.0 * products * static_cast<double>(head_dim) + 20; }
 };
 
-// A (B, H, W, channels) tensor with adjacent channels; strides in elements.
-struct TokenMap {
-  void* data;
-  int64_t image_stride, row_stride, column_stride;
-};
-
 // The kernels work on "strands": one head of one (image, patch position) sequence, numbered
 // (image · positions + position) · heads + head. logsumexp is contiguous, strand-major: (B, positions, heads, tokens).
 
 struct PatchAttentionForward {
   PatchAttentionShape shape;
-  TokenMap qkv, out;
+  Map qkv, out;
   void* logsumexp;
 };
 
 struct PatchAttentionBackward {
   PatchAttentionShape shape;
-  TokenMap grad_out, qkv, out, grad_qkv;
+  Map grad_out, qkv, out, grad_qkv;
   const void* logsumexp;
 };
 

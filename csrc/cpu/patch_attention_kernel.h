@@ -8,6 +8,7 @@
 #pragma once
 
 #include "microkernel.h"
+#include "panels.h"
 #include "patch_attention.h"
 #include "token_rows.h"
 
@@ -20,28 +21,13 @@ constexpr int64_t kQueryBlock = 32;  // backward's P and dS of 32 queries × 48 
 enum Part { kQuery, kKey, kValue };
 
 template <typename E>
-MVIT_INLINE TokenRows<E> tokens_of(const PatchAttentionShape& shape, const TokenMap& map, int64_t strand, int part) {
+MVIT_INLINE TokenRows<E> tokens_of(const PatchAttentionShape& shape, const Map& map, int64_t strand, int part) {
   const int64_t head = strand % shape.heads, sequence = strand / shape.heads;
   const int64_t position = sequence % shape.positions(), image = sequence / shape.positions();
   const int64_t h = position / shape.patch_width, w = position % shape.patch_width;
   E* first = static_cast<E*>(map.data) + image * map.image_stride + h * map.row_stride + w * map.column_stride +
              part * shape.inner() + head * shape.head_dim;
   return {first, shape.patch_height * map.row_stride, shape.patch_width * map.column_stride, shape.patch_columns};
-}
-
-// body(std::integral_constant<int, V>, begin, present): [begin, end) in blocks of V vectors, 1 to kTileVectors, as even
-// as can be (4 vectors are 2 + 2 rather than 3 + 1, whose 1 would be short of loads).
-template <typename T, typename Body>
-MVIT_INLINE void in_lane_blocks(int64_t begin, int64_t end, const Body& body) {
-  constexpr int size = Vec<T>::size;
-  while (begin < end) {
-    const int64_t vectors = round_up(end - begin, size) / size;
-    const int64_t blocks = round_up(vectors, kTileVectors) / kTileVectors;
-    const int64_t width = round_up(vectors, blocks) / blocks;
-    const int64_t present = smaller(width * size, end - begin);
-    with_constant<kTileVectors>(width, [&](auto v) { body(v, begin, present); });
-    begin += present;
-  }
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------

@@ -29,9 +29,14 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
   return Tensor(result);
 }
 
-// Memory of the calling thread that kernels may use until the next call of scratch() by the same thread; it grows, is
+// Memory of the calling thread that may be used until the next call of the same function by the same thread; it grows, is
 // kept (fresh pages cost more than the kernels), and is aligned to a cache line. Its contents are undefined.
-inline void* scratch(std::size_t bytes) {
+// scratch() is for one piece of work on one thread; shared_scratch() is for the thread that gives out work, for what the
+// threads share meanwhile; and a network's workspace lasts over many of either.
+enum class ScratchUse { one_thread, shared, network };
+
+template <ScratchUse>
+void* kept_memory(std::size_t bytes) {
   struct Free {
     void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
@@ -45,6 +50,9 @@ inline void* scratch(std::size_t bytes) {
   }
   return memory.get();
 }
+
+inline void* scratch(std::size_t bytes) { return kept_memory<ScratchUse::one_thread>(bytes); }
+inline void* shared_scratch(std::size_t bytes) { return kept_memory<ScratchUse::shared>(bytes); }
 
 // body(begin, end) over parts of [0, items) on PyTorch's own threads, so that torch.set_num_threads is obeyed. A thread
 // gets at least so many items that they take `flops_per_item` × items >= 2^18 operations, about 2 µs of one core: less

@@ -79,6 +79,57 @@ MVIT_INLINE void unpack_rows(const TokenRows<E>& tokens, int64_t begin, int64_t 
   });
 }
 
+// panel[c][i] = channel c of token begin + i for i in [0, count), and rows up to round_up(channels, size), which are zero;
+// other lanes of the panel stay as they are.
+template <typename T, typename E>
+MVIT_INLINE void read_columns(T* panel, int64_t ld, const TokenRows<const E>& tokens, int64_t begin, int64_t count,
+                              int64_t channels) {
+  constexpr int size = Vec<T>::size;
+  for (int64_t i0 = 0; i0 < count; i0 += size) {
+    const E* token[size] = {};
+    const int present = static_cast<int>(smaller(size, count - i0));
+    tokens.for_each(begin + i0, present, [&](const E* p, int64_t i) { token[i] = p; });
+    for (int64_t c0 = 0; c0 < channels; c0 += size) {
+      const int width = static_cast<int>(smaller(size, channels - c0));
+      Vec<T> tile[size];
+      if (present == size && width == size) {
+#pragma GCC unroll 16
+        for (int i = 0; i < size; ++i) tile[i] = load_first(token[i] + c0, size);
+      } else {
+        for (int i = 0; i < size; ++i) tile[i] = i < present ? load_first(token[i] + c0, width) : Vec<T>(T(0));
+      }
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < size; ++i) store_first(panel + (c0 + i) * ld + i0, tile[i], present);
+    }
+  }
+}
+
+// token begin + i, channel c = panel[c][i]. The panel has round_up(channels, size) rows, of whole vectors past `count`.
+template <typename T, typename E>
+MVIT_INLINE void write_columns(const TokenRows<E>& tokens, int64_t begin, int64_t count, int64_t channels,
+                               const T* panel, int64_t ld) {
+  constexpr int size = Vec<T>::size;
+  for (int64_t i0 = 0; i0 < count; i0 += size) {
+    E* token[size] = {};
+    const int64_t present = smaller(size, count - i0);
+    tokens.for_each(begin + i0, present, [&](E* p, int64_t i) { token[i] = p; });
+    for (int64_t c0 = 0; c0 < channels; c0 += size) {
+      const int width = static_cast<int>(smaller(size, channels - c0));
+      Vec<T> tile[size];
+#pragma GCC unroll 16
+      for (int i = 0; i < size; ++i) tile[i] = load(panel + (c0 + i) * ld + i0);
+      transpose(tile);
+      if (present == size && width == size) {
+#pragma GCC unroll 16
+        for (int i = 0; i < size; ++i) store_first(token[i] + c0, tile[i], size);
+      } else {
+        for (int i = 0; i < present; ++i) store_first(token[i] + c0, tile[i], width);
+      }
+    }
+  }
+}
+
 // token begin + i, channel c = panel[c][i] · factor[i]. The panel has round_up(channels, size) rows, and ld columns as
 // `factor` has, a multiple of the vector.
 template <typename T, typename E>

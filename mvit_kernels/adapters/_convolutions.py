@@ -16,11 +16,13 @@ from torch import nn
 from ..nn.frozen import FrozenConv2d, FrozenInvertedResidual
 from ._block import has_hooks
 
-# class name -> where its convolution, its norm and its activation are (timm's batch norm carries the activation)
+# class name -> where its convolution, its norm and its activation are (timm's batch norm carries the activation); norm and
+# activation may be missing, as in the 1×1 convolution into the transformer
 UNITS = (
     ("ConvNormAct", "conv", "bn", "bn.act"),  # timm
     ("ConvNormAct", "conv", "norm", "act"),  # ours
     ("MobileViTConvLayer", "convolution", "normalization", "activation"),  # Hugging Face
+    ("ConvLayer", "block.conv", "block.norm", "block.act"),  # cvnets
 )
 
 # class name -> its three units, and how it says that it adds its input
@@ -29,7 +31,7 @@ INVERTED_RESIDUALS = (
     ("MobileViTInvertedResidual", "expand_1x1", "conv_3x3", "reduce_1x1", lambda block: block.use_residual),
     (  # cvnets
         "InvertedResidual",
-        *(f"block.{unit}.block.conv" for unit in ("exp_1x1", "conv_3x3", "red_1x1")),
+        *(f"block.{unit}" for unit in ("exp_1x1", "conv_3x3", "red_1x1")),
         lambda block: block.use_res_connect,
     ),
     ("InvertedResidual", "expand", "depthwise", "project", lambda block: block.residual),  # ours
@@ -93,7 +95,10 @@ def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module
 
 def _unit(module: nn.Module) -> tuple[str, str, str] | None:
     for cls, conv, norm, activation in UNITS:
-        if type(module).__name__ == cls and conv in module._modules and norm in module._modules:
+        if type(module).__name__ != cls or _submodule(module, conv) is None:
+            continue
+        known = {id(_submodule(module, path)) for path in (conv, activation)}
+        if _submodule(module, norm) is not None or all(id(m) in known for m in module.modules() if not m._modules):
             return conv, norm, activation
     return None
 

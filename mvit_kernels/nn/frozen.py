@@ -2,6 +2,9 @@
 """The inference-only modules that `freeze` puts in place: batch norms folded, SiLU fused, channels-last inside.
 
 Everything they hold is a buffer in evaluation mode; ``train()`` raises, since a folded batch norm cannot be trained.
+
+On the CPU each runs as one native call, everything inside it included (`mvit_kernels.nn.network`); where that does not
+serve, on other devices and dtypes, under tracing, with a gradient or with hooks inside, it is composed of its parts.
 """
 
 from __future__ import annotations
@@ -16,13 +19,22 @@ from .. import backends
 from ..ops import TransformerLayerWeights, inverted_residual
 from ..ops.inverted_residual import inverted_residual_call
 from .functional import transformer_on_map
+from .network import Builder, Network, NotNative, Place, hooks_inside, links_of, network_allowed
 
 
 class Frozen(nn.Module):
-    """What the frozen modules share: evaluation mode, for good."""
+    """What the frozen modules share: evaluation mode, for good, and the native call for all that is inside.
 
-    def __init__(self) -> None:
-        super().__init__()
+    A subclass says what it computes twice: ``composed(x)`` with PyTorch, and ``emit(builder, source, target)`` with the
+    steps of a `Builder` (it raises `NotNative` where there are none for it). ``place(builder)`` is where it wishes to
+    find its input, None for anywhere; ``in_channels`` how many channels that has.
+    """
+
+    generation = 0  # counts the changes that make packed weights stale
+    _network: Network | NotNative | None = None
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
         self.training = False
 
     def train(self, mode: bool = True) -> Frozen:
@@ -33,6 +45,64 @@ class Frozen(nn.Module):
             )
         return super().train(False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        network = self._native(x) if network_allowed(x) else None
+        return self.composed(x) if network is None else network(x)
+
+    def _native(self, x: Tensor) -> Network | None:
+        network = self._network
+        if network is None or (isinstance(network, Network) and network.is_stale()):
+            try:
+                network = Network(self)
+            except NotNative as reason:
+                network = reason
+            self._network = network
+        return None if isinstance(network, NotNative) or not network.serves(x) else network
+
+    def place(self, builder: Builder) -> Place | None:
+        return None
+
+    def _changed(self) -> None:
+        self.generation += 1
+        self._network = None
+
+    # Packed weights are made anew after a move, a load, a copy, a pickle and a change of what is inside.
+
+    def _apply(self, *args, **kwargs):
+        self._changed()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._changed()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __setattr__(self, name: str, value) -> None:
+        if not name.startswith("_") and (isinstance(value, (nn.Module, Tensor)) or name in self._modules):
+            self._changed()
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._changed()
+        super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._changed()
+        super().add_module(name, module)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_network": None}
+
+
+class FrozenSequential(Frozen, nn.Sequential):
+    """Frozen modules one after another, such as a stage of a model, or all of its stages."""
+
+    @property
+    def in_channels(self) -> int:
+        return links_of(self)[0].in_channels
+
+    def composed(self, x: Tensor) -> Tensor:
+        return nn.Sequential.forward(self, x)
+
 
 class FrozenConv2d(Frozen):
     """A convolution with its batch norm folded in and SiLU fused: (B, C, H, W), any layout in, channels-last out.
@@ -40,8 +110,8 @@ class FrozenConv2d(Frozen):
     Example:
         >>> FrozenConv2d(weight, bias, stride=(2, 2), padding=(1, 1), activation="silu")(images)
 
-    On the CPU it is oneDNN's convolution with SiLU (and a residual addition) as its epilogue and with weights reordered
-    once for the first input's size: half the time of convolution, batch norm and SiLU one after another.
+    Composed, on the CPU, it is oneDNN's convolution with SiLU (and a residual addition) as its epilogue and with weights
+    reordered once for the first input's size: half the time of convolution, batch norm and SiLU one after another.
 
     Args:
         weight: (out, in / groups, kh, kw).
@@ -69,8 +139,15 @@ class FrozenConv2d(Frozen):
         self.activation = activation
         self._packed: Tensor | None = None
 
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(conv(x))``, or ``conv(x) + residual`` (then there is no activation)."""
+        return super().forward(x) if residual is None else self.composed(x, residual)
+
+    def composed(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.to(self.weight.dtype).contiguous(memory_format=torch.channels_last)
         if _onednn_serves(x):
             return self._onednn(x, residual)
@@ -93,18 +170,30 @@ class FrozenConv2d(Frozen):
             x, residual, packed, self.bias, *geometry, "add", 1.0, None, [], None
         )
 
-    # The packed weights are oneDNN's own tensors: made anew after a move, a load, a copy or a pickle.
+    def place(self, builder: Builder) -> Place | None:
+        """A 3×3 convolution reads the border as it reads the rest."""
+        if self.weight.shape[2] == 1:
+            return None
+        return builder.value(self.in_channels, self.dilation[0])
 
-    def _apply(self, *args, **kwargs):
-        self._packed = None
-        return super()._apply(*args, **kwargs)
+    def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
+        kernel = self.weight.shape[2]
+        same = (self.stride, self.dilation) == (self.stride[:1] * 2, self.dilation[:1] * 2)
+        padded = self.padding == (self.dilation[0] * (kernel // 2),) * 2
+        if self.groups != 1 or not same or not padded or kernel not in (1, 3) or self.stride[0] > 2:
+            raise NotNative(f"it has a convolution with {self.extra_repr()}")
+        if self.weight.shape[3] != kernel or (kernel == 1 and self.stride[0] != 1):
+            raise NotNative(f"it has a convolution with {self.extra_repr()}")
+        return builder.convolution(self, source, target)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    # The weights that oneDNN packed are its own tensors.
+
+    def _changed(self) -> None:
         self._packed = None
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._changed()
 
     def __getstate__(self):
-        return {**self.__dict__, "_packed": None}
+        return {**super().__getstate__(), "_packed": None}
 
     def extra_repr(self) -> str:
         out, width, kh, kw = self.weight.shape
@@ -137,14 +226,23 @@ class FrozenInvertedResidual(Frozen):
         super().__init__()
         self.expand, self.depthwise, self.project, self.residual = expand, depthwise, project, residual
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def in_channels(self) -> int:
+        return self.expand.in_channels
+
+    def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
+        if self.depthwise.stride[0] > 2:
+            raise NotNative(f"it has a depthwise convolution with {self.depthwise.extra_repr()}")
+        return builder.inverted_residual(self, source, target)
+
+    def composed(self, x: Tensor) -> Tensor:
         expand, depthwise, project = self.expand, self.depthwise, self.project
         x = x.to(expand.weight.dtype).contiguous(memory_format=torch.channels_last)
         rows = x.permute(0, 2, 3, 1)
         expand_weight, project_weight = expand.weight.flatten(1), project.weight.flatten(1)
         stride, dilation = depthwise.stride[0], depthwise.dilation[0]
         call = inverted_residual_call(rows, expand_weight, project_weight, (x,), stride, dilation, self.residual)
-        if backends.serves("inverted_residual", call):
+        if not hooks_inside(self) and backends.serves("inverted_residual", call):
             weights = (expand_weight, expand.bias, depthwise.weight, depthwise.bias, project_weight, project.bias)
             rows = inverted_residual(rows, *weights, stride=stride, dilation=dilation, residual=self.residual)
             return rows.permute(0, 3, 1, 2)
@@ -192,17 +290,50 @@ class FrozenMobileViTBlock(Frozen):
         for name, value in zip(("weight", "bias"), final_norm or (None, None), strict=True):
             self.register_buffer(f"final_norm_{name}", value)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def in_channels(self) -> int:
+        return links_of(self.before if self.downsampling is None else self.downsampling)[0].in_channels
+
+    def place(self, builder: Builder) -> Place | None:
+        return self._joint_place(builder) if self.downsampling is None else self.downsampling.place(builder)
+
+    def _joint_place(self, builder: Builder) -> Place | None:
+        """The input's part of the map that the fusion reads, where the transformer's result joins it."""
+        first, last = links_of(self.before)[0], links_of(self.after)[-1]
+        if self.fusion is None:
+            return first.place(builder)
+        width = last.weight.shape[0]
+        readers = (first, links_of(self.fusion)[0])
+        border = max(conv.dilation[0] * (conv.weight.shape[2] // 2) for conv in readers)
+        joint = builder.value(first.in_channels + width, border)
+        return joint._replace(offset=0 if self.input_first else width, channels=first.in_channels)
+
+    def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
+        if self.backend not in (None, "auto", "cpu"):
+            raise NotNative(f"backend {self.backend!r} was asked for")
+        if self.takes is not None:
+            builder.takes.append((self, source.channels, builder.halvings[source.value]))
+        if self.downsampling is not None:
+            source = builder.chain(links_of(self.downsampling), source, self._joint_place(builder))
+        y = builder.chain(links_of(self.before), source)
+        y = builder.transformer(y, self.layers(), self.final_norm(), self.num_heads, self.patch_size, self.eps)
+        if self.fusion is None:
+            return builder.chain(links_of(self.after), y, target)
+        joint, width = source.value, builder.values[source.value][0] - source.channels
+        offset = source.channels if self.input_first else 0
+        builder.chain(links_of(self.after), y, Place(joint, offset, width))
+        return builder.chain(links_of(self.fusion), Place(joint, 0, source.channels + width), target)
+
+    def composed(self, x: Tensor) -> Tensor:
         if self.takes is not None and not self.takes(self.fallback, x):
             return self.fallback(x)
         if self.downsampling is not None:
             x = self.downsampling(x)
         y = self.before(x)
-        final_norm = None if self.final_norm_weight is None else (self.final_norm_weight, self.final_norm_bias)
         y = transformer_on_map(
             y,
             self.layers(),
-            final_norm,
+            self.final_norm(),
             num_heads=self.num_heads,
             patch_size=self.patch_size,
             eps=self.eps,
@@ -222,3 +353,7 @@ class FrozenMobileViTBlock(Frozen):
             )
             for index in range(self.num_layers)
         ]
+
+    def final_norm(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of the last LayerNorm."""
+        return None if self.final_norm_weight is None else (self.final_norm_weight, self.final_norm_bias)

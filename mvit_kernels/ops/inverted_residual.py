@@ -126,7 +126,7 @@ def inverted_residual_call(
         stride=stride,
         dilation=dilation,
         residual=residual,
-        contiguous=x.is_contiguous(),
+        dense_rows=x.stride(-1) == 1,
     )
 
 

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weights as products with channels in the lanes read them: column panels of a few vectors, [panel][depth][columns].
+#pragma once
+
+#include "token_lanes.h"
+
+namespace mvit {
+namespace MVIT_ISA {
+
+// body(std::integral_constant<int, V>, begin, present): [begin, end) in blocks of V vectors, 1 to kTileVectors, as even
+// as can be (4 vectors are 2 + 2 rather than 3 + 1, whose 1 would be short of loads).
+template <typename T, typename Body>
+MVIT_INLINE void in_lane_blocks(int64_t begin, int64_t end, const Body& body) {
+  constexpr int size = Vec<T>::size;
+  while (begin < end) {
+    const int64_t vectors = round_up(end - begin, size) / size;
+    const int64_t blocks = round_up(vectors, kTileVectors) / kTileVectors;
+    const int64_t width = round_up(vectors, blocks) / blocks;
+    const int64_t present = smaller(width * size, end - begin);
+    with_constant<kTileVectors>(width, [&](auto v) { body(v, begin, present); });
+    begin += present;
+  }
+}
+
+template <typename T>
+MVIT_INLINE int64_t panel_count(int64_t columns) {
+  constexpr int64_t width = kTileVectors * Vec<T>::size;
+  return (columns + width - 1) / width;
+}
+
+// Elements of P::Operand in all panels; the one that begins at a column begins at that multiple of P::rows(depth).
+template <typename P>
+MVIT_INLINE int64_t panels_size(int64_t columns, int64_t depth) {
+  return round_up(columns, Vec<typename P::Value>::size) * P::rows(depth);
+}
+
+template <typename At>
+MVIT_INLINE float operand_at(float*, int64_t, int64_t row, const At& at) {
+  return at(row);
+}
+#if defined(MVIT_BF16_PAIRS)
+template <typename At>
+MVIT_INLINE bf16x2 operand_at(bf16x2*, int64_t depth, int64_t row, const At& at) {
+  const uint32_t first = at(2 * row).bits, second = 2 * row + 1 < depth ? at(2 * row + 1).bits : 0;
+  return {first | second << 16};
+}
+#endif
+
+// Panels of the weights at(column, k), k in [0, depth); zeros in the columns of the last vector that are not there.
+template <typename P, typename At>
+void pack_panels(typename P::Operand* packed, int64_t columns, int64_t depth, const At& at) {
+  in_lane_blocks<typename P::Value>(0, columns, [&](auto vectors, int64_t begin, int64_t present) {
+    constexpr int64_t ld = decltype(vectors)::value * Vec<typename P::Value>::size;
+    typename P::Operand* panel = packed + begin * P::rows(depth);
+    for (int64_t row = 0; row < P::rows(depth); ++row)
+      for (int64_t i = 0; i < ld; ++i)
+        panel[row * ld + i] = i < present
+                                  ? operand_at(packed, depth, row, [&](int64_t k) { return at(begin + i, k); })
+                                  : typename P::Operand{};
+  });
+}
+
+// The bias, or zeros where that is null, in whole vectors.
+MVIT_INLINE void pack_bias(float* packed, const float* bias, int64_t columns) {
+  for (int64_t i = 0; i < round_up(columns, Vec<float>::size); ++i)
+    packed[i] = bias != nullptr && i < columns ? bias[i] : 0.0f;
+}
+
+// tile[r][v] = bias[v]: where the sums of the products begin.
+template <int R, int V>
+MVIT_INLINE void begin_with_bias(Vec<float> (&tile)[R][V], const float* bias) {
+  Vec<float> row[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) row[v] = load(bias + v * Vec<float>::size);
+  map_tile(tile, [&](Vec<float>, int, int v) { return row[v]; });
+}
+
+// Row r of the tile to the first `present` of V · size channels at pixel(r).
+template <int R, int V, typename Pixel>
+MVIT_INLINE void store_pixels(const Vec<float> (&tile)[R][V], int64_t present, const Pixel& pixel) {
+  constexpr int size = Vec<float>::size;
+  const int last = static_cast<int>(present - (V - 1) * size);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    auto* p = pixel(r);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store_first(p + v * size, tile[r][v], v + 1 < V ? size : last);
+  }
+}
+
+}  // namespace MVIT_ISA
+}  // namespace mvit

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// transformer.cpu: checks, memory and threads around transformer_kernel.h.
+#include "transformer.h"
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "isa.h"
+#include "tensors.h"
+#include "weights.h"
+
+namespace mvit {
+namespace {
+
+// A unit has the fewest whole sequences that fill two blocks of 32 lanes (or one, where that wastes none), so that a
+// pass over the weights serves that many tokens; at N = 16 it is the weights' way from L3 that counts.
+int64_t sequences_of_a_unit(const TransformerKernels& kernels, const TransformerShape& shape, int64_t most) {
+  int64_t sequences = 1;
+  while (sequences < most && kernels.unit_blocks(shape, sequences + 1) <= 2) ++sequences;
+  return sequences;
+}
+
+double flops_of_a_block(const TransformerShape& shape) {
+  const double products = static_cast<double>(shape.width * (4 * shape.inner() + 2 * shape.hidden));
+  return 2.0 * 32 * (products + 2.0 * static_cast<double>(shape.inner() * shape.tokens()));
+}
+
+}  // namespace
+
+void run_transformer(const TransformerKernels& kernels, const TransformerArgs& args, bool on_this_thread_alone) {
+  const TransformerShape& shape = args.shape;
+  const int64_t steps = kernels.steps(shape), sequences = shape.sequences();
+  if (sequences == 0 || shape.tokens() == 0 || shape.width == 0) return;
+  const std::size_t step_bytes = kernels.step_bytes(shape);
+  const int64_t threads = on_this_thread_alone ? 1 : torch::stable::get_num_threads();
+  const int64_t group = sequences_of_a_unit(kernels, shape, std::max<int64_t>(1, sequences / threads));
+  const int64_t units = (sequences + group - 1) / group;
+  const auto size_of = [&](int64_t unit) { return std::min(group, sequences - unit * group); };
+  const std::size_t unit_bytes = (kernels.unit_bytes(shape, group) + 63) / 64 * 64;
+
+  if (threads == 1 || units % threads == 0 || units >= 4 * threads) {  // a thread takes whole units: nothing to wait for
+    const auto whole_units = [&](int64_t begin, int64_t end) {
+      char* memory = static_cast<char*>(scratch(unit_bytes + step_bytes));
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t blocks = kernels.unit_blocks(shape, size_of(unit));
+        for (int64_t step = 0; step < steps; ++step)
+          for (int64_t block = 0; block < blocks; ++block)
+            kernels.step(args, step, unit * group, size_of(unit), block, memory, memory + unit_bytes);
+      }
+    };
+    if (threads == 1) return whole_units(0, units);
+    return parallel_for(units, flops_of_a_block(shape) * static_cast<double>(kernels.unit_blocks(shape, group)),
+                        whole_units);
+  }
+
+  // More threads than units: all work on the blocks of one step, then on those of the next.
+  char* memory = static_cast<char*>(shared_scratch(unit_bytes * static_cast<std::size_t>(units)));
+  const int64_t unit_blocks = kernels.unit_blocks(shape, group);
+  for (int64_t step = 0; step < steps; ++step)
+    parallel_for(units * unit_blocks, flops_of_a_block(shape) / 2, [&](int64_t begin, int64_t end) {
+      void* step_memory = scratch(step_bytes);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t unit = i / unit_blocks, block = i % unit_blocks;
+        if (block < kernels.unit_blocks(shape, size_of(unit)))
+          kernels.step(args, step, unit * group, size_of(unit), block, memory + unit * unit_bytes, step_memory);
+      }
+    });
+}
+
+namespace {
+
+constexpr std::size_t kTensorsOfALayer = 12;  // TransformerLayerWeights, in its order
+
+Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::optional<Tensor> final_norm_weight,
+                   std::optional<Tensor> final_norm_bias, int64_t num_heads, std::vector<int64_t> patch, double eps) {
+  STD_TORCH_CHECK(x_argument.dim() == 4, "transformer: x must be (B, H, W, d), not of ", x_argument.dim(), " axes");
+  STD_TORCH_CHECK(patch.size() == 2 && patch[0] > 0 && patch[1] > 0 && x_argument.size(1) % patch[0] == 0 &&
+                      x_argument.size(2) % patch[1] == 0,
+                  "transformer: a map of ", x_argument.size(1), " x ", x_argument.size(2),
+                  " does not divide into the patches");
+  STD_TORCH_CHECK(!weights.empty() && weights.size() % kTensorsOfALayer == 0,
+                  "transformer: weights must be twelve tensors a layer, not ", weights.size());
+  const ScalarType type = x_argument.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "transformer: the CPU kernels take float32 and bfloat16");
+  const Tensor x = x_argument.stride(3) == 1 || x_argument.size(3) == 1 ? x_argument : contiguous(x_argument);
+  const Tensor out = new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, type);
+
+  TransformerArgs args{};
+  TransformerShape& shape = args.shape;
+  shape.images = x.size(0);
+  shape.patch_rows = x.size(1) / patch[0];
+  shape.patch_columns = x.size(2) / patch[1];
+  shape.patch_height = patch[0];
+  shape.patch_width = patch[1];
+  shape.width = x.size(3);
+  shape.heads = num_heads;
+  const int64_t rows = weights[2].dim() == 2 ? weights[2].size(0) : 0;
+  STD_TORCH_CHECK(num_heads > 0 && rows > 0 && rows % (3 * num_heads) == 0, "transformer: ", rows,
+                  " rows of qkv_weight are not q, k and v of ", num_heads, " heads");
+  shape.head_dim = rows / (3 * num_heads);
+  shape.hidden = weights[8].size(0);
+  shape.layers = static_cast<int64_t>(weights.size() / kTensorsOfALayer);
+  shape.eps = static_cast<float>(eps);
+
+  const TransformerTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(transformer);
+  const bool pairs = type == ScalarType::BFloat16 && table.pairs.step != nullptr && shape.width % 2 == 0 &&
+                     shape.head_dim % 2 == 0 && shape.hidden % 2 == 0;
+  WeightReader read("transformer", pairs ? ScalarType::BFloat16 : ScalarType::Float);
+  const int64_t d = shape.width, inner = shape.inner(), hidden = shape.hidden;
+  std::vector<TransformerLayer> layers;
+  for (std::size_t i = 0; i < weights.size(); i += kTensorsOfALayer) {
+    const Tensor* w = &weights[i];
+    layers.push_back({read.vector(w[0], d), read.vector(w[1], d), read.matrix(w[2], 3 * inner, d),
+                      read.vector(w[3], 3 * inner), read.matrix(w[4], d, inner), read.vector(w[5], d),
+                      read.vector(w[6], d), read.vector(w[7], d), read.matrix(w[8], hidden, d),
+                      read.vector(w[9], hidden), read.matrix(w[10], d, hidden), read.vector(w[11], d)});
+  }
+  args.layers = layers.data();
+  if (final_norm_weight) {
+    STD_TORCH_CHECK(final_norm_bias.has_value(), "transformer: final_norm_weight without final_norm_bias");
+    args.final_norm_weight = read.vector(*final_norm_weight, d);
+    args.final_norm_bias = read.vector(*final_norm_bias, d);
+  }
+  args.in = {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+  args.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
+  const TransformerKernels& kernels =
+      pairs ? table.pairs : type == ScalarType::BFloat16 ? table.single_bf16 : table.single;
+  run_transformer(kernels, args, false);
+  return out;
+}
+
+}  // namespace
+}  // namespace mvit
+
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) { m.impl("transformer.cpu", TORCH_BOX(&mvit::transformer)); }
