@@ -5,9 +5,9 @@ Example:
     $ python tests/_triton_gate.py            # compile everything, and write tests/data/triton_gate.csv
     $ python tests/_triton_gate.py --arch 90 --only _mlp,_hidden --dry
 
-The operators plan their launches for meta tensors of every shape that a zoo's model has; each different plan is compiled
-for each architecture, as its launch would compile it. A row has registers a thread, bytes of stack (where spills go), shared
-memory, and which tensor-core instructions came out.
+The operators plan their launches for meta tensors of every shape that a zoo's model has; each different plan is
+compiled for each architecture, as its launch would compile it. A row has registers a thread, bytes of stack (where
+spills go), shared memory, and which tensor-core instructions came out.
 """
 
 from __future__ import annotations
@@ -161,7 +161,13 @@ def rows(arch: int, only: set[str] | None = None, share: tuple[int, int] = (0, 1
         try:
             found[key] |= build(launch, arch)
         except Exception as error:
-            found[key] |= {"registers": -1, "stack": -1, "shared": -1, "mma": f"{type(error).__name__}: {str(error)[:300]}", "async_copies": 0}
+            found[key] |= {
+                "registers": -1,
+                "stack": -1,
+                "shared": -1,
+                "mma": f"{type(error).__name__}: {str(error)[:300]}",
+                "async_copies": 0,
+            }
     return [row for row in found.values() if row]
 
 
@@ -173,9 +179,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        jobs = [
-            pool.submit(rows, arch, arguments.only, (share, 4)) for arch in arguments.arch for share in range(4)
-        ]
+        jobs = [pool.submit(rows, arch, arguments.only, (share, 4)) for arch in arguments.arch for share in range(4)]
         table = sorted(
             (row for job in jobs for row in job.result()),
             key=lambda row: (row["kernel"], row["dtype"], int(row["case"][2:]), row["tile"], row["arch"]),

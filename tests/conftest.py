@@ -20,7 +20,9 @@ _third_party.prepare_torchvision()
 torch.set_num_threads(1)
 
 
-if triton.INTERPRETED:  # TRITON_INTERPRET=1: the Triton backend serves CPU tensors, and is a path of the operators' tests
+if (
+    triton.INTERPRETED
+):  # TRITON_INTERPRET=1: the Triton backend serves CPU tensors, and is a path of the operators' tests
     import _interpreter
 
     _interpreter.repair()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton backend's answers: what the kernels in this folder can serve, call by call (see `mvit_kernels.backends`).
 
-They run on NVIDIA GPUs, and with ``TRITON_INTERPRET=1`` in the environment (read when this module is imported) in Triton's
-interpreter on CPU tensors, slowly: so their tests run without a GPU. Triton itself is imported when `unavailable` is
-first asked about a device that could be served.
+They run on NVIDIA GPUs, and with ``TRITON_INTERPRET=1`` in the environment (read when this module is imported) in
+Triton's interpreter on CPU tensors, slowly: so their tests run without a GPU. Triton itself is imported when
+`unavailable` is first asked about a device that could be served.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 """Gradients of a linear layer, and of the LayerNorm before it, for the row-wise operators.
 
 Everything is a product of tiles summed in a fixed order. Weights' gradients are sums over all rows: rows are split into
-parts by their number alone (never by the number of SMs), each part's sum is kept, and one more kernel adds the parts up:
-the same bits every time, without atomics.
+parts by their number alone (never by the number of SMs), each part's sum is kept, and one more kernel adds the parts
+up: the same bits every time, without atomics.
 
-The LayerNorm's parameters need no pass over the rows of their own. With x̂ the rows before weight γ and bias β are applied,
-and P = gᵀ x̂ and b = Σ g the sums that the linear weight W needs anyway, dW = P·γ + b ⊗ β, dγ = Σₙ W·P and dβ = Wᵀ b.
+The LayerNorm's parameters need no pass over the rows of their own. With x̂ the rows before weight γ and bias β are
+applied, and P = gᵀ x̂ and b = Σ g the sums that the linear weight W needs anyway, dW = P·γ + b ⊗ β, dγ = Σₙ W·P and dβ
+= Wᵀ b.
 """
 
 from functools import lru_cache
@@ -42,21 +43,21 @@ def _norm_backward(
     NC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient of x from that of LN(x) Wᵀ: whole rows of grad · W stay in registers until LayerNorm's sums over them
-    are there."""
+    """The gradient of x from that of LN(x) Wᵀ: whole rows of grad · W stay in registers until LayerNorm's sums over
+    them are there."""
     first_row = tl.program_id(0) * BM
     offset = first_row.to(tl.int64)
     rows, end = tl.arange(0, BM), M - first_row
-    products = _rows.row_product(
-        grad + offset * N, weight, rows, end, 0, N, K, K, 1, BM, BN, KC, NC, PRECISION
-    )
+    products = _rows.row_product(grad + offset * N, weight, rows, end, 0, N, K, K, 1, BM, BN, KC, NC, PRECISION)
     mu = tl.load(mean + offset + rows, mask=rows < end, other=0.0)
     sigma = tl.load(rstd + offset + rows, mask=rows < end, other=0.0)
     x += offset * K
     plain, projected = tl.zeros([BM, KC], tl.float32), tl.zeros([BM, KC], tl.float32)
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)
-        xhat = (_rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]) * sigma[:, None]
+        xhat = (
+            _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]
+        ) * sigma[:, None]
         scaled = products[c] * _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)[None, :]
         plain += scaled
         projected += scaled * xhat
@@ -64,11 +65,15 @@ def _norm_backward(
     projected_mean = tl.sum(projected, axis=1) * (1.0 / K)
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)
-        xhat = (_rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]) * sigma[:, None]
+        xhat = (
+            _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]
+        ) * sigma[:, None]
         scaled = products[c] * _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)[None, :]
         dx = (scaled - plain_mean[:, None] - xhat * projected_mean[:, None]) * sigma[:, None]
         if grad_residual is not None:
-            dx += _rows.load(grad_residual + offset * K, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32)
+            dx += _rows.load(grad_residual + offset * K, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(
+                tl.float32
+            )
         _rows.store(grad_x + offset * K, dx, rows, columns, end, K, K, (c + 1) * KC > K)
 
 
@@ -108,7 +113,13 @@ def norm_backward(grad, weight, x, mean, rstd, norm_weight, grad_residual, grad_
 # ------------------------------------------------------------------------------------------------ weights' gradients
 
 
-@triton.jit(do_not_specialize=["M", "PART"])
+@triton.jit
+def on_16_bytes(count):
+    """The next multiple of four float32 numbers."""
+    return (count + 3) // 4 * 4
+
+
+@triton.jit(do_not_specialize=["M", "part_rows", "start"])
 def _weight_gradient(
     grad,
     x,
@@ -117,12 +128,10 @@ def _weight_gradient(
     weight,
     norm_weight,
     norm_bias,
-    weight_sums,
-    bias_sums,
-    norm_weight_sums,
-    norm_bias_sums,
+    sums,
     M,
-    PART,
+    part_rows,
+    start: tl.int64,
     N: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
@@ -131,15 +140,17 @@ def _weight_gradient(
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of gradᵀ · x over one part of the rows, and what follows from it (see above)."""
+    """One tile of gradᵀ · x over one part of the rows, and what follows from it (see above). Beginning at `start`,
+    `sums` has room for what `_sum_parts` adds up: parts of the weight's gradient, of the bias's, and with a LayerNorm,
+    a row of K for each part and tile of n, of its weight's and its bias's."""
     K_TILES: tl.constexpr = (K + BK - 1) // BK
     N_TILES: tl.constexpr = (N + BN - 1) // BN
     n_tile, k_tile, part = tl.program_id(0) // K_TILES, tl.program_id(0) % K_TILES, tl.program_id(1)
     ns, ks = n_tile * BN + tl.arange(0, BN), k_tile * BK + tl.arange(0, BK)
     CHECK_N: tl.constexpr = N % BN != 0
     CHECK_K: tl.constexpr = K % BK != 0
-    first = part * PART
-    end = tl.minimum(PART, M - first)
+    first = part * part_rows
+    end = tl.minimum(part_rows, M - first)
     offset = first.to(tl.int64)
     grad += offset * N
     x += offset * K
@@ -147,7 +158,7 @@ def _weight_gradient(
         mean += offset
         rstd += offset
     product = tl.zeros([BN, BK], tl.float32)
-    sums = tl.zeros([BM, BN], tl.float32)  # added up over its rows once, after the loop
+    grads = tl.zeros([BM, BN], tl.float32)  # added up over its rows once, after the loop
     for m in range(0, end, BM):
         rows = tl.arange(0, BM)
         left = end - m
@@ -160,27 +171,32 @@ def _weight_gradient(
             mean += BM
             rstd += BM
         product = tl.dot(tl.trans(g), operand, product, input_precision=PRECISION)
-        sums += g.to(tl.float32)
+        grads += g.to(tl.float32)
         grad += BM * N
         x += BM * K
-    bias_sum = tl.sum(sums, axis=0)
+    bias_sum = tl.sum(grads, axis=0)
+    parts = tl.num_programs(1).to(tl.int64)
+    sums += tl.multiple_of(start, 4)
+    bias_sums = sums + on_16_bytes(parts * N * K)
     if k_tile == 0:
         tl.store(bias_sums + part * N + ns, bias_sum, mask=ns < N)
     if NORM:
         w = _rows.load(weight, ns, ks, N, K, K, 1, CHECK_N, CHECK_K).to(tl.float32)
+        norm_weight_sums = bias_sums + on_16_bytes(parts * N)
+        norm_bias_sums = norm_weight_sums + on_16_bytes(parts * N_TILES * K)
         at = (part * N_TILES + n_tile) * K + ks
         tl.store(norm_weight_sums + at, tl.sum(w * product, axis=0), mask=ks < K)
         tl.store(norm_bias_sums + at, tl.sum(w * bias_sum[:, None], axis=0), mask=ks < K)
         gamma = _rows.load_vector(norm_weight, ks, K, CHECK_K)
         beta = _rows.load_vector(norm_bias, ks, K, CHECK_K)
         product = product * gamma[None, :] + bias_sum[:, None] * beta[None, :]
-    _rows.store(weight_sums + part.to(tl.int64) * (N * K), product, ns, ks, N, K, K, CHECK_K)
+    _rows.store(sums + part.to(tl.int64) * (N * K), product, ns, ks, N, K, K, CHECK_K)
 
 
 @triton.jit
 def _add_up(block, sums, out, parts, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """If `block` is one of this result's: add its sums over the parts up. Returns the number of the block, and where the sums lie,
-    for the next result."""
+    """If `block` is one of this result's: add its sums over the parts up. Returns the number of the block, and where
+    the sums lie, for the next result."""
     AT_ONCE: tl.constexpr = 8
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     if (block >= 0) & (block < BLOCKS):
@@ -190,7 +206,7 @@ def _add_up(block, sums, out, parts, SIZE: tl.constexpr, BLOCK: tl.constexpr):
             which = first + tl.arange(0, AT_ONCE)
             total += _rows.load(sums, which, at, parts, SIZE, SIZE, 1, True, SIZE % BLOCK != 0)
         tl.store(out + at, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=at < SIZE)
-    return block - BLOCKS, sums + (parts * SIZE + 3) // 4 * 4
+    return block - BLOCKS, sums + on_16_bytes(parts * SIZE)
 
 
 @triton.jit(do_not_specialize=["parts0", "parts1", "parts2", "parts3", "parts4", "parts5"])
@@ -216,8 +232,8 @@ def _sum_parts(
     SIZE5: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Up to six results at once, as launches cost more than the sums. `sums` has parts0 times SIZE0 numbers for the first,
-    and so on, each on 16 bytes."""
+    """Up to six results at once, as launches cost more than the sums. `sums` has parts0 times SIZE0 numbers for the
+    first, and so on, each on 16 bytes."""
     block, sums = _add_up(tl.program_id(0), sums, out0, parts0, SIZE0, BLOCK)
     block, sums = _add_up(block, sums, out1, parts1, SIZE1, BLOCK)
     if out2 is not None:
@@ -284,29 +300,23 @@ def weight_gradients(rows: int, *products: Product) -> None:
             out.zero_()
         return
     parts, launches, total = [], [], 0
-    for grad, x, grad_weight, grad_bias, norm in products:
+    for grad, x, grad_weight, _, norm in products:
         N, K = grad_weight.shape
         plan, BM, n_tiles, k_tiles = _weight_plan(
             x.get_device(), x.dtype, norm and norm.weight.dtype, kind_of(x.dtype), architecture(x), N, K, bool(norm)
         )
         blocks = ceil_div(rows, BM)
-        part = ceil_div(blocks, min(ceil_div(_PROGRAMS, n_tiles * k_tiles), blocks)) * BM
-        count = ceil_div(rows, part)
-        starts = []
+        part_rows = ceil_div(blocks, min(ceil_div(_PROGRAMS, n_tiles * k_tiles), blocks)) * BM
+        count = ceil_div(rows, part_rows)
+        inputs = (norm.mean, norm.rstd, norm.linear_weight, norm.weight, norm.bias) if norm else (None,) * 5
+        launches.append((plan, (n_tiles * k_tiles, count), (grad, x, *inputs), (rows, part_rows, total)))
         for number, size in [(count, N * K), (count, N), *[(count * n_tiles, K)] * (2 * bool(norm))]:
-            starts.append(total)
             parts.append(number)
             total += ceil_div(number * size, 4) * 4
-        launches.append((plan, (n_tiles * k_tiles, count), part, starts))
     first = products[0].x
     sums = torch.empty(total, dtype=torch.float32, device=first.device)
-    for (plan, grid, part, starts), (grad, x, _, _, norm) in zip(launches, products, strict=True):
-        into = [sums[start:] for start in starts]
-        if norm:
-            inputs = (norm.mean, norm.rstd, norm.linear_weight, norm.weight, norm.bias)
-        else:
-            inputs, into = (None,) * 5, [*into, None, None]
-        plan(grid, (grad, x, *inputs, *into), (rows, part))
+    for plan, grid, inputs, scalars in launches:
+        plan(grid, (*inputs, sums), scalars)
     sizes, dtypes = tuple(out.numel() for out in outs), tuple(out.dtype for out in outs)
     plan, blocks = _sum_plan(first.get_device(), dtypes, sizes)
     missing = 6 - len(outs)

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from .._library import _library
-from . import DEVICE_TYPE, INTERPRETED
+from . import DEVICE_TYPE, DTYPES, INTERPRETED
 
 # Of every launch. 3.9 warns where it is not given, and the default is about to change.
 FP_FUSION = True
@@ -149,9 +149,11 @@ def watching(target: int | None = None) -> Iterator[list[Launch]]:
 
 def kind_of(dtype: torch.dtype) -> str:
     """Which tiles serve: "half", or for float32 "tf32" where PyTorch's user allows TF32 and "ieee" where not."""
-    if dtype != torch.float32:
-        return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if dtype == torch.float32:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if dtype not in DTYPES:
+        raise TypeError(f"mvit_kernels: {dtype} has no Triton kernels; float32, bfloat16 and float16 have")
+    return "half"
 
 
 def register(name: str) -> Callable[[Callable], Callable]:

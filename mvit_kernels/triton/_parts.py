@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the attention kernels share: where tokens lie, and head rows in one or two parts of columns.
 
-Tiles are powers of two wide, heads of MobileViT-S 36, 48 and 60. A head of 36 or 48 is held as 32 + 16 columns and not as
-64: a quarter less work, and on compute capability 8.0 what keeps backward from spilling. Others are one part.
+Tiles are powers of two wide, heads of MobileViT-S 36, 48 and 60. A head of 36 or 48 is held as 32 + 16 columns and not
+as 64: a quarter less work, and on compute capability 8.0 what keeps backward from spilling. Others are one part.
 """
 
 import functools
@@ -16,8 +16,8 @@ from ._launch import ceil_div, next_power_of_2
 
 
 class Geometry(NamedTuple):
-    """The kernels' constants: of a head, the patch, the patches down and across, and the map's strides. As constants they
-    tell the compiler how addresses are aligned; with a run-time stride every load would be of one element."""
+    """The kernels' constants: of a head, the patch, the patches down and across, and the map's strides. As constants
+    they tell the compiler how addresses are aligned; with a run-time stride every load would be of one element."""
 
     heads: int
     head_dim: int
@@ -75,9 +75,7 @@ def _load_part(base, steps, n, N, columns, D: tl.constexpr, CHECK_N: tl.constexp
 
 
 @triton.jit
-def load_parts(
-    base, steps, n, N, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CHECK_N: tl.constexpr
-):
+def load_parts(base, steps, n, N, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CHECK_N: tl.constexpr):
     """Rows of D elements of the tokens n, one or two parts; 0 outside."""
     parts = (_load_part(base, steps, n, N, tl.arange(0, D0), D, CHECK_N, D0 > D),)
     if D1 > 0:
@@ -100,9 +98,7 @@ def _store_part(base, tile, steps, n, N, columns, D: tl.constexpr, CHECK_N: tl.c
 
 
 @triton.jit
-def store_parts(
-    base, parts, steps, n, N, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CHECK_N: tl.constexpr
-):
+def store_parts(base, parts, steps, n, N, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CHECK_N: tl.constexpr):
     """`load_parts`' opposite, rounding to the type of `base`."""
     _store_part(base, parts[0], steps, n, N, tl.arange(0, D0), D, CHECK_N, D0 > D)
     if D1 > 0:

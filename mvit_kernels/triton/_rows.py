@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the row-wise kernels share: tiles of rows, LayerNorm's statistics, and a product over whole rows.
 
-A row is held as a tuple of NC chunks of KC columns. Widths such as 144 = 9 · 16 are no powers of two, which tiles must be:
-padded to 256, half of the work and of the registers would be for nothing (LayerNorm + linear: 215 registers a thread
-instead of 128; the whole MLP spills). Tuples also go round a loop, so accumulators have this form as well.
+A row is held as a tuple of NC chunks of KC columns. Widths such as 144 = 9 · 16 are no powers of two, which tiles must
+be: padded to 256, half of the work and of the registers would be for nothing (LayerNorm + linear: 215 registers a
+thread instead of 128; the whole MLP spills). Tuples also go round a loop, so accumulators have this form as well.
 
 Offsets inside a tile are 32 bits wide, its first element's is a 64-bit scalar: wide tile offsets cost 10 to 22
 instructions, wide scalars none.
@@ -121,16 +121,12 @@ def normalized(x, mean, rstd, norm_weight, norm_bias, columns, K: tl.constexpr, 
 
 
 @triton.jit
-def normalized_rows(
-    chunks, mean, rstd, norm_weight, norm_bias, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr
-):
+def normalized_rows(chunks, mean, rstd, norm_weight, norm_bias, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
     """`normalized` of every chunk."""
     results = ()
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)
-        results = results + (
-            normalized(chunks[c], mean, rstd, norm_weight, norm_bias, columns, K, (c + 1) * KC > K),
-        )
+        results = results + (normalized(chunks[c], mean, rstd, norm_weight, norm_bias, columns, K, (c + 1) * KC > K),)
     return results
 
 
@@ -162,8 +158,8 @@ def row_product(
 ):
     """x · weight for the NC · NB output columns from `first` on, as a tuple: x is read once for all of them.
 
-    x has rows of K elements; weight(k, n) lies at ``k · STRIDE_K + n · STRIDE_N``, so that a matrix serves as itself and
-    as its transpose.
+    x has rows of K elements; weight(k, n) lies at ``k · STRIDE_K + n · STRIDE_N``, so that a matrix serves as itself
+    and as its transpose.
     """
     accumulators = zero_rows(BM, NB, NC)
     for k in range(0, K, BK):

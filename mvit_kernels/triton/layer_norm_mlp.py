@@ -2,8 +2,8 @@
 """``layer_norm_mlp`` in Triton: one kernel forward, the hidden activations a chunk at a time and never in memory.
 
 Backward writes them and their gradients once: with both products of the weights' gradients in the same program,
-accumulators of 2 · chunk · d spill kilobytes at every tile from d = 144 on. The rest is a linear layer after a LayerNorm and
-one without (`_gradients`).
+accumulators of 2 · chunk · d spill kilobytes at every tile from d = 144 on. The rest is a linear layer after a
+LayerNorm and one without (`_gradients`).
 """
 
 from functools import lru_cache
@@ -120,9 +120,7 @@ def _hidden(
         grad = tl.dot(g, w2, grad, input_precision=PRECISION)
     t += _rows.load_vector(fc1_bias, hs, HIDDEN, CHECK_H)[None, :]
     _rows.store(hidden + offset * HIDDEN, t * _rows.sigmoid(t), rows, hs, end, HIDDEN, HIDDEN, CHECK_H)
-    _rows.store(
-        grad_hidden + offset * HIDDEN, _rows.silu_backward(grad, t), rows, hs, end, HIDDEN, HIDDEN, CHECK_H
-    )
+    _rows.store(grad_hidden + offset * HIDDEN, _rows.silu_backward(grad, t), rows, hs, end, HIDDEN, HIDDEN, CHECK_H)
 
 
 # By kind: rows, hidden chunk, widest chunk of columns, warps, stages; the second for rows of more than 256.

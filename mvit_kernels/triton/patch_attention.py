@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``patch_attention`` in Triton: the grouping is in the addresses, and softmax is taken block by block of keys.
 
-Token n of the sequence at place (i, j) of the patches lies at row ``(n // NW) · ph + i`` and column ``(n % NW) · pw + j`` of
-the map, NW being the patches in a row. NW and N are constants of the kernel: a division by a run-time NW costs 430 of 1389
-instructions.
+Token n of the sequence at place (i, j) of the patches lies at row ``(n // NW) · ph + i`` and column ``(n % NW) · pw +
+j`` of the map, NW being the patches in a row. NW and N are constants of the kernel: a division by a run-time NW costs
+430 of 1389 instructions.
 
-Forward is FlashAttention's (arXiv:2205.14135, algorithm 1). Backward needs no atomics: a program owns a whole (sequence,
-head) where its queries fit on chip (5 products), or else one block of queries and then the same block of keys (7 products).
-Sequences of up to 16 tokens take kernels of their own (`patch_attention_short`).
+Forward is FlashAttention's (arXiv:2205.14135, algorithm 1). Backward needs no atomics: a program owns a whole
+(sequence, head) where its queries fit on chip (5 products), or else one block of queries and then the same block of
+keys (7 products). Sequences of up to 16 tokens take kernels of their own (`patch_attention_short`).
 """
 
 from functools import lru_cache
@@ -18,7 +18,18 @@ import triton.language as tl
 
 from . import patch_attention_short as short
 from ._launch import Plan, architecture, ceil_div, dense, kind_of, next_power_of_2, register
-from ._parts import Geometry, geometry, load_parts, parts_of, product, row_dots, steps_of, store_parts, weigh, zero_parts
+from ._parts import (
+    Geometry,
+    geometry,
+    load_parts,
+    parts_of,
+    product,
+    row_dots,
+    steps_of,
+    store_parts,
+    weigh,
+    zero_parts,
+)
 
 OP = "patch_attention"
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -182,8 +193,8 @@ def _backward_blocks(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of one head of one sequence a program: the gradient of BM queries over all keys, then those of the BM keys
-    and values of the same tokens over all queries, BN at a time."""
+    """One block of one head of one sequence a program: the gradient of BM queries over all keys, then those of the BM
+    keys and values of the same tokens over all queries, BN at a time."""
     N: tl.constexpr = NH * NW
     INNER: tl.constexpr = HEADS * D
     OUT_H: tl.constexpr = NW * PW * INNER

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``patch_attention`` of at most 16 tokens a sequence (stage 5 at 256 px): all heads of a sequence in one program.
 
-A head's scores are one 16 × 16 tile, so heads are the first axis of three-dimensional products, with a warp for each: four
-heads for the price of one, and whole rows of the map read together.
+A head's scores are one 16 × 16 tile, so heads are the first axis of three-dimensional products, with a warp for each:
+four heads for the price of one, and whole rows of the map read together.
 """
 
 from functools import lru_cache
@@ -34,7 +34,9 @@ def _offsets(steps, HB: tl.constexpr, D: tl.constexpr, DB: tl.constexpr):
 
 
 @triton.jit
-def _inside(N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, NB: tl.constexpr, DB: tl.constexpr):
+def _inside(
+    N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, NB: tl.constexpr, DB: tl.constexpr
+):
     heads, tokens, columns = tl.arange(0, HB), tl.arange(0, NB), tl.arange(0, DB)
     return (heads < HEADS)[:, None, None] & (tokens < N)[None, :, None] & (columns < D)[None, None, :]
 
