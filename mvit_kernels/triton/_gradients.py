@@ -273,23 +273,52 @@ _WEIGHT_TILES = {
     "tf32": (64, 64, 32, 4, 2),
     "ieee": (32, 32, 32, 4, 1),
 }
+_NO_NORM = (None,) * 5
 _PROGRAMS = 256  # about two for each SM of a large GPU; a constant, so that the same rows give the same bits everywhere
 _BLOCK = 256
 
 
-@lru_cache(maxsize=4096)
-def _weight_plan(device, dtype, norm_dtype, kind, arch, N, K, norm):
-    BN, BK, BM, warps, stages = _WEIGHT_TILES[kind]
-    BN, BK = min(BN, max(next_power_of_2(N), 16)), min(BK, max(next_power_of_2(K), 16))
-    constants = (N, K, BN, BK, BM, norm, "ieee" if kind == "ieee" else "tf32")
-    plan = Plan(_weight_gradient, constants, num_warps=warps, num_stages=stages)
-    return plan, BM, ceil_div(N, BN), ceil_div(K, BK)
+class _Schedule(NamedTuple):
+    """What launches compute the weights' gradients of a call."""
+
+    products: list[tuple[Plan, tuple[int, int], tuple[int, int, int]]]  # of each: plan, grid, scalars
+    numbers: int  # float32 sums of parts
+    sum_parts: Plan
+    blocks: int
+    parts: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
-def _sum_plan(device, dtypes, sizes):
-    constants = (*sizes, *[0] * (6 - len(sizes)), _BLOCK)
-    return Plan(_sum_parts, constants, num_warps=4, num_stages=2), sum(ceil_div(size, _BLOCK) for size in sizes)
+def _schedule(device, dtype, norm_dtype, kind, arch, rows, *shapes) -> _Schedule:
+    """`shapes`: (N, K, whether there is a LayerNorm) of each product."""
+    products, parts, sizes, start = [], [], [], 0
+    precision = "ieee" if kind == "ieee" else "tf32"
+    for N, K, norm in shapes:
+        BN, BK, BM, warps, stages = _WEIGHT_TILES[kind]
+        BN, BK = min(BN, max(next_power_of_2(N), 16)), min(BK, max(next_power_of_2(K), 16))
+        n_tiles, k_tiles, blocks = ceil_div(N, BN), ceil_div(K, BK), ceil_div(rows, BM)
+        part_rows = ceil_div(blocks, min(ceil_div(_PROGRAMS, n_tiles * k_tiles), blocks)) * BM
+        count = ceil_div(rows, part_rows)
+        plan = _weight_plan(device, dtype, norm_dtype, (N, K, BN, BK, BM, norm, precision), warps, stages)
+        products.append((plan, (n_tiles * k_tiles, count), (rows, part_rows, start)))
+        for number, size in [(count, N * K), (count, N), *[(count * n_tiles, K)] * (2 * norm)]:
+            parts.append(number)
+            sizes.append(size)
+            start += ceil_div(number * size, 4) * 4
+    missing = 6 - len(sizes)
+    blocks = sum(ceil_div(size, _BLOCK) for size in sizes)
+    sum_parts = _sum_plan(device, dtype, norm_dtype, (*sizes, *[0] * missing, _BLOCK))
+    return _Schedule(products, start, sum_parts, blocks, (*parts, *[0] * missing))
+
+
+@lru_cache(maxsize=1024)  # a plan for all numbers of rows
+def _weight_plan(device, dtype, norm_dtype, constants, warps, stages):
+    return Plan(_weight_gradient, constants, num_warps=warps, num_stages=stages)
+
+
+@lru_cache(maxsize=1024)
+def _sum_plan(device, dtype, norm_dtype, constants):
+    return Plan(_sum_parts, constants, num_warps=4, num_stages=2)
 
 
 def weight_gradients(rows: int, *products: Product) -> None:
@@ -299,25 +328,19 @@ def weight_gradients(rows: int, *products: Product) -> None:
         for out in outs:
             out.zero_()
         return
-    parts, launches, total = [], [], 0
-    for grad, x, grad_weight, _, norm in products:
-        N, K = grad_weight.shape
-        plan, BM, n_tiles, k_tiles = _weight_plan(
-            x.get_device(), x.dtype, norm and norm.weight.dtype, kind_of(x.dtype), architecture(x), N, K, bool(norm)
-        )
-        blocks = ceil_div(rows, BM)
-        part_rows = ceil_div(blocks, min(ceil_div(_PROGRAMS, n_tiles * k_tiles), blocks)) * BM
-        count = ceil_div(rows, part_rows)
-        inputs = (norm.mean, norm.rstd, norm.linear_weight, norm.weight, norm.bias) if norm else (None,) * 5
-        launches.append((plan, (n_tiles * k_tiles, count), (grad, x, *inputs), (rows, part_rows, total)))
-        for number, size in [(count, N * K), (count, N), *[(count * n_tiles, K)] * (2 * bool(norm))]:
-            parts.append(number)
-            total += ceil_div(number * size, 4) * 4
-    first = products[0].x
-    sums = torch.empty(total, dtype=torch.float32, device=first.device)
-    for plan, grid, inputs, scalars in launches:
-        plan(grid, (*inputs, sums), scalars)
-    sizes, dtypes = tuple(out.numel() for out in outs), tuple(out.dtype for out in outs)
-    plan, blocks = _sum_plan(first.get_device(), dtypes, sizes)
-    missing = 6 - len(outs)
-    plan((blocks,), (sums, *outs, *[None] * missing), (*parts, *[0] * missing))
+    x, norm = products[0].x, products[0].norm
+    schedule = _schedule(
+        x.get_device(),
+        x.dtype,
+        norm and norm.weight.dtype,
+        kind_of(x.dtype),
+        architecture(x),
+        rows,
+        *[(*p.grad_weight.shape, p.norm is not None) for p in products],
+    )
+    sums = torch.empty(schedule.numbers, dtype=torch.float32, device=x.device)
+    for p, (plan, grid, scalars) in zip(products, schedule.products, strict=True):
+        norm = p.norm
+        inputs = (norm.mean, norm.rstd, norm.linear_weight, norm.weight, norm.bias) if norm else _NO_NORM
+        plan(grid, (p.grad, p.x, *inputs, sums), scalars)
+    schedule.sum_parts((schedule.blocks,), (sums, *outs, *_NO_NORM[: 6 - len(outs)]), schedule.parts)

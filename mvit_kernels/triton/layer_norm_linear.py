@@ -133,7 +133,8 @@ def _launch(x, norm_weight, norm_bias, weight, bias, grad_out, out, mean, rstd, 
 def forward(x, norm_weight, norm_bias, weight, bias, eps, activation):
     x, norm_weight, norm_bias, weight, bias = dense(x, norm_weight, norm_bias, weight, bias)
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     _launch(x, norm_weight, norm_bias, weight, bias, None, out, mean, rstd, eps, activation)
     return out, mean, rstd
 
@@ -146,7 +147,7 @@ def backward(grad_out, x, mean, rstd, norm_weight, norm_bias, weight, bias, acti
         _launch(x, norm_weight, norm_bias, weight, bias, grad, before, mean, rstd, 0.0, activation)
         grad = before
     grad_x, grad_norm_weight, grad_norm_bias, grad_weight = (
-        t.new_empty(t.shape) for t in (x, norm_weight, norm_bias, weight)
+        torch.empty_like(t) for t in (x, norm_weight, norm_bias, weight)
     )
     grad_bias = weight.new_empty(weight.shape[:1])
     norm_backward(grad, weight, x, mean, rstd, norm_weight, None, grad_x)

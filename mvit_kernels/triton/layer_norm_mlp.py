@@ -161,8 +161,10 @@ def _key(x, norm_weight, fc1_weight):
 @register(OP)
 def forward(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
     inputs = dense(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    out = x.new_empty(x.shape)
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    x = inputs[0]
+    out = torch.empty_like(x)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     if rows := mean.numel():
         plan, BM = _plan(*_key(x, norm_weight, fc1_weight))
         plan((ceil_div(rows, BM),), (*inputs, out, mean, rstd), (rows, eps))
@@ -175,13 +177,14 @@ def backward(grad_out, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bi
         grad_out, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight
     )
     rows = mean.numel()
-    hidden, grad_hidden = (x.new_empty((rows, fc1_weight.shape[0])) for _ in range(2))
+    hidden = x.new_empty((rows, fc1_weight.shape[0]))
+    grad_hidden = torch.empty_like(hidden)
     if rows:
         plan, BM, tiles = _hidden_plan(*_key(x, norm_weight, fc1_weight))
         inputs = (grad_out, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
         plan((ceil_div(rows, BM), tiles), (*inputs, hidden, grad_hidden), (rows,))
     grad_x, grad_norm_weight, grad_norm_bias, grad_fc1_weight, grad_fc1_bias, grad_fc2_weight = (
-        t.new_empty(t.shape) for t in (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
+        torch.empty_like(t) for t in (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
     )
     grad_fc2_bias = fc2_weight.new_empty(fc2_weight.shape[:1])
     norm_backward(grad_hidden, fc1_weight, x, mean, rstd, norm_weight, grad_out, grad_x)

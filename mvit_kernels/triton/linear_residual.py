@@ -6,6 +6,7 @@ Backward is the same kernel on the weight as it lies, and the weight's own gradi
 
 from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 
@@ -100,9 +101,9 @@ def product(x, weight, bias, residual, out, rows, *, transposed):
 
 @register(OP)
 def forward(x, weight, bias, residual):
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    x, weight, bias, residual = dense(x, weight, bias, residual)
+    out = torch.empty_like(residual)
     if out.numel():
-        x, weight, bias, residual = dense(x, weight, bias, residual)
         product(x, weight, bias, residual, out, out.numel() // weight.shape[0], transposed=True)
     return out
 
@@ -110,8 +111,8 @@ def forward(x, weight, bias, residual):
 @register(f"{OP}_backward")
 def backward(grad_out, x, weight):
     grad_out, x, weight = dense(grad_out, x, weight)
-    grad_x = x.new_empty(x.shape)
-    grad_weight, grad_bias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    grad_bias = weight.new_empty(weight.shape[:1])
     rows = x.numel() // x.shape[-1]
     if rows:
         product(grad_out, weight, None, None, grad_x, rows, transposed=False)
