@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels in Triton's interpreter, at few shapes that meet every branch. ``test_triton_backend`` runs this file
-in a process of its own, since TRITON_INTERPRET is read when kernels are defined:
+"""The Triton kernels in Triton's interpreter, at few shapes that meet every branch. ``test_triton_backend`` runs this
+file in a process of its own, since TRITON_INTERPRET is read when kernels are defined:
 
     TRITON_INTERPRET=1 python -m pytest tests/_interpreted.py
 
@@ -116,14 +116,17 @@ def test_float32_keeps_to_what_pytorch_allows(precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        error = (call("linear_residual", tensors, settings, "triton") - call("linear_residual", tensors, settings, "usual"))
+        error = call("linear_residual", tensors, settings, "triton") - call(
+            "linear_residual", tensors, settings, "usual"
+        )
     finally:
         torch.set_float32_matmul_precision(before)
     largest = error.abs().max().item()
     assert largest < 1e-5 if precision == "highest" else 1e-5 < largest < 1e-2
 
 
-# ---------------------------------------------------------------------------------------------- launches, memory, graphs
+# ---------------------------------------------------------------------------------------------- launches, memory,
+# graphs
 
 
 def layer(x, weights, heads=4):

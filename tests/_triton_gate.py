@@ -28,7 +28,7 @@ import torch
 TABLE = Path(__file__).parent / "data" / "triton_gate.csv"
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
-COLUMNS = ("case", "kernel", "dtype", "tile", "arch", "registers", "stack", "shared", "mma", "async_copies")
+COLUMNS = ("case", "kernel", "dtype", "tile", "arch", "registers", "stack", "shared", "mma", "async_copies", "triton")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 # -------------------------------------------------------------------------------------------------------- what to build
@@ -135,40 +135,47 @@ def build(launch, arch: int) -> dict[str, object]:
         "shared": compiled.metadata.shared,
         "mma": "+".join(kind for kind, word in kinds.items() if word in ptx) or "none",
         "async_copies": int("cp.async.c" in ptx),
+        "triton": triton.__version__,
     }
 
 
-def rows(arch: int, only: set[str] | None = None, share: tuple[int, int] = (0, 1)) -> list[dict[str, object]]:
-    """A row for each different plan, of the `share`-th part of them."""
-    found, index = {}, 0
+def describe(case: str, launch, arch: int) -> dict[str, object]:
+    """The columns of a row that are known before compiling."""
+    kernel = launch.plan.kernel
+    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    kind = str(launch.tensors[0].dtype).removeprefix("torch.")
+    if "ieee" in launch.plan.constants:
+        kind += " (ieee)"
+    return {"case": case, "kernel": name, "dtype": kind, "tile": tile(launch), "arch": arch}
+
+
+def different(arch: int) -> list[tuple[dict[str, object], object]]:
+    """What to compile for an architecture: one launch for each variant of each kernel. Variants differ in constants and
+    types, and in which tensors are there."""
+    found = {}
     for case, launch in cases(arch):
-        kernel = launch.plan.kernel
-        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-        if only and not any(part in name for part in only):
-            continue
-        dtypes = tuple(t.dtype if t is not None else None for t in launch.tensors)
-        key = (name, dtypes, launch.plan.constants, launch.plan.num_warps, launch.plan.num_stages)
-        if key in found:
-            continue
-        index += 1
-        found[key] = None
-        if index % share[1] != share[0]:
-            continue
-        kind = str(launch.tensors[0].dtype).removeprefix("torch.")
-        if "ieee" in launch.plan.constants:
-            kind = "float32 (ieee)"
-        found[key] = {"case": case, "kernel": name, "dtype": kind, "tile": tile(launch), "arch": arch}
-        try:
-            found[key] |= build(launch, arch)
-        except Exception as error:
-            found[key] |= {
-                "registers": -1,
-                "stack": -1,
-                "shared": -1,
-                "mma": f"{type(error).__name__}: {str(error)[:300]}",
-                "async_copies": 0,
-            }
-    return [row for row in found.values() if row]
+        row = describe(case, launch, arch)
+        variant = tuple(None if t is None else t.dtype for t in launch.tensors)
+        found.setdefault((row["kernel"], row["tile"], variant), (row, launch))
+    return list(found.values())
+
+
+def rows(arch: int, only: set[str] | None = None, share: tuple[int, int] = (0, 1)) -> list[dict[str, object]]:
+    """The table's rows of an architecture: of kernels that have one of `only` in their name, every n-th from the
+    i-th."""
+    wanted = [pair for pair in different(arch) if not only or any(part in pair[0]["kernel"] for part in only)]
+    return [row | build(launch, arch) for row, launch in wanted[share[0] :: share[1]]]
+
+
+def sort_key(row: dict[str, object]) -> tuple:
+    return (
+        row["kernel"],
+        row["dtype"],
+        int(row["case"].removeprefix("d=")),
+        row["tile"],
+        int(row["arch"]),
+        row["registers"],
+    )
 
 
 def main() -> None:
@@ -179,11 +186,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        jobs = [pool.submit(rows, arch, arguments.only, (share, 4)) for arch in arguments.arch for share in range(4)]
-        table = sorted(
-            (row for job in jobs for row in job.result()),
-            key=lambda row: (row["kernel"], row["dtype"], int(row["case"][2:]), row["tile"], row["arch"]),
-        )
+        jobs = [pool.submit(rows, arch, arguments.only, (i, 8)) for arch in arguments.arch for i in range(8)]
+        table = sorted((row for job in jobs for row in job.result()), key=sort_key)
     if arguments.dry:
         for row in table:
             print(*row.values(), sep=" | ")

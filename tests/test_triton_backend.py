@@ -98,8 +98,8 @@ def python(code, **environment):
 
 
 def test_the_kernels_are_not_imported_before_they_are_needed():
-    code = "import sys, mvit_kernels; mvit_kernels.patch_attention; print([m for m in sys.modules if 'kernels.triton.' in m])"
-    done = python(code)
+    code = "import sys, mvit_kernels; mvit_kernels.patch_attention; print([m for m in sys.modules if 'kernels.triton.'
+    in m])" done = python(code)
     assert done.stdout == "[]\n", done.stderr
 
 
@@ -127,7 +127,8 @@ def test_the_package_does_not_hide_triton():
     assert python(code).stdout == "True triton\n"
 
 
-# --------------------------------------------------------------------------------------------------------------- launches
+# ---------------------------------------------------------------------------------------------------------------
+# launches
 
 
 class Kernel:
@@ -158,7 +159,8 @@ def launch(monkeypatch):
 
 
 def test_a_kernel_is_looked_up_once(launch):
-    """The first launch is Triton's own; the next ones take the compiled kernel by its run, with all arguments in order."""
+    """The first launch is Triton's own; the next ones take the compiled kernel by its run, with all arguments in
+    order."""
     kernel, x = Kernel(), torch.zeros(8)
     plan = launch.Plan(kernel, (64, "tf32"), num_warps=8, num_stages=3)
     for rows in (5, 6, 7):
@@ -209,7 +211,8 @@ def test_profiler_hooks_are_noticed():
 
 
 def test_kinds_of_calls_share_no_plan():
-    """What a plan does not look at (dtypes, absent tensors, the device, the precision) is in the key that it is kept by."""
+    """What a plan does not look at (dtypes, absent tensors, the device, the precision) is in the key that it is kept
+    by."""
     pytest.importorskip("mvit_kernels.triton._launch", reason="Triton is not installed")
     from mvit_kernels.triton import linear_residual
     from mvit_kernels.triton._launch import watching

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _rows
-from ._launch import Plan, architecture, ceil_div, chunked, kind_of, next_power_of_2
+from ._launch import Plan, architecture, ceil_div, chunked, is_small, kind_of, next_power_of_2
 
 # -------------------------------------------------------------------------------------------------- rows' gradients
 
@@ -77,17 +77,23 @@ def _norm_backward(
         _rows.store(grad_x + offset * K, dx, rows, columns, end, K, K, (c + 1) * KC > K)
 
 
-# By kind: rows, n step, widest chunk of columns, warps, stages; the second for rows of more than 256.
+# By kind: rows, n step, widest chunk of columns, warps, stages.
 _NORM_TILES = {
-    "half": ((64, 32, 64, 8, 2), (16, 16, 64, 8, 2)),
-    "tf32": ((32, 16, 64, 8, 2), (16, 16, 64, 8, 2)),
-    "ieee": ((16, 16, 64, 8, 1), (16, 16, 64, 8, 1)),
+    "half": (64, 32, 64, 8, 2),
+    "tf32": (32, 16, 64, 8, 2),
+    "ieee": (16, 16, 64, 8, 1),
 }
+_NORM_TILE_WIDE = (16, 16, 64, 8, 1)  # of more than 256 columns
+_NORM_TILE_240 = (32, 32, 64, 8, 2)  # 64 rows of 256 columns spill 240 bytes where products are mma.sync's
 
 
 @lru_cache(maxsize=4096)
 def _norm_plan(device, dtype, norm_dtype, kind, arch, K, N, residual):
-    BM, BN, widest, warps, stages = _NORM_TILES[kind][K > 256]
+    BM, BN, widest, warps, stages = _NORM_TILES[kind]
+    if K > 256:
+        BM, BN, widest, warps, stages = _NORM_TILE_WIDE
+    elif K > 192 and kind == "half" and is_small(arch):
+        BM, BN, widest, warps, stages = _NORM_TILE_240
     constants = (K, N, BM, BN, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32")
     return Plan(_norm_backward, constants, num_warps=warps, num_stages=stages), BM
 

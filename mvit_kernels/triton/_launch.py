@@ -130,6 +130,12 @@ def _architecture(device: int) -> int:
     return 10 * major + minor
 
 
+def is_small(arch: int) -> bool:
+    """Compute capability 8.x and 12.x: products are mma.sync's, from registers alone, and 8.6, 8.9 and 12.0 give a
+    block 99 KB of shared memory. The large ones (9.0, 10.0) have wgmma and tcgen05, and 227 KB."""
+    return arch < 90 or arch >= 120
+
+
 @contextlib.contextmanager
 def watching(target: int | None = None) -> Iterator[list[Launch]]:
     """Note every launch inside; with `target`, an architecture, plan for it and launch nothing.

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import _rows
 from ._gradients import Norm, Product, norm_backward, weight_gradients
-from ._launch import Plan, architecture, ceil_div, chunked, dense, kind_of, next_power_of_2, register
+from ._launch import Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
 
 OP = "layer_norm_mlp"
 
@@ -123,23 +123,29 @@ def _hidden(
     _rows.store(grad_hidden + offset * HIDDEN, _rows.silu_backward(grad, t), rows, hs, end, HIDDEN, HIDDEN, CHECK_H)
 
 
-# By kind: rows, hidden chunk, widest chunk of columns, warps, stages; the second for rows of more than 256.
+# By kind: rows, hidden chunk, widest chunk of columns, warps, stages.
 _TILES = {
-    "half": ((64, 32, 64, 8, 2), (16, 32, 64, 8, 2)),
-    "tf32": ((32, 16, 64, 8, 2), (16, 16, 64, 8, 2)),
-    "ieee": ((16, 16, 64, 8, 1), (16, 16, 64, 8, 1)),
+    "half": (64, 32, 64, 8, 2),
+    "tf32": (32, 16, 64, 8, 2),
+    "ieee": (16, 16, 64, 8, 1),
 }
-# By kind: rows, hidden columns, widest k step, warps, stages.
+_TILE_WIDE = (16, 16, 64, 8, 1)  # of more than 256 columns
+_TILE_240 = (32, 32, 64, 8, 2)  # 64 rows of 256 columns spill 112 bytes where products are mma.sync's
+# By kind: rows, hidden columns, k step, warps, stages.
 _HIDDEN_TILES = {
     "half": (64, 64, 16, 4, 2),
     "tf32": (64, 32, 16, 4, 2),
-    "ieee": (32, 32, 16, 4, 1),
+    "ieee": (32, 16, 16, 4, 1),  # 32 columns spill 16 bytes
 }
 
 
 @lru_cache(maxsize=4096)
 def _plan(device, dtype, norm_dtype, kind, arch, K, HIDDEN):
-    BM, BH, widest, warps, stages = _TILES[kind][K > 256]
+    BM, BH, widest, warps, stages = _TILES[kind]
+    if K > 256:
+        BM, BH, widest, warps, stages = _TILE_WIDE
+    elif K > 192 and kind == "half" and is_small(arch):
+        BM, BH, widest, warps, stages = _TILE_240
     constants = (K, HIDDEN, BM, BH, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32")
     return Plan(_mlp, constants, num_warps=warps, num_stages=stages), BM
 
