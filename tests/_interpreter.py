@@ -3,8 +3,8 @@
 
 As it comes, ``tl.dot`` multiplies bfloat16's bit patterns as if they were integers, other arithmetic on them does so
 too, and float32 → bfloat16 cuts off instead of rounding to nearest even; TF32 products are float32's. Here bfloat16
-operands of a product become float32 first, conversions round as the GPU's do, and TF32 operands lose their last thirteen bits as
-there.
+operands of a product become float32 first, conversions round as the GPU's do, and TF32 operands lose their last
+thirteen bits as there.
 """
 
 import numpy as np

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import patch_attention_short as short
-from ._launch import Plan, architecture, ceil_div, dense, is_small, kind_of, next_power_of_2, register
+from ._launch import Plan, architecture, ceil_div, dense, kind_of, next_power_of_2, register
 from ._parts import (
     Geometry,
     geometry,
@@ -258,7 +258,7 @@ _LONG = (128, 64, 8, 2)  # from 128 tokens on, 16-bit, where there are many quer
 _MANY = 128 * 128  # a program for each of 128 SMs
 # Backward with all queries on chip: by columns, up to 64 tokens and up to 256; keys at a time, warps, stages.
 _WHOLE = {32: ((64, 4, 1), (32, 8, 1)), 64: ((64, 8, 1), (16, 8, 1))}
-_WHOLE_SMALL = 32  # heads of 32 + 16 columns where products are mma.sync's: 16 keys spill 8 bytes there, 32 none
+_WHOLE_AMPERE = 32  # heads of 32 + 16 columns on 8.x: 16 keys spill 8 bytes there, 32 none; on 12.0 it is the other way
 # Backward by blocks.
 _BLOCKS = {
     "half": {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
@@ -292,8 +292,8 @@ def _backward_plan(device, dtype, kind, arch, where: Geometry):
     # Padding N to a power of two may cost a fifth; more, and the two more products of the other kernel cost less.
     if kind == "half" and D0 + D1 <= 64 and N <= 256 and queries * 5 <= N * 6:
         BN, warps, stages = _row(_WHOLE, D0 + D1)[N > 64]
-        if D1 and N > 64 and is_small(arch):
-            BN = _WHOLE_SMALL
+        if D1 and N > 64 and arch < 90:
+            BN = _WHOLE_AMPERE
         constants = (*where, D0, D1, queries, min(BN, queries), precision)
         return Plan(_backward_whole, constants, num_warps=warps, num_stages=stages), 1
     BM, BN, warps, stages = _row(_BLOCKS[kind], D0 + D1)
