@@ -18,6 +18,7 @@ from _checks import (
     check_same_bits,
     one_thread,  # noqa: F401 (a fixture)
 )
+from _tolerance import assert_close_as_pytorch
 
 import mvit_kernels
 from mvit_kernels.triton import INTERPRETED
@@ -97,6 +98,22 @@ def test_scale(scale):
 def test_scores_that_overflow_without_the_maximum_taken_out(dtype):
     sizes = dict(shape=(1, 8, 16), heads=1, head_dim=16, patch=(2, 1), magnitude=9.0)
     check("patch_attention", sizes, dtype=dtype, path="triton")
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of keys whose gradients are not stored
+@pytest.mark.parametrize("tokens", [6, 48, 65])
+def test_keys_after_the_last_weigh_nothing(tokens):
+    """All scores are about −100: against them a key of zeros, as tiles are filled up with, would have infinite weight."""
+    qkv = torch.randn(1, tokens, 1, 48, generator=torch.Generator().manual_seed(0))
+    qkv[..., :16] += 5
+    qkv[..., 16:32] -= 5
+    settings = {"num_heads": 1, "patch_size": (1, 1), "scale": None}
+    ways = {}
+    for way in ("triton", "usual", "oracle"):
+        x = qkv.to(torch.bfloat16).to(torch.float64 if way == "oracle" else torch.bfloat16)
+        ways[way] = evaluate(lambda t, way=way: call("patch_attention", t, settings, way), {"qkv": x}, True)
+    for name, ours in ways["triton"].items():
+        assert_close_as_pytorch(name, ours, ways["usual"][name], ways["oracle"][name])
 
 
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)

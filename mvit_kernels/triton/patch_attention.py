@@ -256,6 +256,7 @@ _FORWARD = {
 }
 _LONG = (128, 64, 8, 2)  # from 128 tokens on, 16-bit, where there are many queries:
 _MANY = 128 * 128  # a program for each of 128 SMs
+_FEW_BLACKWELL = 32  # heads of 32 + 16 columns on 10.x, where queries are few: 64 keys spill 24 bytes, 32 none
 # Backward with all queries on chip: by columns, up to 64 tokens and up to 256; keys at a time, warps, stages.
 _WHOLE = {32: ((64, 4, 1), (32, 8, 1)), 64: ((64, 8, 1), (16, 8, 1))}
 _WHOLE_AMPERE = 32  # heads of 32 + 16 columns on 8.x: 16 keys spill 8 bytes there, 32 none; on 12.0 it is the other way
@@ -278,6 +279,8 @@ def _plan(device, dtype, kind, arch, where: Geometry, many: bool):
     BM, BN, warps, stages = _row(_FORWARD[kind], D0 + D1)
     if many and kind == "half" and D0 + D1 <= 64 and N >= _LONG[0]:
         BM, BN, warps, stages = _LONG
+    elif D1 and kind == "half" and 100 <= arch < 120:
+        BN = _FEW_BLACKWELL
     BM, BN = (min(block, max(next_power_of_2(N), 16)) for block in (BM, BN))
     constants = (*where, D0, D1, BM, BN, "ieee" if kind == "ieee" else "tf32")
     return Plan(_forward, constants, num_warps=warps, num_stages=stages), ceil_div(N, BM)
