@@ -59,8 +59,8 @@ for _name, _schema in SCHEMAS.items():
         )
 
 
-# What frozen models run on the CPU is no operator with several backends but a list of steps and their packed weights, of
-# mvit_kernels.nn.network's making.
+# What frozen models run on the CPU is no operator with several backends but a list of steps and their packed weights,
+# of mvit_kernels.nn.network's making.
 _library.define("network.cpu(Tensor x, Tensor weights, Tensor program) -> Tensor")
 _library.define("pack_convolution.cpu(Tensor weight, Tensor bias) -> Tensor")
 _library.define(

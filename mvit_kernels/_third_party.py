@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports of the libraries whose models this package accelerates: all of them optional."""
+"""Imports of the libraries whose models this package accelerates, and of its peers: all of them optional."""
 
 from __future__ import annotations
 
@@ -60,6 +60,21 @@ def import_transformers() -> ModuleType:
 def import_kornia() -> ModuleType:
     """Kornia, or an ImportError that says what to install."""
     return _import("kornia", extra="kornia", through_torchvision=False)
+
+
+def import_onnxscript() -> ModuleType:
+    """onnxscript, which ``torch.onnx.export`` needs, or an ImportError that says what to install."""
+    return _import("onnxscript", extra="peers", through_torchvision=False)
+
+
+def import_onnxruntime() -> ModuleType:
+    """ONNX Runtime, or an ImportError that says what to install."""
+    return _import("onnxruntime", extra="peers", through_torchvision=False)
+
+
+def import_openvino() -> ModuleType:
+    """OpenVINO, or an ImportError that says what to install."""
+    return _import("openvino", extra="peers", through_torchvision=False)
 
 
 def _import(name: str, *, extra: str, through_torchvision: bool) -> ModuleType:

@@ -24,40 +24,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .adapters import accelerate, restore
-from .inference import freeze
-from .timing import Timing, interleave, synchronize
+from . import _peak_memory
+from .peers import PEERS, Form, Subject, call_of, channels_last, check_peers, eager
+from .timing import THREADS_ASLEEP, Timing, interleave
 from .verification import GRADIENT, ErrorRow, error_rows, named_outputs
 
 Progress = Callable[[str], None]
-
-
-class Subject(NamedTuple):
-    """What the candidates are made from; `compare` changes none of it."""
-
-    model: nn.Module  # float32, on the images' device
-    images: Tensor  # (B, C, H, W) float32
-    dtype: torch.dtype = torch.float32  # of weights and images; in training, of autocast, the weights staying float32
-    backend: str | None = None  # for the accelerated and frozen ones
-    training: bool = False  # forward and backward, without dropout, which would make the gradients incomparable
-
-
-class Form(NamedTuple):
-    """A model and the images as it takes them: what a peer makes of a `Subject`."""
-
-    model: nn.Module
-    images: Tensor
-
-
-class Peer(NamedTuple):
-    """One form of a model that can be asked for by name."""
-
-    summary: str
-    build: Callable[[Subject], Form]
-    inference_only: bool = False
-    ours: bool = False  # its errors are ours, and not a compiler's
 
 
 class Result(NamedTuple):
@@ -68,82 +42,8 @@ class Result(NamedTuple):
     ratio: float | None = None  # eager's median over this one's: above 1 is faster than eager
     row: ErrorRow | None = None  # the output or gradient that is nearest to what is allowed
     build_seconds: float = 0.0  # until the first call was done: what compiling costs
-    peak_mb: float | None = None  # device memory at its highest during one call; CUDA only
+    peak_mb: float | None = None  # memory at its highest during one call, see `mvit_kernels._peak_memory`
     note: str = ""
-
-
-# ------------------------------------------------------------------------------------------------------ peers
-
-
-def _eager(subject: Subject) -> Form:
-    model = restore(copy.deepcopy(subject.model)).train(subject.training)
-    for module in model.modules():
-        if "drop" in type(module).__name__.lower():
-            module.eval()
-    if subject.training:
-        return Form(model, subject.images)
-    return Form(model.to(subject.dtype), subject.images.to(subject.dtype))
-
-
-def _channels_last(subject: Subject) -> Form:
-    model, images = _eager(subject)
-    return Form(model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last))
-
-
-def _accelerated(subject: Subject) -> Form:
-    model, images = _channels_last(subject)
-    return Form(accelerate(model, backend=subject.backend, strict=True), images)
-
-
-def _frozen(subject: Subject) -> Form:
-    model = accelerate(copy.deepcopy(subject.model), backend=subject.backend, strict=True)
-    return Form(
-        freeze(model, dtype=subject.dtype),
-        subject.images.to(subject.dtype, memory_format=torch.channels_last),
-    )
-
-
-def _compiled(build: Callable[[Subject], Form], **options: Any) -> Callable[[Subject], Form]:
-    def compiled(subject: Subject) -> Form:
-        model, images = build(subject)
-        # Static shapes, as a first call has them by default: the second batch size of a process would be dynamic.
-        return Form(torch.compile(model, dynamic=False, **options), images)
-
-    return compiled
-
-
-PEERS: dict[str, Peer] = {
-    "eager": Peer("as it was, NCHW", _eager),
-    "channels_last": Peer("as it was, channels-last", _channels_last),
-    "accelerated": Peer("channels-last, mvit_kernels.accelerate", _accelerated, ours=True),
-    "frozen": Peer("mvit_kernels.freeze", _frozen, inference_only=True, ours=True),
-    "compile": Peer("torch.compile", _compiled(_eager)),
-    "compile_channels_last": Peer("torch.compile, channels-last", _compiled(_channels_last)),
-    "compile_max_autotune": Peer("torch.compile, mode max-autotune", _compiled(_channels_last, mode="max-autotune")),
-    "compile_freezing": Peer(
-        "torch.compile with inductor's freezing",
-        _compiled(_channels_last, options={"freezing": True}),
-        inference_only=True,
-    ),
-    "compile_accelerated": Peer("torch.compile of the accelerated model", _compiled(_accelerated)),
-}
-
-
-def check_peers(names: Iterable[str], training: bool = False) -> list[str]:
-    """`names` without repeats, eager first, which all ratios refer to; "all" is every peer that there is.
-
-    Raises:
-        ValueError: an unknown peer, or one that cannot train.
-    """
-    names = list(names)
-    if "all" in names:
-        names = [name for name, peer in PEERS.items() if not (training and peer.inference_only)]
-    for name in names:
-        if name not in PEERS:
-            raise ValueError(f"unknown peer {name!r}; choose from {', '.join(PEERS)}, or 'all'")
-        if training and PEERS[name].inference_only:
-            raise ValueError(f"peer {name!r} is for inference only; leave it out when training is measured")
-    return list(dict.fromkeys(["eager", *names]))
 
 
 # -------------------------------------------------------------------------------------------------- comparing
@@ -156,6 +56,7 @@ def compare(
     seconds: float = 5.0,
     warmup_seconds: float = 0.5,
     build_seconds: float | None = None,
+    memory: bool = False,
     progress: Progress = lambda line: None,
 ) -> list[Result]:
     """Build, check and time `peers`, in this order; see this module's head.
@@ -166,6 +67,8 @@ def compare(
         seconds: measuring time of all candidates together (but three rounds at least).
         warmup_seconds: of each candidate.
         build_seconds: a candidate whose building and first call take longer is given up (in the main thread).
+        memory: also measure the peak memory of a call on the CPU, which builds every peer once more, in a process of
+            its own; on a GPU it is measured always.
         progress: called with a line of text before each step.
 
     Returns:
@@ -179,9 +82,9 @@ def compare(
     with torch.set_grad_enabled(subject.training):
         progress("float64 reference")
         orders = (False, True) if subject.training else (False,)  # as `verify` does, and for its reasons
-        own = [_outputs(build(subject), subject, order) for build in (_eager, _channels_last) for order in orders]
+        own = [_outputs(build(subject), subject, order) for build in (eager, channels_last) for order in orders]
         wide = subject._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
-        truth = _outputs(_eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
+        truth = _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
         if not all(torch.isfinite(value).all() for value in truth.values()):
             raise ValueError("the model's output is not finite in float64 either; mend its weights or the images")
 
@@ -206,17 +109,30 @@ def compare(
                 note = f"not timed: the error of {row.name} is {row.error:.1e}, above {row.allowed:.1e}"
                 results[name] = Result(name, row=row, note=note)
                 continue
-            calls[name] = _call(form, subject)
-            note = f"built in {took:.0f} s" if name.startswith("compile") else ""
-            peak = _peak_mb(calls[name], device)
+            calls[name] = call_of(form, subject)
+            note = f"built in {took:.0f} s" if PEERS[name].lazy else ""
+            peak = _peak_memory.on_gpu(calls[name], device) if device.type == "cuda" else None
             results[name] = Result(name, row=row, build_seconds=took, peak_mb=peak, note=note)
 
+        if memory and device.type == "cpu":
+            progress("peak memory, each built once more in a process of its own")
+            timeout = 120 + 3 * sum(results[name].build_seconds for name in calls)
+            for name, peak in _peak_memory.on_cpu(subject, calls, timeout=timeout).items():
+                result = results[name]
+                if isinstance(peak, str):
+                    why = f"memory not measured: {_sentence(peak)}"
+                    results[name] = result._replace(note="; ".join(filter(None, (result.note, why))))
+                else:
+                    results[name] = result._replace(peak_mb=peak)
+
         progress(f"timing {', '.join(calls)}")
-        times = interleave(calls, seconds=seconds, warmup_seconds=warmup_seconds, device=device) if calls else {}
+        pause = THREADS_ASLEEP if device.type == "cpu" and torch.get_num_threads() > 1 else 0.0
+        timed = dict(seconds=seconds, warmup_seconds=warmup_seconds, pause=pause, device=device)
+        times = interleave(calls, **timed) if calls else {}
     for name, timing in times.items():
         ratio = times["eager"].median / timing.median if "eager" in times else None
         results[name] = results[name]._replace(timing=timing, ratio=ratio)
-    if any(name.startswith("compile") for name in names):
+    if any(PEERS[name].lazy for name in names):
         calls.clear()
         torch.compiler.reset()  # its limit of recompilations counts all models of one class
     return [results[name] for name in names]
@@ -240,29 +156,6 @@ def worst_row(outputs: dict[str, Tensor], own: list[dict[str, Tensor]], truth: d
     return max(rows, key=lambda row: (not row.ok, row.error / row.allowed if row.allowed else row.error))
 
 
-def _call(form: Form, subject: Subject, reverse: bool = False) -> Callable[[], object]:
-    """What is timed: the plain call, or forward and backward of one fixed random cotangent (`reverse`: from the last
-    image to the first)."""
-    if not subject.training:
-        return lambda: form.model(form.images)
-    cast = subject.dtype not in (torch.float32, torch.float64)
-    cotangents: dict[str, Tensor] = {}
-
-    def train() -> dict[str, Tensor]:
-        form.model.zero_grad(set_to_none=True)
-        with torch.autocast(form.images.device.type, subject.dtype if cast else None, enabled=cast):
-            outputs = named_outputs(form.model(form.images))
-        for name, value in outputs.items():
-            if name not in cotangents:
-                generator = torch.Generator().manual_seed(0)
-                cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-                cotangents[name] = (cotangent.flip(0) if reverse else cotangent).to(value)
-        torch.autograd.backward(list(outputs.values()), [cotangents[name] for name in outputs])
-        return outputs
-
-    return train
-
-
 def _outputs(form: Form, subject: Subject, reverse: bool = False) -> dict[str, Tensor]:
     """The outputs of one call by name, and in training the gradients; with `reverse` by the batch in reverse order."""
     dtype = subject.dtype
@@ -272,7 +165,7 @@ def _outputs(form: Form, subject: Subject, reverse: bool = False) -> dict[str, T
         form = Form(form.model.double(), form.images.double())
     if reverse:
         form = form._replace(images=form.images.flip(0))
-    outputs = {name: value.detach() for name, value in _call(form, subject, reverse)().items()}
+    outputs = {name: value.detach() for name, value in call_of(form, subject, reverse)().items()}
     if reverse:
         outputs = {name: value.flip(0) for name, value in outputs.items()}
     gradients = {
@@ -283,16 +176,7 @@ def _outputs(form: Form, subject: Subject, reverse: bool = False) -> dict[str, T
     return outputs | gradients
 
 
-def _peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
-
-
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception | str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
 

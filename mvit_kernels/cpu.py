@@ -23,8 +23,11 @@ def unavailable(device_type: str) -> list[str]:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable", the best that the processor has or the one that the
-    environment variable ``MVIT_KERNELS_CPU_ISA`` asks for; "" where that is wrong, or where there is no library."""
+    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
+
+    It is the best that the processor has, or the one that the environment variable ``MVIT_KERNELS_CPU_ISA`` asks for;
+    "" where that is wrong, or where there is no library.
+    """
     if load("cpu"):
         return ""
     function = ctypes.CDLL(str(loaded_paths["cpu"])).mvit_kernels_cpu_isa
@@ -68,8 +71,13 @@ def _transformer(call: Call) -> list[str]:
     return reasons
 
 
+# The row-wise operators take rows of any strides: those that no pair of strides reaches, or whose channels are not
+# adjacent, are copied first, as PyTorch's own layer_norm and linear copy them.
 SUPPORTS = {
+    "layer_norm_linear": _dtype,
     "patch_attention": _patch_attention,
+    "linear_residual": _dtype,
+    "layer_norm_mlp": _dtype,
     "inverted_residual": _inverted_residual,
     "transformer": _transformer,
 }

@@ -24,7 +24,8 @@ from ._third_party import import_timm
 from .cli import write_csv
 from .cli.images import preprocess, sample_photos
 from .cli.models import calibrate, checked_device, load, positive
-from .comparison import PEERS, Result, Subject, compare, csv_rows, table
+from .comparison import Result, compare, csv_rows, table
+from .peers import PEERS, Subject
 from .timing import environment, interleave
 
 FORMS = {  # candidate -> what the table and the plot call it

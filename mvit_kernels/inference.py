@@ -19,6 +19,7 @@ from .adapters._block import Refusal, layer_weights
 from .adapters._convolutions import freeze_convolutions, freeze_inverted_residuals, with_hooks
 from .adapters._swap import backend_of
 from .nn.frozen import Frozen, FrozenMobileViTBlock, FrozenSequential
+from .nn.network import Network
 from .ops import TransformerLayerWeights
 
 logger = logging.getLogger("mvit_kernels")
@@ -32,6 +33,7 @@ class FreezeReport(NamedTuple):
     inverted_residuals: tuple[str, ...]
     convolutions: tuple[str, ...]  # all folded ones, also those inside the former two
     left: tuple[tuple[str, str], ...]  # what stays as it was, and why
+    composed: tuple[tuple[str, str], ...] = ()  # what is frozen but runs part by part on the CPU, and why
 
     def __str__(self) -> str:
         lines = [
@@ -39,6 +41,7 @@ class FreezeReport(NamedTuple):
             f"{len(self.convolutions)} convolutions frozen"
         ]
         lines += [f"  {name} stays as it was: {reason}" for name, reason in self.left]
+        lines += [f"  {name} runs part by part: {reason}" for name, reason in self.composed]
         return "\n".join(lines)
 
 
@@ -52,9 +55,13 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         ...     logits = fast(images)
 
     Batch norms are folded into their convolutions (in float64), SiLU and the residual additions of inverted residuals
-    are fused, and everything runs channels-last inside, whatever the layout of the input. The model's own modules
-    around that (pooling, heads, ``features_only``, Hugging Face's output classes) stay. What cannot be frozen stays as
-    it was, layer by layer, and is listed in ``fast.freeze_report``.
+    are fused, and everything runs channels-last inside, whatever the layout of the input. On the CPU, in float32 and
+    bfloat16, whole chains of frozen layers are one native call with packed weights (`mvit_kernels.nn.network`). The
+    model's own modules around that (pooling, heads, ``features_only``, Hugging Face's output classes) stay. What cannot
+    be frozen stays as it was, layer by layer, and is listed in ``fast.freeze_report``.
+
+    A frozen model follows ``load_state_dict``, ``to`` and the replacement of modules inside; a change of a buffer in
+    place it does not see. Two threads may run one frozen model at once.
 
     Args:
         model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. Its ``state_dict`` afterwards
@@ -93,7 +100,9 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     holder.to(memory_format=torch.channels_last).eval()
 
     frozen = holder.model
-    report = FreezeReport(tuple(blocks), tuple(inverted_residuals), tuple(convolutions), tuple(left))
+    on_cpu = all(value.device.type == "cpu" for value in holder.buffers())
+    composed = [(_name_in_model(name), reason) for name, reason in _pack(holder, "")] if on_cpu else []
+    report = FreezeReport(tuple(blocks), tuple(inverted_residuals), tuple(convolutions), tuple(left), tuple(composed))
     frozen.freeze_report = report
     logger.info("freeze: %s", report)
     return frozen
@@ -173,6 +182,21 @@ def _join_sequentials(holder: nn.Module) -> None:
                 joined = FrozenSequential()
                 joined._modules.update(child._modules)
                 owner._modules[name] = with_hooks(joined, child)
+
+
+def _pack(module: nn.Module, name: str) -> list[tuple[str, str]]:
+    """Make the native calls of everything frozen below `module`; (name, why not) where there can be none."""
+    reasons = []
+    if isinstance(module, Frozen):
+        network = module.native()
+        if isinstance(network, Network):
+            return []
+        if not isinstance(module, FrozenSequential):
+            return [(name, str(network))]
+    for child_name, child in module._modules.items():
+        if child is not None:
+            reasons += _pack(child, f"{name}.{child_name}".removeprefix("."))
+    return reasons
 
 
 def _own(value: torch.Tensor | None) -> torch.Tensor | None:

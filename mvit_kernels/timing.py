@@ -30,6 +30,9 @@ from . import __version__
 
 Candidate = Callable[[], object]
 MIN_ROUNDS = 3  # the fewest whose median ignores one outlier
+# libgomp's threads, which are PyTorch's, spin for 5 ms after a parallel loop in the hope of another one: on cores that
+# the threads of another runtime would need by then.
+THREADS_ASLEEP = 0.01
 
 
 class Timing(NamedTuple):
@@ -56,6 +59,7 @@ def interleave(
     rounds: int | None = None,
     warmup_seconds: float = 0.5,
     calls: int = 1,
+    pause: float = 0.0,
     device: str | torch.device = "cpu",
     progress: Callable[[int, float], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -76,6 +80,8 @@ def interleave(
         rounds: or take exactly so many rounds. One of the two is wanted.
         warmup_seconds: each candidate is called for so long first, untimed, and once at least.
         calls: calls a sample; its time is divided by them. Above 1 for what takes microseconds.
+        pause: seconds of idleness before each sample, so that the threads of the candidate before are asleep; see
+            `THREADS_ASLEEP`.
         device: where the candidates run: "cpu" or "cuda".
         progress: called after each round with the number of rounds done and the seconds measured.
         clock: seconds, monotonic; for tests.
@@ -103,6 +109,8 @@ def interleave(
     while done < rounds if rounds is not None else done < MIN_ROUNDS or clock() - start < seconds:
         draw.shuffle(order)
         for name in order:
+            if pause:
+                time.sleep(pause)
             samples[name].append(sample(candidates[name], calls))
         done += 1
         if progress is not None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvit_kernels
-from mvit_kernels import backends, triton
+from mvit_kernels import backends
 from mvit_kernels._library import BACKENDS, raw
 
 DIFFERENTIABLE = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
@@ -193,7 +193,8 @@ def takes(path: str, dtype: str | None) -> bool:
 
 
 def device_of(path: str) -> str:
-    return {"triton": triton.DEVICE_TYPE, "cuda": "cuda"}.get(path, "cpu")
+    """Where the path's tensors are: its backend's DEVICE_TYPE, and the CPU for those that have none."""
+    return getattr(backends._MODULES.get(path), "DEVICE_TYPE", "cpu")
 
 
 def resolved(operator: str, tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def test_scores_that_overflow_without_the_maximum_taken_out(dtype):
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of keys whose gradients are not stored
 @pytest.mark.parametrize("tokens", [6, 48, 65])
 def test_keys_after_the_last_weigh_nothing(tokens):
-    """All scores are about −100: against them a key of zeros, as tiles are filled up with, would have infinite weight."""
+    """All scores are about −100: against them a key of zeros, as tiles are filled up with, would have infinite
+    weight."""
     qkv = torch.randn(1, tokens, 1, 48, generator=torch.Generator().manual_seed(0))
     qkv[..., :16] += 5
     qkv[..., 16:32] -= 5

@@ -15,7 +15,8 @@ import torch
 import mvit_kernels
 from mvit_kernels import backends, comparison, demo
 from mvit_kernels.__main__ import main
-from mvit_kernels.comparison import PEERS, Form, Peer, Subject, TimeLimit, compare, time_limit
+from mvit_kernels.comparison import TimeLimit, compare, time_limit
+from mvit_kernels.peers import PEERS, Form, Peer, Subject, eager
 from mvit_kernels.profiling import LAUNCH_GAPS, OTHER, category, layout_copies, time_by_category
 from mvit_kernels.profiling import table as profile_table
 from mvit_kernels.timing import Timing, environment, interleave
@@ -116,7 +117,7 @@ def _missing(subject):
 
 def _wrong(subject):
     """Off by a thousandth in one weight: nothing that a look at the output would show."""
-    model, images = comparison._eager(subject)
+    model, images = eager(subject)
     with torch.no_grad():
         model.classifier.weight[7, 7] += 1e-3
     return Form(model, images)
@@ -156,7 +157,7 @@ def test_what_takes_too_long_to_build_is_given_up(subject, monkeypatch):
 
 def test_a_wrong_gradient_is_not_timed(subject, monkeypatch):
     def wrong(subject):
-        model, images = comparison._eager(subject)
+        model, images = eager(subject)
         model.stages[4][1].transformer[0].fc1.weight.register_hook(lambda gradient: gradient * 1.1)
         return Form(model, images)
 
@@ -203,12 +204,13 @@ def test_bench_writes_a_row_a_candidate(tmp_path, capsys):
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert float(row["ratio"]) == pytest.approx(float(rows[0]["median_ms"]) / float(row["median_ms"]), rel=2e-3)
         assert float(row["error"]) <= float(row["allowed"])
+        assert float(row["peak_mb"]) > 0
         assert row["torch"] == torch.__version__ == environment()["torch"]
     assert "accelerated" in capsys.readouterr().out
 
 
 def test_bench_fails_where_ours_is_wrong(monkeypatch, capsys):
-    command = "bench --model own/xxs --size 64 --seconds 0.1 --peers accelerated".split()
+    command = "bench --model own/xxs --size 64 --seconds 0.1 --no-memory --peers accelerated".split()
     monkeypatch.setitem(PEERS, "accelerated", Peer("", _wrong))
     assert main(command) == 0 and "not timed" in capsys.readouterr().out  # a compiler's mistake, say
     monkeypatch.setitem(PEERS, "accelerated", Peer("", _wrong, ours=True))
@@ -225,7 +227,7 @@ def test_bench_fails_where_ours_is_wrong(monkeypatch, capsys):
     ],
 )
 def test_bench_says_what_is_wrong(options, message, capsys):
-    code = main(["bench", "--model", "own/xxs", "--size", "64", "--seconds", "0.1", *options.split()])
+    code = main(["bench", "--model", "own/xxs", "--size", "64", "--seconds", "0.1", "--no-memory", *options.split()])
     output = capsys.readouterr()
     if message:
         assert code == 2 and message in output.err

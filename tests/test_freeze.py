@@ -40,7 +40,7 @@ def test_a_frozen_model_is_the_model(library, dtype):
     assert len(verification.rows) >= 4  # three blocks and the output
     report = frozen.freeze_report
     assert (len(report.blocks), len(report.inverted_residuals), len(report.convolutions)) == (3, 7, 35)
-    assert report.left == ()
+    assert report.left == report.composed == ()
     assert "3 MobileViT blocks, 7 inverted residuals and 35 convolutions frozen" in str(report)
 
 
@@ -234,6 +234,18 @@ def test_an_inverted_residual_with_more_inside_stays():
     frozen = mvit_kernels.freeze(model)
     assert frozen.freeze_report.left == (("stages.1.1", "it has further modules"),)
     torch.testing.assert_close(run(frozen, example("timm")), run(model, example("timm")), rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_without_a_native_call_runs_part_by_part_and_is_said():
+    model = _models.build("timm")
+    model.stages[1][1].conv2_kxk.conv = nn.Conv2d(48, 48, 5, padding=2, groups=48, bias=False)
+    frozen = mvit_kernels.freeze(model)
+    assert "it is not a 1×1, a depthwise 3×3" in dict(frozen.freeze_report.left)["stages.1.1"]
+    ((name, reason),) = frozen.freeze_report.composed
+    assert name == "stages.1.1.conv2_kxk"
+    assert "kernel_size=(5, 5)" in reason
+    assert f"{name} runs part by part: it has a convolution with 48, 48" in str(frozen.freeze_report)
+    assert mvit_kernels.verify(frozen, example("timm"), reference=model).ok
 
 
 def test_hooks_on_what_is_replaced_are_still_called():

@@ -20,13 +20,17 @@ using torch::stable::Tensor;
 
 // An uninitialised contiguous CPU tensor, which PyTorch's deterministic mode fills with NaN as it does torch.empty's.
 // torch::stable::new_empty is the same by way of the boxed dispatcher, which costs a microsecond more.
-inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+inline Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t axes, ScalarType type) {
   auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t layout = aoti_torch_layout_strided(), device = aoti_torch_device_type_cpu();
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
-                                                          &dtype, &layout, &device, -1, nullptr, &result));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), sizes, axes, &dtype, &layout, &device, -1, nullptr, &result));
   return Tensor(result);
+}
+
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return new_empty(like, sizes.begin(), static_cast<int64_t>(sizes.size()), type);
 }
 
 // Memory of the calling thread that may be used until the next call of the same function by the same thread; it grows, is

@@ -23,6 +23,7 @@ struct Plain {
   using Value = T;
   using Weight = T;
   using Operand = T;
+  static constexpr int64_t kStep = 1;  // channels that one step of a product takes
   static constexpr int64_t rows(int64_t channels) { return channels; }
 };
 
@@ -31,6 +32,7 @@ struct Bf16Pairs {  // adjacent channels in pairs: even widths only, since a row
   using Value = float;
   using Weight = bfloat16;
   using Operand = bf16x2;
+  static constexpr int64_t kStep = 2;
   static constexpr int64_t rows(int64_t channels) { return (channels + 1) / 2; }
 };
 #endif
@@ -67,12 +69,14 @@ MVIT_INLINE void store_operand(bf16x2* panel, int64_t ld, int64_t row, int64_t l
 #endif
 
 // epilogue(tile, row, lane) for W · panel, tile by tile: rows [row, row + R) of n, lanes [lane, lane + V · size), as far
-// as `lanes` needs them. weights (n, channels) with rows ldw apart; panel [rows(channels)][kLanes].
-template <typename P, typename Epilogue>
+// as `lanes` needs them. W is (n, channels) with rows ldw apart, or as kOrder says (see multiply_add) its transpose; panel
+// [rows(channels)][kLanes].
+template <typename P, Operand kOrder = Operand::row_major, typename Epilogue>
 MVIT_INLINE void product(const typename P::Weight* weights, int64_t ldw, const typename P::Operand* panel, int64_t n,
                          int64_t channels, int64_t lanes, const Epilogue& epilogue) {
   using T = typename P::Value;
   constexpr int64_t size = Vec<T>::size;
+  const int64_t next_row = kOrder == Operand::row_major ? ldw : P::kStep;
   for (int64_t lane = 0; lane < lanes; lane += 2 * size)
     with_constant<2>(lanes - lane > size ? 2 : 1, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
@@ -80,8 +84,8 @@ MVIT_INLINE void product(const typename P::Weight* weights, int64_t ldw, const t
         constexpr int R = decltype(rows)::value;
         Vec<T> tile[R][V];
         clear(tile);
-        multiply_add<R, V, Operand::row_major, Next::rows>(tile, weights + row * ldw, ldw, panel + lane, kLanes,
-                                                           P::rows(channels));
+        constexpr Next next = kOrder == Operand::row_major ? Next::rows : Next::unknown;
+        multiply_add<R, V, kOrder, next>(tile, weights + row * next_row, ldw, panel + lane, kLanes, P::rows(channels));
         epilogue(tile, row, lane);
       });
     });
@@ -134,39 +138,72 @@ MVIT_INLINE Vec<typename P::Value> silu_for(Vec<typename P::Value> x) {
   return silu(x);
 }
 
+// body(c, i) for every channel c, with i the chain of additions that it belongs to: one addition takes four cycles.
+constexpr int kChains = 4;
+template <typename Body>
+MVIT_INLINE void in_chains(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + kChains <= channels; c += kChains)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) body(c + i, i);
+  for (int i = 0; c + i < channels; ++i) body(c + i, i);
+}
+
+template <typename T>
+MVIT_INLINE void clear_chains(Vec<T> (&chain)[kChains]) {
+  for (int i = 0; i < kChains; ++i) chain[i] = Vec<T>(T(0));
+}
+
+template <typename T>
+MVIT_INLINE Vec<T> sum_chains(const Vec<T> (&chain)[kChains]) {
+  return (chain[0] + chain[1]) + (chain[2] + chain[3]);
+}
+
 // Mean and 1 / sqrt(variance + eps) of each lane's `channels` values, for `size` lanes of a panel. The second pass also
 // corrects the mean by the mean of what is left, which removes the rounding of a sum of large values.
 template <typename T>
 MVIT_INLINE void row_statistics(const T* panel, int64_t channels, T eps, Vec<T>& mean, Vec<T>& rstd) {
   const Vec<T> count(static_cast<T>(channels));
-  constexpr int kChains = 4;  // an addition takes four cycles
   Vec<T> sum[kChains], squares[kChains];
-  for (int i = 0; i < kChains; ++i) sum[i] = squares[i] = Vec<T>(T(0));
-  const auto for_each = [&](const auto& body) {
-    int64_t c = 0;
-    for (; c + kChains <= channels; c += kChains)
-#pragma GCC unroll 4
-      for (int i = 0; i < kChains; ++i) body(load(panel + (c + i) * kLanes), i);
-    for (int i = 0; c + i < channels; ++i) body(load(panel + (c + i) * kLanes), i);
-  };
-  for_each([&](Vec<T> x, int i) { sum[i] = sum[i] + x; });
-  const Vec<T> rough = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / count;
-  for (int i = 0; i < kChains; ++i) sum[i] = Vec<T>(T(0));
-  for_each([&](Vec<T> x, int i) {
-    const Vec<T> centred = x - rough;
+  clear_chains(sum);
+  in_chains(channels, [&](int64_t c, int i) { sum[i] = sum[i] + load(panel + c * kLanes); });
+  const Vec<T> rough = sum_chains(sum) / count;
+  clear_chains(sum);
+  clear_chains(squares);
+  in_chains(channels, [&](int64_t c, int i) {
+    const Vec<T> centred = load(panel + c * kLanes) - rough;
     sum[i] = sum[i] + centred;
     squares[i] = fma(centred, centred, squares[i]);
   });
-  const Vec<T> correction = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / count;
-  const Vec<T> variance = ((squares[0] + squares[1]) + (squares[2] + squares[3])) / count - correction * correction;
+  const Vec<T> correction = sum_chains(sum) / count;
+  const Vec<T> variance = sum_chains(squares) / count - correction * correction;
   mean = rough + correction;
   rstd = Vec<T>(T(1)) / sqrt(maximum(variance, Vec<T>(T(0))) + Vec<T>(eps));
 }
 
-// normalised(row, lane, two adjacent rows of LN(panel)): the common part of the two forms below.
-template <typename T, typename Write>
-MVIT_INLINE void for_each_normalised(const T* panel, int64_t channels, const T* weight, const T* bias, T eps,
-                                     int64_t lanes, T* mean_out, T* rstd_out, const Write& write) {
+// operand[c] = value(c), a vector of lanes from `lane` on, for every channel.
+template <typename P, typename Value>
+MVIT_INLINE void fill_operand(typename P::Operand* operand, int64_t channels, int64_t lane, const Value& value) {
+  using T = typename P::Value;
+  int64_t c = 0;
+  for (; c + 2 <= channels; c += 2) {
+    const Vec<T> tile[2][1] = {{value(c)}, {value(c + 1)}};
+    store_operand(operand, kLanes, c, lane, Vec<T>::size, tile);
+  }
+  if (c < channels) {
+    const Vec<T> tile[1][1] = {{value(c)}};
+    store_operand(operand, kLanes, c, lane, Vec<T>::size, tile);
+  }
+}
+
+// operand = LN(panel) in the first `lanes` lanes (whole vectors of them); mean and rstd of each lane where not null. A
+// Plain operand may be the panel itself.
+template <typename P>
+MVIT_INLINE void layer_norm(typename P::Operand* operand, const typename P::Value* panel, int64_t channels,
+                            const typename P::Value* weight, const typename P::Value* bias, typename P::Value eps,
+                            int64_t lanes, typename P::Value* mean_out = nullptr,
+                            typename P::Value* rstd_out = nullptr) {
+  using T = typename P::Value;
   for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size) {
     Vec<T> mean, rstd;
     row_statistics(panel + lane, channels, eps, mean, rstd);
@@ -174,30 +211,10 @@ MVIT_INLINE void for_each_normalised(const T* panel, int64_t channels, const T* 
       store(mean_out + lane, mean);
       store(rstd_out + lane, rstd);
     }
-    const auto normalised = [&](int64_t c) {
+    fill_operand<P>(operand, channels, lane, [&](int64_t c) {
       return fma((load(panel + c * kLanes + lane) - mean) * rstd, Vec<T>(weight[c]), Vec<T>(bias[c]));
-    };
-    int64_t c = 0;
-    for (; c + 2 <= channels; c += 2) {
-      const Vec<T> tile[2][1] = {{normalised(c)}, {normalised(c + 1)}};
-      write(tile, c, lane);
-    }
-    if (c < channels) {
-      const Vec<T> tile[1][1] = {{normalised(c)}};
-      write(tile, c, lane);
-    }
+    });
   }
-}
-
-// operand = LN(panel) in the first `lanes` lanes (whole vectors of them); mean and rstd of each lane where not null.
-template <typename P>
-MVIT_INLINE void layer_norm(typename P::Operand* operand, const typename P::Value* panel, int64_t channels,
-                            const typename P::Value* weight, const typename P::Value* bias, typename P::Value eps,
-                            int64_t lanes, typename P::Value* mean = nullptr, typename P::Value* rstd = nullptr) {
-  for_each_normalised(panel, channels, weight, bias, eps, lanes, mean, rstd,
-                      [&](const auto& tile, int64_t row, int64_t lane) {
-                        store_operand(operand, kLanes, row, lane, Vec<typename P::Value>::size, tile);
-                      });
 }
 
 }  // namespace MVIT_ISA

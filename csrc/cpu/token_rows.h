@@ -105,10 +105,11 @@ MVIT_INLINE void read_columns(T* panel, int64_t ld, const TokenRows<const E>& to
   }
 }
 
-// token begin + i, channel c = panel[c][i]. The panel has round_up(channels, size) rows, of whole vectors past `count`.
-template <typename T, typename E>
+// token begin + i, channels [c, c + width) = finish(panel[c …][i], i, c, width). The panel has round_up(channels, size)
+// rows, of whole vectors past `count`.
+template <typename T, typename E, typename Finish>
 MVIT_INLINE void write_columns(const TokenRows<E>& tokens, int64_t begin, int64_t count, int64_t channels,
-                               const T* panel, int64_t ld) {
+                               const T* panel, int64_t ld, const Finish& finish) {
   constexpr int size = Vec<T>::size;
   for (int64_t i0 = 0; i0 < count; i0 += size) {
     E* token[size] = {};
@@ -122,12 +123,18 @@ MVIT_INLINE void write_columns(const TokenRows<E>& tokens, int64_t begin, int64_
       transpose(tile);
       if (present == size && width == size) {
 #pragma GCC unroll 16
-        for (int i = 0; i < size; ++i) store_first(token[i] + c0, tile[i], size);
+        for (int i = 0; i < size; ++i) store_first(token[i] + c0, finish(tile[i], i0 + i, c0, size), size);
       } else {
-        for (int i = 0; i < present; ++i) store_first(token[i] + c0, tile[i], width);
+        for (int i = 0; i < present; ++i) store_first(token[i] + c0, finish(tile[i], i0 + i, c0, width), width);
       }
     }
   }
+}
+
+template <typename T, typename E>
+MVIT_INLINE void write_columns(const TokenRows<E>& tokens, int64_t begin, int64_t count, int64_t channels,
+                               const T* panel, int64_t ld) {
+  write_columns(tokens, begin, count, channels, panel, ld, [](Vec<T> x, int64_t, int64_t, int) { return x; });
 }
 
 // token begin + i, channel c = panel[c][i] · factor[i]. The panel has round_up(channels, size) rows, and ld columns as

@@ -13,12 +13,21 @@
 namespace mvit {
 namespace {
 
-// A unit has the fewest whole sequences that fill two blocks of 32 lanes (or one, where that wastes none), so that a
-// pass over the weights serves that many tokens; at N = 16 it is the weights' way from L3 that counts.
+int64_t blocks_of(const TransformerKernels& kernels, const TransformerShape& shape, int64_t sequences) {
+  return (kernels.unit_lanes(shape, sequences) + 31) / 32;
+}
+
+// A unit has enough whole sequences to fill two blocks, so that a pass over the weights serves that many tokens (at
+// N = 16 it is the weights' way from L3 that counts); and then so many that the fewest lanes are wasted: 49 tokens are 56
+// lanes and four vectors of 16, twice 49 are seven. What it keeps from step to step stays within half of an L2.
 int64_t sequences_of_a_unit(const TransformerKernels& kernels, const TransformerShape& shape, int64_t most) {
-  int64_t sequences = 1;
-  while (sequences < most && kernels.unit_blocks(shape, sequences + 1) <= 2) ++sequences;
-  return sequences;
+  constexpr std::size_t most_bytes = 512 << 10;
+  const auto lanes = [&](int64_t n) { return kernels.unit_lanes(shape, n); };
+  const auto computed = [&](int64_t n) { return static_cast<double>((lanes(n) + 15) / 16 * 16) / static_cast<double>(n); };
+  int64_t best = 1;
+  for (int64_t n = 2; n <= most && kernels.unit_bytes(shape, n) <= most_bytes && lanes(n) <= 256; ++n)
+    if (lanes(best) < 64 ? lanes(n) <= 64 || computed(n) < computed(best) : computed(n) < computed(best)) best = n;
+  return best;
 }
 
 double flops_of_a_block(const TransformerShape& shape) {
@@ -43,26 +52,26 @@ void run_transformer(const TransformerKernels& kernels, const TransformerArgs& a
     const auto whole_units = [&](int64_t begin, int64_t end) {
       char* memory = static_cast<char*>(scratch(unit_bytes + step_bytes));
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t blocks = kernels.unit_blocks(shape, size_of(unit));
+        const int64_t blocks = blocks_of(kernels, shape, size_of(unit));
         for (int64_t step = 0; step < steps; ++step)
           for (int64_t block = 0; block < blocks; ++block)
             kernels.step(args, step, unit * group, size_of(unit), block, memory, memory + unit_bytes);
       }
     };
     if (threads == 1) return whole_units(0, units);
-    return parallel_for(units, flops_of_a_block(shape) * static_cast<double>(kernels.unit_blocks(shape, group)),
+    return parallel_for(units, flops_of_a_block(shape) * static_cast<double>(blocks_of(kernels, shape, group)),
                         whole_units);
   }
 
   // More threads than units: all work on the blocks of one step, then on those of the next.
   char* memory = static_cast<char*>(shared_scratch(unit_bytes * static_cast<std::size_t>(units)));
-  const int64_t unit_blocks = kernels.unit_blocks(shape, group);
+  const int64_t unit_blocks = blocks_of(kernels, shape, group);
   for (int64_t step = 0; step < steps; ++step)
     parallel_for(units * unit_blocks, flops_of_a_block(shape) / 2, [&](int64_t begin, int64_t end) {
       void* step_memory = scratch(step_bytes);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t unit = i / unit_blocks, block = i % unit_blocks;
-        if (block < kernels.unit_blocks(shape, size_of(unit)))
+        if (block < blocks_of(kernels, shape, size_of(unit)))
           kernels.step(args, step, unit * group, size_of(unit), block, memory + unit * unit_bytes, step_memory);
       }
     });

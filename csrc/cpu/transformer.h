@@ -46,7 +46,7 @@ struct TransformerArgs {
 // Sequences are worked on in units of some whole ones, laid out one after another in blocks of 32 lanes. A step works on
 // one block of a unit; between steps all blocks of the unit must be done. No step of one unit touches another's memory.
 struct TransformerKernels {
-  int64_t (*unit_blocks)(const TransformerShape&, int64_t sequences);
+  int64_t (*unit_lanes)(const TransformerShape&, int64_t sequences);
   std::size_t (*unit_bytes)(const TransformerShape&, int64_t sequences);  // memory that lasts from step to step
   std::size_t (*step_bytes)(const TransformerShape&);                     // scratch of one step
   // The first step reads the map; each layer is two; the last one writes the map.

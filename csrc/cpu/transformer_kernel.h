@@ -24,8 +24,11 @@ constexpr int kKeyRows = kTileRows >= 8 ? 8 : 4;
 
 MVIT_INLINE int64_t sequence_lanes(const TransformerShape& shape) { return round_up(shape.tokens(), kSequenceStep); }
 
-inline int64_t unit_blocks(const TransformerShape& shape, int64_t sequences) {
-  return round_up(sequences * sequence_lanes(shape), kLanes) / kLanes;
+inline int64_t unit_lanes(const TransformerShape& shape, int64_t sequences) {
+  return sequences * sequence_lanes(shape);
+}
+MVIT_INLINE int64_t unit_blocks(const TransformerShape& shape, int64_t sequences) {
+  return round_up(unit_lanes(shape, sequences), kLanes) / kLanes;
 }
 
 // Vectors of queries that begin at the last multiple of kSequenceStep read past their row, past a buffer's end at worst.
@@ -313,7 +316,7 @@ std::size_t step_bytes(const TransformerShape& shape) {
 
 #define MVIT_TRANSFORMER_KERNELS(P, E)                                                               \
   {                                                                                                  \
-    MVIT_ISA::unit_blocks, MVIT_ISA::unit_bytes<MVIT_ISA::P>, MVIT_ISA::step_bytes<MVIT_ISA::P>,     \
+    MVIT_ISA::unit_lanes, MVIT_ISA::unit_bytes<MVIT_ISA::P>, MVIT_ISA::step_bytes<MVIT_ISA::P>,     \
         MVIT_ISA::steps, MVIT_ISA::step<MVIT_ISA::P, E>                                              \
   }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights as kernels read them: contiguous, matrices in the arithmetic's type, vectors in float32.
+// Weights as kernels read them: contiguous, matrices in the arithmetic's type, vectors in float32 (float64 beside float64
+// matrices).
 #pragma once
 
 #include <cstring>
@@ -28,10 +29,13 @@ class WeightReader {
     return read(tensor, matrices_);
   }
 
-  const float* vector(const Tensor& tensor, int64_t size) {
+  const float* vector(const Tensor& tensor, int64_t size) { return static_cast<const float*>(values(tensor, size)); }
+
+  // The same of whatever type vectors have here.
+  const void* values(const Tensor& tensor, int64_t size) {
     STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, op_, ": a bias or norm weight is not of ", size,
                     " values");
-    return static_cast<const float*>(read(tensor, ScalarType::Float));
+    return read(tensor, matrices_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   }
 
  private:

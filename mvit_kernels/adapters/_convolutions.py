@@ -16,8 +16,8 @@ from torch import nn
 from ..nn.frozen import FrozenConv2d, FrozenInvertedResidual
 from ._block import has_hooks
 
-# class name -> where its convolution, its norm and its activation are (timm's batch norm carries the activation); norm and
-# activation may be missing, as in the 1×1 convolution into the transformer
+# class name -> where its convolution, its norm and its activation are (timm's batch norm carries the activation); norm
+# and activation may be missing, as in the 1×1 convolution into the transformer
 UNITS = (
     ("ConvNormAct", "conv", "bn", "bn.act"),  # timm
     ("ConvNormAct", "conv", "norm", "act"),  # ours

@@ -41,7 +41,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         default=None,
         help=f"the candidates; eager comes by itself (default: {_PEERS}, without frozen in training). "
         "Known are eager, channels_last, accelerated, frozen, compile, compile_channels_last, "
-        "compile_max_autotune, compile_freezing, compile_accelerated, or all",
+        "compile_max_autotune, compile_freezing, compile_accelerated, onnxruntime, openvino, openvino_by_image, or all",
     )
     what.add_argument("--train", action="store_true", help="forward and backward, not inference")
     what.add_argument(
@@ -53,6 +53,12 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         metavar="S",
         help="give up a candidate that takes longer to be built or compiled (default: never)",
     )
+    what.add_argument(
+        "--no-memory",
+        dest="memory",
+        action="store_false",
+        help="do not measure peak memory; on the CPU that means to build each candidate once more",
+    )
     what.add_argument("--csv", type=output_file, metavar="FILE", help="write the table there, a line a candidate")
     what.add_argument("--json", type=output_file, metavar="FILE", help="write the table there as JSON")
 
@@ -60,7 +66,8 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..comparison import PEERS, Subject, check_peers, compare, csv_rows, table
+    from ..comparison import compare, csv_rows, table
+    from ..peers import PEERS, Subject, check_peers
     from ..timing import environment
 
     peers = args.peers or ",".join(n for n in _PEERS.split(",") if not (args.train and n == "frozen"))
@@ -75,7 +82,14 @@ def run(args: argparse.Namespace) -> int:
     def progress(step: str) -> None:
         print(f"{time.perf_counter() - start:6.1f} s  {step}", file=sys.stderr, flush=True)
 
-    results = compare(subject, peers, seconds=args.seconds, build_seconds=args.build_seconds, progress=progress)
+    results = compare(
+        subject,
+        peers,
+        seconds=args.seconds,
+        build_seconds=args.build_seconds,
+        memory=args.memory,
+        progress=progress,
+    )
     origin = environment(args.device)
     kind = "training" if args.train else "inference"
     size = "x".join(map(str, args.size))
@@ -92,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def subject_of(args: argparse.Namespace, subject_class: type):
-    """The `comparison.Subject` that the arguments of `add_model_arguments` ask for."""
+    """The `peers.Subject` that the arguments of `add_model_arguments` ask for."""
     import torch
 
     model = load(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint, device=args.device)

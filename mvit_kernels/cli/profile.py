@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch 2.13's profiler reports its start and stop on stderr
     import torch
 
-    from ..comparison import PEERS, Subject, check_peers
+    from ..peers import PEERS, Subject, check_peers
     from ..profiling import table, time_by_category
     from ..timing import environment
 

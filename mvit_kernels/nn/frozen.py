@@ -46,10 +46,14 @@ class Frozen(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        network = self._native(x) if network_allowed(x) else None
-        return self.composed(x) if network is None else network(x)
+        if network_allowed(x):
+            network = self.native()
+            if isinstance(network, Network) and network.serves(x):
+                return network(x)
+        return self.composed(x)
 
-    def _native(self, x: Tensor) -> Network | None:
+    def native(self) -> Network | NotNative:
+        """The native call as things are now, or why there is none."""
         network = self._network
         if network is None or (isinstance(network, Network) and network.is_stale()):
             try:
@@ -57,7 +61,7 @@ class Frozen(nn.Module):
             except NotNative as reason:
                 network = reason
             self._network = network
-        return None if isinstance(network, NotNative) or not network.serves(x) else network
+        return network
 
     def place(self, builder: Builder) -> Place | None:
         return None
@@ -110,8 +114,8 @@ class FrozenConv2d(Frozen):
     Example:
         >>> FrozenConv2d(weight, bias, stride=(2, 2), padding=(1, 1), activation="silu")(images)
 
-    Composed, on the CPU, it is oneDNN's convolution with SiLU (and a residual addition) as its epilogue and with weights
-    reordered once for the first input's size: half the time of convolution, batch norm and SiLU one after another.
+    Composed, on the CPU, it is oneDNN's convolution with SiLU (and a residual addition) as its epilogue and with
+    weights reordered once for the first input's size: half the time of convolution, batch norm and SiLU in turn.
 
     Args:
         weight: (out, in / groups, kh, kw).

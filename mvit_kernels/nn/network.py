@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16)
 
 # The program's words, as csrc/cpu/network.cpp reads them: VERSION, whether in pairs, the number of values and of steps,
-# then channels and border of each value, then the steps: the number of their words, their kind, where they read and write
-# (two `Place`s), and what more they need. Value 0 is the input, the last one the output.
+# then channels and border of each value, then the steps: the number of their words, their kind, where they read and
+# write (two `Place`s), and what more they need. Value 0 is the input, the last one the output.
 VERSION = 1
 COPY, CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, TO_WHOLE_PATCHES, TO_SIZE_OF = range(6)
 
@@ -132,7 +132,7 @@ class Builder:
         whole = self._step(TO_WHOLE_PATCHES, source, self.value(d), ph, pw)
         offsets: list[int] = []
         for layer in layers:
-            for name, value in layer._asdict().items():
+            for value in layer:
                 if value is None:
                     offsets.append(-1)
                 else:

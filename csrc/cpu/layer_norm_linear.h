@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the front of layer_norm_linear (layer_norm_linear.cpp) tells its kernels (layer_norm_linear_kernel.h).
+#pragma once
+
+#include "rows.h"
+
+namespace mvit {
+
+// act(LN(x) Wᵀ + b). The weight (out_channels, channels) is contiguous and in the arithmetic's type; vectors, mean and rstd
+// are float, double for float64.
+struct LayerNormLinear {
+  int64_t count, channels, out_channels;
+  Rows x, out;
+  void *mean, *rstd;
+  const void *norm_weight, *norm_bias, *weight, *bias;  // bias may be null
+  double eps;
+  bool silu;
+};
+
+struct LayerNormLinearBackward {
+  int64_t count, channels, out_channels;
+  Rows grad_out, x, grad_x;
+  const void *mean, *rstd, *norm_weight, *norm_bias, *weight, *bias;  // bias may be null
+  void *grad_norm_weight, *grad_norm_bias, *grad_bias;                // as the vectors
+  void* grad_weight;                                                  // contiguous, in x's dtype
+  bool silu;
+};
+
+struct LayerNormLinearKernels {
+  RowForward<LayerNormLinear> forward[kRowArithmetics];
+  RowBackward<LayerNormLinearBackward> backward[kRowArithmetics];
+};
+
+extern const LayerNormLinearKernels layer_norm_linear_portable, layer_norm_linear_avx2, layer_norm_linear_avx512,
+    layer_norm_linear_avx512bf16;
+
+}  // namespace mvit

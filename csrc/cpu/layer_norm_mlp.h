@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the front of layer_norm_mlp (layer_norm_mlp.cpp) tells its kernels (layer_norm_mlp_kernel.h).
+#pragma once
+
+#include "rows.h"
+
+namespace mvit {
+
+// x + fc2(silu(fc1(LN(x)))). Weights are contiguous and in the arithmetic's type; vectors, mean and rstd are float, double
+// for float64.
+struct LayerNormMlp {
+  int64_t count, channels, hidden;
+  Rows x, out;
+  void *mean, *rstd;
+  const void *norm_weight, *norm_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
+  double eps;
+};
+
+struct LayerNormMlpBackward {
+  int64_t count, channels, hidden;
+  Rows grad_out, x, grad_x;
+  const void *mean, *rstd, *norm_weight, *norm_bias, *fc1_weight, *fc1_bias, *fc2_weight;
+  void *grad_norm_weight, *grad_norm_bias, *grad_fc1_bias, *grad_fc2_bias;  // as the vectors
+  void *grad_fc1_weight, *grad_fc2_weight;                                  // contiguous, in x's dtype
+};
+
+struct LayerNormMlpKernels {
+  RowForward<LayerNormMlp> forward[kRowArithmetics];
+  RowBackward<LayerNormMlpBackward> backward[kRowArithmetics];
+};
+
+extern const LayerNormMlpKernels layer_norm_mlp_portable, layer_norm_mlp_avx2, layer_norm_mlp_avx512,
+    layer_norm_mlp_avx512bf16;
+
+}  // namespace mvit

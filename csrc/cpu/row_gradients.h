@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of the row-wise operators: gradients of rows stay in token lanes, gradients of weights are sums over rows.
+//
+// dW = Σ_t left[·][t] · right[t][·], where left is a panel of token lanes, as the gradients of rows are anyway, and right
+// are rows as they lie in memory. Neither is transposed for it, and both are read from L1 and L2 (see add_weight_gradient).
+#pragma once
+
+#include "row_lanes.h"
+
+namespace mvit {
+namespace MVIT_ISA {
+
+template <typename T>
+MVIT_INLINE Vec<T> silu_backward(Vec<T> grad, Vec<T> x) {
+  const Vec<T> one(T(1)), sigmoid = one / (one + exp(-x));
+  return grad * sigmoid * fma(x, one - sigmoid, one);
+}
+
+// ---- sums over lanes ------------------------------------------------------------------------------------------------
+
+// sums[c] = the sum of all lanes of value(c), for c in [0, channels): transposed, so that it takes no step within vectors.
+template <typename T, typename Value>
+MVIT_INLINE void sum_lanes(T* sums, int64_t channels, const Value& value) {
+  constexpr int size = Vec<T>::size;
+  for (int64_t c0 = 0; c0 < channels; c0 += size) {
+    Vec<T> row[size];
+    for (int i = 0; i < size; ++i) row[i] = c0 + i < channels ? value(c0 + i) : Vec<T>(T(0));
+    transpose(row);
+#pragma GCC unroll 4
+    for (int half = size / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+      for (int i = 0; i < half; ++i) row[i] = row[i] + row[i + half];
+    store_first(sums + c0, row[0], static_cast<int>(smaller(size, channels - c0)));
+  }
+}
+
+// The sum over the first `lanes` lanes of value(lane), vectors.
+template <typename T, typename Value>
+MVIT_INLINE Vec<T> sum_vectors(int64_t lanes, const Value& value) {
+  Vec<T> sum(T(0));
+  for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size) sum = sum + value(lane);
+  return sum;
+}
+
+// ---- LayerNorm ------------------------------------------------------------------------------------------------------
+
+// panel = (x - mean) · rstd of the block's rows, zero where there is none, with mean and rstd of [0, kLanes) beside.
+template <typename E, typename T>
+MVIT_INLINE void read_normalised(T* panel, T* mean, T* rstd, const Rows& x, const void* means, const void* rstds,
+                                 const Block<T>& block, int64_t channels) {
+  read_block<E>(panel, x, block, channels);
+  for (int64_t lane = 0; lane < block.lanes; lane += Vec<T>::size) {
+    const int present = static_cast<int>(smaller(Vec<T>::size, block.count - lane));
+    const Vec<T> m = load_first(static_cast<const T*>(means) + block.first + lane, present);
+    const Vec<T> r = load_first(static_cast<const T*>(rstds) + block.first + lane, present);
+    store(mean + lane, m);
+    store(rstd + lane, r);
+    for (int64_t c = 0; c < channels; ++c)
+      store(panel + c * kLanes + lane, (load(panel + c * kLanes + lane) - m) * r);
+  }
+}
+
+// operand = normalised · weight + bias
+template <typename P>
+MVIT_INLINE void scale_and_shift(typename P::Operand* operand, const typename P::Value* normalised, int64_t channels,
+                                 const typename P::Value* weight, const typename P::Value* bias, int64_t lanes) {
+  using T = typename P::Value;
+  for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size)
+    fill_operand<P>(operand, channels, lane, [&](int64_t c) {
+      return fma(load(normalised + c * kLanes + lane), Vec<T>(weight[c]), Vec<T>(bias[c]));
+    });
+}
+
+// grad, of LN(x), becomes the gradient of x; the sums of the block's rows for LN's weight and bias beside. Lanes without a
+// row are zero in `grad`.
+template <typename T>
+MVIT_INLINE void layer_norm_backward(T* grad, const T* normalised, const T* rstd, int64_t channels, const T* weight,
+                                     int64_t lanes, T* weight_sums, T* bias_sums) {
+  constexpr int size = Vec<T>::size;
+  const auto grad_of = [&](int64_t c, int64_t lane) { return load(grad + c * kLanes + lane); };
+  const auto normalised_of = [&](int64_t c, int64_t lane) { return load(normalised + c * kLanes + lane); };
+  sum_lanes(weight_sums, channels, [&](int64_t c) {
+    return sum_vectors<T>(lanes, [&](int64_t lane) { return grad_of(c, lane) * normalised_of(c, lane); });
+  });
+  sum_lanes(bias_sums, channels,
+            [&](int64_t c) { return sum_vectors<T>(lanes, [&](int64_t lane) { return grad_of(c, lane); }); });
+  const Vec<T> count(static_cast<T>(channels));
+  for (int64_t lane = 0; lane < lanes; lane += size) {
+    Vec<T> sum[kChains], projection[kChains];
+    clear_chains(sum);
+    clear_chains(projection);
+    in_chains(channels, [&](int64_t c, int i) {
+      const Vec<T> g = grad_of(c, lane) * Vec<T>(weight[c]);
+      sum[i] = sum[i] + g;
+      projection[i] = fma(g, normalised_of(c, lane), projection[i]);
+    });
+    const Vec<T> mean = sum_chains(sum) / count, slope = sum_chains(projection) / count, r = load(rstd + lane);
+    for (int64_t c = 0; c < channels; ++c)
+      store(grad + c * kLanes + lane,
+            (grad_of(c, lane) * Vec<T>(weight[c]) - mean - normalised_of(c, lane) * slope) * r);
+  }
+}
+
+// ---- what the gradients of weights are made of ----------------------------------------------------------------------
+
+template <typename P>
+struct WeightGradient {
+  using T = typename P::Value;
+  int64_t rows, columns;       // of dW
+  int64_t panel, ld;           // elements of a block of left; of a row of right and of sums
+  typename P::Weight* left;    // [block][round_up(rows, size)][kLanes]
+  typename P::Operand* right;  // [P::rows(row of the step)][ld]
+  T* sums;                     // [rows][ld]
+
+  WeightGradient(Pieces& pieces, int64_t rows, int64_t columns, int64_t capacity) : rows(rows), columns(columns) {
+    panel = round_up(rows, Vec<T>::size) * kLanes;
+    ld = round_up(columns, Vec<T>::size);
+    left = pieces.take<typename P::Weight>(round_up(capacity, kLanes) / kLanes * panel);
+    right = pieces.take<typename P::Operand>(P::rows(capacity) * ld);
+    sums = pieces.take<T>(rows * ld);
+  }
+};
+
+// A panel of gradients is wanted in two forms, as `left` and as the operand of a product, and is made as values before.
+// Of Plain arithmetic all three are one and the same.
+template <typename P>
+MVIT_INLINE typename P::Value* values_of_left(Pieces& pieces, typename P::Weight* left, int64_t channels) {
+  if constexpr (P::kStep == 1)
+    return left;
+  else
+    return pieces.template take<typename P::Value>(round_up(channels, Vec<typename P::Value>::size) * kLanes);
+}
+
+template <typename P>
+MVIT_INLINE typename P::Operand* operand_of_left(Pieces& pieces, typename P::Weight* left, int64_t channels) {
+  if constexpr (P::kStep == 1)
+    return left;
+  else
+    return pieces.template take<typename P::Operand>(P::rows(channels) * kLanes);
+}
+
+template <int R, int V, typename T>
+MVIT_INLINE void store_left(T* left, int64_t row, int64_t lane, const Vec<T> (&tile)[R][V]) {
+  store_tile(left + row * kLanes + lane, kLanes, tile);
+}
+
+#if defined(MVIT_BF16_PAIRS)
+template <int R, int V>
+MVIT_INLINE void store_left(bfloat16* left, int64_t row, int64_t lane, const Vec<float> (&tile)[R][V]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      store_first(left + (row + r) * kLanes + lane + v * Vec<float>::size, tile[r][v], Vec<float>::size);
+}
+#endif
+
+template <typename P, int R, int V>
+MVIT_INLINE void store_left_and_operand(typename P::Weight* left, typename P::Operand* operand, int64_t row,
+                                        int64_t lane, const Vec<typename P::Value> (&tile)[R][V]) {
+  store_left(left, row, lane, tile);
+  if constexpr (P::kStep > 1) store_operand(operand, kLanes, row, lane, kLanes - lane, tile);
+}
+
+// A panel of values into both forms; Plain's is there already.
+template <typename P>
+MVIT_INLINE void store_left_and_operand(typename P::Weight* left, typename P::Operand* operand,
+                                        const typename P::Value* panel, int64_t channels, int64_t lanes) {
+  using T = typename P::Value;
+  if constexpr (P::kStep > 1)
+    for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size)
+      for (int64_t c = 0; c < channels; c += 2) {
+        const Vec<T> tile[2][1] = {{load(panel + c * kLanes + lane)}, {load(panel + (c + 1) * kLanes + lane)}};
+        store_left_and_operand<P>(left, operand, c, lane, tile);
+      }
+}
+
+// right's rows from the step's row `row` on = value(channels [c, c + size) of row i of the block, i, c, how many there are)
+template <typename P, typename E, typename Value>
+MVIT_INLINE void store_right(const WeightGradient<P>& gradient, int64_t row, const Rows& rows,
+                             const Block<typename P::Value>& block, const Value& value) {
+  using T = typename P::Value;
+  const E* from[kLanes];
+  tokens_of<const E>(rows).for_each(block.first, block.count, [&](const E* p, int64_t i) { from[i] = p; });
+  for (int64_t i = 0; i < block.count; i += P::kStep)
+    for (int64_t c = 0; c < gradient.columns; c += Vec<T>::size) {
+      const int width = static_cast<int>(smaller(Vec<T>::size, gradient.columns - c));
+      const auto value_of = [&](int64_t i) { return value(load_first(from[i] + c, width), i, c, width); };
+      auto* to = gradient.right + P::rows(row + i) * gradient.ld + c;
+      if constexpr (P::kStep == 1)
+        store(to, value_of(i));
+      else
+        store_first(to, value_of(i), i + 1 < block.count ? value_of(i + 1) : Vec<T>(T(0)), Vec<T>::size);
+    }
+}
+
+// The same of LN(x), by the rows' statistics.
+template <typename P, typename E>
+MVIT_INLINE void store_right_normalised(const WeightGradient<P>& gradient, int64_t row, const Rows& x,
+                                        const Block<typename P::Value>& block, const typename P::Value* mean,
+                                        const typename P::Value* rstd, const typename P::Value* weight,
+                                        const typename P::Value* bias) {
+  using T = typename P::Value;
+  store_right<P, E>(gradient, row, x, block, [&](Vec<T> v, int64_t i, int64_t c, int width) {
+    return fma((v - Vec<T>(mean[i])) * Vec<T>(rstd[i]), load_first(weight + c, width), load_first(bias + c, width));
+  });
+}
+
+// ---- gradients of weights -------------------------------------------------------------------------------------------
+
+// A tile is kTileChannels rows by up to kTileVectors vectors of dW: right's columns of a group are then 24 KB, and read
+// from L2 once for all of the tile's rows.
+constexpr int64_t kTileChannels = 48;
+
+template <typename P>
+MVIT_INLINE int64_t column_blocks(const WeightGradient<P>& gradient) {
+  return (gradient.ld / Vec<typename P::Value>::size + kTileVectors - 1) / kTileVectors;
+}
+
+template <typename P>
+MVIT_INLINE int64_t tiles_of(const WeightGradient<P>& gradient) {
+  return column_blocks(gradient) * ((gradient.rows + kTileChannels - 1) / kTileChannels);
+}
+
+// out (rows, columns), or its transpose, from a tile at (row, column)
+template <bool kTransposed, typename E, int R, int V, typename T>
+MVIT_INLINE void write_gradient(E* out, int64_t rows, int64_t columns, int64_t row, int64_t column,
+                                const Vec<T> (&tile)[R][V]) {
+  constexpr int64_t size = Vec<T>::size;
+  if constexpr (kTransposed) {
+    T panel[(R + size - 1) / size * size * V * size] = {};
+    store_tile(panel, V * size, tile);
+    write_columns(TokenRows<E>{out + row, 0, rows, INT64_MAX}, column, smaller(V * size, columns - column), R, panel,
+                  V * size);
+  } else {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        const int64_t present = smaller(size, columns - column - v * size);
+        if (present > 0)
+          store_first(out + (row + r) * columns + column + v * size, tile[r][v], static_cast<int>(present));
+      }
+  }
+}
+
+// The step's rows into a tile of dW, which the last step writes to `out`. Where `bias` is not null, it gets the sum of left
+// over all rows.
+template <typename P, typename E, bool kTransposed = false>
+MVIT_INLINE void add_weight_gradient(const WeightGradient<P>& gradient, const RowStep& step, int64_t tile_index, E* out,
+                                     typename P::Value* bias = nullptr) {
+  using T = typename P::Value;
+  constexpr int64_t size = Vec<T>::size;
+  const int64_t vectors = gradient.ld / size, blocks = column_blocks(gradient);
+  const int64_t column_block = tile_index % blocks, begin = tile_index / blocks * kTileChannels;
+  const int64_t first_vector = column_block * vectors / blocks;
+  const int64_t width = (column_block + 1) * vectors / blocks - first_vector, column = first_vector * size;
+  const int64_t count = smaller(kTileChannels, gradient.rows - begin);
+
+  for (int64_t group = 0; group < step.rows; group += kGroupRows) {
+    const int64_t end = smaller(group + kGroupRows, step.rows);
+    const bool first = step.first && group == 0, last = step.last && end == step.rows;
+    with_constant<kTileVectors>(width, [&](auto constant) {
+      constexpr int V = decltype(constant)::value;
+      in_steps<kTileRows>(count, [&](auto rows, int64_t row) {
+        constexpr int R = decltype(rows)::value;
+        Vec<T> tile[R][V];
+        clear(tile);
+        for (int64_t t = group; t < end; t += kLanes)
+          multiply_add<R, V, Operand::row_major>(
+              tile, gradient.left + t / kLanes * gradient.panel + (begin + row) * kLanes, kLanes,
+              gradient.right + P::rows(t) * gradient.ld + column, gradient.ld, P::rows(smaller(kLanes, end - t)));
+        T* sums = gradient.sums + (begin + row) * gradient.ld + column;
+        if (!first) add_tile(tile, sums, gradient.ld);
+        if (!last) return store_tile(sums, gradient.ld, tile);
+        write_gradient<kTransposed>(out, gradient.rows, gradient.columns, begin + row, column, tile);
+      });
+    });
+    if (bias == nullptr || column_block != 0) continue;
+    T sums[kTileChannels];
+    sum_lanes(sums, count, [&](int64_t row) {
+      Vec<T> sum(T(0));
+      for (int64_t t = group; t < end; t += kLanes) {
+        const auto* left = gradient.left + t / kLanes * gradient.panel + (begin + row) * kLanes;
+        sum = sum + sum_vectors<T>(round_up(smaller(kLanes, end - t), size),
+                                   [&](int64_t lane) { return load_first(left + lane, size); });
+      }
+      return sum;
+    });
+    for (int64_t row = 0; row < count; ++row) bias[begin + row] = first ? sums[row] : bias[begin + row] + sums[row];
+  }
+}
+
+// ---- gradients of vectors that each block sums up ----------------------------------------------------------------------
+
+// `vectors` vectors of `channels` sums for each block of a step.
+template <typename T>
+struct BlockSums {
+  int64_t channels, ld, vectors;
+  T* sums;
+
+  BlockSums(Pieces& pieces, int64_t channels, int64_t vectors, int64_t capacity)
+      : channels(channels), ld(round_up(channels, Vec<T>::size)), vectors(vectors) {
+    sums = pieces.take<T>(round_up(capacity, kLanes) / kLanes * vectors * ld);
+  }
+  MVIT_INLINE T* of(int64_t block, int64_t vector) const { return sums + (block * vectors + vector) * ld; }
+
+  // out += the step's sums, block by block
+  MVIT_INLINE void add_to(void* out_memory, int64_t vector, const RowStep& step) const {
+    T* out = static_cast<T*>(out_memory);
+    for (int64_t c = 0; c < channels; c += Vec<T>::size) {
+      const int width = static_cast<int>(smaller(Vec<T>::size, channels - c));
+      Vec<T> sum = step.first ? Vec<T>(T(0)) : load_first(out + c, width);
+      for (int64_t block = 0; block * kLanes < step.rows; ++block) sum = sum + load(of(block, vector) + c);
+      store_first(out + c, sum, width);
+    }
+  }
+};
+
+// ---- weights as left operands of Wᵀ · panel -----------------------------------------------------------------------------
+
+// Elements of W (rows, columns) as the left operand of Wᵀ: none where W itself serves.
+template <typename P>
+MVIT_INLINE typename P::Weight* take_transposable(Pieces& pieces, int64_t rows, int64_t columns) {
+  return P::kStep == 1 ? nullptr : pieces.template take<typename P::Weight>(rows * columns);
+}
+
+// pairs[k][c] = {W[2k][c], W[2k + 1][c]}
+template <typename P>
+MVIT_INLINE void make_transposable(typename P::Weight* pairs, const void* weight, int64_t rows, int64_t columns) {
+  const auto* w = static_cast<const typename P::Weight*>(weight);
+  if constexpr (P::kStep > 1)
+    for (int64_t k = 0; k < rows; k += 2)
+      for (int64_t c = 0; c < columns; ++c) {
+        pairs[k * columns + 2 * c] = w[k * columns + c];
+        pairs[k * columns + 2 * c + 1] = w[(k + 1) * columns + c];
+      }
+}
+
+template <typename P>
+MVIT_INLINE const typename P::Weight* transposable(const typename P::Weight* pairs, const void* weight) {
+  return P::kStep == 1 ? static_cast<const typename P::Weight*>(weight) : pairs;
+}
+
+}  // namespace MVIT_ISA
+}  // namespace mvit

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen chain as one native call: against float64 and PyTorch, whatever the sizes, threads and layouts, and what it
+leaves to the modules one by one."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import threading
+
+import _models
+import pytest
+import torch
+from _tolerance import assert_close_as_pytorch
+from torch import Tensor, nn
+
+import mvit_kernels
+from mvit_kernels import TransformerLayerWeights, cpu
+from mvit_kernels.nn import network
+from mvit_kernels.nn.frozen import (
+    Frozen,
+    FrozenConv2d,
+    FrozenInvertedResidual,
+    FrozenMobileViTBlock,
+    FrozenSequential,
+)
+
+DTYPES = (torch.float32, torch.bfloat16)
+CASES = int(os.environ.get("MVIT_KERNELS_FUZZ", "60"))
+
+
+class Draw:
+    """Frozen layers with random weights that keep the variance."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=self.generator) * std
+
+    def conv(self, inp: int, out: int, kernel: int = 1, *, stride=1, dilation=1, groups=1, act=True) -> FrozenConv2d:
+        weight = self(out, inp // groups, kernel, kernel, std=(2 / (inp // groups * kernel * kernel)) ** 0.5)
+        return FrozenConv2d(
+            weight,
+            self(out, std=0.3),
+            stride=(stride, stride),
+            padding=(dilation * (kernel // 2),) * 2,
+            dilation=(dilation, dilation),
+            groups=groups,
+            activation="silu" if act else None,
+        )
+
+    def inverted(self, inp: int, hidden: int, out: int, *, stride=1, dilation=1) -> FrozenInvertedResidual:
+        depthwise = self.conv(hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden)
+        residual = stride == 1 and inp == out
+        return FrozenInvertedResidual(self.conv(inp, hidden), depthwise, self.conv(hidden, out, act=False), residual)
+
+    def block(
+        self, inp: int, d: int, *, heads=4, head_dim=None, hidden=None, layers=2, patch=(2, 2), fusion=True,
+        input_first=True, final_norm=True, qkv_bias=True, dilation=1,
+    ) -> FrozenMobileViTBlock:  # fmt: skip
+        inner, hidden = heads * (head_dim or d // heads), hidden or 2 * d
+
+        def linear(out: int, width: int) -> tuple[Tensor, Tensor]:
+            return self(out, width, std=width**-0.5), self(out, std=0.1)
+
+        def norm() -> tuple[Tensor, Tensor]:
+            return 1 + self(d, std=0.1), self(d, std=0.1)
+
+        weights = []
+        for _ in range(layers):
+            qkv = linear(3 * inner, d)
+            parts = (*norm(), qkv[0], qkv[1] if qkv_bias else None, *linear(d, inner), *norm())
+            weights.append(TransformerLayerWeights(*parts, *linear(hidden, d), *linear(d, hidden)))
+        return FrozenMobileViTBlock(
+            downsampling=None,
+            before=(self.conv(inp, inp, 3, dilation=dilation), self.conv(inp, d, act=False)),
+            layers=weights,
+            final_norm=norm() if final_norm else None,
+            after=(self.conv(d, inp),),
+            fusion=self.conv(2 * inp, inp, 3) if fusion else None,
+            input_first=input_first,
+            num_heads=heads,
+            patch_size=patch,
+            eps=1e-5,
+        )
+
+
+def native(module: Frozen, x: Tensor) -> Tensor:
+    """The module's result, seen to come from one native call."""
+    with torch.inference_mode():
+        y = module(x)
+    assert isinstance(module.native(), network.Network), module.native()
+    assert module._network.serves(x)
+    return y
+
+
+def composed(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode(), mvit_kernels.use_backend("reference"):
+        return module(x)
+
+
+def check(module: Frozen, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tolerance rule, against the same modules one by one."""
+    module, x = copy.deepcopy(module).to(dtype), x.to(dtype)
+    ours = native(module, x)
+    truth = composed(copy.deepcopy(module).double(), x.double())
+    assert_close_as_pytorch(f"{type(module).__name__} on {tuple(x.shape)}", ours, composed(module, x), truth)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    return ours
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Unless a test sets more: threads that wait for one another beside other processes take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(16, 16), (7, 9), (1, 1), (2, 5), (33, 18)], ids=str)
+@pytest.mark.parametrize("kernel, stride, dilation", [(1, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (3, 2, 3)])
+def test_convolutions(kernel, stride, dilation, size, dtype):
+    for inp, out, act in ((3, 16, True), (24, 48, False), (17, 33, True), (64, 80, True), (4, 1, False)):
+        draw = Draw(inp)
+        conv = draw.conv(inp, out, kernel, stride=stride, dilation=dilation, act=act)
+        check(FrozenSequential(conv), draw(2, inp, *size), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(16, 16), (7, 9), (1, 3), (21, 30)], ids=str)
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_inverted_residuals(stride, dilation, size, dtype):
+    for inp, hidden, out in ((16, 32, 16), (24, 96, 48), (5, 18, 5), (3, 33, 7), (64, 256, 64)):
+        draw = Draw(hidden)
+        check(draw.inverted(inp, hidden, out, stride=stride, dilation=dilation), draw(2, inp, *size), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(inp=48, d=64),
+        dict(inp=64, d=80, layers=4),
+        dict(inp=80, d=120, layers=1),
+        dict(inp=160, d=240, layers=1),
+        dict(inp=48, d=64, head_dim=8, qkv_bias=False, final_norm=False, input_first=False),  # Kornia's
+        dict(inp=24, d=36, heads=3, hidden=50, patch=(1, 3)),
+        dict(inp=24, d=30, heads=2, patch=(4, 2)),  # a head dim of 15
+        dict(inp=16, d=20, heads=1, fusion=False),
+        dict(inp=16, d=32, dilation=2),
+        dict(inp=17, d=32),
+    ],
+    ids=str,
+)
+def test_blocks(sizes, dtype):
+    draw = Draw(sizes["d"])
+    block = draw.block(**sizes)
+    for size in ((8, 12), (7, 10), (3, 3)):  # the latter two are resized to whole patches and back
+        check(block, draw(2, sizes["inp"], *size), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("library", _models.LIBRARIES)
+def test_every_library_is_native_throughout(library, dtype):
+    model = _models.build(library)
+    x = _models.images(1, *((64, 128) if library == "kornia" else (70, 90)))
+    frozen = mvit_kernels.freeze(model, dtype=dtype)
+    assert frozen.freeze_report.left == ()
+    with torch.inference_mode():
+        ours = _models.output(frozen(x))
+    called = [part for part in frozen.modules() if getattr(part, "_network", None) is not None]
+    assert called and all(isinstance(part._network, network.Network) for part in called)
+    inside = {id(part) for outer in called for part in outer.modules()}
+    leaves = (FrozenConv2d, FrozenInvertedResidual, FrozenMobileViTBlock)
+    assert all(id(part) in inside for part in frozen.modules() if isinstance(part, leaves))
+    truth = _models.output(composed(copy.deepcopy(model).double(), x.double()))
+    assert_close_as_pytorch(library, ours, _models.output(composed(frozen, x)), truth)
+
+
+@pytest.mark.parametrize("number", range(CASES))
+def test_fuzz(number):
+    r = random.Random(number)
+    draw = Draw(number)
+    width = first = r.choice((1, 3, 8, 16, 17, 24, 48))
+    links: list[nn.Module] = []
+    for _ in range(r.randint(1, 4)):
+        kind, out = r.choice(("conv", "inverted", "block")), r.choice((5, 8, 16, 24, 33, 64))
+        stride, dilation = r.choice((1, 1, 2)), r.choice((1, 1, 2))
+        if kind == "conv":
+            kernel = r.choice((1, 3, 3))
+            stride, dilation = (1, 1) if kernel == 1 else (stride, dilation)
+            links.append(draw.conv(width, out, kernel, stride=stride, dilation=dilation, act=r.random() < 0.7))
+        elif kind == "inverted":
+            out = width if r.random() < 0.5 else out
+            links.append(draw.inverted(width, r.choice((6, 16, 40, 64)), out, stride=stride, dilation=dilation))
+        else:
+            out, heads = width, r.choice((1, 2, 4))
+            patch = r.choice(((2, 2), (1, 1), (2, 1), (3, 2)))
+            options = dict(hidden=r.choice((16, 31, 64)), layers=r.randint(1, 2), patch=patch, heads=heads)
+            flags = {name: r.random() < 0.7 for name in ("fusion", "input_first", "final_norm", "qkv_bias")}
+            links.append(draw.block(width, heads * r.choice((4, 8, 9, 20)), **options, **flags))
+        width = out
+        if r.random() < 0.2:
+            links.append(nn.Identity())
+    x = draw(r.choice((1, 2, 3)), first, r.randint(1, 20), r.randint(1, 20))
+    layout = r.choice(("contiguous", "channels_last", "sliced", "transposed"))
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = nn.functional.pad(x, (1, 2, 2, 1, 1, 1), value=42.0)[:, 1:-1, 2:-1, 1:-2]
+    elif layout == "transposed":
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    check(FrozenSequential(*links), x, r.choice(DTYPES))
+
+
+# ------------------------------------------------------------------------------------------- threads, memory, layouts
+
+
+def chain(seed: int = 0) -> tuple[FrozenSequential, Draw]:
+    draw = Draw(seed)
+    links = (
+        draw.conv(3, 16, 3, stride=2),
+        draw.inverted(16, 32, 24, stride=2),
+        draw.inverted(24, 48, 24),
+        draw.block(24, 36),
+        draw.inverted(24, 64, 32, stride=2),
+        draw.block(32, 48, patch=(2, 1)),
+        draw.conv(32, 64),
+    )
+    return FrozenSequential(*links), draw
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_the_same_bits_for_any_number_of_threads_and_any_batch(batch, dtype):
+    module, draw = chain()
+    module, x = module.to(dtype), draw(5, 3, 70, 58).to(dtype)[:batch]
+    torch.set_num_threads(1)
+    expected = native(module, x)
+    for _ in range(20):
+        assert torch.equal(native(module, x), expected)
+    for count in (2, 3, 4, 8):
+        torch.set_num_threads(count)
+        assert torch.equal(native(module, x), expected)
+        assert torch.equal(native(module, x[-1:]), expected[-1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_left_of_an_earlier_call(dtype):
+    """The workspace is kept from call to call: after one whose every value was NaN it holds nothing else."""
+    module, draw = chain()
+    module, x = module.to(dtype), draw(3, 3, 51, 66).to(dtype)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        expected = native(module, x)
+        for size in ((3, 3, 80, 96), (1, 3, 51, 66)):
+            assert native(module, torch.full(size, float("nan"), dtype=dtype)).isnan().all()
+        assert torch.equal(native(module, x), expected)
+        assert torch.equal(native(module, x[:1]), expected[:1])
+
+
+def test_inputs_of_any_layout_and_dtype():
+    module, draw = chain()
+    x = draw(2, 3, 40, 36)
+    expected = native(module, x)
+    wide = torch.full((2, 5, 50, 60), 42.0)
+    wide[:, 1:4, 3:43, 7:43] = x
+    laid_out = (
+        x.contiguous(memory_format=torch.channels_last),
+        wide[:, 1:4, 3:43, 7:43],
+        x.flip(3).contiguous().flip(3),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        x.double(),
+    )
+    for other in laid_out:
+        assert torch.equal(native(module, other), expected)
+    one = x[:1].expand(2, -1, -1, -1)
+    assert torch.equal(native(module, one)[1], expected[0])
+    rows = FrozenSequential(draw.inverted(8, 16, 8))
+    y = draw(2, 8, 9, 10)
+    assert torch.equal(native(rows, y), native(rows, y.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(native(rows, torch.cat((y, y), 1)[:, 8:]), native(rows, y))
+
+
+def test_two_python_threads_run_one_network():
+    module, draw = chain()
+    inputs = [draw(1, 3, 40, 36 + 8 * i) for i in range(3)]
+    expected = [native(module, x) for x in inputs]
+    wrong = []
+
+    def work() -> None:
+        for turn in range(30):
+            if not torch.equal(native(module, inputs[turn % 3]), expected[turn % 3]):
+                wrong.append(turn)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+# ------------------------------------------------------------------------------------------ what it leaves, and changes
+
+
+def test_what_has_no_steps_runs_module_by_module():
+    draw = Draw(0)
+    for odd_one in (
+        draw.conv(8, 8, 5),
+        draw.conv(8, 8, 3, groups=2),
+        FrozenConv2d(draw(8, 8, 3, 3), draw(8), padding=(0, 0)),
+        FrozenConv2d(draw(8, 8, 3, 1), draw(8), padding=(1, 0)),
+        FrozenConv2d(draw(8, 8, 1, 1), draw(8), stride=(2, 2)),
+        FrozenConv2d(draw(8, 8, 3, 3), draw(8), padding=(1, 1), stride=(3, 3)),
+        FrozenConv2d(draw(8, 8, 3, 3), draw(8), padding=(1, 1), stride=(2, 1)),
+    ):
+        module, x = FrozenSequential(draw.conv(3, 8, 3), odd_one), draw(1, 3, 12, 12)
+        with torch.inference_mode():
+            y = module(x)
+        assert isinstance(module._network, network.NotNative) and "kernel_size" in str(module._network)
+        assert isinstance(module[0]._network, network.Network)  # what can be native is
+        torch.testing.assert_close(y, composed(module, x), rtol=1e-4, atol=1e-5)
+
+
+def test_where_a_network_may_not_be_called():
+    module, draw = chain()
+    x = draw(1, 3, 32, 32)
+    expected = native(module, x)
+    calls = []
+    module.composed = lambda x: calls.append(1) or FrozenSequential.composed(module, x)
+    with mvit_kernels.use_backend("reference"):
+        module(x)
+    module(x.clone().requires_grad_())
+    assert module(x[:0]).shape == (0, *expected.shape[1:])
+    assert len(calls) == 3
+    with mvit_kernels.use_backend("cpu"):
+        assert torch.equal(module(x), expected)
+    assert len(calls) == 3
+
+
+def test_hooks_inside_are_called():
+    module, draw = chain()
+    x, seen = draw(1, 3, 32, 32), []
+    expected = native(module, x)
+    handles = [
+        part.register_forward_hook(lambda m, *_: seen.append(m)) for part in (module[3].fusion, module[1].expand)
+    ]
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(native(module, x), expected)
+    assert len(seen) == 2
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        with torch.inference_mode():
+            module(x)
+    finally:
+        handle.remove()
+    assert len(seen) > 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict({name: value * 1.01 for name, value in m.state_dict().items()}),
+        lambda m: m[3].load_state_dict({name: value * 1.01 for name, value in m[3].state_dict().items()}),
+        lambda m: m[1].expand.load_state_dict({name: value * 2 for name, value in m[1].expand.state_dict().items()}),
+        lambda m: m.__setitem__(2, nn.Identity()),
+        lambda m: setattr(m[0], "bias", m[0].bias + 1),
+        lambda m: m.append(Draw(9).conv(64, 64)),
+        lambda m: m.__delitem__(2),
+        lambda m: setattr(m[3], "fusion", Draw(9).conv(48, 24, 3)),
+    ],
+)
+def test_changes_are_seen(change):
+    module, draw = chain()
+    x = draw(1, 3, 32, 32)
+    before = native(module, x)
+    change(module)
+    after = native(module, x)
+    assert after.shape != before.shape or not torch.equal(after, before)
+    torch.testing.assert_close(after, composed(module, x), rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_takes_pairs_only_where_all_widths_are_even():
+    even, odd = Draw(0).conv(3, 16, 3).bfloat16(), Draw(0).conv(3, 15, 3).bfloat16()
+    pairs = cpu.multiplies_bf16_pairs()
+    for conv, expected in ((even, pairs), (odd, False)):
+        native(conv, torch.zeros(1, 3, 8, 8))
+        assert bool(conv._network.program[1]) is expected
+
+
+def test_the_library_checks_a_program_for_itself():
+    module, draw = chain()
+    x = draw(1, 3, 32, 32)
+    native(module, x)
+    weights, program = module._network.weights, module._network.program
+    call = torch.ops.mvit_kernels.network.cpu
+    changes = {0: "no program of version", 3: "ends in the middle"}
+    for word, says in changes.items():
+        wrong = program.clone()
+        wrong[word] += 1
+        with pytest.raises(RuntimeError, match=says):
+            call(x, weights, wrong)
+    with pytest.raises(RuntimeError, match="3, H, W"):
+        call(x[:, :2], weights, program)
+    with pytest.raises(RuntimeError, match="float32 or bfloat16"):
+        call(x.double(), weights, program)
