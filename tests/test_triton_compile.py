@@ -18,9 +18,6 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if backend.INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1: kernels are not compiled in this process", allow_module_level=True)
 
-# (kernel, dtype, arch) -> bytes of stack that are put up with, and why.
-SPILLS: dict[tuple[str, str, int], int] = {}
-
 
 def _committed():
     with TABLE.open(newline="") as file:
@@ -34,8 +31,7 @@ COMMITTED = _committed()
 def judge(row):
     """The rules that every compiled kernel keeps."""
     name = f"{row['kernel']} {row['dtype']} on sm_{row['arch']}: {row['tile']}"
-    allowed = SPILLS.get((row["kernel"], row["dtype"], row["arch"]), 0)
-    assert row["stack"] <= allowed, f"{name} spills: {row['stack']} bytes of stack"
+    assert row["stack"] == 0, f"{name} spills: {row['stack']} bytes of stack"
     assert row["shared"] <= SHARED_LIMIT[row["arch"]], f"{name} does not launch: {row['shared']} bytes of shared memory"
     if row["kernel"].endswith("_sum_parts"):
         return
