@@ -251,10 +251,11 @@ def call(operator: str, tensors: Tensors, settings: dict[str, Any], path: str) -
             return raw(operator, "reference")(*arguments)
         needs_grad = any(t is not None and t.requires_grad for t in tensors.values())
         return importlib.import_module(f"mvit_kernels.ops.{operator}").apply("reference", needs_grad, *arguments)
-    there = device_of(path)
-    moved = {name: None if t is None else t.to(there) for name, t in tensors.items()}
-    out = getattr(mvit_kernels, operator)(**structured(operator, moved), **settings, backend=path)
-    return out.to(next(iter(tensors.values())).device)
+    away = device_of(path) != "cpu" and all(t is None or t.device.type == "cpu" for t in tensors.values())
+    if away:
+        tensors = {name: None if t is None else t.to(device_of(path)) for name, t in tensors.items()}
+    out = getattr(mvit_kernels, operator)(**structured(operator, tensors), **settings, backend=path)
+    return out.cpu() if away else out
 
 
 def call_raw(operator: str, backend: str, tensors: Tensors, settings: dict[str, Any]) -> tuple[Tensor, ...]:
