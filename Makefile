@@ -16,12 +16,14 @@ PY := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint format build setup clean
+.PHONY: help demo test test-interpreted gate sanitize lint format build setup clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and what was gained'
 	@echo 'make test     lint, build, and run the whole test suite'
 	@echo 'make sanitize the C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in its interpreter (minutes)'
+	@echo 'make gate     compile every Triton kernel for every architecture anew: tests/data/triton_gate.csv (minutes)'
 	@echo 'make lint     ruff: rules and format;  make format  repairs both'
 	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error where something is missing'
 	@echo 'make setup    create $(VENV) and install everything as pinned in constraints.txt'
@@ -46,6 +48,13 @@ sanitize: setup
 	@MVIT_KERNELS_SANITIZE=1 MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace
 	@$(PY) tests/_sanitized.py
 	@$(PY) tests/_sanitized.py pytest $(PYTEST_ARGS)
+
+test-interpreted: setup
+	@TRITON_INTERPRET=1 $(PY) -m pytest -q tests/_interpreted.py tests/test_linear_residual.py tests/test_layer_norm_linear.py \
+		tests/test_layer_norm_mlp.py tests/test_patch_attention.py -k "triton or interpreted" $(PYTEST_ARGS)
+
+gate: setup
+	@TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) tests/_triton_gate.py
 
 build: setup
 	@MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace

@@ -194,6 +194,7 @@ def _log_once(message: str) -> None:
         logger.info(message)
 
 
-from . import cpu  # noqa: E402  (it judges the `Call` defined above)
+from . import cpu, triton  # noqa: E402  (they judge the `Call` defined above)
 
 _MODULES["cpu"] = cpu
+_MODULES["triton"] = triton

@@ -177,17 +177,24 @@ def lay_out_all(tensors: Tensors, layout: str) -> dict[str, tuple[Tensor | None,
 # ------------------------------------------------------------------------------------------------------------- calls
 
 
-def paths(operator: str) -> list[str]:
-    """The ways to the operator that can run here."""
+def paths(operator: str, dtype: str | None = None) -> list[str]:
+    """The ways to the operator that can run here, and take `dtype` if given."""
     found = ["reference", "raw"]
     for backend in BACKENDS[1:]:
         if operator in backends.operators(backend) and not backends.unavailable(backend, device_of(backend)):
-            found.append(backend)
+            if takes(backend, dtype):
+                found.append(backend)
     return found
 
 
+def takes(path: str, dtype: str | None) -> bool:
+    """Whether the backend has kernels for `dtype` (a name) at all; the reference has."""
+    return dtype is None or path in ("reference", "raw") or getattr(torch, dtype) in backends._MODULES[path].DTYPES
+
+
 def device_of(path: str) -> str:
-    return "cuda" if path in ("triton", "cuda") else "cpu"
+    """Where the path's tensors are: its backend's DEVICE_TYPE, and the CPU for those that have none."""
+    return getattr(backends._MODULES.get(path), "DEVICE_TYPE", "cpu")
 
 
 def resolved(operator: str, tensors: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +240,8 @@ def backward_arguments(
 
 
 def call(operator: str, tensors: Tensors, settings: dict[str, Any], path: str) -> Tensor:
-    """The operator's result by `path`, by the ``oracle`` or the ``usual`` way."""
+    """The operator's result by `path`, by the ``oracle`` or the ``usual`` way. CPU tensors are taken where the path
+    runs, and the result brought back."""
     if path in ("oracle", "usual"):
         function = getattr(_oracle if path == "oracle" else _usual, operator)
         return function(**structured(operator, tensors), **resolved(operator, tensors, settings))
@@ -243,7 +251,17 @@ def call(operator: str, tensors: Tensors, settings: dict[str, Any], path: str) -
             return raw(operator, "reference")(*arguments)
         needs_grad = any(t is not None and t.requires_grad for t in tensors.values())
         return importlib.import_module(f"mvit_kernels.ops.{operator}").apply("reference", needs_grad, *arguments)
-    return getattr(mvit_kernels, operator)(**structured(operator, tensors), **settings, backend=path)
+    away = device_of(path) != "cpu" and all(t is None or t.device.type == "cpu" for t in tensors.values())
+    if away:
+        tensors = {name: None if t is None else t.to(device_of(path)) for name, t in tensors.items()}
+    out = getattr(mvit_kernels, operator)(**structured(operator, tensors), **settings, backend=path)
+    return out.cpu() if away else out
+
+
+def call_raw(operator: str, backend: str, tensors: Tensors, settings: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The results of the raw forward operator for CPU tensors, taken where it runs and brought back."""
+    moved = {name: None if t is None else t.to(device_of(backend)) for name, t in tensors.items()}
+    return tuple(t.cpu() for t in raw(operator, backend)(*raw_arguments(operator, moved, settings)))
 
 
 def evaluate(

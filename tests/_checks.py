@@ -37,6 +37,7 @@ from _tolerance import assert_close_over_draws
 from torch import Tensor
 
 import mvit_kernels
+from mvit_kernels import triton
 from mvit_kernels._library import BACKENDS, raw
 
 THREADS = 2
@@ -189,6 +190,8 @@ def check_same_bits(operator: str, sizes: dict[str, Any], path: str, runs: int =
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, torch.float32, device=device_of(path))
     gradients = operator in DIFFERENTIABLE or path == "reference"
+    if triton.INTERPRETED:
+        runs = 2  # one program after the other, and slowly
     with threads_of(path):
         first = evaluate(lambda t: call(operator, t, settings, path), tensors, gradients)
         for _ in range(runs - 1):

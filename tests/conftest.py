@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvit_kernels import _third_party
+from mvit_kernels import _third_party, triton
 from mvit_kernels.__main__ import main
 from mvit_kernels.nn import MobileViT
 
@@ -23,6 +23,13 @@ _third_party.prepare_torchvision()
 # The shapes are small; what is about threads sets their number itself.
 torch.set_num_threads(1)
 
+
+if (
+    triton.INTERPRETED
+):  # TRITON_INTERPRET=1: the Triton backend serves CPU tensors, and is a path of the operators' tests
+    import _interpreter
+
+    _interpreter.repair()
 
 # The command line, for the files that run it.
 

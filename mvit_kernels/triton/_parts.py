@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the attention kernels share: where tokens lie, and head rows in one or two parts of columns.
+
+Tiles are powers of two wide, heads of MobileViT-S 36, 48 and 60. A head of 36 or 48 is held as 32 + 16 columns and not
+as 64: a quarter less work, and on compute capability 8.0 what keeps backward from spilling. Others are one part.
+"""
+
+import functools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import ceil_div, next_power_of_2
+
+
+class Geometry(NamedTuple):
+    """The kernels' constants: of a head, the patch, the patches down and across, and the map's strides. As constants
+    they tell the compiler how addresses are aligned; with a run-time stride every load would be of one element."""
+
+    heads: int
+    head_dim: int
+    PH: int
+    PW: int
+    NH: int
+    NW: int
+    SB: int  # elements from an image to the next, from a row of the map, and from a token
+    SH: int
+    SW: int
+    WIDE: bool  # offsets inside one image need 64 bits
+
+
+def geometry(qkv: Tensor, num_heads: int, PH: int, PW: int) -> Geometry:
+    _, H, W, channels = qkv.shape
+    SB, SH, SW = qkv.stride()[:3]
+    wide = (H - 1) * abs(SH) + (W - 1) * abs(SW) + channels >= 2**31 or H * W * channels >= 2**31
+    return Geometry(num_heads, channels // (3 * num_heads), PH, PW, H // PH, W // PW, SB, SH, SW, wide)
+
+
+@functools.cache
+def parts_of(head_dim: int) -> tuple[int, int]:
+    """The powers of two, from 16 on, that cover a head's columns; the second is 0 where one does.
+
+    Example:
+        >>> parts_of(36), parts_of(60), parts_of(20), parts_of(72)
+        ((32, 16), (64, 0), (32, 0), (64, 16))
+    """
+    padded = ceil_div(head_dim, 16) * 16
+    first = next_power_of_2(padded + 1) // 2
+    rest = padded - first
+    second = next_power_of_2(rest) if rest else 0
+    return (2 * first, 0) if second == first else (first, second)
+
+
+@triton.jit
+def steps_of(n, NW: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, WIDE: tl.constexpr):
+    """How far the tokens n of a sequence lie from its first."""
+    if WIDE:
+        n = n.to(tl.int64)
+    return (n // NW) * STEP_H + (n % NW) * STEP_W
+
+
+@triton.jit
+def _load_part(base, steps, n, N, columns, D: tl.constexpr, CHECK_N: tl.constexpr, CHECK_D: tl.constexpr):
+    pointers = base + steps[:, None] + columns[None, :]
+    if CHECK_N and CHECK_D:
+        return tl.load(pointers, mask=(n < N)[:, None] & (columns < D)[None, :], other=0.0)
+    elif CHECK_N:
+        return tl.load(pointers, mask=(n < N)[:, None], other=0.0)
+    elif CHECK_D:
+        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load_parts(base, steps, n, N, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CHECK_N: tl.constexpr):
+    """Rows of D elements of the tokens n, one or two parts; 0 outside."""
+    parts = (_load_part(base, steps, n, N, tl.arange(0, D0), D, CHECK_N, D0 > D),)
+    if D1 > 0:
+        parts = parts + (_load_part(base, steps, n, N, D0 + tl.arange(0, D1), D, CHECK_N, D0 + D1 > D),)
+    return parts
+
+
+@triton.jit
+def _store_part(base, tile, steps, n, N, columns, D: tl.constexpr, CHECK_N: tl.constexpr, CHECK_D: tl.constexpr):
+    pointers = base + steps[:, None] + columns[None, :]
+    tile = tile.to(base.dtype.element_ty)
+    if CHECK_N and CHECK_D:
+        tl.store(pointers, tile, mask=(n < N)[:, None] & (columns < D)[None, :])
+    elif CHECK_N:
+        tl.store(pointers, tile, mask=(n < N)[:, None])
+    elif CHECK_D:
+        tl.store(pointers, tile, mask=(columns < D)[None, :])
+    else:
+        tl.store(pointers, tile)
+
+
+@triton.jit
+def store_parts(base, parts, steps, n, N, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CHECK_N: tl.constexpr):
+    """`load_parts`' opposite, rounding to the type of `base`."""
+    _store_part(base, parts[0], steps, n, N, tl.arange(0, D0), D, CHECK_N, D0 > D)
+    if D1 > 0:
+        _store_part(base, parts[1], steps, n, N, D0 + tl.arange(0, D1), D, CHECK_N, D0 + D1 > D)
+
+
+@triton.jit
+def zero_parts(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    parts = (tl.zeros([ROWS, D0], tl.float32),)
+    if D1 > 0:
+        parts = parts + (tl.zeros([ROWS, D1], tl.float32),)
+    return parts
+
+
+@triton.jit
+def product(a, b, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """a bᵀ, rows by rows."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    if D1 > 0:
+        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def weigh(p, rows, sums, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + p · rows, part by part."""
+    results = (tl.dot(p, rows[0], sums[0], input_precision=PRECISION),)
+    if D1 > 0:
+        results = results + (tl.dot(p, rows[1], sums[1], input_precision=PRECISION),)
+    return results
+
+
+@triton.jit
+def row_dots(a, b, D1: tl.constexpr):
+    """The inner products of the rows of a with those of b."""
+    dots = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), axis=1)
+    if D1 > 0:
+        dots += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), axis=1)
+    return dots

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``layer_norm_linear`` in Triton: rows are normalised in registers, and are a product's operand there.
+
+Backward computes the rows before the activation once more (the same kernel), then what a linear layer and a LayerNorm
+need (`_gradients`).
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _rows
+from ._gradients import Norm, Product, norm_backward, weight_gradients
+from ._launch import Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
+
+OP = "layer_norm_linear"
+
+
+@triton.jit(do_not_specialize=["M"])
+def _normed_product(
+    x,
+    norm_weight,
+    norm_bias,
+    weight,
+    bias,
+    grad_out,
+    out,
+    mean,
+    rstd,
+    M,
+    eps,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    KC: tl.constexpr,
+    NC: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    SILU: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = act(LN(x) Wᵀ + b), and mean and rstd; or, with grad_out and from mean and rstd, the gradient before SiLU.
+
+    RESIDENT keeps the normalised rows in registers for all tiles of columns; else they are read again for each, chunk
+    by chunk. The columns are shared out among the programs of the grid's second axis.
+    """
+    first_row = tl.program_id(0) * BM
+    offset = first_row.to(tl.int64)
+    rows, end = tl.arange(0, BM), M - first_row
+    x += offset * K
+    if RESIDENT:
+        chunks = _rows.load_rows(x, rows, end, K, KC, NC)
+    if grad_out is not None:
+        mu = tl.load(mean + offset + rows, mask=rows < end, other=0.0)
+        sigma = tl.load(rstd + offset + rows, mask=rows < end, other=0.0)
+    else:
+        if RESIDENT:
+            mu, sigma = _rows.statistics(chunks, eps, K, KC, NC)
+        else:
+            mu, sigma = _rows.statistics_of_long_rows(x, rows, end, eps, K, KC, BM)
+        if tl.program_id(1) == 0:
+            tl.store(mean + offset + rows, mu, mask=rows < end)
+            tl.store(rstd + offset + rows, sigma, mask=rows < end)
+    if RESIDENT:
+        operands = _rows.normalized_rows(chunks, mu, sigma, norm_weight, norm_bias, K, KC, NC)
+    for n in range(tl.program_id(1) * BN, N, tl.num_programs(1) * BN):
+        columns = n + tl.arange(0, BN)
+        y = tl.zeros([BM, BN], tl.float32)
+        if RESIDENT:
+            for c in tl.static_range(NC):
+                ks = c * KC + tl.arange(0, KC)
+                w = _rows.load(weight, ks, columns, K, N, 1, K, (c + 1) * KC > K, N % BN != 0)
+                y = tl.dot(operands[c], w, y, input_precision=PRECISION)
+        else:
+            for k in range(0, K, KC):
+                ks = k + tl.arange(0, KC)
+                chunk = _rows.load(x, rows, ks, end, K, K, 1, True, K % KC != 0)
+                operand = _rows.normalized(chunk, mu, sigma, norm_weight, norm_bias, ks, K, K % KC != 0)
+                w = _rows.load(weight, ks, columns, K, N, 1, K, K % KC != 0, N % BN != 0)
+                y = tl.dot(operand, w, y, input_precision=PRECISION)
+        if bias is not None:
+            y += _rows.load_vector(bias, columns, N, N % BN != 0)[None, :]
+        if grad_out is not None:
+            grad = _rows.load(grad_out + offset * N, rows, columns, end, N, N, 1, True, N % BN != 0)
+            y = _rows.silu_backward(grad.to(tl.float32), y)
+        elif SILU:
+            y = y * _rows.sigmoid(y)
+        _rows.store(out + offset * N, y, rows, columns, end, N, N, N % BN != 0)
+
+
+# By kind: rows, columns, widest chunk of k, warps, stages; RESIDENT up to this width.
+_TILES = {
+    "half": (64, 64, 64, 4, 2, 256),
+    "tf32": (64, 64, 32, 4, 2, 0),
+    "ieee": (32, 32, 16, 4, 2, 0),  # chunks of 32 spill 8 to 24 bytes
+}
+_PROGRAMS = 264  # two for each SM of a large GPU: with fewer row tiles, columns are shared out
+
+
+@lru_cache(maxsize=4096)
+def _plan(device, dtype, norm_dtype, kind, arch, K, N, bias, activation, backward):
+    BM, BN, widest, warps, stages, resident = _TILES[kind]
+    BN = min(BN, max(next_power_of_2(N), 16))
+    KC, NC = chunked(K, widest if K <= resident else min(widest, 32))
+    if K > 192 and kind == "half" and is_small(arch):
+        stages = 1  # two take 104 KB of shared memory, and 8.6, 8.9 and 12.0 have 99
+    constants = (K, N, BM, BN, KC, NC, K <= resident, activation == "silu", "ieee" if kind == "ieee" else "tf32")
+    return Plan(_normed_product, constants, num_warps=warps, num_stages=stages), BM, ceil_div(N, BN)
+
+
+def _launch(x, norm_weight, norm_bias, weight, bias, grad_out, out, mean, rstd, eps, activation) -> None:
+    (N, K), rows = weight.shape, mean.numel()
+    if not rows:
+        return
+    plan, BM, tiles = _plan(
+        x.get_device(),
+        x.dtype,
+        norm_weight.dtype,
+        kind_of(x.dtype),
+        architecture(x),
+        K,
+        N,
+        bias is not None,
+        activation,
+        grad_out is not None,
+    )
+    blocks = ceil_div(rows, BM)
+    shares = min(tiles, max(_PROGRAMS // blocks, 1))
+    plan((blocks, shares), (x, norm_weight, norm_bias, weight, bias, grad_out, out, mean, rstd), (rows, eps))
+
+
+@register(OP)
+def forward(x, norm_weight, norm_bias, weight, bias, eps, activation):
+    x, norm_weight, norm_bias, weight, bias = dense(x, norm_weight, norm_bias, weight, bias)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    _launch(x, norm_weight, norm_bias, weight, bias, None, out, mean, rstd, eps, activation)
+    return out, mean, rstd
+
+
+@register(f"{OP}_backward")
+def backward(grad_out, x, mean, rstd, norm_weight, norm_bias, weight, bias, activation):
+    grad, x, norm_weight, norm_bias, weight, bias = dense(grad_out, x, norm_weight, norm_bias, weight, bias)
+    if activation:
+        before = torch.empty_like(grad)
+        _launch(x, norm_weight, norm_bias, weight, bias, grad, before, mean, rstd, 0.0, activation)
+        grad = before
+    grad_x, grad_norm_weight, grad_norm_bias, grad_weight = (
+        torch.empty_like(t) for t in (x, norm_weight, norm_bias, weight)
+    )
+    grad_bias = weight.new_empty(weight.shape[:1])
+    norm_backward(grad, weight, x, mean, rstd, norm_weight, None, grad_x)
+    norm = Norm(mean, rstd, norm_weight, norm_bias, weight, grad_norm_weight, grad_norm_bias)
+    weight_gradients(mean.numel(), Product(grad, x, grad_weight, grad_bias, norm))
+    return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias

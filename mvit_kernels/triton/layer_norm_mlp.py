@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``layer_norm_mlp`` in Triton: one kernel forward, the hidden activations a chunk at a time and never in memory.
+
+Backward writes them and their gradients once: with both products of the weights' gradients in the same program,
+accumulators of 2 · chunk · d spill kilobytes at every tile from d = 144 on. The rest is a linear layer after a
+LayerNorm and one without (`_gradients`).
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _rows
+from ._gradients import Norm, Product, norm_backward, weight_gradients
+from ._launch import Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
+
+OP = "layer_norm_mlp"
+
+
+@triton.jit(do_not_specialize=["M"])
+def _mlp(
+    x,
+    norm_weight,
+    norm_bias,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    out,
+    mean,
+    rstd,
+    M,
+    eps,
+    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BH: tl.constexpr,
+    KC: tl.constexpr,
+    NC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = x + fc2(silu(fc1(LN(x)))): fc1's accumulator, through SiLU, is fc2's operand."""
+    first_row = tl.program_id(0) * BM
+    offset = first_row.to(tl.int64)
+    rows, end = tl.arange(0, BM), M - first_row
+    x += offset * K
+    chunks = _rows.load_rows(x, rows, end, K, KC, NC)
+    mu, sigma = _rows.statistics(chunks, eps, K, KC, NC)
+    tl.store(mean + offset + rows, mu, mask=rows < end)
+    tl.store(rstd + offset + rows, sigma, mask=rows < end)
+    operands = _rows.normalized_rows(chunks, mu, sigma, norm_weight, norm_bias, K, KC, NC)
+    CHECK_H: tl.constexpr = HIDDEN % BH != 0
+    accumulators = _rows.zero_rows(BM, KC, NC)
+    for h in range(0, HIDDEN, BH):
+        hs = h + tl.arange(0, BH)
+        hidden = tl.zeros([BM, BH], tl.float32)
+        for c in tl.static_range(NC):
+            ks = c * KC + tl.arange(0, KC)
+            w = _rows.load(fc1_weight, ks, hs, K, HIDDEN, 1, K, (c + 1) * KC > K, CHECK_H)
+            hidden = tl.dot(operands[c], w, hidden, input_precision=PRECISION)
+        hidden += _rows.load_vector(fc1_bias, hs, HIDDEN, CHECK_H)[None, :]
+        active = (hidden * _rows.sigmoid(hidden)).to(x.dtype.element_ty)
+        updated = ()
+        for c in tl.static_range(NC):
+            ks = c * KC + tl.arange(0, KC)
+            w = _rows.load(fc2_weight, hs, ks, HIDDEN, K, 1, HIDDEN, CHECK_H, (c + 1) * KC > K)
+            updated = updated + (tl.dot(active, w, accumulators[c], input_precision=PRECISION),)
+        accumulators = updated
+    for c in tl.static_range(NC):
+        columns = c * KC + tl.arange(0, KC)
+        y = accumulators[c] + _rows.load_vector(fc2_bias, columns, K, (c + 1) * KC > K)[None, :]
+        y += _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32)
+        _rows.store(out + offset * K, y, rows, columns, end, K, K, (c + 1) * KC > K)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _hidden(
+    grad_out,
+    x,
+    mean,
+    rstd,
+    norm_weight,
+    norm_bias,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    hidden,
+    grad_hidden,
+    M,
+    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BH: tl.constexpr,
+    KC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """hidden = silu(t) and grad_hidden, the gradient of t = fc1(LN(x)), tile by tile."""
+    first_row = tl.program_id(0) * BM
+    offset = first_row.to(tl.int64)
+    rows, end = tl.arange(0, BM), M - first_row
+    x += offset * K
+    grad_out += offset * K
+    mu = tl.load(mean + offset + rows, mask=rows < end, other=0.0)
+    sigma = tl.load(rstd + offset + rows, mask=rows < end, other=0.0)
+    hs = tl.program_id(1) * BH + tl.arange(0, BH)
+    CHECK_K: tl.constexpr = K % KC != 0
+    CHECK_H: tl.constexpr = HIDDEN % BH != 0
+    t = tl.zeros([BM, BH], tl.float32)
+    grad = tl.zeros([BM, BH], tl.float32)
+    for k in range(0, K, KC):
+        ks = k + tl.arange(0, KC)
+        chunk = _rows.load(x, rows, ks, end, K, K, 1, True, CHECK_K)
+        operand = _rows.normalized(chunk, mu, sigma, norm_weight, norm_bias, ks, K, CHECK_K)
+        w1 = _rows.load(fc1_weight, ks, hs, K, HIDDEN, 1, K, CHECK_K, CHECK_H)
+        t = tl.dot(operand, w1, t, input_precision=PRECISION)
+        g = _rows.load(grad_out, rows, ks, end, K, K, 1, True, CHECK_K)
+        w2 = _rows.load(fc2_weight, ks, hs, K, HIDDEN, HIDDEN, 1, CHECK_K, CHECK_H)
+        grad = tl.dot(g, w2, grad, input_precision=PRECISION)
+    t += _rows.load_vector(fc1_bias, hs, HIDDEN, CHECK_H)[None, :]
+    _rows.store(hidden + offset * HIDDEN, t * _rows.sigmoid(t), rows, hs, end, HIDDEN, HIDDEN, CHECK_H)
+    _rows.store(grad_hidden + offset * HIDDEN, _rows.silu_backward(grad, t), rows, hs, end, HIDDEN, HIDDEN, CHECK_H)
+
+
+# By kind: rows, hidden chunk, widest chunk of columns, warps, stages.
+_TILES = {
+    "half": (64, 32, 64, 8, 2),
+    "tf32": (32, 16, 64, 8, 2),
+    "ieee": (16, 16, 64, 8, 1),
+}
+_TILE_WIDE = (16, 16, 64, 8, 1)  # of more than 256 columns
+_TILE_240 = (32, 32, 64, 8, 2)  # 64 rows of 256 columns spill 112 bytes where products are mma.sync's
+# By kind: rows, hidden columns, k step, warps, stages.
+_HIDDEN_TILES = {
+    "half": (64, 64, 16, 4, 2),
+    "tf32": (64, 32, 16, 4, 2),
+    "ieee": (32, 16, 16, 4, 1),  # 32 columns spill 16 bytes
+}
+
+
+@lru_cache(maxsize=4096)
+def _plan(device, dtype, norm_dtype, kind, arch, K, HIDDEN):
+    BM, BH, widest, warps, stages = _TILES[kind]
+    if K > 256:
+        BM, BH, widest, warps, stages = _TILE_WIDE
+    elif K > 192 and kind == "half" and is_small(arch):
+        BM, BH, widest, warps, stages = _TILE_240
+    constants = (K, HIDDEN, BM, BH, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32")
+    return Plan(_mlp, constants, num_warps=warps, num_stages=stages), BM
+
+
+@lru_cache(maxsize=4096)
+def _hidden_plan(device, dtype, norm_dtype, kind, arch, K, HIDDEN):
+    BM, BH, KC, warps, stages = _HIDDEN_TILES[kind]
+    BH = min(BH, max(next_power_of_2(HIDDEN), 16))
+    plan = Plan(
+        _hidden, (K, HIDDEN, BM, BH, KC, "ieee" if kind == "ieee" else "tf32"), num_warps=warps, num_stages=stages
+    )
+    return plan, BM, ceil_div(HIDDEN, BH)
+
+
+def _key(x, norm_weight, fc1_weight):
+    return x.get_device(), x.dtype, norm_weight.dtype, kind_of(x.dtype), architecture(x), *reversed(fc1_weight.shape)
+
+
+@register(OP)
+def forward(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
+    inputs = dense(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    x = inputs[0]
+    out = torch.empty_like(x)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if rows := mean.numel():
+        plan, BM = _plan(*_key(x, norm_weight, fc1_weight))
+        plan((ceil_div(rows, BM),), (*inputs, out, mean, rstd), (rows, eps))
+    return out, mean, rstd
+
+
+@register(f"{OP}_backward")
+def backward(grad_out, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight):
+    grad_out, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight = dense(
+        grad_out, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight
+    )
+    rows = mean.numel()
+    hidden = x.new_empty((rows, fc1_weight.shape[0]))
+    grad_hidden = torch.empty_like(hidden)
+    if rows:
+        plan, BM, tiles = _hidden_plan(*_key(x, norm_weight, fc1_weight))
+        inputs = (grad_out, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
+        plan((ceil_div(rows, BM), tiles), (*inputs, hidden, grad_hidden), (rows,))
+    grad_x, grad_norm_weight, grad_norm_bias, grad_fc1_weight, grad_fc1_bias, grad_fc2_weight = (
+        torch.empty_like(t) for t in (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
+    )
+    grad_fc2_bias = fc2_weight.new_empty(fc2_weight.shape[:1])
+    norm_backward(grad_hidden, fc1_weight, x, mean, rstd, norm_weight, grad_out, grad_x)
+    norm = Norm(mean, rstd, norm_weight, norm_bias, fc1_weight, grad_norm_weight, grad_norm_bias)
+    weight_gradients(
+        rows,
+        Product(grad_hidden, x, grad_fc1_weight, grad_fc1_bias, norm),
+        Product(grad_out, hidden, grad_fc2_weight, grad_fc2_bias),
+    )
+    return (
+        grad_x,
+        grad_norm_weight,
+        grad_norm_bias,
+        grad_fc1_weight,
+        grad_fc1_bias,
+        grad_fc2_weight,
+        grad_fc2_bias,
+    )

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's interpreter, made right where it is not: bfloat16, and TF32.
+
+As it comes, ``tl.dot`` multiplies bfloat16's bit patterns as if they were integers, other arithmetic on them does so
+too, and float32 → bfloat16 cuts off instead of rounding to nearest even; TF32 products are float32's. Here bfloat16
+operands of a product become float32 first, conversions round as the GPU's do, and TF32 operands lose their last
+thirteen bits as there.
+"""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _rounded(values: np.ndarray, dropped: int) -> np.ndarray:
+    """float32 bit patterns rounded to nearest even at bit `dropped`; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    half = np.uint32((1 << (dropped - 1)) - 1)
+    rounded = bits + half + ((bits >> np.uint32(dropped)) & np.uint32(1))
+    quiet = bits | np.uint32(1 << 22)
+    return np.where(np.isnan(values), quiet, rounded) & np.uint32(0xFFFFFFFF << dropped & 0xFFFFFFFF)
+
+
+def _operand(handle, input_precision) -> np.ndarray:
+    if handle.dtype.scalar == tl.bfloat16:
+        return _to_float32(handle.data)
+    if handle.dtype.scalar == tl.float32 and "TF32" in str(input_precision) and "x3" not in str(input_precision):
+        return _rounded(handle.data, 13).view(np.float32)
+    return handle.data
+
+
+def repair() -> None:
+    """Patch the interpreter, for this process."""
+    builder = interpreter.InterpreterBuilder
+    original_cast, original_binary = builder.cast_impl, builder.binary_op
+
+    def cast_impl(self, src, dst_type):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target != tl.bfloat16:
+            src = interpreter.TensorHandle(_to_float32(src.data), tl.float32)
+            return src if target == tl.float32 else original_cast(self, src, dst_type)
+        if target == tl.bfloat16 and source != tl.bfloat16:
+            values = src.data.astype(np.float32)
+            return interpreter.TensorHandle((_rounded(values, 16) >> np.uint32(16)).astype(np.uint16), tl.bfloat16)
+        return original_cast(self, src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        return cast_impl(self, src, dst_type)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = np.matmul(_operand(a, input_precision), _operand(b, input_precision), dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def binary_op(self, lhs, rhs, op):
+        assert tl.bfloat16 not in (lhs.dtype.scalar, rhs.dtype.scalar), "bfloat16 arithmetic: convert to float32 first"
+        return original_binary(self, lhs, rhs, op)
+
+    builder.cast_impl, builder.create_dot, builder.binary_op = cast_impl, create_dot, binary_op
+    builder.create_fp_to_fp = create_fp_to_fp
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(builder, name, cast_impl)
