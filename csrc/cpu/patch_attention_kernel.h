@@ -7,6 +7,7 @@
 // dKᵀ) then waste no lane; only dQ has the head dimension there.
 #pragma once
 
+#include "exponential.h"
 #include "microkernel.h"
 #include "panels.h"
 #include "patch_attention.h"

@@ -8,6 +8,7 @@
 // An 8 × 2 tile of this reads 2 bytes of weights a cycle; on Zen 4 it runs at 99 % of the FMA rate at every width.
 #pragma once
 
+#include "exponential.h"
 #include "microkernel.h"
 #include "token_rows.h"
 
