@@ -74,6 +74,9 @@ def import_onnxruntime() -> ModuleType:
 
 def import_openvino() -> ModuleType:
     """OpenVINO, or an ImportError that says what to install."""
+    # Its converter reports each use over the network, from a process that it forks, which may crash beside torch's
+    # threads. Without the package it reports nothing.
+    sys.modules.setdefault("openvino_telemetry", None)
     return _import("openvino", extra="peers", through_torchvision=False)
 
 
