@@ -45,8 +45,7 @@ test: lint build
 	@$(PY) -m pytest -q $(PYTEST_ARGS)
 
 sanitize: setup
-	@MVIT_KERNELS_SANITIZE=1 MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace
-	@$(PY) tests/_sanitized.py
+	@$(PY) -m pytest -q tests/_under_sanitizers.py
 	@$(PY) tests/_sanitized.py pytest $(PYTEST_ARGS)
 
 test-interpreted: setup

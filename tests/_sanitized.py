@@ -6,7 +6,8 @@
 
 Both need the library that ``MVIT_KERNELS_SANITIZE=1 python setup.py build_native --inplace`` leaves in
 ``build/sanitized``, and start processes of their own on it. An error ends such a process with the sanitizer's report.
-`make sanitize` runs both, `make test` the first.
+`make sanitize` runs both; `make test` has no time for
+a second build of the library.
 
 PyTorch's own memory comes from malloc, which AddressSanitizer replaces: a kernel that reads or writes beside a tensor
 is seen, and so is one beside its scratch memory, which is of the exact size in this build (csrc/cpu/tensors.h). Not

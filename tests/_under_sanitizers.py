@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer; `make sanitize` runs more of it."""
+"""The C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize` runs this, and more."""
 
 import os
 import subprocess
