@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything that a kernel asks of the GPU. No other file of csrc/cuda names PTX, an intrinsic, a built-in variable or
+// shared memory, so that the same source runs on the CPU: with MVIT_EMULATED, tests/emulation/simt.h gives these names
+// their meaning there, with a race check and a thread schedule drawn from a seed.
+//
+// What a kernel must keep to: one-dimensional blocks of whole warps; no thread leaves before the others; collectives
+// (mma, ldmatrix, shuffle, sync_warp) are called by all 32 lanes; shared memory is reached through the functions below.
+#pragma once
+
+#include <cstdint>
+
+namespace mvit {
+
+// Sixteen-bit floats travel as raw bits; two share a 32-bit register, the lower half the element that comes first.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Eight and sixteen bytes that are moved as one.
+struct alignas(8) Words2 {
+  uint32_t x, y;
+};
+struct alignas(16) Words4 {
+  uint32_t x, y, z, w;
+};
+
+using Shared = uint32_t;  // a place in the block's shared memory: bytes from its begin
+
+}  // namespace mvit
+
+#ifdef MVIT_EMULATED
+#include "emulation/simt.h"
+#else
+
+#include <cuda_runtime.h>
+
+#define MVIT_KERNEL(threads, blocks_of_an_sm) __global__ void __launch_bounds__(threads, blocks_of_an_sm)
+#define MVIT_DEVICE __device__ __forceinline__
+#define MVIT_UNROLL _Pragma("unroll")
+#define MVIT_ROLLED _Pragma("unroll 1")
+
+namespace mvit {
+
+// ---------------------------------------------------------------------------------------------------- who and where
+
+MVIT_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+MVIT_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31); }
+// The same in all lanes, which the compiler learns from the shuffle: branches on it are not divergent.
+MVIT_DEVICE int warp_index() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0); }
+MVIT_DEVICE int64_t block_index() { return blockIdx.x; }
+MVIT_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
+
+// ------------------------------------------------------------------------------------------------ order among threads
+
+MVIT_DEVICE void sync_threads() { __syncthreads(); }
+MVIT_DEVICE void sync_warp() { __syncwarp(); }
+
+template <typename T>  // 32 bits
+MVIT_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(~0u, value, mask);
+}
+template <typename T>  // 32 bits; the value of lane `from`
+MVIT_DEVICE T shuffle(T value, int from) {
+  return __shfl_sync(~0u, value, from);
+}
+
+// ------------------------------------------------------------------------------------------------------ shared memory
+
+extern __shared__ __align__(128) unsigned char dynamic_shared[];
+
+MVIT_DEVICE unsigned char* shared_pointer(Shared at) { return dynamic_shared + at; }
+MVIT_DEVICE uint32_t shared_address(Shared at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)) + at;
+}
+
+// T of 2, 4, 8 or 16 bytes, on an address that is a multiple of its size.
+template <typename T>
+MVIT_DEVICE T load_shared(Shared at) {
+  return *reinterpret_cast<const T*>(shared_pointer(at));
+}
+template <typename T>
+MVIT_DEVICE void store_shared(Shared at, T value) {
+  *reinterpret_cast<T*>(shared_pointer(at)) = value;
+}
+
+// Four (two) matrices of 8 × 8 sixteen-bit elements; lane l gives the address of row l % 8 of matrix l / 8, a multiple of
+// 16, and gets of matrix i in r[i] the elements (l / 4, 2 · (l % 4)) and the next; transposed, of its transpose.
+MVIT_DEVICE void load_matrices(uint32_t (&r)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+MVIT_DEVICE void load_matrices(uint32_t (&r)[2], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+MVIT_DEVICE void load_matrices_transposed(uint32_t (&r)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+MVIT_DEVICE void load_matrices_transposed(uint32_t (&r)[2], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// ------------------------------------------------------------------------------------- copies from global memory
+
+// BYTES (4, 8 or 16, to which both addresses are aligned) on their way past the registers; zeros if not `valid`. The
+// bytes are there for this thread after wait_copies, for the others after a sync_threads behind that.
+template <int BYTES>
+MVIT_DEVICE void copy_async(Shared to, const void* from, bool valid = true) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+  if constexpr (BYTES == 16)  // .cg: not through L1, which other data needs more
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES),
+                 "r"(valid ? BYTES : 0)
+                 : "memory");
+}
+MVIT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER>  // waits for all of this thread's groups but the LATER latest
+MVIT_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
+// T of 2, 4, 8 or 16 bytes, on an address that is a multiple of its size; `load_constant` where nothing writes there
+// while the kernel runs.
+template <typename T>
+MVIT_DEVICE T load_global(const void* at) {
+  return *static_cast<const T*>(at);
+}
+template <typename T>
+MVIT_DEVICE T load_constant(const void* at) {
+  if constexpr (sizeof(T) == 16) {
+    Words4 w;
+    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(at));
+    return reinterpret_cast<const T&>(w);
+  } else if constexpr (sizeof(T) == 8) {
+    Words2 w;
+    asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(w.x), "=r"(w.y) : "l"(at));
+    return reinterpret_cast<const T&>(w);
+  } else {
+    return *static_cast<const T*>(at);
+  }
+}
+template <typename T>
+MVIT_DEVICE void store_global(void* at, T value) {
+  *static_cast<T*>(at) = value;
+}
+
+// ---------------------------------------------------------------------------------------------------------- arithmetic
+
+// d += a · b on tensor cores: a 16 × 16 (16 × 8) and b 16 × 8 (8 × 8) of T, d 16 × 8 in float32. Lane l holds, with
+// g = l / 4 and t = l % 4: of d the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); of a in a[0], a[1] the pairs
+// from (g, 2t) and (g + 8, 2t) on, in a[2], a[3] the same eight columns further; of b in b[0], b[1] the elements (2t, g),
+// (2t + 1, g), and those eight rows further.
+template <typename T>
+MVIT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <typename T>
+MVIT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]);
+
+#define MVIT_MMA(T, NAME)                                                                                             \
+  template <>                                                                                                         \
+  MVIT_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                            \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                               \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                         \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                 \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  MVIT_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {                            \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME                                                \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"                                                  \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));                                                                  \
+  }
+MVIT_MMA(Half, "f16")
+MVIT_MMA(BFloat16, "bf16")
+#undef MVIT_MMA
+
+// Two floats, rounded to nearest even, as one register of T; `low` comes first in memory.
+template <typename T>
+MVIT_DEVICE uint32_t pack(float low, float high);
+template <>
+MVIT_DEVICE uint32_t pack<BFloat16>(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+template <>
+MVIT_DEVICE uint32_t pack<Half>(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+template <typename T>
+MVIT_DEVICE float unpack(T value);
+template <>
+MVIT_DEVICE float unpack<BFloat16>(BFloat16 value) {
+  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+}
+template <>
+MVIT_DEVICE float unpack<Half>(Half value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+template <typename T>
+MVIT_DEVICE float unpack_low(uint32_t pair) {
+  return unpack<T>(T{static_cast<uint16_t>(pair)});
+}
+template <typename T>
+MVIT_DEVICE float unpack_high(uint32_t pair) {
+  return unpack<T>(T{static_cast<uint16_t>(pair >> 16)});
+}
+
+// One instruction of the special-function unit each: 2^x and log2 x within 2 units in the last place, 1 / x and
+// 1 / sqrt(x) within 1 or 2, tanh within 2^-11.
+MVIT_DEVICE float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MVIT_DEVICE float log2_approximate(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MVIT_DEVICE float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MVIT_DEVICE float rsqrt_approximate(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MVIT_DEVICE float tanh_approximate(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace mvit
+
+#endif  // MVIT_EMULATED
