@@ -16,10 +16,12 @@ import mvit_kernels
 from mvit_kernels import backends, comparison, demo
 from mvit_kernels.__main__ import main
 from mvit_kernels.comparison import TimeLimit, compare, time_limit
+from mvit_kernels.origin import environment
 from mvit_kernels.peers import PEERS, Form, Peer, Subject, eager
 from mvit_kernels.profiling import LAUNCH_GAPS, OTHER, category, layout_copies, time_by_category
 from mvit_kernels.profiling import table as profile_table
-from mvit_kernels.timing import Timing, environment, interleave
+from mvit_kernels.results import COLUMNS
+from mvit_kernels.timing import Timing, interleave
 
 
 @pytest.fixture(autouse=True)
@@ -186,21 +188,21 @@ def test_time_limit_ends_with_its_block():
 
 # --- the commands
 
-COLUMNS = (
-    "model mode size batch dtype backend candidate median_ms p20_ms p80_ms samples ratio worst error allowed build_s "
-    "peak_mb note device device_name threads torch cuda triton python mvit_kernels commit date"
-)
-
 
 def test_bench_writes_a_row_a_candidate(tmp_path, capsys):
     path = tmp_path / "bench.csv"
     command = "bench --model own/xxs --size 64x96 --seconds 0.2 --peers accelerated,frozen --backend reference --csv"
     assert main([*command.split(), str(path)]) == 0
     rows = list(csv.DictReader(path.open()))
-    assert list(rows[0]) == COLUMNS.split()
+    assert list(rows[0]) == list(COLUMNS)
     assert [row["candidate"] for row in rows] == ["eager", "accelerated", "frozen"]
     for row in rows:
-        assert (row["model"], row["size"], row["dtype"], row["backend"]) == ("own/xxs", "64x96", "float32", "reference")
+        assert (row["subject"], row["size"], row["dtype"], row["backend"]) == (
+            "own/xxs",
+            "64x96",
+            "float32",
+            "reference",
+        )
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert float(row["ratio"]) == pytest.approx(float(rows[0]["median_ms"]) / float(row["median_ms"]), rel=2e-3)
         assert float(row["error"]) <= float(row["allowed"])
@@ -222,7 +224,7 @@ def test_bench_fails_where_ours_is_wrong(monkeypatch, capsys):
     [
         ("--peers eager,fast", "unknown peer 'fast'; choose from eager, "),
         ("--train --peers frozen", "peer 'frozen' is for inference only"),
-        ("--seconds 0", "'0' is no number of seconds above 0"),
+        ("--seconds 0", "'0' is no number above 0"),
         ("--backend triton --device cpu --peers accelerated", ""),
     ],
 )
