@@ -108,17 +108,18 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
     if resume and path.exists():
         here = ("device_name", "commit", "torch")
         done = {key(line) for line in read(path) if all(line[column] == origin[column] for column in here)}
-    rate, right, measured, left_out = 0.0, True, 0, 0
+    took: list[tuple[float, float]] = []  # (cost, seconds) of each case
+    right, left_out = True, 0
     known: set[int] = set()  # ceilings that were written
     for case in cases:
         subject = row(suite=name, **case.subject)
         if key(subject) in done:
             continue
-        if context.left < (rate * case.cost if rate else SUITES[name].least):
+        if context.left < _expected(case.cost, took, SUITES[name].least):
             left_out += 1
             continue
         context.progress(f"{name}: {case.name} ({context.left / 60:.1f} min left)")
-        start = context.clock()
+        start = context.clock() - context.compiled
         try:
             rows = case.measure(context)
         except (RuntimeError, ValueError) as error:  # out of memory, say: the next case may be smaller
@@ -133,13 +134,19 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
         if context.device == "cuda":
             _check_device(case)
             torch.cuda.empty_cache()
-        measured += 1
         right &= not any(_is_wrong(one) for one in rows)
-        took = context.clock() - start - context.take_build_time()
-        # A case of little work takes its seconds for the sake of its samples.
-        rate = max(rate, took / max(case.cost, 1.0))
-    context.progress(f"{name}: {measured} cases in {path}; {left_out} left out, for which the budget has no room")
+        took.append((case.cost, context.clock() - context.compiled - start))
+    context.progress(f"{name}: {len(took)} cases in {path}; {left_out} left out, for which the budget has no room")
     return right
+
+
+def _expected(cost: float, took: list[tuple[float, float]], least: float) -> float:
+    """The seconds that a case of `cost` takes, without compiling: what the shortest took before, which is building for
+    the most part, and the steepest slope above it that was seen."""
+    if not took:
+        return least
+    fixed = min(seconds for _, seconds in took)
+    return fixed + cost * max((seconds - fixed) / c for c, seconds in took)
 
 
 def _check_device(case: Case) -> None:

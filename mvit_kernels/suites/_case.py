@@ -19,6 +19,7 @@ from ..ceilings import Ceilings
 from ..results import Row
 
 CEILINGS_LAST = 120.0  # seconds: on a machine that others use too, its best changes
+FOR_COMPILING = 0.4  # of a budget
 
 
 class Case(NamedTuple):
@@ -52,7 +53,7 @@ class Context:
         self.device, self.suite, self.seconds, self.progress, self.clock = device, suite, seconds, progress, clock
         self.end = float("inf")
         self._builds: dict[str, float] = {}  # kind -> the longest that one took to be built
-        self._build_time = 0.0
+        self._compiled, self._start = 0.0, clock()
         self._ceilings: dict[torch.dtype, tuple[float, Ceilings]] = {}
 
     @property
@@ -61,20 +62,24 @@ class Context:
         return self.end - self.clock()
 
     def build_seconds(self, kind: str, usual: float) -> float | None:
-        """How long a compiled candidate may take to be built, None where it is better not begun: it should take a
-        quarter of what is left at most, going by the longest one before, or at first by what is `usual`."""
+        """How long a compiled candidate may take to be built, None where it is better not begun.
+
+        It is expected to take what the longest one before took, or at first what is `usual`. The first may take half of
+        what is left; all together no more than `FOR_COMPILING` of the budget.
+        """
         expected = self._builds.get(kind, usual)
-        return max(self.left / 2, expected) if expected <= self.left / 4 else None
+        room = self.left / 2 if kind not in self._builds else FOR_COMPILING * (self.end - self._start) - self._compiled
+        return min(2 * expected, self.left) if expected <= min(room, self.left / 2) else None
 
     def built(self, kind: str, seconds: float) -> None:
         """Remember how long one took."""
         self._builds[kind] = max(seconds, self._builds.get(kind, 0.0))
-        self._build_time += seconds
+        self._compiled += seconds
 
-    def take_build_time(self) -> float:
-        """Seconds that were spent on compiling since this was asked for last."""
-        spent, self._build_time = self._build_time, 0.0
-        return spent
+    @property
+    def compiled(self) -> float:
+        """Seconds that were spent on compiling so far."""
+        return self._compiled
 
     def known_ceilings(self) -> list[tuple[torch.dtype, Ceilings]]:
         """The rates that are in use now."""

@@ -40,7 +40,7 @@ COMPILED = {
     "cpu": ("compile_freezing", "compile", "compile_accelerated", "compile_max_autotune"),
     "cuda": ("compile_channels_last", "compile_reduce_overhead", "compile_max_autotune", "compile_accelerated"),
 }
-USUALLY = {"cpu": 45.0, "cuda": 40.0}  # seconds that a network takes to be compiled
+USUALLY = {"cpu": 40.0, "cuda": 25.0}  # seconds that a network takes to be compiled
 MEMORY_SECONDS = 120.0  # that must be left for measuring the memory too
 MOBILE_RUNS = 100
 MOBILE_BASELINE, MOBILE_PX = "mobilenetv2_100", 224
@@ -158,7 +158,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
     possible = [n for n in COMPILED[context.device] if not (setting.training and PEERS[n].inference_only)]
     if limit is not None and not setting.stage:
         # As many as the budget has room for: each may take what the longest one took.
-        peers += possible[: max(1, int(context.left / 8 / USUALLY[context.device]))]
+        peers += possible[: max(1, int(context.left / 10 / USUALLY[context.device]))]
     # Built once more for it, which takes longer than to time them.
     weighed = context.left > MEMORY_SECONDS and setting.batch <= 8 and not setting.stage
     cheap = [name for name in peers if not PEERS[name].lazy]

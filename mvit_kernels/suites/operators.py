@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import backends
-from ..comparison import Result, build_and_check, measure, rows_of
+from ..comparison import Result, measure, rows_of
 from ..device_clock import Replay, capture, sets_beyond_cache
 from ..origin import environment
 from ..results import Row
@@ -130,7 +130,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
     dtype, device = getattr(torch, setting.dtype), torch.device(context.device)
     case = operands(setting.operator, setting.stage).to(device, dtype)
     with torch.set_grad_enabled(setting.training):
-        own, truth = _truth(case, setting.training)
+        own, truth = truth_of(case, setting.training)
         results: dict[str, Result] = {}
         functions: dict[str, Callable[..., Tensor]] = {}
         for name, function in candidates(case, device.type).items():
@@ -139,8 +139,8 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
                 limit = context.build_seconds("compile", COMPILE_USUALLY[device.type])
                 if limit is None:
                     continue
-            check = functools.partial(_check, case, setting.training, own, truth)
-            built, results[name] = build_and_check(name, lambda f=function: f, check, limit)
+            check = functools.partial(check, case, setting.training, own, truth)
+            built, results[name] = build_andcheck(name, lambda f=function: f, check, limit)
             if name.startswith("compile"):
                 context.built("compile", results[name].build_seconds)
             if built is not None:
@@ -218,7 +218,7 @@ def _replay(function: Callable[..., Tensor], case: Operands, training: bool, dev
 # --------------------------------------------------------------------------------------------------------- the gate
 
 
-def _truth(case: Operands, training: bool) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+def truth_of(case: Operands, training: bool) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """PyTorch's own results in the case's dtype, with the batch in both orders, and the float64 results."""
     generator = torch.Generator().manual_seed(1)
     out = case.plain(*case.tensors).detach()
@@ -243,7 +243,7 @@ def _outputs(case: Operands, function, tensors, cotangent: Tensor, training: boo
     return {"output": out.detach()} | {GRADIENT + name: g for name, g in zip(case.names, gradients, strict=True)}
 
 
-def _check(case: Operands, training: bool, own, truth, function: Callable[..., Tensor]) -> ErrorRow:
+def check(case: Operands, training: bool, own, truth, function: Callable[..., Tensor]) -> ErrorRow:
     """The result or gradient that is nearest to what is allowed."""
     cotangent = torch.randn(truth["output"].shape, generator=torch.Generator().manual_seed(1))
     outputs = _outputs(case, function, case.tensors, cotangent.to(own[0]["output"]), training)
