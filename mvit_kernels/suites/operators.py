@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import backends
-from ..comparison import Result, measure, rows_of
+from ..comparison import Result, build_and_check, measure, rows_of
 from ..device_clock import Replay, capture, sets_beyond_cache
 from ..origin import environment
 from ..results import Row
@@ -139,13 +139,13 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
                 limit = context.build_seconds("compile", COMPILE_USUALLY[device.type])
                 if limit is None:
                     continue
-            check = functools.partial(check, case, setting.training, own, truth)
-            built, results[name] = build_andcheck(name, lambda f=function: f, check, limit)
+            gate = functools.partial(check, case, setting.training, own, truth)
+            built, results[name] = build_and_check(name, lambda f=function: f, gate, limit)
             if name.startswith("compile"):
                 context.built("compile", results[name].build_seconds)
             if built is not None:
                 functions[name] = function
-        del own, truth
+        del own, truth, gate
         for backend in backends.PREFERENCE[device.type]:
             if why := backends.unavailable(backend, device.type):
                 results[backend] = Result(backend, note=f"absent: {'; '.join(why)}")
