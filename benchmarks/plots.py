@@ -130,7 +130,9 @@ def roofline(found: list[Table], machine: list[Line], path: Path) -> None:
     corner = product / bandwidth
     panel.plot([left, corner, right], [left * bandwidth, product, product], color="black", linewidth=1.6)
     panel.annotate(f"{product:,.0f} GFLOP/s, large products", (right, product), ha="right", va="bottom", fontsize=8)
-    panel.annotate(f"{bandwidth:,.0f} GB/s, a copy", (left, left * bandwidth), ha="left", va="bottom", fontsize=8)
+    panel.annotate(
+        f"{bandwidth:,.0f} GB/s, a copy", (left, left * bandwidth), (6, -2), textcoords="offset points", fontsize=8
+    )
     for table, x in zip(found, intensities, strict=True):
         marker, ours = MARKERS[table.any["subject"]], _ours(table)
         before, after = (float(table.lines[name]["gflop_per_s"]) for name in ("eager", ours))
@@ -144,6 +146,7 @@ def roofline(found: list[Table], machine: list[Line], path: Path) -> None:
     for ours in dict.fromkeys(map(_ours, found)):
         panel.plot([], [], marker="o", color=BACKENDS[ours], linestyle="", label=f"ours ({ours})")
     panel.set(xscale="log", yscale="log", xlim=(left, right))
+    _plain_numbers(panel)
     panel.set_xlabel("FLOP a byte (products, over every input read once and every result written once)")
     panel.set_ylabel("GFLOP/s")
     about = f"{place(line)}, {line['dtype']}, batch {line['batch']}, 256 px"
@@ -192,23 +195,29 @@ def scaling(found: dict[tuple[str, str], Points], line: Line, path: Path) -> Non
         panels[kind].plot(x, [float(p["median_ms"]) for _, p in points], color=colour, marker=marker, label=label)
         low, high = ([float(p[column]) for _, p in points] for column in ("p20_ms", "p80_ms"))
         panels[kind].fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        panels[kind].set_xticks(x, [f"{at:g}" for at in x])
     batch = next((p[0][1]["batch"] for (kind, _), p in found.items() if kind == "tokens"), "")
     panels["batch"].set_xlabel("images (N = 256 tokens a sequence)")
     panels["tokens"].set_xlabel(f"tokens a sequence, N (batch {batch})")
     for panel in panels.values():
         panel.set(xscale="log", yscale="log")
-        panel.minorticks_off()
+        _plain_numbers(panel)
         panel.set_ylabel("ms a call")
         panel.grid(True, which="major", color="#E5E5E5")
         if panel.lines:
             panel.legend(fontsize=8)
-            panel.set_xticks(*_ticks(panel))
+            at = sorted({x for one in panel.lines for x in one.get_xdata()})
+            panel.set_xticks(at, [f"{x:g}" for x in at], minor=False)
+            panel.set_xticks([], minor=True)
     about = f"{place(line)}, {line['dtype']}"
     figure.suptitle(f"Transformer of MobileViT-S, stage 3 (2 layers, d = 144), inference\n{about}", fontsize=10)
     _save(figure, path)
 
 
-def _ticks(panel: Any) -> tuple[list[float], list[str]]:
-    at = sorted({x for one in panel.lines for x in one.get_xdata()})
-    return at, [f"{x:g}" for x in at]
+def _plain_numbers(panel: Any) -> None:
+    """1, 2, 5, 10, ... on logarithmic axes, instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(NullFormatter())

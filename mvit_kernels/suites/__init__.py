@@ -142,11 +142,11 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
 
 def _expected(cost: float, took: list[tuple[float, float]], least: float) -> float:
     """The seconds that a case of `cost` takes, without compiling: what the shortest took before, which is building for
-    the most part, and the steepest slope above it that was seen."""
+    the most part, and what all took above that, shared out by cost."""
     if not took:
         return least
     fixed = min(seconds for _, seconds in took)
-    return fixed + cost * max((seconds - fixed) / c for c, seconds in took)
+    return fixed + cost * sum(seconds - fixed for _, seconds in took) / sum(cost for cost, _ in took)
 
 
 def _check_device(case: Case) -> None:

@@ -29,7 +29,9 @@ from ..comparison import Result, compare, csv_rows, measure, prepare
 from ..origin import environment
 from ..peers import PEERS, Form, Subject, call_of
 from ..results import Row, row
+from . import operators
 from ._case import Case, Context
+from .operands import stages
 
 GFLOP = {"s": 4.06, "xs": 1.97, "xxs": 0.83}  # of one image of 256 px
 CHEAP = {
@@ -101,7 +103,7 @@ def models(device: str) -> list[Case]:
     found += [Setting(model, 256, batch, first) for batch in more for model in (s, xxs, xs)]
     found += [Setting(s, 256, 1, "float16")] if device == "cpu" else []
     found += [Setting(s, size, batch, first) for batch in batches[1:] for size in (224, 320)]
-    return [_case(setting, device) for setting in found]
+    return [_case(setting) for setting in found]
 
 
 def training(device: str) -> list[Case]:
@@ -109,11 +111,11 @@ def training(device: str) -> list[Case]:
     batch, dtypes = (8, ("float32",)) if device == "cpu" else (64, ("bfloat16", "float32"))
     names = ("mobilevit_xxs", "mobilevit_s", "mobilevit_xs", "huggingface/s", "kornia/s", "own/s")
     found = [Setting(name, 256, batch, dtype, training=True) for dtype in dtypes for name in names]
-    return [_case(setting, device) for setting in found]
+    return [_case(setting) for setting in found]
 
 
 def blocks(device: str) -> list[Case]:
-    """timm's MobileViT block of every stage, its two convolutions before and after the stack included."""
+    """timm's MobileViT block of every stage, and the stack of transformer layers in it, which takes the most of it."""
     batches, dtypes = ((1, 8), ("float32", "bfloat16")) if device == "cpu" else ((64, 1, 256), ("bfloat16", "float32"))
     found = [Setting("mobilevit_s", 256, batches[0], dtypes[0], stage=stage) for stage in (3, 4, 5)]
     found += [Setting("mobilevit_s", 256, batches[0], dtypes[0], True, stage) for stage in (3, 4, 5)]
@@ -124,7 +126,12 @@ def blocks(device: str) -> list[Case]:
     found += [
         Setting(f"mobilevit_{v}", 256, batches[0], dtypes[0], stage=st) for v in ("xs", "xxs") for st in (3, 4, 5)
     ]
-    return [_case(setting, device) for setting in found]
+    stacks = [
+        operators.case_of(operators.Setting("transformer", stage, 256, dtypes[0], training))
+        for training in (False, True)
+        for stage in stages(["s"], 256, batches[0])
+    ]
+    return stacks + [_case(setting) for setting in found]
 
 
 def mobile(device: str) -> list[Case]:
@@ -134,7 +141,7 @@ def mobile(device: str) -> list[Case]:
     return [Case("100 runs at batch 1, float32, beside MobileNetV2", subject, sum(GFLOP.values()), _measure_mobile)]
 
 
-def _case(setting: Setting, device: str) -> Case:
+def _case(setting: Setting) -> Case:
     return Case(setting.name, setting.subject, setting.gflop, functools.partial(measure_setting, setting))
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import ops, reference
 from .._library import SCHEMAS, raw
 from ..ceilings import Work
+from ..nn.functional import transformer_on_map
 from ..nn.mobilevit import _DEPTHS, _VARIANTS
 
 HEADS, PATCH, EPS = 4, (2, 2), 1e-5
@@ -76,7 +77,11 @@ class Operands(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors, where each is an argument of its own."""
+        """Of the tensors."""
+        if self.operator == "transformer":
+            layers, fields = (len(self.tensors) - 3) // 12, ops.TransformerLayerWeights._fields
+            weights = (f"layers[{i}].{field}" for i in range(layers) for field in fields)
+            return ("x", *weights, "final_norm_weight", "final_norm_bias")
         return tuple(a.name for a in raw(self.operator, "reference")._schema.arguments[: len(self.tensors)])
 
     @property
@@ -205,8 +210,12 @@ def operands(operator: str, stage: Stage, *, seed: int = 0) -> Operands:
 
 
 def _public_transformer(x: Tensor, *t: Tensor, backend: str | None = None) -> Tensor:
+    """The operator, or where it needs a gradient, which no kernel of it has, the stack as accelerated blocks train it."""
     layers = [ops.TransformerLayerWeights(*layer) for layer in _grouped(t[:-2])]
-    return ops.transformer(x, layers, t[-2:], num_heads=HEADS, patch_size=PATCH, eps=EPS, backend=backend)
+    options = dict(num_heads=HEADS, patch_size=PATCH, eps=EPS, backend=backend)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return transformer_on_map(x.permute(0, 3, 1, 2), layers, t[-2:], **options).permute(0, 2, 3, 1)
+    return ops.transformer(x, layers, t[-2:], **options)
 
 
 def _grouped(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:

@@ -90,10 +90,12 @@ def settings(device: str) -> Iterator[Setting]:
     def all_of(variants, size, batch, dtype, training=False) -> Iterator[Setting]:
         for operator in ORDER:
             for stage in stages(variants, size, batch):
-                if not (training and operator in ("transformer", "inverted_residual")):
+                if not (training and operator == "inverted_residual"):
                     yield Setting(operator, stage, size, dtype, training)
 
     yield from all_of(["s"], 256, batch, dtypes[0])
+    for size, other in (*((256, other) for other in BATCHES[device]), *((size, batch) for size in SIZES)):
+        yield Setting("transformer", stages(["s"], size, other)[0], size, dtypes[0], False)
     yield from all_of(["s"], 256, batch, dtypes[0], training=True)
     for dtype in dtypes[1:]:
         yield from all_of(["s"], 256, batch, dtype)
@@ -110,16 +112,14 @@ def settings(device: str) -> Iterator[Setting]:
 
 def cases(device: str) -> list[Case]:
     """The cases of this suite."""
-    found = []
-    for setting in dict.fromkeys(settings(device)):
-        run = functools.partial(measure_setting, setting)
-        gflop = _gflop(setting.operator, setting.stage)
-        found.append(Case(setting.name, setting.subject, gflop * (3 if setting.training else 1), run))
-    return found
+    return [case_of(setting) for setting in dict.fromkeys(settings(device))]
 
 
-def _gflop(operator: str, stage: Stage) -> float:
-    return operands(operator, stage._replace(batch=1)).flop * stage.batch / 1e9
+def case_of(setting: Setting) -> Case:
+    """One setting as a case."""
+    one = operands(setting.operator, setting.stage._replace(batch=1))
+    cost = one.flop * setting.stage.batch / 1e9 * (3 if setting.training else 1)
+    return Case(setting.name, setting.subject, cost, functools.partial(measure_setting, setting))
 
 
 # --------------------------------------------------------------------------------------------------------- one case
