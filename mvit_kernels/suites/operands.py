@@ -210,7 +210,7 @@ def operands(operator: str, stage: Stage, *, seed: int = 0) -> Operands:
 
 
 def _public_transformer(x: Tensor, *t: Tensor, backend: str | None = None) -> Tensor:
-    """The operator, or where it needs a gradient, which no kernel of it has, the stack as accelerated blocks train it."""
+    """The operator; where a gradient is needed, which no kernel of it has, the stack as accelerated blocks train it."""
     layers = [ops.TransformerLayerWeights(*layer) for layer in _grouped(t[:-2])]
     options = dict(num_heads=HEADS, patch_size=PATCH, eps=EPS, backend=backend)
     if torch.is_grad_enabled() and x.requires_grad:

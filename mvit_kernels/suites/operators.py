@@ -150,7 +150,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
             if why := backends.unavailable(backend, device.type):
                 results[backend] = Result(backend, note=f"absent: {'; '.join(why)}")
 
-        calls = {name: _call(f, case.tensors, setting.training) for name, f in functions.items()}
+        calls = {name: call_of(f, case.tensors, setting.training) for name, f in functions.items()}
         replays = {name: functools.partial(_replay, f, case, setting.training, device) for name, f in functions.items()}
         context.progress(f"timing {', '.join(calls)}")
         measure(results, calls, replays=replays, device=device, warmup_seconds=0.05, seconds=context.seconds)
@@ -192,7 +192,7 @@ def _convolutions(x, expand, expand_bias, depthwise, depthwise_bias, project, pr
     return F.conv2d(y, project[:, :, None, None], project_bias).permute(0, 2, 3, 1)
 
 
-def _call(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], training: bool) -> Callable[[], object]:
+def call_of(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], training: bool) -> Callable[[], object]:
     """What is timed: the call, or forward and backward of a fixed random cotangent."""
     if not training:
         return lambda: function(*tensors)
@@ -212,7 +212,7 @@ def _replay(function: Callable[..., Tensor], case: Operands, training: bool, dev
     parameters = sum(t.nbytes for i, t in enumerate(case.tensors) if i not in case.activations)
     count = sets_beyond_cache(max(1e6 * work.megabytes - parameters, 1), device)
     draws = [case.tensors, *(case.with_maps(torch.randn_like) for _ in range(count - 1))]
-    return capture([_call(function, tensors, training) for tensors in draws])
+    return capture([call_of(function, tensors, training) for tensors in draws])
 
 
 # --------------------------------------------------------------------------------------------------------- the gate
