@@ -8,8 +8,8 @@ OLD and NEW are each a CSV file, a folder of them, or a commit (its first digits
 
 A candidate has moved where its 20th to 80th percentiles of before and now do not meet, and its median by more than
 `--least` per cent. Two runs on a shared machine differ by its other users, so times are taken relative to eager's
-median of the same turns (for eager itself as they are); ``--absolute`` takes all as they are. Also told: candidates that
-were timed before and are not now, and the other way round.
+median of the same turns (for eager itself as they are); ``--absolute`` takes all as they are. Also told: candidates
+that were timed before and are not now, and the other way round.
 """
 
 from __future__ import annotations

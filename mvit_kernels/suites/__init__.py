@@ -107,15 +107,17 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
     done = set()
     if resume and path.exists():
         here = ("device_name", "commit", "torch")
-        done = {key(line) for line in read(path) if all(line[column] == origin[column] for column in here)}
+        lines = [line for line in read(path) if all(line[column] == origin[column] for column in here)]
+        done = {(key(line), line["candidate"].startswith("compile")) for line in lines}
     took: list[tuple[float, float]] = []  # (cost, seconds) of each case
     right, left_out = True, 0
     known: set[int] = set()  # ceilings that were written
     for case in cases:
         subject = row(suite=name, **case.subject)
-        if key(subject) in done:
+        if (key(subject), bool(case.compiles)) in done:
             continue
-        if context.left < _expected(case.cost, took, SUITES[name].least):
+        has_room = context.left >= _expected(case.cost, took, SUITES[name].least)
+        if not has_room or (case.compiles and context.build_seconds(case.compiles) is None):
             left_out += 1
             continue
         context.progress(f"{name}: {case.name} ({context.left / 60:.1f} min left)")

@@ -29,6 +29,7 @@ class Case(NamedTuple):
     subject: dict[str, object]  # the columns of `results.SUBJECT` that tell it from all others
     cost: float  # gigaflop of one call, for guessing from earlier cases how long this one takes
     measure: Callable[[Context], list[Row]]
+    compiles: float = 0.0  # seconds that it usually takes to compile a candidate; 0: it compiles none
 
 
 class Context:
@@ -52,8 +53,9 @@ class Context:
     ) -> None:
         self.device, self.suite, self.seconds, self.progress, self.clock = device, suite, seconds, progress, clock
         self.end = float("inf")
-        self._builds: dict[str, float] = {}  # kind -> the longest that one took to be built
-        self._compiled, self._start = 0.0, clock()
+        self._longest = 0.0  # seconds that a candidate took to be compiled
+        self.compiled = 0.0  # seconds that were spent on compiling so far
+        self._start = clock()
         self._ceilings: dict[torch.dtype, tuple[float, Ceilings]] = {}
 
     @property
@@ -61,25 +63,20 @@ class Context:
         """Seconds until the budget is spent."""
         return self.end - self.clock()
 
-    def build_seconds(self, kind: str, usual: float) -> float | None:
-        """How long a compiled candidate may take to be built, None where it is better not begun.
+    def build_seconds(self, usual: float) -> float | None:
+        """How long a candidate may take to be compiled, None where it is better not begun.
 
         It is expected to take what the longest one before took, or at first what is `usual`. The first may take half of
         what is left; all together no more than `FOR_COMPILING` of the budget.
         """
-        expected = self._builds.get(kind, usual)
-        room = self.left / 2 if kind not in self._builds else FOR_COMPILING * (self.end - self._start) - self._compiled
+        expected = self._longest or usual
+        room = FOR_COMPILING * (self.end - self._start) - self.compiled if self._longest else self.left / 2
         return min(2 * expected, self.left) if expected <= min(room, self.left / 2) else None
 
-    def built(self, kind: str, seconds: float) -> None:
-        """Remember how long one took."""
-        self._builds[kind] = max(seconds, self._builds.get(kind, 0.0))
-        self._compiled += seconds
-
-    @property
-    def compiled(self) -> float:
-        """Seconds that were spent on compiling so far."""
-        return self._compiled
+    def built(self, seconds: float) -> None:
+        """Remember how long one took to be compiled."""
+        self._longest = max(seconds, self._longest)
+        self.compiled += seconds
 
     def known_ceilings(self) -> list[tuple[torch.dtype, Ceilings]]:
         """The rates that are in use now."""

@@ -46,6 +46,7 @@ USUALLY = {"cpu": 40.0, "cuda": 25.0}  # seconds that a network takes to be comp
 MEMORY_SECONDS = 120.0  # that must be left for measuring the memory too
 MOBILE_RUNS = 100
 MOBILE_BASELINE, MOBILE_PX = "mobilenetv2_100", 224
+MOBILE_NAMES = (MOBILE_BASELINE, "mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
 
 
 class Setting(NamedTuple):
@@ -57,6 +58,7 @@ class Setting(NamedTuple):
     dtype: str
     training: bool = False
     stage: int | None = None  # of the block
+    compiled: bool = False  # torch.compile beside the others
 
     @property
     def variant(self) -> str:
@@ -65,7 +67,7 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         stage = f", block of stage {self.stage}" if self.stage else ""
-        kind = "training" if self.training else "inference"
+        kind = ("training" if self.training else "inference") + ", compiled too" * self.compiled
         return f"{self.model}{stage}, {self.size} px, batch {self.batch}, {self.dtype}, {kind}"
 
     @property
@@ -95,6 +97,7 @@ def models(device: str) -> list[Case]:
     s, xxs, xs = "mobilevit_s", "mobilevit_xxs", "mobilevit_xs"
     found = [Setting(model, 256, batch, first) for batch in batches for model in (s, xxs)]
     found += [Setting(model, 256, batch, dtypes[0]) for batch in batches for model in (s, xxs)]
+    found += [setting._replace(compiled=True) for setting in found[:4]]
     found += [Setting(xs, 256, batch, first) for batch in batches]
     found += [Setting(f"{library}/s", 256, batches[0], first) for library in ("huggingface", "kornia", "own")]
     found += [Setting(s, size, batches[0], first) for size in (224, 320)]
@@ -103,7 +106,7 @@ def models(device: str) -> list[Case]:
     found += [Setting(model, 256, batch, first) for batch in more for model in (s, xxs, xs)]
     found += [Setting(s, 256, 1, "float16")] if device == "cpu" else []
     found += [Setting(s, size, batch, first) for batch in batches[1:] for size in (224, 320)]
-    return [_case(setting) for setting in found]
+    return [_case(setting, device) for setting in found]
 
 
 def training(device: str) -> list[Case]:
@@ -111,7 +114,8 @@ def training(device: str) -> list[Case]:
     batch, dtypes = (8, ("float32",)) if device == "cpu" else (64, ("bfloat16", "float32"))
     names = ("mobilevit_xxs", "mobilevit_s", "mobilevit_xs", "huggingface/s", "kornia/s", "own/s")
     found = [Setting(name, 256, batch, dtype, training=True) for dtype in dtypes for name in names]
-    return [_case(setting) for setting in found]
+    found[2:2] = [setting._replace(compiled=True) for setting in found[:2]]
+    return [_case(setting, device) for setting in found]
 
 
 def blocks(device: str) -> list[Case]:
@@ -127,11 +131,11 @@ def blocks(device: str) -> list[Case]:
         Setting(f"mobilevit_{v}", 256, batches[0], dtypes[0], stage=st) for v in ("xs", "xxs") for st in (3, 4, 5)
     ]
     stacks = [
-        operators.case_of(operators.Setting("transformer", stage, 256, dtypes[0], training))
+        operators.case_of(operators.Setting("transformer", stage, 256, dtypes[0], training), device)
         for training in (False, True)
         for stage in stages(["s"], 256, batches[0])
     ]
-    return stacks + [_case(setting) for setting in found]
+    return stacks + [_case(setting, device) for setting in found]
 
 
 def mobile(device: str) -> list[Case]:
@@ -141,8 +145,9 @@ def mobile(device: str) -> list[Case]:
     return [Case("100 runs at batch 1, float32, beside MobileNetV2", subject, sum(GFLOP.values()), _measure_mobile)]
 
 
-def _case(setting: Setting) -> Case:
-    return Case(setting.name, setting.subject, setting.gflop, functools.partial(measure_setting, setting))
+def _case(setting: Setting, device: str) -> Case:
+    run = functools.partial(measure_setting, setting)
+    return Case(setting.name, setting.subject, setting.gflop, run, USUALLY[device] if setting.compiled else 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- one case
@@ -161,9 +166,9 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
     peers = [name for name in CHEAP[context.device] if not (setting.training and PEERS[name].inference_only)]
     if context.device == "cpu" and setting.batch > 1 and not setting.training:
         peers.append("openvino_by_image")
-    limit = context.build_seconds("compile", USUALLY[context.device])
+    limit = context.build_seconds(USUALLY[context.device])
     possible = [n for n in COMPILED[context.device] if not (setting.training and PEERS[n].inference_only)]
-    if limit is not None and not setting.stage:
+    if setting.compiled:
         # As many as the budget has room for: each may take what the longest one took.
         peers += possible[: max(1, int(context.left / 10 / USUALLY[context.device]))]
     # Built once more for it, which takes longer than to time them.
@@ -180,7 +185,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
     )
     for result in results:
         if PEERS[result.candidate].lazy:
-            context.built("compile", result.build_seconds)
+            context.built(result.build_seconds)
     return csv_rows(
         results,
         subject,
@@ -244,19 +249,18 @@ def _measure_mobile(context: Context) -> list[Row]:
     results: dict[str, Result] = {}
     subjects: dict[str, Subject] = {}
     device = torch.device(context.device)
-    names = (MOBILE_BASELINE, "mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
     with torch.no_grad():
-        for name in names:
+        for name in MOBILE_NAMES:
             context.progress(f"  {name}")
             subjects[name] = subject = _mobile_subject(name, context.device)
             peers = [p for p in CHEAP[context.device] if name != MOBILE_BASELINE or not PEERS[p].ours]
-            limit = context.build_seconds("compile", USUALLY[context.device])
+            limit = context.build_seconds(USUALLY[context.device])
             peers += COMPILED[context.device][:1] if limit is not None else ()
             found, built = prepare(subject, peers, build_seconds=limit)
             for peer, result in found.items():
                 results[f"{name} {peer}"] = result
                 if PEERS[peer].lazy:
-                    context.built("compile", result.build_seconds)
+                    context.built(result.build_seconds)
             forms |= {f"{name} {peer}": (subject, form) for peer, form in built.items()}
         context.progress(f"timing {len(forms)} forms, {MOBILE_RUNS} runs of each")
         calls = {name: call_of(form, subject) for name, (subject, form) in forms.items()}

@@ -5,9 +5,11 @@ Example:
     >>> [case.name for case in cases("cpu")][:2]
     ['transformer, s stage 3, 256 px, batch 1, float32, inference', 'transformer, s stage 4, ...']
 
-Beside our backends stand PyTorch's composition of the operator, that composition compiled, and what else one would
-write: each of PyTorch's attentions by name, an inverted residual as three channels-last convolutions. The order is by
-what a reader asks first: S forward, S backward, other dtypes, batches, sequence lengths, then the smaller variants.
+Beside our backends stand PyTorch's composition of the operator, and what else one would write: each of PyTorch's
+attentions by name, an inverted residual as three channels-last convolutions, the composition compiled. The order is by
+what a reader asks first: S forward, its first stack over batches and sequence lengths, S backward, S forward once more
+beside the compiler (which takes long), other dtypes, then all operators over batches and lengths, and the smaller
+variants.
 """
 
 from __future__ import annotations
@@ -61,11 +63,12 @@ class Setting(NamedTuple):
     size: int
     dtype: str
     training: bool
+    compiled: bool = False  # torch.compile beside the others
 
     @property
     def name(self) -> str:
         s = self.stage
-        kind = "training" if self.training else "inference"
+        kind = ("training" if self.training else "inference") + ", compiled too" * self.compiled
         return f"{self.operator}, {s.variant} stage {s.index}, {self.size} px, batch {s.batch}, {self.dtype}, {kind}"
 
     @property
@@ -87,16 +90,17 @@ def settings(device: str) -> Iterator[Setting]:
     """What is measured, the most valuable first; some come twice."""
     batch, dtypes = BATCH[device], DTYPES[device]
 
-    def all_of(variants, size, batch, dtype, training=False) -> Iterator[Setting]:
+    def all_of(variants, size, batch, dtype, training=False, compiled=False) -> Iterator[Setting]:
         for operator in ORDER:
             for stage in stages(variants, size, batch):
                 if not (training and operator == "inverted_residual"):
-                    yield Setting(operator, stage, size, dtype, training)
+                    yield Setting(operator, stage, size, dtype, training, compiled)
 
     yield from all_of(["s"], 256, batch, dtypes[0])
     for size, other in (*((256, other) for other in BATCHES[device]), *((size, batch) for size in SIZES)):
         yield Setting("transformer", stages(["s"], size, other)[0], size, dtypes[0], False)
     yield from all_of(["s"], 256, batch, dtypes[0], training=True)
+    yield from all_of(["s"], 256, batch, dtypes[0], compiled=True)
     for dtype in dtypes[1:]:
         yield from all_of(["s"], 256, batch, dtype)
     for other in BATCHES[device]:
@@ -108,18 +112,20 @@ def settings(device: str) -> Iterator[Setting]:
             yield from all_of([variant], 256, batch, dtypes[0], training)
     for dtype in dtypes[1:]:
         yield from all_of(["s"], 256, batch, dtype, training=True)
+    yield from all_of(["s"], 256, batch, dtypes[0], training=True, compiled=True)
 
 
 def cases(device: str) -> list[Case]:
     """The cases of this suite."""
-    return [case_of(setting) for setting in dict.fromkeys(settings(device))]
+    return [case_of(setting, device) for setting in dict.fromkeys(settings(device))]
 
 
-def case_of(setting: Setting) -> Case:
+def case_of(setting: Setting, device: str) -> Case:
     """One setting as a case."""
     one = operands(setting.operator, setting.stage._replace(batch=1))
     cost = one.flop * setting.stage.batch / 1e9 * (3 if setting.training else 1)
-    return Case(setting.name, setting.subject, cost, functools.partial(measure_setting, setting))
+    run = functools.partial(measure_setting, setting)
+    return Case(setting.name, setting.subject, cost, run, COMPILE_USUALLY[device] if setting.compiled else 0.0)
 
 
 # --------------------------------------------------------------------------------------------------------- one case
@@ -133,16 +139,13 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
         own, truth = truth_of(case, setting.training)
         results: dict[str, Result] = {}
         functions: dict[str, Callable[..., Tensor]] = {}
-        for name, function in candidates(case, device.type).items():
-            limit = None
-            if name.startswith("compile"):
-                limit = context.build_seconds("compile", COMPILE_USUALLY[device.type])
-                if limit is None:
-                    continue
+        for name, function in candidates(case, device.type, setting.compiled).items():
+            compiled = name.startswith("compile")
+            limit = context.build_seconds(COMPILE_USUALLY[device.type]) if compiled else None
             gate = functools.partial(check, case, setting.training, own, truth)
             built, results[name] = build_and_check(name, lambda f=function: f, gate, limit)
-            if name.startswith("compile"):
-                context.built("compile", results[name].build_seconds)
+            if compiled:
+                context.built(results[name].build_seconds)
             if built is not None:
                 functions[name] = function
         del own, truth, gate
@@ -154,7 +157,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
         replays = {name: functools.partial(_replay, f, case, setting.training, device) for name, f in functions.items()}
         context.progress(f"timing {', '.join(calls)}")
         measure(results, calls, replays=replays, device=device, warmup_seconds=0.05, seconds=context.seconds)
-        if any(name.startswith("compile") for name in functions):
+        if setting.compiled:
             del functions, calls, replays
             torch.compiler.reset()
     work = case.training_work if setting.training else case.work
@@ -163,7 +166,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
     return rows_of(results.values(), environment(device), work=work, ceilings=ceilings, **identity)
 
 
-def candidates(case: Operands, device: str) -> dict[str, Callable[..., Tensor]]:
+def candidates(case: Operands, device: str, compiled: bool) -> dict[str, Callable[..., Tensor]]:
     """name -> (*tensors) -> result."""
     found: dict[str, Callable[..., Tensor]] = {"eager": case.plain}
     if case.operator == "patch_attention":
@@ -176,8 +179,9 @@ def candidates(case: Operands, device: str) -> dict[str, Callable[..., Tensor]]:
         kernels = backend != "reference" and case.operator in backends.operators(backend)
         if kernels and not backends.unavailable(backend, device):
             found[backend] = functools.partial(case.public, backend=backend)
-    plain = case.plain
-    found["compile"] = torch.compile(lambda *t: plain(*t), dynamic=False)
+    if compiled:
+        plain = case.plain
+        found["compile"] = torch.compile(lambda *t: plain(*t), dynamic=False)
     return found
 
 
