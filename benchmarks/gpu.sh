@@ -54,7 +54,7 @@ step() {
   fi
   before=$(elapsed)
   { echo; echo "=== $name: $*"; } >>"$LOG"
-  timeout --kill-after=10 "$seconds" "$@" >>"$LOG" 2>&1
+  timeout --signal=INT --kill-after=15 "$seconds" "$@" >>"$LOG" 2>&1 # interrupted, pytest tells what failed so far
   code=$?
   case $code in
     0) note "$name: ok in $(($(elapsed) - before)) s" ;;
@@ -91,10 +91,15 @@ esac
 loads() { "$PYTHON" -c "import sys; from mvit_kernels import _library; why = _library.load('$1'); print(why); sys.exit(bool(why))" >>"$LOG" 2>&1; }
 
 if [[ -n ${MVIT_KERNELS_LIBRARIES:-} ]]; then
-  if loads cpu || loads cuda; then
-    note "libraries of $MVIT_KERNELS_LIBRARIES: they load"
+  ready=
+  for library in "$MVIT_KERNELS_LIBRARIES"/libmvit_kernels_*.so; do
+    backend=${library##*_} backend=${backend%.so}
+    if loads "$backend"; then ready+=" $backend"; else ready= && break; fi
+  done
+  if [[ -n $ready ]]; then
+    note "libraries of $MVIT_KERNELS_LIBRARIES:$ready"
   else
-    note "libraries of $MVIT_KERNELS_LIBRARIES: they do not load here, and are built instead"
+    note "libraries of $MVIT_KERNELS_LIBRARIES: not all load here, so they are built"
     unset MVIT_KERNELS_LIBRARIES
   fi
 fi
@@ -115,6 +120,10 @@ suite() { # suite NAME SECONDS: its rows into $OUT/NAME.csv; once more from wher
   local name=$1 seconds=$2 try
   for try in 1 2 3; do
     if (($(left) < seconds)); then seconds=$(left); fi
+    if ((seconds < 10)); then
+      note "speed, $name: left out, the budget is spent"
+      return
+    fi
     step "speed, $name" $((seconds + 30)) "$PYTHON" -m mvit_kernels bench --suite "$name" --device "$DEVICE" \
       --budget "$(awk "BEGIN { print $seconds / 60 }")" --results "$OUT" --resume && break
     (($? == 2)) || break # 2: an error, as a lost GPU; the case at fault has its row, and is left out now
@@ -125,8 +134,8 @@ if [[ $DEVICE == cuda ]]; then
   part=$(($(left) / 4))
   if wanted correctness; then
     # A first failure says most; -x would hide whether the other operators are right.
-    step "correctness, Triton and CUDA" "$part" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=20 "${OPERATORS[@]}" "${GPU_TESTS[@]}" \
-      -k "triton or cuda"
+    step "correctness, Triton and CUDA" "$part" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --maxfail=20 \
+      "${GPU_TESTS[@]}" "${OPERATORS[@]}" -k "triton or cuda"
     summary 8
     step "correctness, S and XXS" 40 "$PYTHON" - <<'PY'
 import torch, mvit_kernels
@@ -154,7 +163,7 @@ PY
     suite training $((budget * 10 / 100))
     suite blocks $((budget * 10 / 100))
   fi
-  SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
+  SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/{bin,compute-sanitizer}/compute-sanitizer 2>/dev/null | head -n 1)
   if wanted sanitizer && [[ -n $SANITIZER ]]; then
     for tool in memcheck racecheck; do
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer, $tool" 60 "$SANITIZER" --tool "$tool" --error-exitcode 9 \

@@ -92,11 +92,18 @@ def key(line: Mapping[str, Any], columns: Iterable[str] = SUBJECT) -> tuple[str,
 
 
 def latest(lines: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    """For each subject and clock the lines that were measured last, in their order; those of one subject and date were
-    measured in turns with each other, and stay together."""
+    """For each subject and clock the lines that were measured last, in the order in which subjects first came.
+
+    Those of one subject and date were measured in turns with each other, and stay together. A date on which no
+    candidate was timed hides none on which one was.
+    """
     lines = list(lines)
     group = functools.partial(key, columns=(*SUBJECT, "clock"))
-    last: dict[tuple[str, ...], str] = {}
+    last: dict[tuple[str, ...], tuple[bool, str]] = {}
+    timed = {(group(line), line["date"]) for line in lines if line["median_ms"] != ""}
     for line in lines:
-        last[group(line)] = max(line["date"], last.get(group(line), ""))
-    return [line for line in lines if line["date"] == last[group(line)]]
+        when = ((group(line), line["date"]) in timed, line["date"])
+        last[group(line)] = max(when, last.get(group(line), when))
+    order = {one: index for index, one in enumerate(last)}
+    newest = [line for line in lines if line["date"] == last[group(line)][1]]
+    return sorted(newest, key=lambda line: order[group(line)])

@@ -85,8 +85,8 @@ def test_the_report_takes_the_newest_rows_and_hides_no_loss(script, device):
     report = script("report")
     headline = report.sections(device)["headline"].splitlines()
     assert headline[0] == (
-        "On 2 threads of an AMD EPYC (Zen 5), in float32 at batch 1 and 256 px, timm's MobileViT-S frozen takes 20.0 ms "
-        "a batch: 3.00× as fast as eager PyTorch and 0.75× as fast as OpenVINO, the fastest of the others."
+        "On 2 threads of an AMD EPYC (Zen 5), in float32 at batch 1 and 256 px, timm's MobileViT-S frozen takes 20.0 "
+        "ms a batch: 3.00× as fast as eager PyTorch and 0.75× as fast as OpenVINO, the fastest of the others."
     )
     assert headline[-2:] == [
         "| CPU, S, batch 1, float32, 256 px | 60.0 | **15.0 (OpenVINO)** | 20.0 (frozen) | 3.00× | 0.75× |",

@@ -39,13 +39,17 @@ def test_a_file_of_other_columns_is_left_alone(tmp_path):
 def test_the_latest_rows_stay_with_those_they_were_measured_beside():
     """Of one subject the newest date's rows, all of them and no other; another clock is another set."""
 
-    def line(date, candidate, subject="s", clock="wall"):
-        return dict.fromkeys(COLUMNS, "") | dict(date=date, candidate=candidate, subject=subject, clock=clock)
+    def line(date, candidate, subject="s", clock="wall", ms="1.0"):
+        known = dict(date=date, candidate=candidate, subject=subject, clock=clock, median_ms=ms)
+        return dict.fromkeys(COLUMNS, "") | known
 
     old = [line("2026-01-02", "eager"), line("2026-01-02", "compile"), line("2026-01-01", "eager", "other")]
     new = [line("2026-01-03", "eager"), line("2026-01-03", "frozen"), line("2026-01-02", "eager", clock="graph")]
     assert latest([*new, *old]) == [*new, old[2]]
     assert key(old[0]) == key(new[0]) != key(old[2])
+    assert latest([*old, *new]) == [*new[:2], old[2], new[2]]  # in the order in which subjects first came
+    failed = line("2026-01-04", "eager", ms="")
+    assert latest([*new, failed]) == new and latest([failed]) == [failed]
 
 
 def test_environment_tells_where_and_when():

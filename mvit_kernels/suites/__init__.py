@@ -126,7 +126,8 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
             rows = case.measure(context)
         except (RuntimeError, ValueError) as error:  # out of memory, say: the next case may be smaller
             note = f"not measured: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            rows = [subject | {"candidate": "eager", "clock": "wall", "samples": 0, "note": note} | origin]
+            candidate = "compile" if case.compiles else "eager"  # what `resume` looks for
+            rows = [subject | {"candidate": candidate, "clock": "wall", "samples": 0, "note": note} | origin]
             context.progress(f"  {note}")
         new = [one for one in context.known_ceilings() if id(one[1]) not in known]
         known |= {id(ceilings) for _, ceilings in new}
