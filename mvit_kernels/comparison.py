@@ -189,26 +189,35 @@ def measure(
     baselines = {name: (baselines or {}).get(name, "eager") for name in calls}
     for name, timing in times.items():
         results[name] = results[name]._replace(timing=timing, ratio=_ratio(times, baselines[name], name))
-    if not on_gpu:
-        return
+    if on_gpu:
+        _measure_device(results, calls, replays or {}, baselines, device, options)
+
+
+def _measure_device(results, calls, replays, baselines, device, options) -> None:
+    """Launches, memory and the device's own clock. What goes wrong here is noted, and leaves the wall's clock as it is,
+    unless the GPU is lost, which `synchronize` raises: nothing on it can be trusted then."""
     captured: dict[str, Replay] = {}
     for name, call in calls.items():
-        peak = _peak_memory.on_gpu(call, device)
-        results[name] = results[name]._replace(launches=launches(call, device), peak_mb=peak)
-        if not replays or name not in replays:
-            continue
         try:
-            captured[name] = replays[name]()
+            peak = _peak_memory.on_gpu(call, device)
+            results[name] = results[name]._replace(launches=launches(call, device) or None, peak_mb=peak)
+            if name in replays:
+                captured[name] = replays[name]()
         except Exception as error:  # waits for the device, or something else that a graph cannot hold
-            synchronize(device)  # raises if it was worse than that: nothing here can be trusted then
+            synchronize(device)
             results[name] = results[name]._replace(graph_note=f"no graph: {_sentence(error)}")
-    if captured:
-        replay = {name: one.run for name, one in captured.items()}
-        times = interleave(replay, events=True, **options)
-        times = {name: timing.per(captured[name].calls) for name, timing in times.items()}
-        for name, timing in times.items():
-            ratio = _ratio(times, baselines[name], name)
-            results[name] = results[name]._replace(graph=timing, graph_ratio=ratio)
+    if not captured:
+        return
+    try:
+        times = interleave({name: one.run for name, one in captured.items()}, events=True, **options)
+    except Exception as error:
+        synchronize(device)
+        for name in captured:
+            results[name] = results[name]._replace(graph_note=f"not replayed: {_sentence(error)}")
+        return
+    times = {name: timing.per(captured[name].calls) for name, timing in times.items()}
+    for name, timing in times.items():
+        results[name] = results[name]._replace(graph=timing, graph_ratio=_ratio(times, baselines[name], name))
 
 
 def _ratio(times: Mapping[str, Timing], baseline: str, name: str) -> float | None:

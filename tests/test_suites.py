@@ -237,6 +237,32 @@ def test_a_gpus_rows_have_both_clocks(monkeypatch):
     assert (refused["median_ms"], refused["note"]) == ("", "no graph: it waits for the device")
 
 
+def test_what_goes_wrong_with_a_gpus_clock_leaves_the_walls(monkeypatch):
+    """Unless the GPU is lost: then nothing on it can be trusted."""
+
+    def interleave(calls, *, events=False, **options):
+        if events:
+            raise RuntimeError("out of memory")
+        return {"eager": Timing(8.0, 7, 9, 5)}
+
+    monkeypatch.setattr(comparison, "interleave", interleave)
+    monkeypatch.setattr(comparison, "synchronize", lambda device: None)
+    monkeypatch.setattr(comparison, "launches", lambda call, device: 0)
+    monkeypatch.setattr(comparison._peak_memory, "on_gpu", lambda call, device: 1.5)
+    how = dict(replays={"eager": lambda: Replay(list, 2)}, device=torch.device("cuda"), seconds=1.0)
+    results = {"eager": Result("eager")}
+    measure(results, {"eager": list}, **how)
+    wall, graph = rows_of(results.values(), ORIGIN)
+    assert (wall["median_ms"], wall["launches"], graph["note"]) == (8.0, "", "not replayed: out of memory")
+
+    def lost(device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(comparison, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure({"eager": Result("eager")}, {"eager": list}, **how)
+
+
 # --- the budget
 
 

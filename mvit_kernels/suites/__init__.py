@@ -38,7 +38,7 @@ class Suite(NamedTuple):
 SUITES = {
     "models": Suite(networks.models, 0.4, {"cpu": 8.0, "cuda": 2.0}, 20.0),
     "operators": Suite(operators.cases, 0.3, {"cpu": 1.0, "cuda": 0.3}, 3.0),
-    "mobile": Suite(networks.mobile, 0.1, {"cpu": 0.0, "cuda": 0.0}, 60.0),  # by the number of runs
+    "mobile": Suite(networks.mobile, 0.1, {"cpu": 0.0, "cuda": 0.0}, 100.0),  # by the number of runs
     "training": Suite(networks.training, 0.1, {"cpu": 10.0, "cuda": 2.0}, 20.0),
     "blocks": Suite(networks.blocks, 0.1, {"cpu": 2.0, "cuda": 1.0}, 10.0),
 }

@@ -249,14 +249,14 @@ def _measure_mobile(context: Context) -> list[Row]:
     results: dict[str, Result] = {}
     subjects: dict[str, Subject] = {}
     device = torch.device(context.device)
+    compiled = context.left > 10 * USUALLY[context.device]  # all of them, or none
     with torch.no_grad():
         for name in MOBILE_NAMES:
             context.progress(f"  {name}")
             subjects[name] = subject = _mobile_subject(name, context.device)
             peers = [p for p in CHEAP[context.device] if name != MOBILE_BASELINE or not PEERS[p].ours]
-            limit = context.build_seconds(USUALLY[context.device])
-            peers += COMPILED[context.device][:1] if limit is not None else ()
-            found, built = prepare(subject, peers, build_seconds=limit)
+            peers += COMPILED[context.device][:1] if compiled else ()
+            found, built = prepare(subject, peers, build_seconds=max(2 * USUALLY[context.device], 60.0))
             for peer, result in found.items():
                 results[f"{name} {peer}"] = result
                 if PEERS[peer].lazy:
