@@ -56,7 +56,8 @@ class Clock:
 
 def test_timing_statistics_are_numpys():
     for count in (1, 2, 3, 10, 101):
-        samples = [random.Random(count).random() for _ in range(count)]
+        draw = random.Random(count)
+        samples = [draw.random() for _ in range(count)]
         expected = np.percentile(samples, (50, 20, 80))
         assert Timing.of(samples)[:3] == pytest.approx(expected) and Timing.of(samples).count == count
 
