@@ -104,7 +104,7 @@ if [[ -n ${MVIT_KERNELS_LIBRARIES:-} ]]; then
   fi
 fi
 if wanted build && [[ -z ${MVIT_KERNELS_LIBRARIES:-} ]]; then
-  step build 150 "$PYTHON" setup.py -q build_native --inplace
+  step build $(($(left) / 3)) "$PYTHON" setup.py -q build_native --inplace
 fi
 "$PYTHON" -m mvit_kernels info >>"$LOG" 2>&1 && sed -n '/^backends/,$p' "$LOG" | cut -c1-160 | sed 's/^/        /' >>"$REPORT"
 

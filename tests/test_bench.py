@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measuring: timing in turns, the gate before it, categories of a profile, layout copies, and the demo."""
 
+import contextlib
 import csv
 import math
 import random
 import signal
 import time
+from types import SimpleNamespace
 
 import _models
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import mvit_kernels
-from mvit_kernels import backends, comparison, demo
+from mvit_kernels import backends, comparison, demo, profiling
 from mvit_kernels.__main__ import main
 from mvit_kernels.comparison import TimeLimit, compare, time_limit
 from mvit_kernels.origin import environment
@@ -95,6 +97,16 @@ def test_interleave_divides_by_the_calls_of_a_sample():
         {"a": clock.candidate("a", 0.003)}, rounds=2, calls=10, warmup_seconds=0, clock=lambda: clock.now
     )
     assert times["a"] == pytest.approx((3.0, 3.0, 3.0, 2)) and len(clock.log) == 21
+
+
+def test_interleave_makes_samples_as_long_as_asked():
+    clock = Clock()
+    candidates = {"short": clock.candidate("short", 0.001), "long": clock.candidate("long", 0.5)}
+    times = interleave(candidates, rounds=3, sample_seconds=0.01, warmup_seconds=0, clock=lambda: clock.now)
+    assert times["short"] == pytest.approx((1.0, 1.0, 1.0, 3)) and times["long"] == pytest.approx((500.0,) * 3 + (3,))
+    assert (
+        clock.log.count("short") == 1 + 1 + 3 * 10 and clock.log.count("long") == 1 + 1 + 3
+    )  # warm-up, trial, samples
 
 
 @pytest.mark.parametrize(
@@ -236,6 +248,25 @@ def test_bench_says_what_is_wrong(options, message, capsys):
         assert code == 2 and message in output.err
     else:  # the others are still measured; this one is listed with the reason
         assert code == 0 and "absent: accelerate: backend 'triton' was asked for and cannot run here" in output.out
+
+
+def test_launches_are_kernels_alone(monkeypatch):
+    """Of a GPU's events: no copies, no fills, no ranges with a name, and nothing that the host does."""
+    kinds = torch.autograd.DeviceType
+    names = [("aten::add", kinds.CPU), ("add_kernel", kinds.CUDA), ("_fused", kinds.CUDA), ("Memcpy DtoD", kinds.CUDA)]
+    names += [("Memset (Device)", kinds.CUDA), ("Torch-Compiled Region", kinds.CUDA)]
+    events = [SimpleNamespace(name=n, device_type=k, is_user_annotation="Region" in n) for n, k in names]
+    calls = []
+
+    @contextlib.contextmanager
+    def profile(**options):
+        calls.append("profile")
+        yield SimpleNamespace(events=lambda: events)
+
+    monkeypatch.setattr(profiling, "profile", profile)
+    monkeypatch.setattr(profiling, "synchronize", lambda device: calls.append("synchronize"))
+    assert profiling.launches(lambda: calls.append("call"), "cuda") == 2
+    assert calls == ["call", "synchronize", "profile", "call", "synchronize"]
 
 
 def test_profile_prints_categories(tmp_path, capsys):
