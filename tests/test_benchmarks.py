@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mvit_kernels.results import append, read, row
 
@@ -264,6 +265,21 @@ def test_boundary_writes_a_row_a_path(script, tmp_path, monkeypatch, capsys):
     assert ("layer_norm_linear", "reference", "function") in paths
     assert len(paths) == len(lines) and all(float(one["median_ms"]) > 0 for one in lines)
     assert "× torch.add" in capsys.readouterr().out
+
+
+def test_regressions_check_and_time_the_cpu_path(script):
+    regressions = script("regressions")
+    timed = []
+
+    def benchmark(function, *arguments):
+        timed.append(function(*arguments))
+
+    stage = regressions.stages(["xxs"], 64, 1)[0]
+    if regressions.backends.unavailable("cpu", "cpu"):
+        pytest.skip(regressions.backends.unavailable("cpu", "cpu")[0])
+    regressions.test_operator(benchmark, "transformer", stage, torch.float32)
+    regressions.test_operator_with_backward(benchmark, "linear_residual")
+    assert timed[0].shape == (1, 8, 8, 64) and len(timed[1]) == 1 + 4
 
 
 def test_the_small_run_of_every_kernel(script, monkeypatch, capsys):
