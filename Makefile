@@ -48,8 +48,9 @@ demo: setup
 	@$(PY) setup.py -q build_native --inplace
 	@$(PY) -m mvit_kernels.demo
 
+# A process for each core, whole files to each: the tests run on one thread, and what a file's fixtures made serves all of it.
 test: lint build
-	@$(PY) -m pytest -q $(PYTEST_ARGS)
+	@$(PY) -m pytest -q $$($(PY) -c 'import xdist; print("-n auto --dist loadfile")' 2>/dev/null) $(PYTEST_ARGS)
 
 sanitize: setup
 	@$(PY) -m pytest -q tests/_under_sanitizers.py

@@ -142,6 +142,7 @@ def main(arguments: list[str]) -> int:
     files = [f"test_{operator}.py" for operator in (*backends.operators("cpu"), "network")]
     pytest = [sys.executable, "-m", "pytest", "-q", "-k", "cpu or network", "-p", "no:cacheprovider"]
     pytest += ["-p", "no:faulthandler"]  # whose stack would stand in front of the sanitizer's
+    pytest += ["--capture=sys"]  # else the report of a process that it ends is lost with pytest's file
     pytest += [str(ROOT / "tests" / file) for file in files]
     for isa in ISAS:
         variables = environment(MVIT_KERNELS_CPU_ISA=isa)

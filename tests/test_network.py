@@ -415,6 +415,15 @@ def test_the_library_checks_a_program_for_itself():
         wrong[word] += 1
         with pytest.raises(RuntimeError, match=says):
             call(x, weights, wrong)
+    for length in range(len(program)):
+        with pytest.raises(RuntimeError, match="no program of version|the program ends|has not the words"):
+            call(x, weights, program[:length].clone())
+    first_step = 4 + 2 * int(program[2])
+    for kind in (-1, 6):
+        wrong = program.clone()
+        wrong[first_step + 1] = kind
+        with pytest.raises(RuntimeError, match=f"of kind {kind} "):
+            call(x, weights, wrong)
     with pytest.raises(RuntimeError, match="3, H, W"):
         call(x[:, :2], weights, program)
     with pytest.raises(RuntimeError, match="float32 or bfloat16"):

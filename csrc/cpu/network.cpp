@@ -53,6 +53,26 @@ struct Program {
   std::size_t workspace = 0;
 };
 
+constexpr int64_t kStepWords = 8;  // its own length, kind, source and target
+
+// Whether so many words beyond those are what a step of its kind reads.
+bool has_its_words(const Step& step, int64_t more) {
+  switch (step.kind) {
+    case kCopy:
+      return true;
+    case kConvolution:
+    case kInvertedResidual:
+      return more >= 5;
+    case kTransformer:
+      return more >= 9 && step.words[3] >= 0 && step.words[3] <= (more - 9) / 12;
+    case kToWholePatches:
+      return more >= 2;
+    case kToSizeOf:
+      return more >= 1;
+  }
+  return false;
+}
+
 int64_t round_up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 Program parse(const Tensor& tensor) {
@@ -65,18 +85,22 @@ Program parse(const Tensor& tensor) {
   program.pairs = word[1] != 0;
   const int64_t values = word[2], steps = word[3];
   word += 4;
+  STD_TORCH_CHECK(values > 1 && values <= (end - word) / 2, "network: the program ends before its steps");
   for (int64_t i = 0; i < values; ++i, word += 2) program.values.push_back({word[0], word[1]});
+  const auto is_value = [&](int64_t value) { return value >= 0 && value < values; };
   const auto place = [&](const int64_t* p) {
-    STD_TORCH_CHECK(p[0] >= 0 && p[0] < values && p[1] >= 0 &&
-                        p[1] + p[2] <= program.values[static_cast<std::size_t>(p[0])].channels,
+    STD_TORCH_CHECK(is_value(p[0]) && p[1] >= 0 && p[1] + p[2] <= program.values[static_cast<std::size_t>(p[0])].channels,
                     "network: a step of the program reads or writes what there is not");
     return Place{p[0], p[1], p[2]};
   };
   for (int64_t i = 0; i < steps; ++i) {
-    const int64_t length = word[0];
-    STD_TORCH_CHECK(length >= 8 && word + length <= end, "network: the program ends in the middle of a step");
-    program.steps.push_back({static_cast<Kind>(word[1]), place(word + 2), place(word + 5), word + 8, false});
-    word += length;
+    STD_TORCH_CHECK(end - word >= kStepWords && word[0] >= kStepWords && word[0] <= end - word,
+                    "network: the program ends in the middle of a step");
+    const Step step{static_cast<Kind>(word[1]), place(word + 2), place(word + 5), word + kStepWords, false};
+    STD_TORCH_CHECK(has_its_words(step, word[0] - kStepWords) && (step.kind != kToSizeOf || is_value(step.words[0])),
+                    "network: step ", i, " of the program is of kind ", word[1], " and has not the words of one");
+    program.steps.push_back(step);
+    word += word[0];
   }
   return program;
 }

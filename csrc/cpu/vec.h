@@ -103,11 +103,21 @@ MVIT_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v.native, sizeof v.native);
 }
 
+// GCC's AddressSanitizer does not look at masked accesses: beside it, their bytes are read one by one before.
+template <typename T>
+MVIT_INLINE void look_at([[maybe_unused]] const T* p, [[maybe_unused]] int n) {
+#ifdef __SANITIZE_ADDRESS__
+  const volatile unsigned char* bytes = reinterpret_cast<const volatile unsigned char*>(p);
+  for (int i = 0; i < n * static_cast<int>(sizeof(T)); ++i) (void)bytes[i];
+#endif
+}
+
 // The first n elements (0 < n <= size); the rest are zero.
 template <typename T>
 MVIT_INLINE Vec<T> load_first(const T* p, int n) {
   if (n == Vec<T>::size) return load(p);
 #if MVIT_VECTOR_BYTES == 64
+  look_at(p, n);
   if constexpr (sizeof(T) == 4)
     return typename Vec<T>::Native(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
   else
@@ -123,6 +133,7 @@ template <typename T>
 MVIT_INLINE void store_first(T* p, Vec<T> v, int n) {
   if (n == Vec<T>::size) return store(p, v);
 #if MVIT_VECTOR_BYTES == 64
+  look_at(p, n);
   if constexpr (sizeof(T) == 4)
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v.native);
   else
@@ -142,6 +153,7 @@ MVIT_INLINE Vec<float> load_first(const bfloat16* p, int n) {
     std::memcpy(&half, p, sizeof half);
   } else {
 #if MVIT_VECTOR_BYTES == 64
+    look_at(p, n);
     half = NativeHalfBits(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
 #else
     uint16_t buffer[Vec<float>::size] = {};
@@ -155,10 +167,12 @@ MVIT_INLINE Vec<float> load_first(const bfloat16* p, int n) {
 MVIT_INLINE void store_first(bfloat16* p, Vec<float> v, int n) {
 #if defined(MVIT_BF16_PAIRS)
   const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v.native);
-  if (n == Vec<float>::size)
+  if (n == Vec<float>::size) {
     std::memcpy(p, &rounded, sizeof rounded);
-  else
+  } else {
+    look_at(p, n);
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), rounded);
+  }
 #else
   const NativeBits bits = NativeBits(v.native);
   const NativeBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
@@ -187,6 +201,7 @@ MVIT_INLINE void store_first(bf16x2* p, Vec<float> first, Vec<float> second, int
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i pairs = _mm512_maskz_permutexvar_epi16(-1, order, halves);
+  look_at(p, n);
   _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(n == 16 ? 0xffff : (1u << n) - 1), pairs);
 }
 
