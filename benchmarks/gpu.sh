@@ -18,6 +18,8 @@
 #                             do not load
 #     MVIT_KERNELS_COMMIT     the commit, where this is no checkout of git
 #     STEPS                   some of: build correctness speed sanitizer tests cpu (else all, in an order of worth)
+#     SUITES                  some of: operators models training blocks (else all); torch.compile's rows need minutes of
+#                             a suite: SUITES=models STEPS="build speed" benchmarks/gpu.sh FOLDER 9
 #
 # Without a GPU it says so, and does the CPU's part. It installs nothing and changes no setting of the card. It ends with
 # 0 if every step that ran was right.
@@ -130,6 +132,22 @@ suite() { # suite NAME SECONDS: its rows into $OUT/NAME.csv; once more from wher
   done
 }
 
+suites() { # suites SECONDS NAME WEIGHT ...: those of $SUITES, each its share
+  local seconds=$1 total=0 name
+  shift
+  local -A weight=()
+  local order=()
+  while (($#)); do
+    if [[ -z ${SUITES:-} || " $SUITES " == *" $1 "* ]]; then
+      weight[$1]=$2
+      total=$((total + $2))
+      order+=("$1")
+    fi
+    shift 2
+  done
+  for name in "${order[@]}"; do suite "$name" $((seconds * weight[$name] / total)); done
+}
+
 if [[ $DEVICE == cuda ]]; then
   part=$(($(left) / 4))
   if wanted correctness; then
@@ -158,10 +176,7 @@ PY
     # Half of what is left for speed now; then the sanitizer, and the rest of the speed last.
     budget=$(($(left) - 100))
     ((budget < 60)) && budget=$(($(left) * 3 / 4))
-    suite operators $((budget * 45 / 100))
-    suite models $((budget * 30 / 100))
-    suite training $((budget * 10 / 100))
-    suite blocks $((budget * 10 / 100))
+    suites "$budget" operators 45 models 35 training 10 blocks 10
   fi
   SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/{bin,compute-sanitizer}/compute-sanitizer 2>/dev/null | head -n 1)
   if wanted sanitizer && [[ -n $SANITIZER ]]; then
@@ -183,8 +198,7 @@ else
   fi
   if wanted cpu; then
     budget=$(($(left) - 20))
-    suite operators $((budget * 40 / 100))
-    suite models $((budget * 60 / 100))
+    suites "$budget" operators 40 models 60
   fi
 fi
 
