@@ -237,6 +237,59 @@ def test_a_gpus_rows_have_both_clocks(monkeypatch):
     assert (refused["median_ms"], refused["note"]) == ("", "no graph: it waits for the device")
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("operator", ["linear_residual", "patch_attention", "transformer"])
+def test_an_operator_is_measured_on_a_gpu(monkeypatch, operator, training):
+    """All that is done there, on CPU tensors: candidates, replays over sets of inputs that differ, both clocks."""
+    captured = []
+
+    def capture(calls):
+        captured.append([call() for call in calls])
+        return Replay(calls[0], len(calls))
+
+    def interleave(calls, *, events=False, device, seconds, **options):
+        assert device.type == "cuda"
+        for call in calls.values():
+            call()
+        return {name: Timing(2.0, 1.0, 3.0, 4) for name in calls}
+
+    monkeypatch.setattr(operators.Operands, "to", lambda case, device, dtype=None: case)
+    monkeypatch.setattr(operators, "sets_beyond_cache", lambda size, device: 3)
+    monkeypatch.setattr(operators, "capture", capture)
+    monkeypatch.setattr(operators, "environment", lambda device: ORIGIN)
+    monkeypatch.setattr(operators.backends, "unavailable", lambda backend, device: ("no GPU",) * (backend == "cuda"))
+    monkeypatch.setattr(operators.backends, "operators", lambda backend: OPERATORS)
+    for name, value in dict(interleave=interleave, launches=lambda *_: 3, synchronize=lambda device: None).items():
+        monkeypatch.setattr(comparison, name, value)
+    monkeypatch.setattr(comparison._peak_memory, "on_gpu", lambda call, device: 1.5)
+    monkeypatch.setattr(operators.Operands, "result_bytes", 4)
+    there = Context("cuda", "operators", seconds=0.02)
+    there.ceilings = lambda dtype: Ceilings(100.0, 10.0, {}, {})
+    rows = operators.measure_setting(operators.Setting(operator, TINY, 32, "float32", training), there)
+    by_name = {(one["candidate"], one["clock"]): one for one in rows}
+    assert by_name["cuda", "wall"]["note"] == "absent: no GPU"
+    assert by_name["triton", "wall"]["note"].startswith("absent: ")  # asked for by name, and there is no GPU
+    assert by_name["eager", "wall"]["median_ms"] == 2.0 and by_name["eager", "graph"]["median_ms"] == 0.6667
+    assert by_name["eager", "graph"]["launches"] == 3 and by_name["eager", "graph"]["peak_mb"] == 1.5
+    if operator == "patch_attention":
+        assert by_name["sdpa_math", "graph"]["median_ms"] and ("sdpa_cudnn", "wall") in by_name
+    first = captured[0]
+    results = [one[0] if training else one for one in first]
+    assert len(first) == 3 and not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
+
+
+def test_a_networks_graph_holds_several_batches(monkeypatch):
+    monkeypatch.setattr(comparison, "capture", lambda calls: Replay(calls[-1], len(calls)))
+    seen = []
+    images = torch.rand(2, 3, 8, 8)
+    replay = comparison._replay_of("eager", comparison.Form(seen.append, images))()
+    replay.run()
+    assert replay.calls == comparison.IMAGE_SETS
+    assert torch.equal(seen[0], images) and seen[0].data_ptr() != images.data_ptr()
+    with pytest.raises(ValueError, match="replays graphs of its own"):
+        comparison._replay_of("compile_max_autotune", comparison.Form(seen.append, images))()
+
+
 def test_what_goes_wrong_with_a_gpus_clock_leaves_the_walls(monkeypatch):
     """Unless the GPU is lost: then nothing on it can be trusted."""
 
