@@ -43,7 +43,7 @@ COMPILED = {
     "cuda": ("compile_channels_last", "compile_reduce_overhead", "compile_max_autotune", "compile_accelerated"),
 }
 USUALLY = {"cpu": 40.0, "cuda": 40.0}  # seconds that a network takes to be compiled
-MEMORY_SECONDS = 120.0  # that must be left for measuring the memory too
+MEMORY_SECONDS = 240.0  # that must be left for measuring the memory too
 MOBILE_RUNS = 100
 MOBILE_BASELINE, MOBILE_PX = "mobilenetv2_100", 224
 MOBILE_NAMES = (MOBILE_BASELINE, "mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
