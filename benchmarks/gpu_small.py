@@ -16,7 +16,7 @@ import torch
 
 from mvit_kernels import backends
 from mvit_kernels.suites import operators
-from mvit_kernels.suites.operands import OPERATORS, Stage, operands
+from mvit_kernels.suites.operands import OPERATORS, Operands, Stage, operands
 
 STAGES = (Stage("xxs", 4, 2, 80, 4, 3), Stage("s", 5, 1, 240, 6, 1), Stage("s", 3, 1, 144, 8, 1))
 DTYPES = (torch.bfloat16, torch.float32)
@@ -24,14 +24,17 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 def check(backend: str, operator: str, stage: Stage, dtype: torch.dtype, device: str) -> bool:
     """Run one operator on `backend`, print how it went; whether nothing was wrong."""
-    case = operands(operator, stage).to(device, dtype)
+
+    def draw(seed: int) -> Operands:
+        return operands(operator, stage, seed=seed).to(device, dtype)
+
+    case = draw(0)
     training = operator not in ("transformer", "inverted_residual")
     what = f"{backend} {operator} d={stage.width} {str(dtype).removeprefix('torch.')}"
     with torch.set_grad_enabled(training):
         try:
-            worst = operators.check(
-                case, training, *operators.truth_of(case, training), functools.partial(case.public, backend=backend)
-            )
+            function = functools.partial(case.public, backend=backend)
+            worst = operators.check(case, training, *operators.truth_of(case, training), function, draw)
         except backends.BackendError as refusal:
             print(f"{what}: refused: {refusal}", flush=True)
             return True

@@ -34,10 +34,14 @@ def test_operator(benchmark, operator, stage, dtype):
     """The C++ operator, forward."""
     if why := backends.unavailable("cpu", "cpu"):
         pytest.skip(why[0])
-    case = operands(operator, stage).to(dtype=dtype)
+
+    def draw(seed):
+        return operands(operator, stage, seed=seed).to(dtype=dtype)
+
+    case = draw(0)
     function = functools.partial(case.public, backend="cpu")
     with torch.no_grad():
-        worst = operators.check(case, False, *operators.truth_of(case, False), function)
+        worst = operators.check(case, False, *operators.truth_of(case, False), function, draw)
         assert worst.ok, worst
         benchmark(function, *case.tensors)
 
@@ -47,9 +51,13 @@ def test_operator_with_backward(benchmark, operator):
     """The C++ operator, forward and backward, at stage 3 of S."""
     if why := backends.unavailable("cpu", "cpu"):
         pytest.skip(why[0])
-    case = operands(operator, stages(["s"], 256, 1)[0])
+
+    def draw(seed):
+        return operands(operator, stages(["s"], 256, 1)[0], seed=seed)
+
+    case = draw(0)
     function = functools.partial(case.public, backend="cpu")
-    worst = operators.check(case, True, *operators.truth_of(case, True), function)
+    worst = operators.check(case, True, *operators.truth_of(case, True), function, draw)
     assert worst.ok, worst
     benchmark(operators.call_of(function, case.tensors, True))
 
