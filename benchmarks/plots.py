@@ -152,7 +152,7 @@ def roofline(found: list[Table], machine: list[Line], path: Path) -> None:
     about = f"{place(line)}, {line['dtype']}, batch {line['batch']}, 256 px"
     panel.set_title(f"Operators of MobileViT-S, numbers are stages\n{about}", fontsize=10)
     panel.grid(True, which="major", color="#E5E5E5")
-    panel.legend(fontsize=8, loc="lower right", ncols=2)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     _save(figure, path)
 
 

@@ -8,7 +8,7 @@ Example:
 
 The rate of products is that of the fastest large square ``torch.mm`` of the dtype (oneDNN's, MKL's and cuBLAS's best
 case), on random numbers: zeros run faster. The bandwidth is that of a copy far larger than the caches, bytes read plus
-bytes written. Both by medians.
+bytes written. Both by the 20th percentile of the times: what the machine can do, which its other users only slow.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Ceilings(NamedTuple):
 
     def amounts(self, name: str) -> dict[str, float]:
         """What one of `timings` did, and its rate, by their columns' names."""
-        (gflop, megabytes), ms = self.work[name], self.timings[name].median
+        (gflop, megabytes), ms = self.work[name], self.timings[name].p20
         if gflop:
             return {"gflop": gflop, "gflop_per_s": gflop / ms * 1e3}
         return {"mb": megabytes, "gb_per_s": megabytes / ms}
@@ -78,5 +78,5 @@ def measure(dtype: torch.dtype, device: str | torch.device = "cpu", *, seconds: 
         timings = interleave(
             calls, seconds=seconds or SECONDS[kind], warmup_seconds=0.05, sample_seconds=5e-3, device=device
         )
-    best = max(one.gflop / timings[n].median * 1e3 for n, one in work.items())
-    return Ceilings(best, work[name].megabytes / timings[name].median, timings, work)
+    best = max(one.gflop / timings[n].p20 * 1e3 for n, one in work.items())
+    return Ceilings(best, work[name].megabytes / timings[name].p20, timings, work)
