@@ -44,6 +44,9 @@ SUITES = {
 }
 
 
+OURS = ("accelerated", "frozen", "compile_accelerated", "cpu", "triton", "cuda")  # a wrong result of these is a defect
+
+
 class DeviceLost(RuntimeError):
     """The GPU answers with errors since one of the candidates ran on it: nothing that this process does is of use."""
 
@@ -111,7 +114,7 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
         done = {(key(line), line["candidate"].startswith("compile")) for line in lines}
     took: list[tuple[float, float]] = []  # (cost, seconds) of each case
     right, left_out = True, 0
-    known: set[int] = set()  # ceilings that were written
+    written: list[Ceilings] = []
     for case in cases:
         subject = row(suite=name, **case.subject)
         if (key(subject), bool(case.compiles)) in done:
@@ -129,9 +132,11 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
             candidate = "compile" if case.compiles else "eager"  # what `resume` looks for
             rows = [subject | {"candidate": candidate, "clock": "wall", "samples": 0, "note": note} | origin]
             context.progress(f"  {note}")
-        new = [one for one in context.known_ceilings() if id(one[1]) not in known]
-        known |= {id(ceilings) for _, ceilings in new}
-        append(path, [*(r for dtype, ceilings in new for r in _machine_rows(name, dtype, ceilings, origin)), *rows])
+        for dtype, ceilings in context.known_ceilings():
+            if ceilings not in written:
+                written.append(ceilings)
+                rows = _machine_rows(name, dtype, ceilings, origin) + rows
+        append(path, rows)
         for line in _lines(rows):
             context.progress(line)
         if context.device == "cuda":
@@ -161,9 +166,6 @@ def _check_device(case: Case) -> None:
         torch.cuda.synchronize()
     except RuntimeError as error:
         raise DeviceLost(f"the GPU was lost in {case.name}: {error}") from error
-
-
-OURS = ("accelerated", "frozen", "compile_accelerated", "cpu", "triton", "cuda")
 
 
 def _is_wrong(one: Row) -> bool:

@@ -146,6 +146,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
         results: dict[str, Result] = {}
         functions: dict[str, Callable[..., Tensor]] = {}
         for name, function in candidates(case, device.type, setting.compiled).items():
+            context.progress(f"  {name}")  # the one that a crash was in
             compiled = name.startswith("compile")
             limit = context.build_seconds(COMPILE_USUALLY[device.type]) if compiled else None
             gate = functools.partial(check, case, setting.training, own, truth, redraw=draw)
@@ -161,7 +162,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
 
         calls = {name: call_of(f, case.tensors, setting.training) for name, f in functions.items()}
         replays = {name: functools.partial(_replay, f, case, setting.training, device) for name, f in functions.items()}
-        context.progress(f"timing {', '.join(calls)}")
+        context.progress(f"  timing {', '.join(calls)}")
         measure(results, calls, replays=replays, device=device, warmup_seconds=0.05, seconds=context.seconds)
         if setting.compiled:
             del functions, calls, replays
