@@ -38,7 +38,9 @@ _EXPORTS = {
     "layer_norm_mlp": "ops",
     "inverted_residual": "ops",
     "transformer": "ops",
+    "transformer_layer": "ops",
     "TransformerLayerWeights": "ops",
+    "LayerDropout": "dropout",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from .adapters import AccelerationReport, accelerate, report, restore
     from .backends import BackendError, use_backend
     from .checkpoints import convert_state_dict, load_checkpoint
+    from .dropout import LayerDropout
     from .inference import freeze
     from .nn import MobileViT
     from .ops import (
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
         linear_residual,
         patch_attention,
         transformer,
+        transformer_layer,
     )
     from .verification import VerificationReport, verify
 

@@ -29,7 +29,7 @@ TABLE = Path(__file__).parent / "data" / "triton_gate.csv"
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
 COLUMNS = ("case", "kernel", "dtype", "tile", "arch", "registers", "stack", "shared", "mma", "async_copies", "triton")
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 # -------------------------------------------------------------------------------------------------------- what to build
 
@@ -39,8 +39,15 @@ SIDES = {1024: 32, 256: 16, 64: 8}
 
 
 def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int) -> list:
-    """The launches of one transformer layer of width d, forward and backward."""
-    from mvit_kernels.triton import layer_norm_linear, layer_norm_mlp, linear_residual, patch_attention
+    """The launches of one transformer layer of width d, forward and backward: operator by operator, and as one with
+    all of its live dropout."""
+    from mvit_kernels.triton import (
+        layer_norm_linear,
+        layer_norm_mlp,
+        linear_residual,
+        patch_attention,
+        transformer_layer,
+    )
     from mvit_kernels.triton._launch import watching
 
     def t(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -63,6 +70,12 @@ def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int) -
             mlp = (*norm, t(2 * d, d), t(2 * d), t(d, 2 * d))
             layer_norm_mlp.forward(x, *mlp, t(d), 1e-5)
             layer_norm_mlp.backward(x, x, mean, rstd, *mlp)
+            weights = (*norm, t(3 * d, d), t(3 * d), t(d, d), t(d), *mlp, t(d))
+            kept = [weights[i] for i in (0, 1, 2, 4, 6, 7, 8, 9, 10)]
+            dropout = (t(2, of=torch.int64), 4, (2, 2), (0.1, 0.1, 0.1, 0.1), True)
+            seed, *heads, live, path_scale = dropout
+            out, *saved = transformer_layer.forward(x, *weights, seed, *heads, 1e-5, live, path_scale)
+            transformer_layer.backward(out, x, *saved, *kept, *dropout)
     finally:
         torch.set_float32_matmul_precision(before)
     return launches

@@ -7,6 +7,7 @@ from .layer_norm_mlp import layer_norm_mlp
 from .linear_residual import linear_residual
 from .patch_attention import patch_attention
 from .transformer import TransformerLayerWeights, transformer
+from .transformer_layer import transformer_layer
 
 __all__ = [
     "TransformerLayerWeights",
@@ -16,4 +17,5 @@ __all__ = [
     "linear_residual",
     "patch_attention",
     "transformer",
+    "transformer_layer",
 ]
