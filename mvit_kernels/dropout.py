@@ -128,5 +128,5 @@ def branch_factor(
         images = torch.arange(b, device=device)[:, None, None]
         sequences = images * (ph * pw) + i[:, None] * pw + j
         kept = philox(seed[0], ((2 + branch) << 30, sequences, *high))[0] >= threshold(path)
-        factor = factor * (kept * (keep_scale(path) if path_scale else 1.0)).unsqueeze(-1)
+        factor = factor * kept.unsqueeze(-1) * (keep_scale(path) if path_scale else 1.0)
     return factor

