@@ -32,6 +32,7 @@ _EXPORTS = {
     "MobileViT": "nn",
     "use_backend": "backends",
     "BackendError": "backends",
+    "layer_norm": "ops",
     "layer_norm_linear": "ops",
     "patch_attention": "ops",
     "linear_residual": "ops",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .ops import (
         TransformerLayerWeights,
         inverted_residual,
+        layer_norm,
         layer_norm_linear,
         layer_norm_mlp,
         linear_residual,

@@ -203,6 +203,17 @@ def _layer_norm_backward(
     return grad_x, _rows(grad * normalized).sum(0), _rows(grad).sum(0)
 
 
+@register_reference("layer_norm")
+def _layer_norm(x, norm_weight, norm_bias, eps):
+    return layer_norm(x, norm_weight, norm_bias, eps).contiguous(), *_statistics(x, eps)
+
+
+@register_reference("layer_norm_backward")
+def _layer_norm_only_backward(grad_out, x, mean, rstd, norm_weight):
+    grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_out.to(mean.dtype), x, mean, rstd, norm_weight)
+    return grad_x.to(x.dtype).contiguous(), grad_weight.to(norm_weight.dtype), grad_bias.to(norm_weight.dtype)
+
+
 @register_reference("layer_norm_linear")
 def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation):
     out = layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation).contiguous()
@@ -316,14 +327,15 @@ def _transformer_layer(x, *arguments):
     mean2, rstd2 = _statistics(middle, eps)
     branch = F.linear(layer_norm_linear(middle, *layer[6:10], eps, "silu"), *layer[10:]).to(mean1.dtype)
     branch = branch * _factor(x, seed, MLP_BRANCH, mlp, path2, patch_size, path_scale)
-    return (middle + branch.to(x.dtype)).contiguous(), mean1, rstd1, qkv, attended, logsumexp, middle, mean2, rstd2
+    return (middle + branch.to(x.dtype)).contiguous(), mean1, rstd1, attended, logsumexp, middle, mean2, rstd2
 
 
 @register_reference("transformer_layer_backward")
 def _transformer_layer_backward(grad_out, x, *arguments):
-    mean1, rstd1, qkv, attended, logsumexp, middle, mean2, rstd2 = arguments[:8]
-    norm1_weight, norm1_bias, qkv_weight, proj_weight, *mlp_weights = arguments[8:17]
-    seed, num_heads, patch_size, (projection, path1, mlp, path2), path_scale = arguments[17:]
+    mean1, rstd1, attended, logsumexp, middle, mean2, rstd2 = arguments[:7]
+    norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, *mlp_weights = arguments[7:17]
+    seed, num_heads, patch_size, eps, (projection, path1, mlp, path2), path_scale = arguments[17:]
+    qkv = layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps)
     wide, scale = mean1.dtype, (qkv.shape[-1] // (3 * num_heads)) ** -0.5
     grad_out, middle, attended, qkv = (t.to(wide) for t in (grad_out, middle, attended, qkv))
     branch = grad_out * _factor(x, seed, MLP_BRANCH, mlp, path2, patch_size, path_scale)

@@ -28,7 +28,14 @@ import mvit_kernels
 from mvit_kernels import backends
 from mvit_kernels._library import BACKENDS, raw
 
-DIFFERENTIABLE = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp", "transformer_layer")
+DIFFERENTIABLE = (
+    "layer_norm",
+    "layer_norm_linear",
+    "patch_attention",
+    "linear_residual",
+    "layer_norm_mlp",
+    "transformer_layer",
+)
 INFERENCE = ("inverted_residual", "transformer")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("contiguous", "permuted", "transposed", "sliced", "strided", "offset", "expanded")
@@ -52,6 +59,11 @@ class Draw:
 
     def linear(self, n: int, k: int) -> tuple[Tensor, Tensor]:
         return self(n, k, std=max(k, 1) ** -0.5), self(n, std=0.2)
+
+
+def _layer_norm(draw, shape, mean=0.0, eps=1e-5):
+    weight, bias = draw.norm(shape[-1])
+    return {"x": draw(*shape, mean=mean), "norm_weight": weight, "norm_bias": bias}, {"eps": eps}
 
 
 def _layer_norm_linear(draw, shape, n, bias=True, activation=None, mean=0.0, eps=1e-5):
@@ -258,14 +270,15 @@ def backward_arguments(
     """The arguments of the raw backward operator, given what the raw forward operator returned."""
     t, settings = list(tensors.values()), list(resolved(operator, tensors, settings).values())
     return {
+        "layer_norm": lambda: (grad_out, t[0], *outputs[1:], t[1]),
         "layer_norm_linear": lambda: (grad_out, t[0], *outputs[1:], *t[1:], settings[1] or ""),
         "patch_attention": lambda: (grad_out, t[0], *outputs, *settings),
         "linear_residual": lambda: (grad_out, t[0], t[1]),
         "layer_norm_mlp": lambda: (grad_out, t[0], *outputs[1:], *t[1:-1]),
         "transformer_layer": lambda: (
             *(grad_out, t[0], *outputs[1:]),
-            *(t[i] for i in (1, 2, 3, 5, 7, 8, 9, 10, 11)),  # but the biases of qkv, proj and fc2
-            *(settings[4], *settings[:2], *_probabilities(settings[3])),
+            *(t[i] for i in (1, 2, 3, 4, 5, 7, 8, 9, 10, 11)),  # but the biases of proj and fc2
+            *(settings[4], *settings[:3], *_probabilities(settings[3])),
         ),
     }[operator]()
 

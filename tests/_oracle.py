@@ -24,10 +24,10 @@ def sequences(height: int, width: int, patch_size: tuple[int, int]) -> list[list
     return found
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
     centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
     variance = (centred * centred).sum(-1, keepdim=True) / x.shape[-1]
-    return centred / torch.sqrt(variance + eps) * weight + bias
+    return centred / torch.sqrt(variance + eps) * norm_weight + norm_bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

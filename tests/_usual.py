@@ -31,9 +31,9 @@ def fold(x: Tensor, like: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return F.fold(columns, (h, w), patch_size, stride=patch_size).permute(0, 2, 3, 1)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
     """With parameters kept in float32, as mixed-precision training has it, the norm is computed there."""
-    return F.layer_norm(x.to(weight.dtype), (x.shape[-1],), weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x.to(norm_weight.dtype), (x.shape[-1],), norm_weight, norm_bias, eps).to(x.dtype)
 
 
 def layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation) -> Tensor:

@@ -17,6 +17,7 @@ from mvit_kernels import _library, backends
 from mvit_kernels.backends import Call, use_backend
 
 SIZES = {
+    "layer_norm": dict(shape=(3, 8)),
     "layer_norm_linear": dict(shape=(3, 8), n=4, activation="silu"),
     "patch_attention": dict(shape=(2, 4, 4), heads=2, head_dim=4, patch=(2, 2)),
     "linear_residual": dict(shape=(3, 8), n=4),

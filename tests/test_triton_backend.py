@@ -19,6 +19,7 @@ from mvit_kernels.backends import Call
 
 TESTS = Path(__file__).parent
 FACTS = {
+    "layer_norm": dict(contiguous=True),
     "layer_norm_linear": dict(out_features=48, activation=None, contiguous=True),
     "patch_attention": dict(num_heads=2, head_dim=12, patch_size=(2, 2), dense_rows=True),
     "linear_residual": dict(out_features=24, contiguous=True),

@@ -25,6 +25,7 @@ from .. import backends, reference
 from ..dropout import LayerDropout, draw_seeds, drop_path, dropped
 from ..ops import (
     TransformerLayerWeights,
+    layer_norm,
     layer_norm_linear,
     layer_norm_mlp,
     linear_residual,
@@ -140,7 +141,9 @@ def _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_
             rows = _attention_half(rows, layer, num_heads, inner_patch, eps, drop, backend)
             rows = _mlp_half(rows, layer, inner_patch, eps, drop, backend)
     if final_norm is not None:
-        rows = reference.layer_norm(rows, *final_norm, eps).to(rows.dtype)  # CUDA's autocast makes it float32
+        call = checks.call("layer_norm", rows, (rows, *final_norm), contiguous=rows.is_contiguous())
+        served = backends.serves("layer_norm", call, backend)
+        rows = layer_norm(rows, *final_norm, eps=eps, backend=backend if served else "reference")
     return reference.to_map(rows.squeeze(2), size, patch_size) if in_sequences else rows
 
 

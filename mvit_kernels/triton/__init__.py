@@ -126,6 +126,7 @@ def _transformer_layer(call: Call) -> list[str]:
 
 
 SUPPORTS = {
+    "layer_norm": _norm_rows,
     "layer_norm_linear": _layer_norm_linear,
     "patch_attention": _patch_attention,
     "linear_residual": _linear_residual,

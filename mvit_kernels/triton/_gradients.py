@@ -235,6 +235,7 @@ def _product_part(
 
 @triton.jit(do_not_specialize=["M", "part_rows"])
 def _weight_gradients(
+    sums,
     grad0,
     x0,
     mean0,
@@ -253,7 +254,6 @@ def _weight_gradients(
     norm_bias2,
     grad3,
     x3,
-    sums,
     M,
     part_rows,
     N0: tl.constexpr,
@@ -472,10 +472,19 @@ def weight_gradients(rows: int, *products: Product) -> list[Gradients]:
         shapes = tuple((0, 0) if p is None else tuple(p.weight.shape) for p in slots)
         schedule = _schedule(x.get_device(), x.dtype, norm_dtype, kind_of(x.dtype), architecture(x), rows, shapes)
         sums = torch.empty(schedule.numbers, dtype=torch.float32, device=x.device)
-        schedule.products(schedule.grid, (*inputs, sums), (rows, schedule.part_rows))
+        schedule.products(schedule.grid, (sums, *inputs), (rows, schedule.part_rows))
         schedule.sum_parts((schedule.blocks,), (sums, *outs), (schedule.grid[1],))
     else:
         for out in outs:
             if out is not None:
                 out.zero_()
     return [results[id(product)] for product in products]
+
+
+def add_columns(sums: Tensor, parts: int, *outs: Tensor) -> None:
+    """outs[0] and outs[1], of K numbers, from sums[0] and sums[1], each of which has `parts` rows of K and is filled up
+    to 16 bytes: one more launch of the kernel above, for which a column of K numbers is the bias of a linear layer, or
+    the weight of one with one input."""
+    K = outs[0].numel()
+    plan = _sum_plan(sums.get_device(), None, outs[0].dtype, (0, 0, K, 1, 0, 0, 0, 0, 1, _BLOCK))
+    plan((2 * ceil_div(K, _BLOCK),), (sums, *[None] * 4, *outs, *[None] * 6), (parts,))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``transformer_layer`` in Triton: the kernels of its four operators, launched as one.
 
-Four kernels forward. Backward takes seven, where the operators one by one take eleven and an addition: the gradient of
+Four kernels forward. Backward takes eight, where the operators one by one take eleven and an addition: the gradient of
 the residual is added up where the LayerNorm's gradient is written, and all weights' gradients of the layer are one
-launch, and one more that adds up their parts. Dropout after fc2 is an eighth, for its gradient is read by two kernels;
-dropout after the out-projection none, for the kernel that writes the gradient of the rows between writes both.
+launch, and one more that adds up their parts. One of the eight computes q, k and v once more, which are the half of
+what would be kept. Dropout after fc2 takes a ninth, for its gradient is read by two kernels; dropout after the
+out-projection none, for the kernel that writes the gradient of the rows between writes both.
 """
 
 import torch
@@ -50,7 +51,7 @@ def forward(
     drop = dropped(x, seed, MLP_BRANCH, mlp, path2, path_scale, patch_size)
     weights = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     out, mean2, rstd2 = layer_norm_mlp.forward(middle, *weights, eps, drop)
-    return out, mean1, rstd1, qkv, attended, logsumexp, middle, mean2, rstd2
+    return out, mean1, rstd1, attended, logsumexp, middle, mean2, rstd2
 
 
 @register(f"{OP}_backward")
@@ -59,7 +60,6 @@ def backward(
     x,
     mean1,
     rstd1,
-    qkv,
     attended,
     logsumexp,
     middle,
@@ -68,6 +68,7 @@ def backward(
     norm1_weight,
     norm1_bias,
     qkv_weight,
+    qkv_bias,
     proj_weight,
     norm2_weight,
     norm2_bias,
@@ -77,10 +78,11 @@ def backward(
     seed,
     num_heads,
     patch_size,
+    eps,
     dropout,
     path_scale,
 ):
-    grad_out, x, qkv, attended, middle = dense(grad_out, x, qkv, attended, middle)
+    grad_out, x, attended, middle = dense(grad_out, x, attended, middle)
     norm1_weight, norm1_bias, qkv_weight, proj_weight = dense(norm1_weight, norm1_bias, qkv_weight, proj_weight)
     norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight = dense(
         norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight
@@ -100,6 +102,7 @@ def backward(
     grad_attended = torch.empty_like(attended)
     if rows:
         linear_residual.product(grad_proj, proj_weight, None, None, grad_attended, rows, transposed=False)
+    qkv, _, _ = layer_norm_linear.forward(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps, "")
     grad_qkv = patch_attention.backward(grad_attended, qkv, attended, logsumexp, num_heads, patch_size, scale)
     grad_x = torch.empty_like(x)
     norm_backward(grad_qkv, qkv_weight, x, mean1, rstd1, norm1_weight, grad_middle, grad_x)
