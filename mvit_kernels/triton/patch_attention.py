@@ -5,11 +5,11 @@ Token n of the sequence at place (i, j) of the patches lies at row ``(n // NW) Â
 j`` of the map, NW being the patches in a row. NW and N are constants of the kernel: a division by a run-time NW costs
 430 of 1389 instructions.
 
-Forward is FlashAttention's (arXiv:2205.14135, algorithm 1). Exponents become those of 2 after the largest score is taken
-out: before, scores of a thousand lose three more bits of their difference, and float32 gradients were off by three times
-PyTorch's error. Backward needs no atomics: a program owns a whole
-(sequence, head) where its queries fit on chip (5 products), or else one block of queries and then the same block of
-keys (7 products). Sequences of up to 16 tokens take kernels of their own (`patch_attention_short`).
+Forward is FlashAttention's (arXiv:2205.14135, algorithm 1). Exponents become those of 2 only after the largest score is
+taken out: scores of a thousand would lose three more bits of their differences, and float32 gradients were three times
+as far off as PyTorch's. Backward needs no atomics: a program owns a whole (sequence, head) where its queries fit on
+chip (5 products), or else one block of queries and then the same block of keys (7 products). Sequences of up to 16
+tokens take kernels of their own (`patch_attention_short`).
 """
 
 from functools import lru_cache
