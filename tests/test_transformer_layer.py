@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from _cases import DTYPES, LAYOUTS, call, convert, evaluate, make, paths
+from _cases import DTYPES, LAYOUTS, call, convert, device_of, evaluate, make, paths
 from _checks import (
     check,
     check_autocast,
@@ -225,20 +225,17 @@ def test_branches_are_dropped_independently(path):
 @pytest.mark.parametrize("path", DRAWING)
 def test_gradient_checkpointing_drops_the_same_again(path):
     tensors, settings = make(OP, SMALL)
-    tensors = convert(tensors, torch.float32)
+    tensors = convert(tensors, torch.float32, device=device_of(path))
     settings |= {"dropout": LayerDropout(projection=0.3, mlp=0.3, path1=0.2, path2=0.2), "seed": None}
 
-    def run(checkpointed):
+    def layer(*values):
+        return call(OP, dict(zip(tensors, values, strict=True)), settings, path)
+
+    def run(function):
         torch.manual_seed(3)
-        if not checkpointed:
-            return evaluate(lambda t: call(OP, t, settings, path), tensors, True)
+        return evaluate(lambda t: function(*t.values()), tensors, True)
 
-        def function(t):
-            return checkpoint(lambda: call(OP, t, settings, path), use_reentrant=False)
-
-        return evaluate(function, tensors, True)
-
-    plain, again = run(False), run(True)
+    plain, again = run(layer), run(lambda *values: checkpoint(layer, *values, use_reentrant=False))
     assert all(torch.equal(value, again[name]) for name, value in plain.items())
 
 
