@@ -81,7 +81,7 @@ def transformer(
     if not layers:
         raise ValueError(f"{OP}: layers is empty; at least one TransformerLayerWeights is wanted")
     for index, layer in enumerate(layers):
-        _check_layer(x, index, layer, num_heads, dtype is not None)
+        check_layer(f"{OP}: layers[{index}]", x, layer, num_heads, dtype is not None)
     if final_norm is not None:
         if not isinstance(final_norm, tuple | list) or len(final_norm) != 2:
             raise TypeError(
@@ -140,8 +140,8 @@ def flatten(layers: Sequence[TransformerLayerWeights], dtype=None) -> list[Tenso
     return flat
 
 
-def _check_layer(x: Tensor, index: int, layer: TransformerLayerWeights, num_heads: int, autocast: bool) -> None:
-    name = f"{OP}: layers[{index}]"
+def check_layer(name: str, x: Tensor, layer: TransformerLayerWeights, num_heads: int, autocast: bool) -> None:
+    """One layer's weights are right for x; `name` is what the messages begin with."""
     if not isinstance(layer, TransformerLayerWeights):
         raise TypeError(f"{name} is a {type(layer).__name__}; a TransformerLayerWeights is wanted")
     checks.like(name, x, "x", autocast, **layer._asdict())

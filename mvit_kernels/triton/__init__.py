@@ -116,9 +116,20 @@ def _patch_attention(call: Call) -> list[str]:
     return reasons
 
 
+def _transformer_layer(call: Call) -> list[str]:
+    reasons = _norm_rows(call) + _features(call, "hidden_features")
+    if call.fact("head_dim") > MAX_HEAD_DIM:
+        reasons.append(f"heads of {call.fact('head_dim')} are too wide; {MAX_HEAD_DIM} go")
+    if call.fact("inner_dropout"):
+        reasons.append("dropout on attention weights or after SiLU is live")
+    return reasons
+
+
 SUPPORTS = {
+    "layer_norm": _norm_rows,
     "layer_norm_linear": _layer_norm_linear,
     "patch_attention": _patch_attention,
     "linear_residual": _linear_residual,
     "layer_norm_mlp": _layer_norm_mlp,
+    "transformer_layer": _transformer_layer,
 }
