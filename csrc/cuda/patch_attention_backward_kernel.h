@@ -153,7 +153,7 @@ struct AttentionGradient {
 
 template <typename T, int D, int TILES>
 MVIT_KERNEL(32 * kBlockWarps, 2)
-patch_attention_backward(const PatchAttentionBackward args, const PatchAttentionPlan plan) {
+patch_attention_backward_kernel(const PatchAttentionBackward args, const PatchAttentionPlan plan) {
   constexpr Shared kStride = kRowBytes<D>;
   constexpr float kLog2E = 1.44269504f;
   const PatchAttentionShape& shape = args.shape;

@@ -123,7 +123,7 @@ struct Attention {
 
 template <typename T, int D, int TILES>
 MVIT_KERNEL(32 * kBlockWarps, D <= 16 ? 4 : 3)
-patch_attention_forward(const PatchAttentionForward args, const PatchAttentionPlan plan) {
+patch_attention_kernel(const PatchAttentionForward args, const PatchAttentionPlan plan) {
   constexpr Shared kStride = kRowBytes<D>;
   constexpr float kLog2E = 1.44269504f;
   const PatchAttentionShape& shape = args.shape;

@@ -29,7 +29,7 @@ std::string forward(uint64_t seed, const PatchAttentionForward& args, int copy_b
     return emulation::emulate(seed, (args.shape.strands + plan.groups - 1) / plan.groups,
                               (args.shape.tokens + plan.rows - 1) / plan.rows, 32 * plan.warps * plan.groups,
                               patch_attention_shared_bytes(plan, padded),
-                              patch_attention_forward<T, D, tiles_of_warp(D)>, args, plan);
+                              patch_attention_kernel<T, D, tiles_of_warp(D)>, args, plan);
   });
 }
 
@@ -42,7 +42,7 @@ std::string backward(uint64_t seed, const PatchAttentionBackward& args, int copy
     return emulation::emulate(seed, (args.shape.strands + plan.groups - 1) / plan.groups,
                               (args.shape.tokens + plan.rows - 1) / plan.rows, 32 * plan.warps * plan.groups,
                               patch_attention_backward_shared_bytes(plan, padded, args.shape.tokens),
-                              patch_attention_backward<T, D, tiles_of_warp(D)>, args, plan);
+                              patch_attention_backward_kernel<T, D, tiles_of_warp(D)>, args, plan);
   });
 }
 
