@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA kernels run on the CPU, from their own source: compiled beside ``tests/emulation/simt.h``, called by ctypes.
+
+Example:
+    >>> driver = Driver("patch_attention")                     # compiles tests/emulation/patch_attention.cpp
+    >>> driver.forward(seed, qkv, out, writes=[out])           # its extern "C" const char* forward(uint64_t, void*, …)
+
+A driver's functions take int64_t, double and pointers, launch kernels by ``emulation::emulate`` and return what that
+reports. A call raises `EmulationFault` for a race, a deadlock, memory read before it was written, and every access out
+of a tensor that the call names or to a tensor that `writes` does not. Nothing is seen of bank conflicts, of the
+hardware's rounding inside a product, or of time.
+
+`faults` plants errors: pairs (text, other text), each of which must be once in the kernels' headers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+EMULATION = ROOT / "tests" / "emulation"
+BUILT = ROOT / "build" / "emulation"
+# Contracted, products would be more exact than the hardware's sums. Fortified, longjmp refuses to change stacks.
+FLAGS = "-std=c++20 -O2 -g1 -fPIC -shared -ffp-contract=off -U_FORTIFY_SOURCE -DMVIT_EMULATED -Wall -Wextra"
+
+
+class EmulationFault(AssertionError):
+    """What a kernel did that it must not, by the emulation's report."""
+
+
+class Driver:
+    """``tests/emulation/<name>.cpp``, compiled; see the module. One launch at a time: it is no use to threads."""
+
+    def __init__(self, name: str, faults: Sequence[tuple[str, str]] = ()) -> None:
+        self.name = name
+        self._library = ctypes.CDLL(str(_build(name, tuple(faults))))
+
+    def __getattr__(self, function: str) -> Any:
+        return functools.partial(self._call, function)
+
+    def _call(self, function: str, seed: int, *arguments: Any, writes: Sequence[torch.Tensor] = ()) -> None:
+        call = getattr(self._library, function)
+        call.restype = ctypes.c_char_p
+        self._library.emulation_forget_buffers()
+        for tensor in arguments:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                written = any(tensor is other for other in writes)
+                # From the first element to the last, whatever lies between them.
+                elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+                self._library.emulation_add_buffer(
+                    ctypes.c_uint64(tensor.data_ptr()),
+                    ctypes.c_uint64(elements * tensor.element_size()),
+                    ctypes.c_int64(written),
+                )
+        report = call(ctypes.c_uint64(seed), *map(_as_c, arguments))
+        if report is not None:
+            raise EmulationFault(f"{self.name}.{function}, seed {seed}: {report.decode()}")
+
+
+def _as_c(value: Any) -> Any:
+    if value is None or isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def compiler() -> list[str]:
+    """The C++ compiler; the test is skipped where there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    found = named or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    return found or pytest.skip("no C++ compiler")
+
+
+@functools.cache
+def _build(name: str, faults: tuple[tuple[str, str], ...]) -> Path:
+    """The driver's library; compiled anew when a source, the compiler or a fault is another."""
+    command = [*compiler(), *FLAGS.split()]
+    headers = {path.name: path.read_text() for path in sorted(KERNELS.glob("*.h"))}
+    for old, new in faults:
+        places = [file for file, text in headers.items() for _ in range(text.count(old))]
+        assert len(places) == 1, f"{name}: {old!r} is in {places or 'no header'}; a fault is planted at one place"
+        headers[places[0]] = headers[places[0]].replace(old, new)
+    version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True).stdout
+    own = [(EMULATION / file).read_text() for file in ("machine.h", "simt.h", f"{name}.cpp")]
+    digest = hashlib.sha256("\0".join([version, *command, *own, *headers.values()]).encode()).hexdigest()[:16]
+    library = BUILT / f"{name}-{digest}.so"
+    if not library.exists():
+        changed = BUILT / f"{name}-{digest}.{os.getpid()}"  # the headers as they are compiled, faults and all
+        changed.mkdir(parents=True)
+        for file, text in headers.items():
+            (changed / file).write_text(text)
+        source = EMULATION / f"{name}.cpp"
+        paths = [f"-I{changed}", f"-I{ROOT / 'tests'}"]
+        result = subprocess.run(
+            [*command, *paths, str(source), "-o", str(changed / "built.so")], capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{source.name} does not compile:\n{result.stderr}"
+        os.replace(changed / "built.so", library)
+        shutil.rmtree(changed)
+    return library
