@@ -99,4 +99,32 @@ struct TransformerArgs {
   float eps;
 };
 
+// How a launch is cut: a warp has `tiles` times 16 rows, all of one sequence, and a block some sequences.
+struct TransformerPlan {
+  int64_t tiles;
+  int64_t sequences_of_a_block;
+};
+
+// Arguments for maps of images × height × width rows, both maps and the weights still missing.
+inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t images, int64_t height, int64_t width,
+                                        int64_t patch_height, int64_t patch_width, int64_t layers, int64_t hidden,
+                                        bool final_norm, double eps) {
+  const int64_t rows = 16 * plan.tiles, tokens = height / patch_height * (width / patch_width);
+  const int64_t padded = (tokens + rows - 1) / rows * rows;
+  TransformerArgs args{};
+  args.sequences = images * patch_height * patch_width;
+  args.patch_height = static_cast<int>(patch_height);
+  args.patch_width = static_cast<int>(patch_width);
+  args.patch_columns = static_cast<int>(width / patch_width);
+  args.tokens = static_cast<int>(tokens);
+  args.padded_tokens = static_cast<int>(padded);
+  args.sequences_of_a_block = static_cast<int>(plan.sequences_of_a_block);
+  args.layers = static_cast<int>(layers);
+  args.hidden_chunks = static_cast<int>((hidden + kHiddenChunk - 1) / kHiddenChunk);
+  args.warps = static_cast<int>(plan.sequences_of_a_block * padded / rows);
+  args.final_norm = final_norm;
+  args.eps = static_cast<float>(eps);
+  return args;
+}
+
 }  // namespace mvit

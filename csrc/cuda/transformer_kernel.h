@@ -63,7 +63,7 @@ struct Ring {
     sync_threads();
     const Shared here = slot + turn * slot_bytes;
     turn ^= 1;
-    fetch(slot + turn * slot_bytes, bytes_of_next, threads);
+    if (bytes_of_next > 0) fetch(slot + turn * slot_bytes, bytes_of_next, threads);
     return here;
   }
 };
