@@ -86,7 +86,7 @@ struct TransformerMap {
 struct TransformerArgs {
   TransformerMap in, out;  // both on multiples of 16 bytes
   const unsigned char* weights;
-  int64_t sequences;
+  int sequences;
   int patch_height, patch_width;  // a sequence is a place in the patch, of an image
   int patch_columns;              // patches in a row of the map
   int tokens;                     // of a sequence: patches of an image
@@ -112,7 +112,7 @@ inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t ima
   const int64_t rows = 16 * plan.tiles, tokens = height / patch_height * (width / patch_width);
   const int64_t padded = (tokens + rows - 1) / rows * rows;
   TransformerArgs args{};
-  args.sequences = images * patch_height * patch_width;
+  args.sequences = static_cast<int>(images * patch_height * patch_width);
   args.patch_height = static_cast<int>(patch_height);
   args.patch_width = static_cast<int>(patch_width);
   args.patch_columns = static_cast<int>(width / patch_width);

@@ -76,6 +76,13 @@ struct Transformer {
   static constexpr int ROWS = 16 * M;             // of a warp, and keys of a step
   using Lanes = Columns<WIDTH>;
 
+  // Loops over tiles are unrolled by the largest divisor up to 5: all of a layer is to fit in the instruction cache.
+  static constexpr int group_of(int count) {
+    int group = count < 5 ? count : 5;
+    while (count % group) --group;
+    return group;
+  }
+
   // Mean and 1 / σ of the rows that the lane has parts of: 0 to 7 and 8 to 15 of each tile.
   struct Norm {
     float mean[M][2], rstd[M][2];
@@ -89,89 +96,79 @@ struct Transformer {
 
   // ------------------------------------------------------------------------------------------------------- rows of x
 
-  // Where in the map the row g (+ 8) of the warp's tile m is; false where there is none.
-  MVIT_DEVICE bool find_row(int m, int half, const TransformerMap& map, int64_t& offset) const {
+  // Where in the map the row g (+ 8) of the warp's tile m is; null where there is none.
+  MVIT_DEVICE char* find_row(int m, int half, const TransformerMap& map) const {
     const int row = warp_index() * ROWS + m * 16 + half * 8 + lane_index() / 4;
-    const int64_t sequence = block_index() * args.sequences_of_a_block + row / args.padded_tokens;
+    const int sequence = static_cast<int>(block_index()) * args.sequences_of_a_block + row / args.padded_tokens;
     const int token = row % args.padded_tokens;
-    const int places = args.patch_height * args.patch_width;
-    const int place = static_cast<int>(sequence % places);
-    const int64_t y = int64_t{token / args.patch_columns} * args.patch_height + place / args.patch_width;
-    const int64_t x = int64_t{token % args.patch_columns} * args.patch_width + place % args.patch_width;
-    offset = sequence / places * map.image + y * map.row + x * map.column;
-    return sequence < args.sequences && token < args.tokens;
+    if (sequence >= args.sequences || token >= args.tokens) return nullptr;
+    const int places = args.patch_height * args.patch_width, place = sequence % places;
+    const int y = token / args.patch_columns * args.patch_height + place / args.patch_width;
+    const int x = token % args.patch_columns * args.patch_width + place % args.patch_width;
+    return static_cast<char*>(map.data) + 2 * (sequence / places * map.image + y * map.row + x * map.column);
   }
 
   MVIT_DEVICE void read_rows() const {
     MVIT_UNROLL
-    for (int pair = 0; pair < TILES / 2; ++pair) read_part<2>(2 * pair);
-    if constexpr (TILES % 2 == 1) read_part<1>(TILES - 1);
+    for (int m = 0; m < M; ++m) {
+      const char* const from[2] = {find_row(m, 0, args.in), find_row(m, 1, args.in)};
+      MVIT_ROLLED
+      for (int pair = 0; pair < TILES / 2; ++pair) read_part<2>(m, 2 * pair, from);
+      if constexpr (TILES % 2 == 1) read_part<1>(m, TILES - 1, from);
+    }
   }
 
   // The lane's columns of COUNT tiles, which are adjacent.
   template <int COUNT>
-  MVIT_DEVICE void read_part(int tile) const {
+  MVIT_DEVICE void read_part(int m, int tile, const char* const (&from)[2]) const {
+    Part<COUNT> part[2] = {};
     MVIT_UNROLL
-    for (int m = 0; m < M; ++m) {
-      Part<COUNT> part[2] = {};
-      MVIT_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        int64_t offset;
-        if (find_row(m, half, args.in, offset) && Lanes::has(tile))
-          part[half] = load_constant<Part<COUNT>>(static_cast<const char*>(args.in.data) +
-                                                  (offset + Lanes::template first<COUNT>(tile)) * 2);
-      }
-      store_shared(row_tile(m, tile), Words4{part[0].x, part[1].x, part[0].y, part[1].y});
-      if constexpr (COUNT == 2)
-        store_shared(row_tile(m, tile + 1), Words4{part[0].z, part[1].z, part[0].w, part[1].w});
-    }
+    for (int half = 0; half < 2; ++half)
+      if (from[half] != nullptr && Lanes::has(tile))
+        part[half] = load_constant<Part<COUNT>>(from[half] + 2 * Lanes::template first<COUNT>(tile));
+    store_shared(row_tile(m, tile), Words4{part[0].x, part[1].x, part[0].y, part[1].y});
+    if constexpr (COUNT == 2) store_shared(row_tile(m, tile + 1), Words4{part[0].z, part[1].z, part[0].w, part[1].w});
   }
 
   // `norms`: weight and bias of the last LayerNorm.
   MVIT_DEVICE void write_rows(const float* norms) const {
     Norm norm{};
     if (args.final_norm) norm = statistics();
-    MVIT_ROLLED
-    for (int pair = 0; pair < TILES / 2; ++pair) write_part<2>(2 * pair, norm, norms);
-    if constexpr (TILES % 2 == 1) write_part<1>(TILES - 1, norm, norms);
+    MVIT_UNROLL
+    for (int m = 0; m < M; ++m) {
+      char* const to[2] = {find_row(m, 0, args.out), find_row(m, 1, args.out)};
+      MVIT_ROLLED
+      for (int pair = 0; pair < TILES / 2; ++pair) write_part<2>(m, 2 * pair, to, norm, norms);
+      if constexpr (TILES % 2 == 1) write_part<1>(m, TILES - 1, to, norm, norms);
+    }
   }
 
   template <int COUNT>
-  MVIT_DEVICE void write_part(int tile, const Norm& norm, const float* norms) const {
-    Floats2 weight[2 * COUNT] = {}, bias[2 * COUNT] = {};
-    MVIT_UNROLL
-    for (int i = 0; i < 2 * COUNT; ++i)
-      if (args.final_norm) {
-        weight[i] = vector_part(norms, tile, i);
-        bias[i] = vector_part(norms + layout.padded(), tile, i);
-      }
-    MVIT_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const auto left = load_shared<Words4>(row_tile(m, tile));
-      Words4 right{};
-      if constexpr (COUNT == 2) right = load_shared<Words4>(row_tile(m, tile + 1));
-      const uint32_t x[2][4] = {{left.x, left.z, right.x, right.z}, {left.y, left.w, right.y, right.w}};
+  MVIT_DEVICE void write_part(int m, int tile, char* const (&to)[2], const Norm& norm, const float* norms) const {
+    const auto left = load_shared<Words4>(row_tile(m, tile));
+    Words4 right{};
+    if constexpr (COUNT == 2) right = load_shared<Words4>(row_tile(m, tile + 1));
+    uint32_t y[2][4] = {{left.x, left.z, right.x, right.z}, {left.y, left.w, right.y, right.w}};
+    if (args.final_norm)
       MVIT_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        uint32_t y[2 * COUNT];
+      for (int i = 0; i < 2 * COUNT; ++i) {
+        const Floats2 weight = vector_part(norms, tile, i), bias = vector_part(norms + layout.padded(), tile, i);
         MVIT_UNROLL
-        for (int i = 0; i < 2 * COUNT; ++i) {
+        for (int half = 0; half < 2; ++half) {
           const float mean = norm.mean[m][half], rstd = norm.rstd[m][half];
-          y[i] = x[half][i];
-          if (args.final_norm)
-            y[i] = pack<T>((unpack_low<T>(y[i]) - mean) * rstd * weight[i].x + bias[i].x,
-                           (unpack_high<T>(y[i]) - mean) * rstd * weight[i].y + bias[i].y);
-        }
-        int64_t offset;
-        if (find_row(m, half, args.out, offset) && Lanes::has(tile)) {
-          char* to = static_cast<char*>(args.out.data) + (offset + Lanes::template first<COUNT>(tile)) * 2;
-          if constexpr (COUNT == 2)
-            store_global(to, Words4{y[0], y[1], y[2], y[3]});
-          else
-            store_global(to, Words2{y[0], y[1]});
+          y[half][i] = pack<T>((unpack_low<T>(y[half][i]) - mean) * rstd * weight.x + bias.x,
+                               (unpack_high<T>(y[half][i]) - mean) * rstd * weight.y + bias.y);
         }
       }
-    }
+    MVIT_UNROLL
+    for (int half = 0; half < 2; ++half)
+      if (to[half] != nullptr && Lanes::has(tile)) {
+        char* const at = to[half] + 2 * Lanes::template first<COUNT>(tile);
+        if constexpr (COUNT == 2)
+          store_global(at, Words4{y[half][0], y[half][1], y[half][2], y[half][3]});
+        else
+          store_global(at, Words2{y[half][0], y[half][1]});
+      }
   }
 
   // The i-th two of what a vector has for the lane's columns of a tile, and of the next.
@@ -182,35 +179,39 @@ struct Transformer {
   // In two passes: the sum of squares less the square of the sum would cancel where the mean is large.
   MVIT_DEVICE Norm statistics() const {
     Norm norm;
+    float sum[M][2] = {};
+    each_tile([&](int m, int, int half, float low, float high) { sum[m][half] += low + high; });
     MVIT_UNROLL
-    for (int m = 0; m < M; ++m) {
-      float sum[2] = {}, squares[2] = {};
+    for (int m = 0; m < M; ++m)
       MVIT_UNROLL
-      for (int tile = 0; tile < TILES; ++tile) {
-        const auto w = load_shared<Words4>(row_tile(m, tile));
-        sum[0] += unpack_low<T>(w.x) + unpack_high<T>(w.x) + unpack_low<T>(w.z) + unpack_high<T>(w.z);
-        sum[1] += unpack_low<T>(w.y) + unpack_high<T>(w.y) + unpack_low<T>(w.w) + unpack_high<T>(w.w);
-      }
-      MVIT_UNROLL
-      for (int half = 0; half < 2; ++half) norm.mean[m][half] = sum_of_row(sum[half]) * (1.0f / WIDTH);
-      MVIT_UNROLL
-      for (int tile = 0; tile < TILES; ++tile) {
-        if (!Lanes::has(tile)) continue;
-        const auto w = load_shared<Words4>(row_tile(m, tile));
-        const uint32_t pairs[2][2] = {{w.x, w.z}, {w.y, w.w}};
-        MVIT_UNROLL
-        for (int half = 0; half < 2; ++half)
-          MVIT_UNROLL
-          for (uint32_t pair : pairs[half]) {
-            const float low = unpack_low<T>(pair) - norm.mean[m][half], high = unpack_high<T>(pair) - norm.mean[m][half];
-            squares[half] += low * low + high * high;
-          }
-      }
+      for (int half = 0; half < 2; ++half) norm.mean[m][half] = sum_of_row(sum[m][half]) * (1.0f / WIDTH), sum[m][half] = 0;
+    each_tile([&](int m, int tile, int half, float low, float high) {
+      low -= norm.mean[m][half], high -= norm.mean[m][half];
+      if (Lanes::has(tile)) sum[m][half] += low * low + high * high;
+    });
+    MVIT_UNROLL
+    for (int m = 0; m < M; ++m)
       MVIT_UNROLL
       for (int half = 0; half < 2; ++half)
-        norm.rstd[m][half] = rsqrt_approximate(sum_of_row(squares[half]) * (1.0f / WIDTH) + args.eps);
-    }
+        norm.rstd[m][half] = rsqrt_approximate(sum_of_row(sum[m][half]) * (1.0f / WIDTH) + args.eps);
     return norm;
+  }
+
+  // body(m, tile, half, low, high) for all that the lane has of x, two by two.
+  template <typename Body>
+  MVIT_DEVICE void each_tile(const Body& body) const {
+    MVIT_ROLLED
+    for (int group = 0; group < TILES; group += group_of(TILES))
+      MVIT_UNROLL
+      for (int tile = group; tile < group + group_of(TILES); ++tile)
+        MVIT_UNROLL
+        for (int m = 0; m < M; ++m) {
+          const auto w = load_shared<Words4>(row_tile(m, tile));
+          body(m, tile, 0, unpack_low<T>(w.x), unpack_high<T>(w.x));
+          body(m, tile, 1, unpack_low<T>(w.y), unpack_high<T>(w.y));
+          body(m, tile, 0, unpack_low<T>(w.z), unpack_high<T>(w.z));
+          body(m, tile, 1, unpack_low<T>(w.w), unpack_high<T>(w.w));
+        }
   }
 
   // x += d, of the tile's sixteen columns.
@@ -227,20 +228,22 @@ struct Transformer {
   // d += x · W' over COUNT tiles of x from `first` on, N tiles of eight columns.
   template <int COUNT, int N>
   MVIT_DEVICE void multiply_rows(float (&d)[M][N][4], int first, Shared weights) const {
-    MVIT_UNROLL
-    for (int k = 0; k < COUNT; ++k) {
-      uint32_t a[M][4], b[N][2];
+    MVIT_ROLLED
+    for (int group = 0; group < COUNT; group += group_of(COUNT))
       MVIT_UNROLL
-      for (int m = 0; m < M; ++m) {
-        const auto w = load_shared<Words4>(row_tile(m, first + k));
-        a[m][0] = w.x, a[m][1] = w.y, a[m][2] = w.z, a[m][3] = w.w;
-      }
-      load_fragments(b, weights + k * N * kFragmentBytes);
-      MVIT_UNROLL
-      for (int n = 0; n < N; ++n)
+      for (int k = group; k < group + group_of(COUNT); ++k) {
+        uint32_t a[M][4], b[N][2];
         MVIT_UNROLL
-        for (int m = 0; m < M; ++m) mma<T>(d[m][n], a[m], b[n]);
-    }
+        for (int m = 0; m < M; ++m) {
+          const auto w = load_shared<Words4>(row_tile(m, first + k));
+          a[m][0] = w.x, a[m][1] = w.y, a[m][2] = w.z, a[m][3] = w.w;
+        }
+        load_fragments(b, weights + k * N * kFragmentBytes);
+        MVIT_UNROLL
+        for (int n = 0; n < N; ++n)
+          MVIT_UNROLL
+          for (int m = 0; m < M; ++m) mma<T>(d[m][n], a[m], b[n]);
+      }
   }
 
   // LayerNorm's part that comes after the product.
@@ -408,7 +411,8 @@ struct Transformer {
 
   MVIT_DEVICE void attention_half(int threads) {
     const Norm norm = statistics();
-    Tile attended[M][kHeads][HEAD];
+    // Zeros, since registers that are written under a condition alone would be kept for it through all of the layer.
+    Tile attended[M][kHeads][HEAD] = {};
     MVIT_ROLLED
     for (int head = 0; head < kHeads; ++head) {
       {
@@ -497,6 +501,7 @@ struct Transformer {
   }
 
   MVIT_DEVICE void mlp_half(const float* bias, int bytes_of_next, int threads) {
+    const Norm norm = statistics();
     float y[M][2 * TILES][4];
     MVIT_UNROLL
     for (int n = 0; n < 2 * TILES; ++n) {
@@ -504,7 +509,6 @@ struct Transformer {
       MVIT_UNROLL
       for (int m = 0; m < M; ++m) y[m][n][0] = y[m][n][2] = two.x, y[m][n][1] = y[m][n][3] = two.y;
     }
-    const Norm norm = statistics();
     MVIT_ROLLED
     for (int part = 0; part < args.hidden_chunks; ++part) {
       const Shared fc1 = ring.advance(part + 1 < args.hidden_chunks ? layout.mlp_chunk() : bytes_of_next, threads);
