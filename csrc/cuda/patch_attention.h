@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// What patch_attention's binding (patch_attention.cpp) tells its kernels, and how many threads and bytes these take.
+//
+// The kernels work on "strands": one head of one (image, patch position) sequence, numbered
+// (image · positions + position) · heads + head. Tensors are maps of tokens whose channels are adjacent.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace mvit {
+
+// A map by its strides, in elements. Token n of a strand at (i, j) of the patches is in row n / columns · patch_height + i
+// and column n % columns · patch_width + j.
+struct TokenMap {
+  void* data;
+  int64_t image, row, column;
+};
+
+struct PatchAttentionShape {
+  int strands, heads, head_dim, tokens;
+  int patch_height, patch_width, columns;  // columns: patches in a row of the map
+  float scale;
+};
+
+struct PatchAttentionForward {
+  PatchAttentionShape shape;
+  TokenMap qkv, out;
+  float* logsumexp;  // of each strand's tokens
+};
+
+struct PatchAttentionBackward {
+  PatchAttentionShape shape;
+  TokenMap qkv, out, grad_out, grad_qkv;
+  const float* logsumexp;
+};
+
+constexpr int kMostHeadDim = 64;
+constexpr int kMostTokens = 1 << 16;  // for which n / columns by multiplication is right
+
+// The columns that a head of `head_dim` is padded to; kernels are compiled for each of these.
+constexpr int padded_head_dim(int head_dim) { return head_dim > 48 ? 64 : (head_dim + 7) / 8 * 8; }
+
+// Rows of 16 that a warp works on at once: two halve what it reads of the other operand, and want twice the registers.
+constexpr int tiles_of_warp(int padded) { return padded <= 40 ? 2 : 1; }
+
+// A block serves `groups` strands, each by `warps` warps; block y takes `rows` of a strand's tokens from y · rows on. The
+// others (keys; in backward queries too) pass through `slots` slots of `chunk` rows.
+struct PatchAttentionPlan {
+  int warps, groups, rows, chunk, slots;
+  int copy_bytes;  // at once, from global memory: 16, 8 or 4
+};
+
+constexpr int kBlockWarps = 4, kChunk = 64;
+
+inline PatchAttentionPlan plan_patch_attention(const PatchAttentionShape& shape, int copy_bytes) {
+  const int tile_rows = 16 * tiles_of_warp(padded_head_dim(shape.head_dim));
+  PatchAttentionPlan plan{};
+  plan.warps = 1;
+  while (plan.warps < kBlockWarps && plan.warps * tile_rows < shape.tokens) plan.warps *= 2;
+  plan.groups = kBlockWarps / plan.warps;
+  plan.rows = plan.warps * tile_rows;
+  plan.chunk = shape.tokens < kChunk ? (shape.tokens + 15) / 16 * 16 : kChunk;
+  plan.slots = shape.tokens > kChunk ? 2 : 1;
+  plan.copy_bytes = copy_bytes;
+  return plan;
+}
+
+// f(std::integral_constant<int, padded>{}).
+template <typename F>
+auto for_padded_head_dim(int padded, const F& f) {
+  switch (padded) {
+    case 8:
+      return f(std::integral_constant<int, 8>{});
+    case 16:
+      return f(std::integral_constant<int, 16>{});
+    case 24:
+      return f(std::integral_constant<int, 24>{});
+    case 32:
+      return f(std::integral_constant<int, 32>{});
+    case 40:
+      return f(std::integral_constant<int, 40>{});
+    case 48:
+      return f(std::integral_constant<int, 48>{});
+    default:
+      return f(std::integral_constant<int, 64>{});
+  }
+}
+
+}  // namespace mvit
