@@ -108,10 +108,11 @@ struct Buffer {  // global memory that the kernel may touch
 
 // ------------------------------------------------------------------------------------------------------- the machine
 
-enum class Kind { none, sync_threads, sync_warp, shuffle, load_matrices, mma, warp_index };
+enum class Kind { none, sync_threads, sync_warp, shuffle, any_lane, load_matrices, mma, warp_index };
 
 inline const char* name(Kind kind) {
-  const char* names[] = {"nothing", "sync_threads", "sync_warp", "shuffle", "load_matrices", "mma", "warp_index"};
+  const char* names[] = {"nothing",  "sync_threads",  "sync_warp", "shuffle",
+                         "any_lane", "load_matrices", "mma",       "warp_index"};
   return names[static_cast<int>(kind)];
 }
 

@@ -73,6 +73,16 @@ template <typename T>
 T shuffle_xor(T value, int mask, const emulation::Where& where = emulation::Where::current()) {
   return shuffle(value, emulation::machine.lane() ^ mask, where);
 }
+inline bool any_lane(bool so, const emulation::Where& where = emulation::Where::current()) {
+  const uint32_t given[1] = {so};
+  uint32_t taken[1];
+  emulation::machine.collective(emulation::Kind::any_lane, 0, where, given, taken, [](emulation::Warp& warp) {
+    uint32_t any = 0;
+    for (int lane = 0; lane < 32; ++lane) any |= warp.operands[lane][0];
+    for (int lane = 0; lane < 32; ++lane) warp.results[lane][0] = any;
+  });
+  return taken[0] != 0;
+}
 
 // ------------------------------------------------------------------------------------------------------ shared memory
 
