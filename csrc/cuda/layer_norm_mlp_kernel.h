@@ -16,7 +16,7 @@ layer_norm_mlp_kernel(const RowMlp args) {
   const int row_part = warp / kSplit, column_part = warp % kSplit;
   const int channels = args.channels, units = channels / 8, column_tiles = (channels + 15) / 16;
   const int64_t first = block_index() * kMlpRows, left = args.count - first;
-  const Shared stride = row_stride(channels), hidden_stride = row_stride(kHiddenTile);
+  const Shared stride = shared_row_bytes(channels), hidden_stride = shared_row_bytes(kHiddenTile);
   const Shared hidden = kMlpRows * stride, fc1 = hidden + kMlpRows * hidden_stride, fc2 = fc1 + kHiddenTile * stride;
 
   const auto copy_fc1 = [&](int h) {  // rows h to h + 63

@@ -14,7 +14,7 @@ row_product_kernel(const RowProduct args, const RowProductPlan plan) {
   constexpr int kTiles = 2, kColumns = kColumnTile / 16;
   const int warp = warp_index(), lane = lane_index(), threads = 32 * plan.warps;
   const int64_t first = (block_index() * plan.warps + warp) * 32, left = args.count - first;
-  const Shared stride = row_stride(args.channels), slot_stride = row_stride(plan.depth);
+  const Shared stride = shared_row_bytes(args.channels), slot_stride = shared_row_bytes(plan.depth);
   const Shared rows = 32 * warp * stride, slots = 32 * plan.warps * stride, slot_bytes = kColumnTile * slot_stride;
   const int first_column = block_index_y() * plan.column_tiles * kColumnTile;
   const int last_column = first_column + plan.column_tiles * kColumnTile;

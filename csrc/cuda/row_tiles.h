@@ -8,9 +8,6 @@
 
 namespace mvit {
 
-// shared_row_bytes, for a kernel.
-MVIT_DEVICE Shared row_stride(int columns) { return 16 * (columns / 8 | 1); }
-
 // `rows` rows of `units` 16-byte units to rows of `stride` bytes, by `threads` threads. Row i comes from
 // from + i · from_bytes; zeros where i >= valid_rows or a unit >= valid_units.
 MVIT_DEVICE void copy_matrix(Shared to, Shared stride, const char* from, int64_t from_bytes, int rows, int units,
@@ -127,13 +124,13 @@ MVIT_DEVICE void multiply_shared(float (&sums)[TILES][COLUMNS][2][4], Shared lef
                                  Shared right_stride, Shared right_step, int depth, int columns) {
   const auto step = [&](auto groups, int k) {
     constexpr int GROUPS = decltype(groups)::value;
-    Tile<GROUPS> rows[TILES];
+    Rows16<GROUPS> rows[TILES];
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m) load_tile<false>(rows[m], left + 16 * m * left_stride + 2 * k, left_stride);
     MVIT_UNROLL
     for (int n = 0; n < COLUMNS; ++n) {
       if (n >= columns) continue;
-      Tile<GROUPS> tile;
+      Rows16<GROUPS> tile;
       load_tile<false>(tile, right + n * right_step + 2 * k, right_stride);
       MVIT_UNROLL
       for (int m = 0; m < TILES; ++m) multiply<T>(sums[m][n], rows[m], tile);

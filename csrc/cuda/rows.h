@@ -4,7 +4,10 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
+
+#include "shared_rows.h"
+
+struct CUstream_st;  // what a cudaStream_t points to
 
 namespace mvit {
 
@@ -38,9 +41,6 @@ struct RowMlp {
   float *mean, *rstd;
 };
 
-// Bytes from row to row in shared memory (kRowBytes of tiles.h, for a width known when running).
-constexpr int shared_row_bytes(int columns) { return 16 * (columns / 8 | 1); }
-
 // A product's block has 32 rows a warp, all of their channels, and two slots of 64 rows of weights, of at most 256 channels
 // each. Block y has `column_tiles` tiles of 64 columns from y · column_tiles on.
 constexpr int kColumnTile = 64, kMostDepth = 256;
@@ -62,7 +62,7 @@ inline RowProductPlan plan_row_product(int64_t count, int channels, int out_chan
   const int tiles = (out_channels + kColumnTile - 1) / kColumnTile;
   const auto blocks = [&](int warps) { return (count + 32 * warps - 1) / (32 * warps); };
   plan.warps = 4;
-  while (plan.warps > 2 && bytes(plan.warps) > shared_limit / 2) plan.warps /= 2;  // two blocks hide each other's waits
+  while (plan.warps > 2 && bytes(plan.warps) > shared_limit / 2 - 1024) plan.warps /= 2;  // two blocks hide waits
   while (plan.warps > 1 && bytes(plan.warps) > shared_limit) plan.warps /= 2;
   while (plan.warps > 1 && blocks(plan.warps) * tiles < multiprocessors) plan.warps /= 2;
   plan.blocks_y = 1;
@@ -80,5 +80,11 @@ inline int row_mlp_shared_bytes(int channels) {
   return (kMlpRows + kHiddenTile) * shared_row_bytes(channels) +
          (kMlpRows + (channels + 15) / 16 * 16) * shared_row_bytes(kHiddenTile);
 }
+
+// The launches, each of which returns a cudaError_t.
+template <bool HALF>  // else bfloat16
+int launch_row_product(const RowProduct& args, const RowProductPlan& plan, CUstream_st* stream);
+template <bool HALF>
+int launch_layer_norm_mlp(const RowMlp& args, CUstream_st* stream);
 
 }  // namespace mvit
