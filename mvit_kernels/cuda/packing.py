@@ -87,7 +87,9 @@ def _layer(layer: TransformerLayerWeights, layout: Layout, columns: Tensor, dtyp
     """A layer's chunks, in order."""
     wide = TransformerLayerWeights(*(None if tensor is None else tensor.detach().double() for tensor in layer))
     inner, hidden = wide.proj_weight.shape[1], wide.fc1_weight.shape[0]
-    bias = wide.qkv_bias if wide.qkv_bias is not None and wide.qkv_bias.numel() else wide.qkv_weight.new_zeros(3 * inner)
+    bias = (
+        wide.qkv_bias if wide.qkv_bias is not None and wide.qkv_bias.numel() else wide.qkv_weight.new_zeros(3 * inner)
+    )
     weight, bias = _behind_norm(wide.norm1_weight, wide.norm1_bias, wide.qkv_weight, bias)
     scale = weight.new_ones(3, 1, 1)
     scale[0] = layout.head_dim**-0.5 / math.log(2)

@@ -20,11 +20,20 @@ PatchAttentionShape shape_of(int64_t images, int64_t patch_rows, int64_t patch_c
   return shape;
 }
 
+// With MVIT_ONLY, of that padded head dim and in bfloat16 alone.
+template <typename F>
+auto for_compiled_head_dim(int padded, const F& f) {
+#ifdef MVIT_ONLY
+  return padded == MVIT_ONLY ? f(std::integral_constant<int, MVIT_ONLY>{}) : "not compiled";
+#else
+  return for_padded_head_dim(padded, f);
+#endif
+}
 template <typename T>
 std::string forward(uint64_t seed, const PatchAttentionForward& args, int copy_bytes) {
   const int padded = padded_head_dim(args.shape.head_dim);
   const PatchAttentionPlan plan = plan_patch_attention(args.shape, copy_bytes);
-  return for_padded_head_dim(padded, [&](auto d) {
+  return for_compiled_head_dim(padded, [&](auto d) {
     constexpr int D = decltype(d)::value;
     return emulation::emulate(seed, plan.blocks_x(args.shape.strands), plan.blocks_y(args.shape.tokens), plan.threads(),
                               patch_attention_shared_bytes(plan, padded),
@@ -36,7 +45,7 @@ template <typename T>
 std::string backward(uint64_t seed, const PatchAttentionBackward& args, int copy_bytes) {
   const int padded = padded_head_dim(args.shape.head_dim);
   const PatchAttentionPlan plan = plan_patch_attention(args.shape, copy_bytes);
-  return for_padded_head_dim(padded, [&](auto d) {
+  return for_compiled_head_dim(padded, [&](auto d) {
     constexpr int D = decltype(d)::value;
     return emulation::emulate(seed, plan.blocks_x(args.shape.strands), plan.blocks_y(args.shape.tokens), plan.threads(),
                               patch_attention_backward_shared_bytes(plan, padded, args.shape.tokens),
@@ -46,6 +55,12 @@ std::string backward(uint64_t seed, const PatchAttentionBackward& args, int copy
 
 }  // namespace
 }  // namespace mvit
+
+#ifdef MVIT_ONLY
+using HalfIfCompiled = mvit::BFloat16;
+#else
+using HalfIfCompiled = mvit::Half;
+#endif
 
 extern "C" {
 
@@ -58,7 +73,7 @@ const char* forward(uint64_t seed, void* qkv, int64_t image, int64_t row, int64_
       {qkv, image, row, column},
       {out, out_image, out_row, out_column},
       logsumexp};
-  const auto launch = half ? mvit::forward<mvit::Half> : mvit::forward<mvit::BFloat16>;
+  const auto launch = half ? mvit::forward<HalfIfCompiled> : mvit::forward<mvit::BFloat16>;
   return emulation_result(launch(seed, args, static_cast<int>(copy_bytes)));
 }
 
@@ -75,7 +90,7 @@ const char* backward(uint64_t seed, void* grad_out, int64_t grad_image, int64_t 
       {grad_out, grad_image, grad_row, grad_column},
       {grad_qkv, grad_qkv_image, grad_qkv_row, grad_qkv_column},
       logsumexp};
-  const auto launch = half ? mvit::backward<mvit::Half> : mvit::backward<mvit::BFloat16>;
+  const auto launch = half ? mvit::backward<HalfIfCompiled> : mvit::backward<mvit::BFloat16>;
   return emulation_result(launch(seed, args, static_cast<int>(copy_bytes)));
 }
 
