@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "shared_rows.h"
+
+struct CUstream_st;  // what a cudaStream_t points to
+
 namespace mvit {
 
 // A map by its strides, in elements. Token n of a strand at (i, j) of the patches is in row n / columns · patch_height + i
@@ -49,6 +53,10 @@ constexpr int tiles_of_warp(int padded) { return padded <= 40 ? 2 : 1; }
 struct PatchAttentionPlan {
   int warps, groups, rows, chunk, slots;
   int copy_bytes;  // at once, from global memory: 16, 8 or 4
+
+  int threads() const { return 32 * warps * groups; }
+  int blocks_x(int strands) const { return (strands + groups - 1) / groups; }
+  int blocks_y(int tokens) const { return (tokens + rows - 1) / rows; }
 };
 
 constexpr int kBlockWarps = 4, kChunk = 64;
@@ -64,6 +72,19 @@ inline PatchAttentionPlan plan_patch_attention(const PatchAttentionShape& shape,
   plan.slots = shape.tokens > kChunk ? 2 : 1;
   plan.copy_bytes = copy_bytes;
   return plan;
+}
+
+// In forward a group has its queries, and slots of keys and values.
+inline int patch_attention_shared_bytes(const PatchAttentionPlan& plan, int padded) {
+  return plan.groups * (plan.rows + 2 * plan.slots * plan.chunk) * shared_row_bytes(padded);
+}
+
+// In backward, own rows and slots of two kinds, and two numbers a token.
+constexpr int kMostBackwardTokens = 4096;  // with which a block fits into 99 KB, the least of compute capability 8
+
+inline int patch_attention_backward_shared_bytes(const PatchAttentionPlan& plan, int padded, int tokens) {
+  const int chunks = (tokens + plan.chunk - 1) / plan.chunk;
+  return plan.groups * (2 * (plan.rows + plan.slots * plan.chunk) * shared_row_bytes(padded) + 8 * chunks * plan.chunk);
 }
 
 // f(std::integral_constant<int, padded>{}).
@@ -86,5 +107,11 @@ auto for_padded_head_dim(int padded, const F& f) {
       return f(std::integral_constant<int, 64>{});
   }
 }
+
+// The launches, each of which returns a cudaError_t.
+template <bool HALF>  // else bfloat16
+int launch_patch_attention(const PatchAttentionForward& args, int copy_bytes, CUstream_st* stream);
+template <bool HALF>
+int launch_patch_attention_backward(const PatchAttentionBackward& args, int copy_bytes, CUstream_st* stream);
 
 }  // namespace mvit

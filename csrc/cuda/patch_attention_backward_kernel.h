@@ -11,13 +11,6 @@
 
 namespace mvit {
 
-// A group's own two kinds of rows, its slots of two kinds, and two numbers a token.
-inline int patch_attention_backward_shared_bytes(const PatchAttentionPlan& plan, int padded, int tokens) {
-  const int chunks = (tokens + plan.chunk - 1) / plan.chunk;
-  return plan.groups * (2 * (plan.rows + plan.slots * plan.chunk) * static_cast<int>(row_bytes(padded)) +
-                        8 * chunks * plan.chunk);
-}
-
 // For each two of a strand's tokens, 16 bytes (TwoQueries): logsumexp in powers of two, and δ. Where there is no token,
 // what makes weights and gradients 0.
 MVIT_DEVICE Shared token_number(int n) { return 16 * (n / 2) + 4 * (n % 2); }
@@ -54,9 +47,9 @@ struct alignas(16) TwoQueries {
 template <typename T, int D, int TILES>
 struct AttentionGradient {
   static constexpr int kGroups = D / 8;
-  static constexpr Shared kStride = kRowBytes<D>;
+  static constexpr Shared kStride = shared_row_bytes(D);
 
-  Tile<kGroups> first[TILES], second[TILES];  // of queries and grad_out, or of keys and values
+  Rows16<kGroups> first[TILES], second[TILES];  // of queries and grad_out, or of keys and values
   float first_sums[TILES][kGroups][4], second_sums[TILES][kGroups][4];
   float logs[TILES][2], deltas[TILES][2];
 
@@ -80,7 +73,7 @@ struct AttentionGradient {
 
   // This warp's queries over 16 keys and values, of which `keys` exist.
   MVIT_DEVICE void over_keys(Shared key_rows, Shared value_rows, int keys, float factor) {
-    Tile<kGroups> k, v;
+    Rows16<kGroups> k, v;
     load_tile<false>(k, key_rows, kStride);
     load_tile<false>(v, value_rows, kStride);
     uint32_t packed[TILES][4];
@@ -105,7 +98,7 @@ struct AttentionGradient {
 
   // This warp's keys and values over 16 queries, whose numbers are at `numbers`.
   MVIT_DEVICE void over_queries(Shared query_rows, Shared grad_rows, Shared numbers, float factor) {
-    Tile<kGroups> q, grad;
+    Rows16<kGroups> q, grad;
     load_tile<false>(q, query_rows, kStride);
     load_tile<false>(grad, grad_rows, kStride);
     uint32_t weights[TILES][4], packed[TILES][4];
@@ -153,8 +146,8 @@ struct AttentionGradient {
 
 template <typename T, int D, int TILES>
 MVIT_KERNEL(32 * kBlockWarps, 2)
-patch_attention_backward(const PatchAttentionBackward args, const PatchAttentionPlan plan) {
-  constexpr Shared kStride = kRowBytes<D>;
+patch_attention_backward_kernel(const PatchAttentionBackward args, const PatchAttentionPlan plan) {
+  constexpr Shared kStride = shared_row_bytes(D);
   constexpr float kLog2E = 1.44269504f;
   const PatchAttentionShape& shape = args.shape;
   const StrandGroup group = strand_group(shape, plan);

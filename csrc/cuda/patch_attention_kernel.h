@@ -7,19 +7,14 @@
 
 namespace mvit {
 
-// A group's queries, then its slots of keys and values.
-inline int patch_attention_shared_bytes(const PatchAttentionPlan& plan, int padded) {
-  return plan.groups * (plan.rows + 2 * plan.slots * plan.chunk) * static_cast<int>(row_bytes(padded));
-}
-
 // One warp's queries over one chunk of keys after another. In what follows a lane has, of each tile of 16 queries, the
 // rows lane / 4 and lane / 4 + 8: r is 0 or 1.
 template <typename T, int D, int TILES>
 struct Attention {
   static constexpr int kGroups = D / 8, kKeyTiles = kChunk / 16;
-  static constexpr Shared kStride = kRowBytes<D>;
+  static constexpr Shared kStride = shared_row_bytes(D);
 
-  Tile<kGroups> queries[TILES];
+  Rows16<kGroups> queries[TILES];
   float sums[TILES][kGroups][4];
   float largest[TILES][2], total[TILES][2];  // `total` is of this lane's columns alone
 
@@ -47,7 +42,7 @@ struct Attention {
       for (int m = 0; m < TILES; ++m)
         for (int i = 0; i < 8; ++i) scores[m][n][i / 4][i % 4] = 16 * n < keys ? 0 : -INFINITY;
       if (16 * n >= keys) continue;
-      Tile<kGroups> tile;
+      Rows16<kGroups> tile;
       load_tile<false>(tile, key_rows + 16 * n * kStride, kStride);
       MVIT_UNROLL
       for (int m = 0; m < TILES; ++m) multiply<T>(scores[m][n], queries[m], tile);
@@ -59,7 +54,7 @@ struct Attention {
     MVIT_UNROLL
     for (int n = 0; n < kKeyTiles; ++n) {
       if (16 * n >= keys) continue;
-      Tile<kGroups> tile;
+      Rows16<kGroups> tile;
       load_tile<true>(tile, value_rows + 16 * n * kStride, kStride);
       MVIT_UNROLL
       for (int m = 0; m < TILES; ++m) {
@@ -83,7 +78,7 @@ struct Attention {
     MVIT_UNROLL
     for (int n = 0; n < kKeyTiles; ++n)
       for (int i = 0; i < 4; ++i) now = fmaxf(now, scores[n][i / 2][2 * r + i % 2]);
-    now = largest_of_row(now);
+    now = max_of_row(now);
     const float shrink = exp2_approximate((largest[m][r] - now) * factor), shift = -now * factor;
     largest[m][r] = now;
     total[m][r] *= shrink;
@@ -122,9 +117,9 @@ struct Attention {
 };
 
 template <typename T, int D, int TILES>
-MVIT_KERNEL(32 * kBlockWarps, D <= 16 ? 4 : 3)
-patch_attention_forward(const PatchAttentionForward args, const PatchAttentionPlan plan) {
-  constexpr Shared kStride = kRowBytes<D>;
+MVIT_KERNEL(32 * kBlockWarps, D <= 8 ? 4 : 3)
+patch_attention_kernel(const PatchAttentionForward args, const PatchAttentionPlan plan) {
+  constexpr Shared kStride = shared_row_bytes(D);
   constexpr float kLog2E = 1.44269504f;
   const PatchAttentionShape& shape = args.shape;
   const StrandGroup group = strand_group(shape, plan);

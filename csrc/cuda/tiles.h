@@ -2,27 +2,20 @@
 // Fragments of 16 rows that lie in shared memory, and products of them on tensor cores.
 #pragma once
 
-#include <cmath>
-
-#include "simt.h"
+#include "fragments.h"
+#include "shared_rows.h"
 
 namespace mvit {
-
-// Bytes from row to row in shared memory, for rows of `columns` (a multiple of 8) sixteen-bit elements: an odd number of
-// 16-byte units, so that the eight rows of a matrix lie in different banks.
-constexpr Shared row_bytes(int columns) { return 16 * (columns / 8 | 1); }
-template <int COLUMNS>
-constexpr Shared kRowBytes = row_bytes(COLUMNS);  // which device code may name
 
 // 16 rows × 8 · GROUPS columns, 8 × 8 matrices by group of columns and half of the rows. As it lies, a tile is the left
 // operand of a product over its columns, and each half is the right operand (8 columns of a result, one a row). Transposed,
 // each group is the right operand of a product over its rows.
 template <int GROUPS>
-using Tile = uint32_t[GROUPS][2];
+using Rows16 = uint32_t[GROUPS][2];
 
 // `at`: the place of the tile's first element, and `stride` bytes from row to row.
 template <bool TRANSPOSED, int GROUPS>
-MVIT_DEVICE void load_tile(Tile<GROUPS>& tile, Shared at, Shared stride) {
+MVIT_DEVICE void load_tile(Rows16<GROUPS>& tile, Shared at, Shared stride) {
   const int lane = lane_index();
   const Shared row = at + (lane % 16) * stride;
   MVIT_UNROLL
@@ -45,7 +38,7 @@ MVIT_DEVICE void load_tile(Tile<GROUPS>& tile, Shared at, Shared stride) {
 
 // sums (16 × 16, as two halves of 8 columns) += left · rightᵀ, over the columns of both.
 template <typename T, int GROUPS>
-MVIT_DEVICE void multiply(float (&sums)[2][4], const Tile<GROUPS>& left, const Tile<GROUPS>& right) {
+MVIT_DEVICE void multiply(float (&sums)[2][4], const Rows16<GROUPS>& left, const Rows16<GROUPS>& right) {
   MVIT_UNROLL
   for (int half = 0; half < 2; ++half) {
     MVIT_UNROLL
@@ -63,7 +56,7 @@ MVIT_DEVICE void multiply(float (&sums)[2][4], const Tile<GROUPS>& left, const T
 
 // sums (16 × 8 · GROUPS) += left (16 × 16) · right (16 × 8 · GROUPS, loaded transposed).
 template <typename T, int GROUPS>
-MVIT_DEVICE void accumulate(float (&sums)[GROUPS][4], const uint32_t (&left)[4], const Tile<GROUPS>& right) {
+MVIT_DEVICE void accumulate(float (&sums)[GROUPS][4], const uint32_t (&left)[4], const Rows16<GROUPS>& right) {
   MVIT_UNROLL
   for (int group = 0; group < GROUPS; ++group) mma<T>(sums[group], left, right[group]);
 }
@@ -76,16 +69,6 @@ MVIT_DEVICE void pack_tile(uint32_t (&packed)[4], const float (&values)[2][4]) {
     packed[2 * half] = pack<T>(values[half][0], values[half][1]);
     packed[2 * half + 1] = pack<T>(values[half][2], values[half][3]);
   }
-}
-
-// Over the four lanes that hold a row of a result.
-MVIT_DEVICE float sum_of_row(float value) {
-  value += shuffle_xor(value, 1);
-  return value + shuffle_xor(value, 2);
-}
-MVIT_DEVICE float largest_of_row(float value) {
-  value = fmaxf(value, shuffle_xor(value, 1));
-  return fmaxf(value, shuffle_xor(value, 2));
 }
 
 }  // namespace mvit

@@ -26,10 +26,9 @@ std::string forward(uint64_t seed, const PatchAttentionForward& args, int copy_b
   const PatchAttentionPlan plan = plan_patch_attention(args.shape, copy_bytes);
   return for_padded_head_dim(padded, [&](auto d) {
     constexpr int D = decltype(d)::value;
-    return emulation::emulate(seed, (args.shape.strands + plan.groups - 1) / plan.groups,
-                              (args.shape.tokens + plan.rows - 1) / plan.rows, 32 * plan.warps * plan.groups,
+    return emulation::emulate(seed, plan.blocks_x(args.shape.strands), plan.blocks_y(args.shape.tokens), plan.threads(),
                               patch_attention_shared_bytes(plan, padded),
-                              patch_attention_forward<T, D, tiles_of_warp(D)>, args, plan);
+                              patch_attention_kernel<T, D, tiles_of_warp(D)>, args, plan);
   });
 }
 
@@ -39,10 +38,9 @@ std::string backward(uint64_t seed, const PatchAttentionBackward& args, int copy
   const PatchAttentionPlan plan = plan_patch_attention(args.shape, copy_bytes);
   return for_padded_head_dim(padded, [&](auto d) {
     constexpr int D = decltype(d)::value;
-    return emulation::emulate(seed, (args.shape.strands + plan.groups - 1) / plan.groups,
-                              (args.shape.tokens + plan.rows - 1) / plan.rows, 32 * plan.warps * plan.groups,
+    return emulation::emulate(seed, plan.blocks_x(args.shape.strands), plan.blocks_y(args.shape.tokens), plan.threads(),
                               patch_attention_backward_shared_bytes(plan, padded, args.shape.tokens),
-                              patch_attention_backward<T, D, tiles_of_warp(D)>, args, plan);
+                              patch_attention_backward_kernel<T, D, tiles_of_warp(D)>, args, plan);
   });
 }
 
