@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the host and the kernel of `transformer` agree on: its arguments, the order of the packed weights (which
-// mvit_kernels/packing.py writes) and the shared memory of a block.
+// mvit_kernels/cuda/packing.py writes) and the shared memory of a block.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+
+struct CUstream_st;  // what a cudaStream_t points to
 
 namespace mvit {
 
@@ -97,6 +100,10 @@ struct TransformerArgs {
   int warps;
   bool final_norm;
   float eps;
+
+  unsigned blocks() const {
+    return static_cast<unsigned>((sequences + sequences_of_a_block - 1) / sequences_of_a_block);
+  }
 };
 
 // How a launch is cut: a warp has `tiles` times 16 rows, all of one sequence, and a block some sequences.
@@ -126,5 +133,10 @@ inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t ima
   args.eps = static_cast<float>(eps);
   return args;
 }
+
+// The kernels: for rows of a width, of `half` or bfloat16; null for one that is not compiled. A launch returns a cudaError_t.
+using TransformerLaunch = int(const TransformerArgs& args, CUstream_st* stream);
+template <int WIDTH>
+TransformerLaunch* find_transformer(int64_t head_dim, int64_t tiles, bool half);
 
 }  // namespace mvit

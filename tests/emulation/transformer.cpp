@@ -9,8 +9,7 @@ using namespace mvit;
 template <typename T, int WIDTH, int HEAD_DIM, int M>
 std::string launch(uint64_t seed, const TransformerArgs& args) {
   const uint32_t bytes = TransformerLayout{WIDTH, HEAD_DIM}.shared_bytes(args.warps * 16 * M);
-  const int64_t blocks = (args.sequences + args.sequences_of_a_block - 1) / args.sequences_of_a_block;
-  return emulation::emulate(seed, blocks, 1, args.warps * 32, bytes, transformer_kernel<T, WIDTH, HEAD_DIM, M>, args);
+  return emulation::emulate(seed, args.blocks(), 1, args.warps * 32, bytes, transformer_kernel<T, WIDTH, HEAD_DIM, M>, args);
 }
 
 struct Instance {
