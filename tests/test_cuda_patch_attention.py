@@ -50,12 +50,18 @@ def forward(driver, qkv, heads, patch, scale, seed=0, out=None):
     return out, logsumexp
 
 
-def backward(driver, grad_out, qkv, out, logsumexp, heads, patch, scale, seed=0, grad_qkv=None):
+def is_whole(qkv, heads, patch):
+    """Whether backward has a block for all of a strand: as csrc/cuda/patch_attention.h has it."""
+    _, rows, columns, _, _, _, head_dim = sizes(qkv, heads, patch)
+    return rows * columns <= (256 if head_dim <= 40 else 128)
+
+
+def backward(driver, grad_out, qkv, out, logsumexp, heads, patch, scale, whole=False, seed=0, grad_qkv=None):
     head_dim = qkv.shape[3] // (3 * heads)
     grad_qkv = torch.full(qkv.shape, torch.nan, dtype=qkv.dtype) if grad_qkv is None else grad_qkv
     maps = (t for tensor in (grad_out, qkv, out) for t in (tensor, *tensor.stride()[:3]))
     copy_bytes = min(common_bytes(qkv, head_dim), common_bytes(grad_out, head_dim))
-    rest = (*sizes(qkv, heads, patch), float(scale), copy_bytes, qkv.dtype == torch.float16)
+    rest = (*sizes(qkv, heads, patch), float(scale), copy_bytes, qkv.dtype == torch.float16, whole)
     driver.backward(seed, *maps, logsumexp, grad_qkv, *grad_qkv.stride()[:3], *rest, writes=[grad_qkv])
     return grad_qkv
 
@@ -64,11 +70,13 @@ def check(driver, qkv, grad_out, heads, patch, scale=None, seeds=(0,)):
     """Values, logsumexp and gradients by the tolerance rule; the same bits whatever the schedule."""
     scale = (qkv.shape[3] // (3 * heads)) ** -0.5 if scale is None else scale
     out, logsumexp = forward(driver, qkv, heads, patch, scale, seeds[0])
-    grad_qkv = backward(driver, grad_out, qkv, out, logsumexp, heads, patch, scale, seeds[0])
+    given = (driver, grad_out, qkv, out, logsumexp, heads, patch, scale)
+    grads = {whole: backward(*given, whole, seeds[0]) for whole in (False, True)[: 1 + is_whole(qkv, heads, patch)]}
     for seed in seeds[1:]:
         for ours, again in zip((out, logsumexp), forward(driver, qkv, heads, patch, scale, seed), strict=True):
             assert torch.equal(ours, again)
-        assert torch.equal(grad_qkv, backward(driver, grad_out, qkv, out, logsumexp, heads, patch, scale, seed))
+        for whole, grad_qkv in grads.items():
+            assert torch.equal(grad_qkv, backward(*given, whole, seed))
 
     exact = qkv.detach().double().requires_grad_()
     truth, true_logsumexp = patch_attention_and_logsumexp(exact, heads, patch, scale)
@@ -79,11 +87,14 @@ def check(driver, qkv, grad_out, heads, patch, scale=None, seeds=(0,)):
     pytorch.backward(grad_out)
     assert_close_as_pytorch("out", out, pytorch, truth)
     assert_close_as_pytorch("logsumexp", logsumexp, pytorch_logsumexp, true_logsumexp)
-    assert_close_as_pytorch("grad_qkv", grad_qkv, usual.grad, exact.grad)
-    inner = qkv.shape[3] // 3 if logsumexp.shape[-1] > 1 else 0  # of one token grad_q and grad_k are 0
-    for index, name in enumerate("qkv"):
-        part = slice(index * inner, (index + 1) * inner)
-        assert_close_as_pytorch(f"grad_{name}", grad_qkv[..., part], usual.grad[..., part], exact.grad[..., part])
+    inner = qkv.shape[3] // 3
+    parts = {"grad_qkv": slice(None)}
+    if logsumexp.shape[-1] > 1:  # of one token grad_q and grad_k are 0
+        parts |= {f"grad_{name}": slice(index * inner, (index + 1) * inner) for index, name in enumerate("qkv")}
+    for whole, grad_qkv in grads.items():
+        for name, part in parts.items():
+            name = f"{name}, {'whole' if whole else 'by blocks'}"
+            assert_close_as_pytorch(name, grad_qkv[..., part], usual.grad[..., part], exact.grad[..., part])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -170,10 +181,12 @@ def test_nothing_is_written_beside_the_result(driver, head_dim):
     assert (buffer == 42).all()
     wide = torch.full((3, 9, 20, 6 * head_dim + 6), 42.0, dtype=qkv.dtype)
     view = wide[1:2, 2:7, 3:17, 2 : 2 + 6 * head_dim]
-    backward(driver, grad_out, qkv, plain, logsumexp, 2, (1, 2), 0.2, grad_qkv=view)
-    assert torch.equal(view, backward(driver, grad_out, qkv, plain, logsumexp, 2, (1, 2), 0.2))
-    view.fill_(42)
-    assert (wide == 42).all()
+    for whole in (False, True):
+        given = (driver, grad_out, qkv, plain, logsumexp, 2, (1, 2), 0.2, whole)
+        backward(*given, grad_qkv=view)
+        assert torch.equal(view, backward(*given))
+        view.fill_(42)
+        assert (wide == 42).all()
 
 
 def test_nan_stays_in_its_sequence(driver):
@@ -198,6 +211,7 @@ def test_scores_far_below_zero(driver):
 BARRIER = "sync_threads();  // the next chunk is there for all warps, and all are done with this one\n"
 RACE = "no barrier after|nobody wrote it|in flight"
 FORWARD, BACKWARD = "patch_attention_kernel.h", "patch_attention_backward_kernel.h"
+WHOLE, GRADIENT = "patch_attention_backward_whole_kernel.h", "patch_attention_gradient.h"
 FAULTS = [
     (FORWARD, BARRIER, "", RACE),
     (FORWARD, f"wait_copies<0>();\n    {BARRIER}", f"wait_copies<1>();\n    {BARRIER}", "in flight"),
@@ -216,7 +230,12 @@ FAULTS = [
     ),
     (BACKWARD, BARRIER, "", RACE),
     (BACKWARD, f"wait_copies<0>();\n      {BARRIER}", BARRIER, "in flight"),
-    (BACKWARD, "exists ? exp2", "true ? exp2", "error nan is over"),
+    (GRADIENT, "exists ? exp2", "true ? exp2", "error nan is over"),
+    (GRADIENT, "(ds[half][i] - queries.delta[i % 2])", "ds[half][i]", "error .* is over"),
+    (WHOLE, "sync_threads();  // all warps", "//", RACE),
+    (WHOLE, "sync_threads();  // ds of this chunk", "//", RACE),
+    (WHOLE, "key < tokens ? tiles[m][i] : 0", "tiles[m][i]", "error nan is over"),
+    (WHOLE, "wait_copies<0>();", "wait_copies<1>();", "in flight"),
 ]
 
 
