@@ -10,8 +10,10 @@ reports. A call raises `EmulationFault` for a race, a deadlock, memory read befo
 of a tensor that the call names or to a tensor that `writes` does not. Nothing is seen of bank conflicts, of the
 hardware's rounding inside a product, or of time.
 
-`faults` plants errors: (header, text, other text), the text being there once. `only` leaves out what the driver leaves
-out with -DMVIT_ONLY=…, since such drivers are compiled for one test each.
+`faults` plants errors: (header, text, other text), the text being there once; the header may be left out. Such drivers
+are compiled for one test each, so there are macros that leave out what it does not need.
+
+`load_operators` does the same for the bindings: ``mvit_kernels::<operator>.cuda`` then takes CPU tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +49,9 @@ class EmulationFault(AssertionError):
 class Driver:
     """``tests/emulation/<name>.cpp``, compiled; see the module. One launch at a time: it is no use to threads."""
 
-    def __init__(self, name: str, faults: Sequence[tuple[str, str, str]] = (), only: int | None = None) -> None:
+    def __init__(self, name: str, faults: Sequence[tuple[str, ...]] = (), macros: Sequence[str] = ()) -> None:
         self.name = name
-        self._library = ctypes.CDLL(str(_build(name, tuple(faults), only)))
+        self._library = ctypes.CDLL(str(_build(name, tuple(faults), tuple(macros))))
 
     def __getattr__(self, function: str) -> Any:
         return functools.partial(self._call, function)
@@ -85,15 +89,16 @@ def compiler() -> list[str]:
 
 
 @functools.cache
-def _build(name: str, faults: tuple[tuple[str, str, str], ...], only: int | None) -> Path:
+def _build(name: str, faults: tuple[tuple[str, ...], ...], macros: tuple[str, ...]) -> Path:
     """The driver's library; compiled anew when a source, the compiler or a fault is another."""
-    command = [*compiler(), *FLAGS.split(), *([] if only is None else [f"-DMVIT_ONLY={only}"])]
+    command = [*compiler(), *FLAGS.split(), *(f"-D{macro}" for macro in macros)]
     headers = {path.name: path.read_text() for path in sorted(KERNELS.glob("*.h"))}
-    for header, text, other in faults:
-        assert headers[header].count(text) == 1, f"{text!r} is {headers[header].count(text)} times in {header}"
-        headers[header] = headers[header].replace(text, other)
+    for *header, text, other in faults:
+        places = [name for name in header or headers for _ in range(headers[name].count(text))]
+        assert len(places) == 1, f"{text!r} is at {len(places)} places, of {places}; a fault is planted at one"
+        headers[places[0]] = headers[places[0]].replace(text, other)
     version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True).stdout
-    own = [(EMULATION / file).read_text() for file in ("machine.h", "simt.h", f"{name}.cpp")]
+    own = [path.read_text() for path in (*sorted(EMULATION.glob("*.h")), EMULATION / f"{name}.cpp")]
     digest = hashlib.sha256("\0".join([version, *command, *own, *headers.values()]).encode()).hexdigest()[:16]
     library = BUILT / f"{name}-{digest}.so"
     if not library.exists():
@@ -110,3 +115,39 @@ def _build(name: str, faults: tuple[tuple[str, str, str], ...], only: int | None
         os.replace(changed / "built.so", library)
         shutil.rmtree(changed)
     return library
+
+
+OPERATORS = ("patch_attention", "layer_norm_linear", "linear_residual", "layer_norm_mlp")
+
+
+@functools.cache
+def load_operators() -> None:
+    """Register ``mvit_kernels::<operator>.cuda`` for CPU tensors: the bindings of csrc/cuda and its launches, compiled
+    for the emulation. A launch's fault is the error that the operator raises."""
+    headers = Path(torch.__file__).parent / "include"
+    # -O0: the tests' launches are few, and most of their time goes into compiling.
+    command = [*compiler(), *FLAGS.split(), "-O0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-I{KERNELS}", f"-I{ROOT / 'tests'}"]
+    command += [f"-isystem{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include")]
+    kernels = [path for stem in (OPERATORS[0], "rows") for path in sorted(KERNELS.glob(f"{stem}*.cu"))]
+    sources = [*(KERNELS / f"{name}.cpp" for name in OPERATORS), *kernels]
+    read = (*sources, *sorted(KERNELS.glob("*.h")), *sorted(EMULATION.glob("*.h")))
+    text = "\0".join([torch.__version__, *command, *(path.read_text() for path in read)])
+    library = BUILT / f"operators-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILT) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def build(source: Path) -> str:
+                built = f"{folder}/{source.name}.o"
+                result = subprocess.run([*command, "-c", "-xc++", source, "-o", built], capture_output=True, text=True)
+                assert result.returncode == 0, f"{source.name} does not compile for the emulation:\n{result.stderr}"
+                return built
+
+            linked = f"{folder}/operators.so"
+            torch_library = [f"-L{headers.parent / 'lib'}", "-ltorch_cpu"]
+            subprocess.run(
+                [*compiler(), "-shared", *pool.map(build, sources), *torch_library, "-o", linked], check=True
+            )
+            os.replace(linked, library)
+    torch.ops.load_library(str(library))

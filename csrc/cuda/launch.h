@@ -2,6 +2,10 @@
 // The launch of a kernel, for the .cu files.
 #pragma once
 
+#ifdef MVIT_EMULATED
+#include "emulation/launch.h"
+#else
+
 #include <cuda_runtime.h>
 
 namespace mvit {
@@ -20,3 +24,5 @@ int launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_b
 }
 
 }  // namespace mvit
+
+#endif  // MVIT_EMULATED

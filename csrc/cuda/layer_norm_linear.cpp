@@ -38,4 +38,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tens
 }  // namespace
 }  // namespace mvit
 
-STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CUDA, m) { m.impl("layer_norm_linear.cuda", TORCH_BOX(&mvit::layer_norm_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, MVIT_DISPATCH_KEY, m) {
+  m.impl("layer_norm_linear.cuda", TORCH_BOX(&mvit::layer_norm_linear));
+}

@@ -41,4 +41,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor&
 }  // namespace
 }  // namespace mvit
 
-STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CUDA, m) { m.impl("layer_norm_mlp.cuda", TORCH_BOX(&mvit::layer_norm_mlp)); }
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, MVIT_DISPATCH_KEY, m) {
+  m.impl("layer_norm_mlp.cuda", TORCH_BOX(&mvit::layer_norm_mlp));
+}

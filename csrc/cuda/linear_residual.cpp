@@ -29,4 +29,6 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, std::optional<Tens
 }  // namespace
 }  // namespace mvit
 
-STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CUDA, m) { m.impl("linear_residual.cuda", TORCH_BOX(&mvit::linear_residual)); }
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, MVIT_DISPATCH_KEY, m) {
+  m.impl("linear_residual.cuda", TORCH_BOX(&mvit::linear_residual));
+}

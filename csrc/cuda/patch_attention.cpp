@@ -124,7 +124,7 @@ Tensor patch_attention_backward(const Tensor& grad_out_argument, const Tensor& q
 }  // namespace
 }  // namespace mvit
 
-STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, MVIT_DISPATCH_KEY, m) {
   m.impl("patch_attention.cuda", TORCH_BOX(&mvit::patch_attention));
   m.impl("patch_attention_backward.cuda", TORCH_BOX(&mvit::patch_attention_backward));
 }

@@ -82,7 +82,7 @@ class Arguments {
   }
 
   void check_device(const char* name, const Tensor& tensor) const {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x_.get_device_index(), op_, ": ", name,
+    STD_TORCH_CHECK(tensor.get_device_index() == x_.get_device_index(), op_, ": ", name,
                     " is not on x's device");
   }
 
@@ -100,18 +100,6 @@ class Arguments {
   Tensor x_;
   int64_t count_ = 1;
   std::vector<Tensor> kept_;
-};
-
-// What plans depend on, of the device that is current.
-struct Limits {
-  int multiprocessors = 0, shared_bytes = 0;
-
-  explicit Limits(const char* op) {
-    int device = 0;
-    check_launch(op, cudaGetDevice(&device));
-    check_launch(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    check_launch(op, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  }
 };
 
 inline void run_row_product(const char* op, const RowProduct& args, bool half, const Device& device) {

@@ -2,6 +2,10 @@
 // What the operators' bindings need of LibTorch, through its stable ABI (of 2.10), and of the CUDA runtime.
 #pragma once
 
+#ifdef MVIT_EMULATED
+#include "emulation/tensors.h"
+#else
+
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -13,6 +17,8 @@ extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#define MVIT_DISPATCH_KEY CUDA
 
 namespace mvit {
 
@@ -40,4 +46,19 @@ inline void check_launch(const char* operator_name, int code) {
   STD_TORCH_CHECK(error == cudaSuccess, operator_name, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 
+// What plans depend on, of the device that is current.
+struct Limits {
+  int multiprocessors = 0, shared_bytes = 0;  // bytes: the most that a block may have
+
+  explicit Limits(const char* operator_name) {
+    int device = 0;
+    check_launch(operator_name, cudaGetDevice(&device));
+    check_launch(operator_name, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check_launch(operator_name,
+                 cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  }
+};
+
 }  // namespace mvit
+
+#endif  // MVIT_EMULATED

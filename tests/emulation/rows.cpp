@@ -1,34 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches of the row-wise operators' kernels by emulation, as csrc/cuda/row_launch.h launches them.
-#include <layer_norm_mlp_kernel.h>
-#include <row_product_kernel.h>
-
-namespace mvit {
-namespace {
-
-template <typename T>
-std::string product(uint64_t seed, const RowProduct& args, const RowProductPlan& plan) {
-  const int64_t rows = 32 * plan.warps;
-  return emulation::emulate(seed, (args.count + rows - 1) / rows, plan.blocks_y, 32 * plan.warps, plan.shared_bytes,
-                            args.residual ? row_product_kernel<T, false> : row_product_kernel<T, true>, args, plan);
-}
-
-template <typename T>
-std::string mlp(uint64_t seed, const RowMlp& args) {
-  return emulation::emulate(seed, (args.count + kMlpRows - 1) / kMlpRows, 1, 32 * kMlpWarps,
-                            row_mlp_shared_bytes(args.channels), layer_norm_mlp_kernel<T>, args);
-}
-
-}  // namespace
-}  // namespace mvit
+// Launches of the row-wise operators' kernels.
+#include <row_launch.h>
 
 using namespace mvit;
 
-// With MVIT_ONLY, bfloat16 alone.
-#ifdef MVIT_ONLY
-using HalfIfCompiled = BFloat16;
+// With MVIT_ONLY_BFLOAT16 no more than that is compiled.
+#ifdef MVIT_ONLY_BFLOAT16
+constexpr bool kHalf = false;
 #else
-using HalfIfCompiled = Half;
+constexpr bool kHalf = true;
 #endif
 
 extern "C" {
@@ -45,7 +25,9 @@ const char* layer_norm_linear(uint64_t seed, const void* x, const void* norm_wei
   args.norm = {norm_weight, norm_bias, norm_in_float != 0, norm_in_float != 0, static_cast<float>(eps)};
   const RowProductPlan plan = plan_row_product(count, args.channels, args.out_channels, static_cast<int>(multiprocessors),
                                                static_cast<int>(shared_limit));
-  return emulation_result(half ? product<HalfIfCompiled>(seed, args, plan) : product<BFloat16>(seed, args, plan));
+  emulation::seed = seed;
+  (half ? launch_row_product<kHalf> : launch_row_product<false>)(args, plan, nullptr);
+  return emulation_result(emulation::last_report);
 }
 
 const char* linear_residual(uint64_t seed, const void* x, const void* weight, const void* bias, const void* residual,
@@ -57,7 +39,9 @@ const char* linear_residual(uint64_t seed, const void* x, const void* weight, co
   args.channels = static_cast<int>(channels), args.out_channels = static_cast<int>(out_channels);
   const RowProductPlan plan = plan_row_product(count, args.channels, args.out_channels, static_cast<int>(multiprocessors),
                                                static_cast<int>(shared_limit));
-  return emulation_result(half ? product<HalfIfCompiled>(seed, args, plan) : product<BFloat16>(seed, args, plan));
+  emulation::seed = seed;
+  (half ? launch_row_product<kHalf> : launch_row_product<false>)(args, plan, nullptr);
+  return emulation_result(emulation::last_report);
 }
 
 const char* layer_norm_mlp(uint64_t seed, const void* x, const void* norm_weight, const void* norm_bias,
@@ -70,7 +54,9 @@ const char* layer_norm_mlp(uint64_t seed, const void* x, const void* norm_weight
   args.count = count;
   args.channels = static_cast<int>(channels), args.hidden_channels = static_cast<int>(hidden_channels);
   args.norm = {norm_weight, norm_bias, norm_in_float != 0, norm_in_float != 0, static_cast<float>(eps)};
-  return emulation_result(half ? mlp<HalfIfCompiled>(seed, args) : mlp<BFloat16>(seed, args));
+  emulation::seed = seed;
+  (half ? launch_layer_norm_mlp<kHalf> : launch_layer_norm_mlp<false>)(args, nullptr);
+  return emulation_result(emulation::last_report);
 }
 
 }  // extern "C"
