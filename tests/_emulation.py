@@ -93,7 +93,7 @@ def _build(name: str, faults: tuple[tuple[str, str], ...]) -> Path:
         assert len(places) == 1, f"{name}: {old!r} is in {places or 'no header'}; a fault is planted at one place"
         headers[places[0]] = headers[places[0]].replace(old, new)
     version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True).stdout
-    own = [(EMULATION / file).read_text() for file in ("machine.h", "simt.h", f"{name}.cpp")]
+    own = [path.read_text() for path in (*sorted(EMULATION.glob("*.h")), EMULATION / f"{name}.cpp")]
     digest = hashlib.sha256("\0".join([version, *command, *own, *headers.values()]).encode()).hexdigest()[:16]
     library = BUILT / f"{name}-{digest}.so"
     if not library.exists():
