@@ -244,10 +244,10 @@ def test_special_functions_at_the_ends(examples):
 
 
 def test_a_fault_is_planted_at_one_place():
-    with pytest.raises(AssertionError, match="is in no header"):
-        Driver("examples", [("text that no header has", "")])
-    with pytest.raises(AssertionError, match="a fault is planted at one place"):
-        Driver("examples", [("MVIT_DEVICE", "")])
+    with pytest.raises(AssertionError, match="is 0 times in simt.h"):
+        Driver("examples", [("simt.h", "text that no header has", "")])
+    with pytest.raises(AssertionError, match="times in simt.h"):
+        Driver("examples", [("simt.h", "MVIT_DEVICE", "")])
 
 
 def test_the_report_says_where(examples):

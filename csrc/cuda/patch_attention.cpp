@@ -112,8 +112,10 @@ Tensor patch_attention_backward(const Tensor& grad_out_argument, const Tensor& q
                                       output_map(grad_qkv),
                                       static_cast<const float*>(logsumexp.const_data_ptr())};
     const int of_qkv = common_bytes(qkv, shape), of_grad = common_bytes(grad_out, shape);
-    const auto launch = qkv.scalar_type() == ScalarType::Half ? launch_patch_attention_backward<true>
-                                                              : launch_patch_attention_backward<false>;
+    const bool half = qkv.scalar_type() == ScalarType::Half;
+    const auto whole = half ? launch_patch_attention_backward_whole<true> : launch_patch_attention_backward_whole<false>;
+    const auto blocks = half ? launch_patch_attention_backward<true> : launch_patch_attention_backward<false>;
+    const auto launch = is_whole(shape) ? whole : blocks;
     check_launch(kOp, launch(args, of_qkv < of_grad ? of_qkv : of_grad, device.stream()));
   }
   return grad_qkv;

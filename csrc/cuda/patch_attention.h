@@ -87,6 +87,28 @@ inline int patch_attention_backward_shared_bytes(const PatchAttentionPlan& plan,
   return plan.groups * (2 * (plan.rows + plan.slots * plan.chunk) * shared_row_bytes(padded) + 8 * chunks * plan.chunk);
 }
 
+// Backward of sequences whose keys the warps of a block can share out has all rows of a strand, what its warps hand each
+// other of 64 queries at a time (in the place of the values), and two numbers a token: at most 98 KB.
+constexpr int kWholeWarps = 8;
+
+inline bool is_whole(const PatchAttentionShape& shape) {
+  return shape.tokens <= kWholeWarps * 16 * tiles_of_warp(padded_head_dim(shape.head_dim));
+}
+
+inline PatchAttentionPlan plan_patch_attention_backward_whole(const PatchAttentionShape& shape, int copy_bytes) {
+  const int tile_rows = 16 * tiles_of_warp(padded_head_dim(shape.head_dim));
+  PatchAttentionPlan plan = plan_patch_attention(shape, copy_bytes);
+  plan.warps = (shape.tokens + tile_rows - 1) / tile_rows;
+  plan.groups = plan.warps < kBlockWarps ? kBlockWarps / plan.warps : 1;
+  plan.rows = plan.warps * tile_rows;
+  return plan;
+}
+
+constexpr int patch_attention_backward_whole_shared_bytes(const PatchAttentionPlan& plan, int padded) {
+  const int row = shared_row_bytes(padded), ds_row = shared_row_bytes(plan.chunk);
+  return plan.groups * plan.rows * (3 * row + (row > ds_row ? row : ds_row) + 8);
+}
+
 // f(std::integral_constant<int, padded>{}).
 template <typename F>
 auto for_padded_head_dim(int padded, const F& f) {
@@ -111,6 +133,8 @@ auto for_padded_head_dim(int padded, const F& f) {
 // The launches, each of which returns a cudaError_t.
 template <bool HALF>  // else bfloat16
 int launch_patch_attention(const PatchAttentionForward& args, int copy_bytes, CUstream_st* stream);
+template <bool HALF>
+int launch_patch_attention_backward_whole(const PatchAttentionBackward& args, int copy_bytes, CUstream_st* stream);
 template <bool HALF>
 int launch_patch_attention_backward(const PatchAttentionBackward& args, int copy_bytes, CUstream_st* stream);
 

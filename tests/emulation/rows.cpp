@@ -24,6 +24,13 @@ std::string mlp(uint64_t seed, const RowMlp& args) {
 
 using namespace mvit;
 
+// With MVIT_ONLY, bfloat16 alone.
+#ifdef MVIT_ONLY
+using HalfIfCompiled = BFloat16;
+#else
+using HalfIfCompiled = Half;
+#endif
+
 extern "C" {
 
 const char* layer_norm_linear(uint64_t seed, const void* x, const void* norm_weight, const void* norm_bias,
@@ -38,7 +45,7 @@ const char* layer_norm_linear(uint64_t seed, const void* x, const void* norm_wei
   args.norm = {norm_weight, norm_bias, norm_in_float != 0, norm_in_float != 0, static_cast<float>(eps)};
   const RowProductPlan plan = plan_row_product(count, args.channels, args.out_channels, static_cast<int>(multiprocessors),
                                                static_cast<int>(shared_limit));
-  return emulation_result(half ? product<Half>(seed, args, plan) : product<BFloat16>(seed, args, plan));
+  return emulation_result(half ? product<HalfIfCompiled>(seed, args, plan) : product<BFloat16>(seed, args, plan));
 }
 
 const char* linear_residual(uint64_t seed, const void* x, const void* weight, const void* bias, const void* residual,
@@ -50,7 +57,7 @@ const char* linear_residual(uint64_t seed, const void* x, const void* weight, co
   args.channels = static_cast<int>(channels), args.out_channels = static_cast<int>(out_channels);
   const RowProductPlan plan = plan_row_product(count, args.channels, args.out_channels, static_cast<int>(multiprocessors),
                                                static_cast<int>(shared_limit));
-  return emulation_result(half ? product<Half>(seed, args, plan) : product<BFloat16>(seed, args, plan));
+  return emulation_result(half ? product<HalfIfCompiled>(seed, args, plan) : product<BFloat16>(seed, args, plan));
 }
 
 const char* layer_norm_mlp(uint64_t seed, const void* x, const void* norm_weight, const void* norm_bias,
@@ -63,7 +70,7 @@ const char* layer_norm_mlp(uint64_t seed, const void* x, const void* norm_weight
   args.count = count;
   args.channels = static_cast<int>(channels), args.hidden_channels = static_cast<int>(hidden_channels);
   args.norm = {norm_weight, norm_bias, norm_in_float != 0, norm_in_float != 0, static_cast<float>(eps)};
-  return emulation_result(half ? mlp<Half>(seed, args) : mlp<BFloat16>(seed, args));
+  return emulation_result(half ? mlp<HalfIfCompiled>(seed, args) : mlp<BFloat16>(seed, args));
 }
 
 }  // extern "C"
