@@ -276,7 +276,9 @@ def cuda_architectures() -> dict[str, list[str]]:
         number = f"{major}{minor}{variant}"
         found[number] = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]
     if not found:
-        raise NothingToBuild(f"TORCH_CUDA_ARCH_LIST is {wanted!r}, and the kernels want compute capability 8.0 or newer")
+        raise NothingToBuild(
+            f"TORCH_CUDA_ARCH_LIST is {wanted!r}, and the kernels want compute capability 8.0 or newer"
+        )
     return found
 
 

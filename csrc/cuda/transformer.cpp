@@ -55,7 +55,7 @@ Tensor transformer(const Tensor& x_argument, const Tensor& packed, int64_t versi
                   "transformer: the packed weights are not those of ", layers, " layers with ", hidden, " hidden units");
 
   const Device device(x_argument);
-  const Tensor x = reads_directly(x_argument) ? x_argument : torch::stable::contiguous(x_argument);
+  const Tensor x = reads_directly(x_argument) ? x_argument : torch::stable::contiguous(torch::stable::clone(x_argument));
   Tensor out = torch::stable::new_empty(x, {images, height, width, d}, type);
   if (images == 0 || tokens == 0) return out;
   TransformerArgs args = transformer_args({tiles, sequences_of_a_block}, images, height, width, patch[0], patch[1], layers,

@@ -4,9 +4,10 @@
 Example:
     >>> packed = pack_transformer(layers, (norm.weight, norm.bias), num_heads=4, dtype=torch.bfloat16)
 
-``csrc/cuda/transformer.h`` tells what a chunk is and how many bytes it has, ``fragments.h`` what a fragment is. What is
-done to the numbers, once and in float64: LayerNorm's weight goes into the matrix behind it, its bias into the bias, and
-column sums of the rounded matrix stand for its mean; the scale of the scores and log2(e) go into the query; fc1 is halved.
+``csrc/cuda/transformer.h`` tells what a chunk is and how many bytes it has, ``fragments.h`` what a fragment is. What
+is done to the numbers, once and in float64: LayerNorm's weight goes into the matrix behind it, its bias into the bias,
+and column sums of the rounded matrix stand for its mean; the scale of the scores and log2(e) go into the query; fc1 is
+halved.
 """
 
 from __future__ import annotations
@@ -19,38 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import TransformerLayerWeights
+from .plans import HIDDEN_CHUNK, Layout
 
 VERSION = 1  # of the order; csrc/cuda/transformer.h has the same
 HEADS = 4
-HIDDEN_CHUNK = 32
 
 
-class Layout:
-    """The sizes of ``TransformerLayout`` that the order depends on."""
+def columns_of(layout: Layout, device: torch.device) -> Tensor:
+    """Which column of a row stands where in the tiles, `width` for a place that only fills a tile.
 
-    def __init__(self, width: int, head_dim: int) -> None:
-        self.width, self.head_dim = width, head_dim
-        self.tiles = -(-width // 16)
-        self.padded = 16 * self.tiles
-        self.head = -(-head_dim // 8) * 8
-        mlp_chunk = 4 * self.padded * HIDDEN_CHUNK + 8 * HIDDEN_CHUNK
-        most = max(mlp_chunk, 24576)
-        self.kv_parts = next(
-            parts
-            for parts in range(1, self.tiles + 1)
-            if self.tiles % parts == 0 and self.padded // parts * 4 * self.head + 16 * self.head <= most
-        )
-
-    def columns(self, device: torch.device) -> Tensor:
-        """Which column of a row stands where in the tiles, `width` for a place that only fills a tile.
-
-        A lane has eight adjacent columns of two tiles side by side, four of a tile alone.
-        """
-        place = torch.arange(self.padded, device=device)
-        tile, of_lane, two = place // 16, place % 8 // 2, place // 8 % 2 * 2 + place % 2
-        in_pair = tile // 2 * 2 + 1 < self.tiles
-        paired = tile // 2 * 32 + 8 * of_lane + tile % 2 * 4 + two
-        return torch.where(in_pair, paired, 16 * tile + 4 * of_lane + two).clamp(max=self.width)
+    A lane has eight adjacent columns of two tiles side by side, four of a tile alone.
+    """
+    place = torch.arange(layout.padded, device=device)
+    tile, of_lane, two = place // 16, place % 8 // 2, place // 8 % 2 * 2 + place % 2
+    in_pair = tile // 2 * 2 + 1 < layout.tiles
+    paired = tile // 2 * 32 + 8 * of_lane + tile % 2 * 4 + two
+    return torch.where(in_pair, paired, 16 * tile + 4 * of_lane + two).clamp(max=layout.width)
 
 
 def pack_transformer(
@@ -63,8 +48,8 @@ def pack_transformer(
     """All weights of a stack as one uint8 tensor, on their device.
 
     Args:
-        layers, final_norm: as in `mvit_kernels.transformer`, of any floating dtype; an absent qkv bias may also be a tensor
-            without elements.
+        layers, final_norm: as in `mvit_kernels.transformer`, of any floating dtype; an absent qkv bias may also be a
+            tensor without elements.
         num_heads: 4.
         dtype: bfloat16 or float16, of the rows and of the matrices.
 
@@ -75,7 +60,7 @@ def pack_transformer(
         raise ValueError(f"pack_transformer: num_heads is {num_heads}; the kernel has {HEADS}")
     width, head_dim = layers[0].proj_weight.shape[0], layers[0].proj_weight.shape[1] // num_heads
     layout = Layout(width, head_dim)
-    columns = layout.columns(layers[0].proj_weight.device)
+    columns = columns_of(layout, layers[0].proj_weight.device)
     parts = [part for layer in layers for part in _layer(layer, layout, columns, dtype)]
     vectors = [layer.fc2_bias for layer in layers]
     vectors += final_norm or (layers[0].fc2_bias.new_zeros(width),) * 2
@@ -98,11 +83,11 @@ def _layer(layer: TransformerLayerWeights, layout: Layout, columns: Tensor, dtyp
 
     parts = []
     for head in range(HEADS):
-        kv = columned(weight[1:, head].flatten(0, 1), columns)
+        kv = _columns(weight[1:, head].flatten(0, 1), columns)
         vectors = _vectors(kv, bias[1:, head].flatten())
         for part in kv.chunk(layout.kv_parts, 1):
             parts += [_by_step(part), vectors]
-        query = columned(weight[0, head], columns)
+        query = _columns(weight[0, head], columns)
         parts += [_by_step(query), _vectors(query, bias[0, head])]
 
     # Out-projection: of sixteen columns each, all heads' rows; the eight that are over in a head as half fragments.
@@ -121,7 +106,7 @@ def _layer(layer: TransformerLayerWeights, layout: Layout, columns: Tensor, dtyp
 
     weight, bias = _behind_norm(wide.norm2_weight, wide.norm2_bias, wide.fc1_weight, wide.fc1_bias)
     more = -hidden % HIDDEN_CHUNK
-    fc1 = columned(F.pad(weight / 2, (0, 0, 0, more)).to(dtype), columns)
+    fc1 = _columns(F.pad(weight / 2, (0, 0, 0, more)).to(dtype), columns)
     fc1_bias = F.pad(bias / 2, (0, more))
     fc2 = _rows(F.pad(wide.fc2_weight, (0, more)).to(dtype), columns)
     for at in range(0, hidden, HIDDEN_CHUNK):
@@ -145,13 +130,13 @@ def _rows(tensor: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])])[columns]
 
 
-def columned(weight: Tensor, columns: Tensor) -> Tensor:
+def _columns(weight: Tensor, columns: Tensor) -> Tensor:
     """The columns of (n, width) in the order of `columns`."""
     return _rows(weight.t(), columns).t()
 
 
 def fragments(weight: Tensor) -> Tensor:
-    """(n, k) -> (n / 8, k / 16, 32, 4): what each lane holds of the b operand's 16 × 8 blocks, b being the transpose."""
+    """(n, k) -> (n / 8, k / 16, 32, 4): what each lane holds of b's 16 × 8 blocks, b being the transpose."""
     blocks = weight.unflatten(0, (-1, 8)).unflatten(2, (-1, 2, 4, 2))  # n, g, k, of eight, t, of two
     return blocks.permute(0, 2, 1, 4, 3, 5).reshape(*blocks.shape[:3:2], 32, 4)
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends, cuda, reference
 from ..ops import (
     TransformerLayerWeights,
     layer_norm_linear,
@@ -97,14 +97,22 @@ def transformer_on_map(
     dtype = checks.autocast_dtype(x) or x.dtype
     rows = x.to(dtype).permute(0, 2, 3, 1)
     stack = stack_call(rows, layers, final_norm, num_heads, patch_size, dtype)
-    if dropout is None and backends.serves("transformer", stack, backend):
+
+    def attention_by() -> str:
+        qkv_shape = (*rows.shape[:3], layers[0].qkv_weight.shape[0])
+        return backends.choose(
+            attention_call(x.device, dtype, qkv_shape, num_heads, patch_size, stack.needs_grad), backend
+        )
+
+    at_once = dropout is None and backends.serves("transformer", stack, backend)
+    if at_once and stack.device_type == "cuda" and not cuda.in_one_launch(stack):
+        at_once = attention_by() == "reference"  # no operator's own kernel is there to be faster
+    if at_once:
         rows = transformer(
             rows.contiguous(), layers, final_norm, num_heads=num_heads, patch_size=patch_size, eps=eps, backend=backend
         )
     else:
-        qkv_shape = (*rows.shape[:3], layers[0].qkv_weight.shape[0])
-        attention = attention_call(x.device, dtype, qkv_shape, num_heads, patch_size, stack.needs_grad)
-        in_sequences = backends.choose(attention, backend) == "reference" or any(d.attention for d in dropout or ())
+        in_sequences = attention_by() == "reference" or any(d.attention for d in dropout or ())
         rows = _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, backend)
 
     x = rows.permute(0, 3, 1, 2)
