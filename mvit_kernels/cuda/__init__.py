@@ -17,10 +17,10 @@ from torch import Tensor
 from .._gpu import no_gpu
 from .._library import load, loaded_paths
 from ..backends import Call
+from .operators import DTYPES, dtype_reasons, patch_attention, row_wise
 from .plans import is_compiled, one_launch_pays, plan_transformer
 
 DEVICE_TYPE = "cuda"
-DTYPES = (torch.bfloat16, torch.float16)
 HEADS = 4
 MAX_SEQUENCES = 2**31 - 1
 
@@ -57,12 +57,8 @@ def device() -> tuple[int, int]:
     return min(p.multi_processor_count for p in found), min(p.shared_memory_per_block_optin for p in found)
 
 
-def _dtype(call: Call) -> list[str]:
-    return [] if call.dtype in DTYPES else [f"{call.dtype} is not supported in CUDA C++; bfloat16 and float16 are"]
-
-
 def _transformer(call: Call) -> list[str]:
-    reasons = _dtype(call)
+    reasons = dtype_reasons(call)
     if not call.fact("same_widths"):
         reasons.append("its layers have different widths")
     if call.fact("num_heads") != HEADS:
@@ -97,5 +93,7 @@ def pack(layers: Sequence, final_norm: tuple[Tensor, Tensor] | None, num_heads: 
 
 
 SUPPORTS = {
+    "patch_attention": patch_attention,
+    **row_wise(lambda: device()),
     "transformer": _transformer,
 }
