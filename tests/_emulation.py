@@ -7,8 +7,8 @@ Example:
 
 A driver's functions take int64_t, double and pointers, launch kernels by ``emulation::emulate`` and return what that
 reports. A call raises `EmulationFault` for a race, a deadlock, memory read before it was written, and every access out
-of a tensor that the call names or to a tensor that `writes` does not. Nothing is seen of bank conflicts, of the
-hardware's rounding inside a product, or of time.
+of a tensor that the call names or to a tensor that `writes` does not. Nothing is seen of the hardware's rounding inside
+a product, of time, or of bank conflicts other than `Driver.matrix_conflicts`.
 
 `faults` plants errors: (header, text, other text), the text being there once; the header may be left out. Such drivers
 are compiled for one test each, so there are macros that leave out what it does not need.
@@ -52,6 +52,11 @@ class Driver:
     def __init__(self, name: str, faults: Sequence[tuple[str, ...]] = (), macros: Sequence[str] = ()) -> None:
         self.name = name
         self._library = ctypes.CDLL(str(_build(name, tuple(faults), tuple(macros))))
+
+    def matrix_conflicts(self) -> int:
+        """How often two rows of a matrix that was loaded at once lay in the same banks, over all launches so far."""
+        self._library.emulation_matrix_conflicts.restype = ctypes.c_int64
+        return self._library.emulation_matrix_conflicts()
 
     def __getattr__(self, function: str) -> Any:
         return functools.partial(self._call, function)
@@ -125,7 +130,6 @@ def load_operators() -> None:
     """Register ``mvit_kernels::<operator>.cuda`` for CPU tensors: the bindings of csrc/cuda and its launches, compiled
     for the emulation. A launch's fault is the error that the operator raises."""
     headers = Path(torch.__file__).parent / "include"
-    # -O0: the tests' launches are few, and most of their time goes into compiling.
     command = [*compiler(), *FLAGS.split(), "-O0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-I{KERNELS}", f"-I{ROOT / 'tests'}"]
     command += [f"-isystem{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include")]

@@ -206,6 +206,11 @@ def test_scores_far_below_zero(driver):
     check(driver, qkv, grad_out, 2, (1, 1), 1.0)
 
 
+def test_matrices_lie_in_different_banks(driver):
+    """In all of this file's launches so far."""
+    assert driver.matrix_conflicts() == 0
+
+
 # ------------------------------------------------------------------------------------------------------ planted faults
 
 BARRIER = "sync_threads();  // the next chunk is there for all warps, and all are done with this one\n"

@@ -136,6 +136,11 @@ def test_nothing_is_written_beside_the_result(driver, operator):
     assert (buffer[:1] == 42).all() and (buffer[38:] == 42).all()
 
 
+def test_matrices_lie_in_different_banks(driver):
+    """In all of this file's launches so far."""
+    assert driver.matrix_conflicts() == 0
+
+
 # ------------------------------------------------------------------------------------------------------ planted faults
 
 RACE = "no barrier after|nobody wrote it|in flight"

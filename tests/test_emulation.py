@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from _emulation import EMULATION, Driver, EmulationFault
+from _emulation import EMULATION, KERNELS, Driver, EmulationFault
 
 SEEDS = range(20)
 
@@ -139,14 +139,17 @@ def test_a_report_names_the_block(examples):
 # ----------------------------------------------------------------------------------------------------------- arithmetic
 
 
+@pytest.mark.parametrize("stride, conflicts", [(16, 0), (80, 0), (144, 0), (32, 4), (128, 28)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_matrices(examples, transposed):
+def test_matrices(examples, transposed, stride, conflicts):
     data = torch.arange(8 * 8 * 8, dtype=torch.int16).view(8, 8, 8)
     out = words(8, 32)
-    examples.matrices(0, data, out, transposed, 0, writes=[out])
+    before = examples.matrix_conflicts()
+    examples.matrices(0, data, out, transposed, stride, 0, writes=[out])
+    assert examples.matrix_conflicts() - before == 8 * conflicts
     wanted = data.mT if transposed else data
     assert torch.equal(out.view(torch.int16).view(8, 8, 8), wanted)  # lane l has (l / 4, 2 · (l % 4)) and the next
-    reported("no barrier|nobody wrote it", examples.matrices, data, out, transposed, 1, writes=[out])
+    reported("no barrier|nobody wrote it", examples.matrices, data, out, transposed, stride, 1, writes=[out])
 
 
 @pytest.mark.parametrize("k", [8, 16])
@@ -257,3 +260,16 @@ def test_the_report_says_where(examples):
     lines = [int(number) for number in re.findall(r"examples\.cpp:(\d+)", str(found.value))]
     source = (EMULATION / "examples.cpp").read_text().splitlines()
     assert len(lines) == 2 and all("_shared<uint32_t>" in source[line - 1] for line in lines)
+
+
+def test_kernels_ask_for_nothing_but_what_simt_h_names():
+    """Else they are not what runs here. A test of names: PTX, intrinsics, built-in variables and attributes."""
+    foreign = re.compile(r"\basm\b|\b__\w+|\b(thread|block|grid)(Idx|Dim)\b|<<<|\bcuda[A-Z_]")
+    checked = 0
+    for path in sorted(KERNELS.glob("*.h")):
+        if path.name in ("simt.h", "launch.h", "tensors.h", "row_fronts.h") or path.name.endswith("_launch.h"):
+            continue  # the names themselves, and the host's part
+        code = re.sub(r"//.*", "", path.read_text())
+        assert not foreign.search(code), f"{path.name}: {foreign.search(code)[0]}"
+        checked += "MVIT_DEVICE" in code
+    assert checked > 5

@@ -11,9 +11,9 @@ namespace {
 
 constexpr const char* kOp = "layer_norm_linear";
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
-                                                     const Tensor& weight, std::optional<Tensor> bias, double eps,
-                                                     std::string activation) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
+                                                     const Tensor& norm_bias, const Tensor& weight,
+                                                     std::optional<Tensor> bias, double eps, std::string activation) {
   STD_TORCH_CHECK(activation.empty() || activation == "silu", kOp, ": activation is '", activation,
                   "'; '' or 'silu' is wanted");
   Arguments read(kOp, x);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_mlp: a block keeps 64 normalised rows, makes 64 of their hidden values at a time and adds those to all of the
-// result, which stays in registers. Of eight warps two share out the rows and four the columns, of hidden values and of the
-// result. Weights of one product are on their way while the other is worked on.
+// layer_norm_mlp: a block keeps 64 normalised rows, makes 64 of their hidden values at a time and adds those to all of
+// the result, which stays in registers. Of eight warps two share out the rows and four the columns, of hidden values
+// and of the result. Weights of one product are on their way while the other is worked on.
 #pragma once
 
 #include "row_tiles.h"
@@ -35,8 +35,8 @@ layer_norm_mlp_kernel(const RowMlp args) {
   constexpr int kOwn = kMlpRows / kMlpWarps;
   const int64_t own_left = left - kOwn * warp;
   copy_matrix(kOwn * warp * stride, stride,
-              static_cast<const char*>(args.x) + (own_left > 0 ? 2 * (first + kOwn * warp) * channels : 0), 2 * channels,
-              kOwn, units, own_left, units, lane, 32);
+              static_cast<const char*>(args.x) + (own_left > 0 ? 2 * (first + kOwn * warp) * channels : 0),
+              2 * channels, kOwn, units, own_left, units, lane, 32);
   commit_copies();
   copy_fc1(0);
   wait_copies<1>();
@@ -49,7 +49,7 @@ layer_norm_mlp_kernel(const RowMlp args) {
   MVIT_ROLLED
   for (int h = 0; h < args.hidden_channels; h += kHiddenTile) {
     wait_copies<0>();
-    sync_threads();  // fc1's rows are there, and all warps are done with the hidden values and fc2's columns before these
+    sync_threads();  // fc1's rows are there, and all warps are done with the last hidden values and fc2's columns
     copy_fc2(h);
     float values[kTiles][1][2][4] = {};
     multiply_shared<T>(values, rows, stride, fc1 + 16 * column_part * stride, stride, 0, channels, 1);
@@ -63,7 +63,8 @@ layer_norm_mlp_kernel(const RowMlp args) {
       for (int i = 0; i < 2 * kTiles; ++i) {
         const float low = values[i / 2][0][half][i % 2 * 2] + unpack_low<T>(bias);
         const float high = values[i / 2][0][half][i % 2 * 2 + 1] + unpack_high<T>(bias);
-        store_shared(hidden_rows + (8 * i + lane / 4) * hidden_stride + 2 * column, pack<T>(silu<T>(low), silu<T>(high)));
+        store_shared(hidden_rows + (8 * i + lane / 4) * hidden_stride + 2 * column,
+                     pack<T>(silu<T>(low), silu<T>(high)));
       }
     }
     wait_copies<0>();

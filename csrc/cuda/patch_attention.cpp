@@ -24,8 +24,8 @@ PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::ve
                   " channels are not q, k and v of ", num_heads, " heads");
   const int64_t head_dim = channels / (3 * num_heads), tokens = qkv.size(1) / patch[0] * (qkv.size(2) / patch[1]);
   const int64_t strands = qkv.size(0) * patch[0] * patch[1] * num_heads;
-  STD_TORCH_CHECK(head_dim % 2 == 0 && head_dim <= kMostHeadDim, kOp, ": the CUDA kernels take heads of even widths up to ",
-                  kMostHeadDim, ", not of ", head_dim);
+  STD_TORCH_CHECK(head_dim % 2 == 0 && head_dim <= kMostHeadDim, kOp,
+                  ": the CUDA kernels take heads of even widths up to ", kMostHeadDim, ", not of ", head_dim);
   STD_TORCH_CHECK(tokens < kMostTokens && strands <= INT32_MAX, kOp, ": ", strands, " heads of sequences of ", tokens,
                   " tokens are too many for the CUDA kernels");
   PatchAttentionShape shape{};
@@ -70,18 +70,20 @@ TokenMap output_map(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-std::tuple<Tensor, Tensor> patch_attention(const Tensor& qkv_argument, int64_t num_heads, std::vector<int64_t> patch_size,
-                                           double scale) {
+std::tuple<Tensor, Tensor> patch_attention(const Tensor& qkv_argument, int64_t num_heads,
+                                           std::vector<int64_t> patch_size, double scale) {
   const PatchAttentionShape shape = shape_of(qkv_argument, num_heads, patch_size, scale);
   const Device device(qkv_argument);
   const Tensor qkv = readable(qkv_argument, shape);
   Tensor out = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3});
-  Tensor logsumexp = torch::stable::new_empty(qkv, {qkv.size(0), patch_size[0] * patch_size[1], num_heads, shape.tokens},
-                                              ScalarType::Float);
+  const int64_t positions = patch_size[0] * patch_size[1];
+  Tensor logsumexp =
+      torch::stable::new_empty(qkv, {qkv.size(0), positions, num_heads, shape.tokens}, ScalarType::Float);
   if (out.numel() > 0) {
     const PatchAttentionForward args{shape, input_map(qkv), output_map(out),
                                      static_cast<float*>(logsumexp.mutable_data_ptr())};
-    const auto launch = qkv.scalar_type() == ScalarType::Half ? launch_patch_attention<true> : launch_patch_attention<false>;
+    const bool half = qkv.scalar_type() == ScalarType::Half;
+    const auto launch = half ? launch_patch_attention<true> : launch_patch_attention<false>;
     check_launch(kOp, launch(args, common_bytes(qkv, shape), device.stream()));
   }
   return {out, logsumexp};
@@ -113,9 +115,10 @@ Tensor patch_attention_backward(const Tensor& grad_out_argument, const Tensor& q
                                       static_cast<const float*>(logsumexp.const_data_ptr())};
     const int of_qkv = common_bytes(qkv, shape), of_grad = common_bytes(grad_out, shape);
     const bool half = qkv.scalar_type() == ScalarType::Half;
-    const auto whole = half ? launch_patch_attention_backward_whole<true> : launch_patch_attention_backward_whole<false>;
-    const auto blocks = half ? launch_patch_attention_backward<true> : launch_patch_attention_backward<false>;
-    const auto launch = is_whole(shape) ? whole : blocks;
+    const auto launch = is_whole(shape)
+                            ? (half ? launch_patch_attention_backward_whole<true>
+                                    : launch_patch_attention_backward_whole<false>)
+                            : (half ? launch_patch_attention_backward<true> : launch_patch_attention_backward<false>);
     check_launch(kOp, launch(args, of_qkv < of_grad ? of_qkv : of_grad, device.stream()));
   }
   return grad_qkv;

@@ -14,8 +14,8 @@ struct CUstream_st;  // what a cudaStream_t points to
 
 namespace mvit {
 
-// A map by its strides, in elements. Token n of a strand at (i, j) of the patches is in row n / columns · patch_height + i
-// and column n % columns · patch_width + j.
+// A map by its strides, in elements. Token n of a strand at (i, j) of the patches is in row n / columns · patch_height
+// + i and column n % columns · patch_width + j.
 struct TokenMap {
   void* data;
   int64_t image, row, column;
@@ -48,8 +48,8 @@ constexpr int padded_head_dim(int head_dim) { return head_dim > 48 ? 64 : (head_
 // Rows of 16 that a warp works on at once: two halve what it reads of the other operand, and want twice the registers.
 constexpr int tiles_of_warp(int padded) { return padded <= 40 ? 2 : 1; }
 
-// A block serves `groups` strands, each by `warps` warps; block y takes `rows` of a strand's tokens from y · rows on. The
-// others (keys; in backward queries too) pass through `slots` slots of `chunk` rows.
+// A block serves `groups` strands, each by `warps` warps; block y takes `rows` of a strand's tokens from y · rows on.
+// The others (keys; in backward queries too) pass through `slots` slots of `chunk` rows.
 struct PatchAttentionPlan {
   int warps, groups, rows, chunk, slots;
   int copy_bytes;  // at once, from global memory: 16, 8 or 4
@@ -87,8 +87,8 @@ inline int patch_attention_backward_shared_bytes(const PatchAttentionPlan& plan,
   return plan.groups * (2 * (plan.rows + plan.slots * plan.chunk) * shared_row_bytes(padded) + 8 * chunks * plan.chunk);
 }
 
-// Backward of sequences whose keys the warps of a block can share out has all rows of a strand, what its warps hand each
-// other of 64 queries at a time (in the place of the values), and two numbers a token: at most 98 KB.
+// Backward of sequences whose keys the warps of a block can share out has all rows of a strand, what its warps hand
+// each other of 64 queries at a time (in the place of the values), and two numbers a token: at most 98 KB.
 constexpr int kWholeWarps = 8;
 
 inline bool is_whole(const PatchAttentionShape& shape) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// patch_attention backward, for sequences of any length: a block takes the gradients of its rows as queries over all keys,
-// then those of the same tokens as keys and values over all queries. Nothing is summed up across blocks or by atomics, at
-// the price of 7 products for the 5 of patch_attention_backward_whole_kernel.h.
+// patch_attention backward, for sequences of any length: a block takes the gradients of its rows as queries over all
+// keys, then those of the same tokens as keys and values over all queries. Nothing is summed up across blocks or by
+// atomics, at the price of 7 products for the 5 of patch_attention_backward_whole_kernel.h.
 #pragma once
 
 #include "patch_attention_gradient.h"
@@ -17,7 +17,8 @@ patch_attention_backward_kernel(const PatchAttentionBackward args, const PatchAt
   const StrandGroup group = strand_group(shape, plan);
   const int threads = 32 * plan.warps, chunks = (shape.tokens + plan.chunk - 1) / plan.chunk;
   const int row_count = 2 * (plan.rows + plan.slots * plan.chunk);
-  const Shared own = group.index * (row_count * kStride + 8 * chunks * plan.chunk), own_second = own + plan.rows * kStride;
+  const Shared own = group.index * (row_count * kStride + 8 * chunks * plan.chunk);
+  const Shared own_second = own + plan.rows * kStride;
   const Shared slots = own + 2 * plan.rows * kStride, slot_bytes = 2 * plan.chunk * kStride;
   const Shared numbers = own + row_count * kStride, second_after = plan.chunk * kStride;
 
@@ -33,7 +34,8 @@ patch_attention_backward_kernel(const PatchAttentionBackward args, const PatchAt
                     chunks * plan.chunk, group.thread, threads);
 
   const CopyOrder order = copy_order(group.thread, threads, 2 * shape.head_dim / plan.copy_bytes);
-  const auto copy_both = [&](Shared to, Shared to_second, const Tokens& first, const Tokens& second, int begin, int count) {
+  const auto copy_both = [&](Shared to, Shared to_second, const Tokens& first, const Tokens& second, int begin,
+                             int count) {
     copy_rows(plan.copy_bytes, to, kStride, first, begin, count, tokens, order);
     copy_rows(plan.copy_bytes, to_second, kStride, second, begin, count, tokens, order);
   };
@@ -81,8 +83,8 @@ patch_attention_backward_kernel(const PatchAttentionBackward args, const PatchAt
     MVIT_ROLLED
     for (int n = 0; n < plan.chunk && begin + n < shape.tokens; n += 16) {
       uint32_t ds[TILES][4];
-      gradient.over_queries(ds, slot + n * kStride, slot + second_after + n * kStride, numbers + token_number(begin + n),
-                            factor);
+      gradient.over_queries(ds, slot + n * kStride, slot + second_after + n * kStride,
+                            numbers + token_number(begin + n), factor);
     }
   });
   if (works) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// patch_attention backward, for sequences whose keys a block's warps can share out: all of a strand is in shared memory, a
-// warp keeps the gradients of its keys and values, and queries are worked on 64 at a time. The warps leave what they find for
-// ds in shared memory, and then share out the gradients of those queries: 5 products, and no sum of two warps' sums.
+// patch_attention backward, for sequences whose keys a block's warps can share out: all of a strand is in shared
+// memory, a warp keeps the gradients of its keys and values, and queries are worked on 64 at a time. The warps leave
+// what they find for ds in shared memory, and then share out the gradients of those queries: 5 products, and no sum of
+// two warps' sums.
 #pragma once
 
 #include "patch_attention_gradient.h"
@@ -43,8 +44,8 @@ patch_attention_backward_whole_kernel(const PatchAttentionBackward args, const P
   commit_copies();
   clear_padding(query_rows, kStride, 4 * plan.rows, shape.head_dim, D, group.thread, threads);
   prepare_tokens<T>(numbers, tokens_of(args.out, shape, group.strand), grad_out,
-                    args.logsumexp + static_cast<int64_t>(group.strand) * shape.tokens, shape.head_dim, tokens, plan.rows,
-                    group.thread, threads);
+                    args.logsumexp + static_cast<int64_t>(group.strand) * shape.tokens, shape.head_dim, tokens,
+                    plan.rows, group.thread, threads);
   wait_copies<0>();
   sync_threads();
 
@@ -54,7 +55,8 @@ patch_attention_backward_whole_kernel(const PatchAttentionBackward args, const P
   gradient.start(key_rows + warp_row * kStride, value_rows + warp_row * kStride, numbers, warp_row, tokens);
   // Warps by rows and, from eight on, by halves of the columns of a chunk's queries.
   const int halves = plan.warps >= 8 ? 2 : 1, of_rows = plan.warps / halves;
-  const int first_group = group.warp / of_rows * (kGroups / 2), last_group = halves == 2 && group.warp < of_rows ? kGroups / 2 : kGroups;
+  const int first_group = group.warp / of_rows * (kGroups / 2);
+  const int last_group = halves == 2 && group.warp < of_rows ? kGroups / 2 : kGroups;
   MVIT_ROLLED
   for (int begin = 0; begin < shape.tokens; begin += plan.chunk) {
     const int left = shape.tokens - begin, count = left < plan.chunk ? left : plan.chunk;
@@ -67,7 +69,8 @@ patch_attention_backward_whole_kernel(const PatchAttentionBackward args, const P
       MVIT_UNROLL
       for (int m = 0; m < TILES; ++m)
         for (int i = 0; i < 4; ++i) {
-          const int key = warp_row + 16 * m + i % 2 * 8 + lane_index() / 4, column = n + i / 2 * 8 + lane_index() % 4 * 2;
+          const int key = warp_row + 16 * m + i % 2 * 8 + lane_index() / 4;
+          const int column = n + i / 2 * 8 + lane_index() % 4 * 2;
           store_shared<uint32_t>(ds + key * ds_stride + 2 * column, key < tokens ? tiles[m][i] : 0);
         }
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both backward kernels of patch_attention share. With scores s, weights p = exp(s - logsumexp), and δ = Σ out · grad_out
-// of a query:
+// What both backward kernels of patch_attention share. With scores s, weights p = exp(s - logsumexp), and δ = Σ out ·
+// grad_out of a query:
 //   grad_v = pᵀ grad_out,  ds = p (grad_out vᵀ - δ),  grad_q = scale · ds k,  grad_k = scale · dsᵀ q.
 #pragma once
 
@@ -41,8 +41,8 @@ struct alignas(16) TwoQueries {
   float log[2], delta[2];
 };
 
-// One warp's rows, queries or keys, over 16 rows of the others after another. Of each tile of 16 rows a lane has those of
-// lane / 4 and lane / 4 + 8: r is 0 or 1.
+// One warp's rows, queries or keys, over 16 rows of the others after another. Of each tile of 16 rows a lane has those
+// of lane / 4 and lane / 4 + 8: r is 0 or 1.
 template <typename T, int D, int TILES>
 struct AttentionGradient {
   static constexpr int kGroups = D / 8;
@@ -95,8 +95,8 @@ struct AttentionGradient {
     for (int m = 0; m < TILES; ++m) accumulate<T>(first_sums[m], packed[m], k);
   }
 
-  // This warp's keys and values over 16 queries, whose numbers are at `numbers`. What it finds for ds, rounded, is left in
-  // `ds_tiles`: of each tile of keys the left operand of a product over queries.
+  // This warp's keys and values over 16 queries, whose numbers are at `numbers`. What it finds for ds, rounded, is left
+  // in `ds_tiles`: of each tile of keys the left operand of a product over queries.
   MVIT_DEVICE void over_queries(uint32_t (&ds_tiles)[TILES][4], Shared query_rows, Shared grad_rows, Shared numbers,
                                 float factor) {
     Rows16<kGroups> q, grad;

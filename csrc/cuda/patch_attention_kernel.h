@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// patch_attention forward: FlashAttention's (arXiv:2205.14135, algorithm 1) with the grouping in the addresses. A warp keeps
-// its queries and sums in registers; keys and values pass by in chunks of 64, the next on its way while one is worked on.
+// patch_attention forward: FlashAttention's (arXiv:2205.14135, algorithm 1) with the grouping in the addresses. A warp
+// keeps its queries and sums in registers; keys and values pass by in chunks of 64, the next on its way while one is
+// worked on.
 #pragma once
 
 #include "strands.h"

@@ -35,8 +35,8 @@ class Arguments {
   bool is_half() const { return x_.scalar_type() == ScalarType::Half; }
 
   int channels(const char* name, int64_t size) const {
-    STD_TORCH_CHECK(size > 0 && size % 8 == 0 && size < (1 << 20), op_, ": the CUDA kernels take widths that are multiples "
-                    "of 8, and ", name, " has ", size);
+    STD_TORCH_CHECK(size > 0 && size % 8 == 0 && size < (1 << 20), op_,
+                    ": the CUDA kernels take widths that are multiples of 8, and ", name, " has ", size);
     return static_cast<int>(size);
   }
 

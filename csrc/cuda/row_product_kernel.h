@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_linear (NORMED) and linear_residual: a block keeps its rows, and the weights pass by in tiles of 64 columns of
-// the result, the next on its way while one is worked on. A warp has 32 rows, so that it reads weights half as often as
-// with 16, and normalises its own.
+// layer_norm_linear (NORMED) and linear_residual: a block keeps its rows, and the weights pass by in tiles of 64
+// columns of the result, the next on its way while one is worked on. A warp has 32 rows, so that it reads weights half
+// as often as with 16, and normalises its own.
 #pragma once
 
 #include "row_tiles.h"
@@ -59,8 +59,8 @@ row_product_kernel(const RowProduct args, const RowProductPlan plan) {
       for (int i = 0; i < kTiles * kColumns * 8; ++i) sums[i / 8 / kColumns][i / 8 % kColumns][i / 4 % 2][i % 4] = 0;
     }
     if (left > 0)
-      multiply_shared<T>(sums, rows + 2 * k, stride, slots + stage % 2 * slot_bytes, slot_stride, 16 * slot_stride, depth,
-                         tiles);
+      multiply_shared<T>(sums, rows + 2 * k, stride, slots + stage % 2 * slot_bytes, slot_stride, 16 * slot_stride,
+                         depth, tiles);
     if (part + 1 == plan.depths) {
       MVIT_UNROLL
       for (int n = 0; n < kColumns; ++n) {

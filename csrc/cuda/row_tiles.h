@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the row-wise operators (layer_norm_linear, linear_residual, layer_norm_mlp) share: rows and weights on their way into
-// shared memory, LayerNorm there, and SiLU. Widths are multiples of 8: rows are copied 16 bytes at a time.
+// What the row-wise operators (layer_norm_linear, linear_residual, layer_norm_mlp) share: rows and weights on their way
+// into shared memory, LayerNorm there, and SiLU. Widths are multiples of 8: rows are copied 16 bytes at a time.
 #pragma once
 
 #include "rows.h"
@@ -67,8 +67,8 @@ MVIT_DEVICE float sum_of_eight_lanes(float value) {
 // variance are of two passes over registers, in float32: the one-pass formula cancels where the mean is large.
 // Statistics of rows below `valid_rows` go to mean and rstd, if given.
 template <typename T, int PASSES>
-MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, int channels, float* mean_to, float* rstd_to,
-                                int64_t valid_rows) {
+MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, int channels, float* mean_to,
+                                float* rstd_to, int64_t valid_rows) {
   constexpr int kUnits = kMostNormChannels / 64;  // 16-byte units of a lane
   const int lane = lane_index() % 8, quarter = lane_index() / 8, units = channels / 8;
   const float one_of = 1.0f / static_cast<float>(channels);
@@ -117,8 +117,8 @@ MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, in
   }
 }
 
-// sums (16 · TILES rows × 16 · COLUMNS) += left · rightᵀ over `depth` columns (a multiple of 8) in shared memory. Column
-// tiles from `columns` on are left out.
+// sums (16 · TILES rows × 16 · COLUMNS) += left · rightᵀ over `depth` columns (a multiple of 8) in shared memory.
+// Column tiles from `columns` on are left out.
 template <typename T, int TILES, int COLUMNS>
 MVIT_DEVICE void multiply_shared(float (&sums)[TILES][COLUMNS][2][4], Shared left, Shared left_stride, Shared right,
                                  Shared right_stride, Shared right_step, int depth, int columns) {

@@ -41,8 +41,8 @@ struct RowMlp {
   float *mean, *rstd;
 };
 
-// A product's block has 32 rows a warp, all of their channels, and two slots of 64 rows of weights, of at most 256 channels
-// each. Block y has `column_tiles` tiles of 64 columns from y · column_tiles on.
+// A product's block has 32 rows a warp, all of their channels, and two slots of 64 rows of weights, of at most 256
+// channels each. Block y has `column_tiles` tiles of 64 columns from y · column_tiles on.
 constexpr int kColumnTile = 64, kMostDepth = 256;
 
 struct RowProductPlan {

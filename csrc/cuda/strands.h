@@ -91,7 +91,8 @@ MVIT_DEVICE void copy_rows(Shared to, Shared stride, const Tokens& tokens, int b
   for (; order.row < count; order.next()) {
     const int n = begin + order.row;
     const bool valid = n < token_count;
-    copy_async<BYTES>(to + order.row * stride + order.unit * BYTES, tokens.at(valid ? n : 0) + order.unit * BYTES, valid);
+    const char* from = tokens.at(valid ? n : 0) + order.unit * BYTES;
+    copy_async<BYTES>(to + order.row * stride + order.unit * BYTES, from, valid);
   }
 }
 
@@ -106,7 +107,8 @@ MVIT_DEVICE void copy_rows(int copy_bytes, Shared to, Shared stride, const Token
 }
 
 // Zeros in the columns that pad a head, of `count` rows.
-MVIT_DEVICE void clear_padding(Shared rows, Shared stride, int count, int head_dim, int padded, int thread, int threads) {
+MVIT_DEVICE void clear_padding(Shared rows, Shared stride, int count, int head_dim, int padded, int thread,
+                               int threads) {
   if (head_dim == padded) return;
   MVIT_ROLLED
   for (int row = thread; row < count; row += threads)

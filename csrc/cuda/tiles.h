@@ -8,8 +8,8 @@
 namespace mvit {
 
 // 16 rows × 8 · GROUPS columns, 8 × 8 matrices by group of columns and half of the rows. As it lies, a tile is the left
-// operand of a product over its columns, and each half is the right operand (8 columns of a result, one a row). Transposed,
-// each group is the right operand of a product over its rows.
+// operand of a product over its columns, and each half is the right operand (8 columns of a result, one a row).
+// Transposed, each group is the right operand of a product over its rows.
 template <int GROUPS>
 using Rows16 = uint32_t[GROUPS][2];
 

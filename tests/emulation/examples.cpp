@@ -88,15 +88,15 @@ MVIT_KERNEL(kThreads, 1) touch(const uint32_t* in, uint32_t* out, int64_t fault)
 }
 
 // One matrix through ldmatrix, as it is or transposed. Fault 1: no barrier between the stores and it.
-MVIT_KERNEL(kThreads, 1) matrices(const uint16_t* in, uint32_t* out, int64_t transposed, int64_t fault) {
+MVIT_KERNEL(kThreads, 1) matrices(const uint16_t* in, uint32_t* out, int64_t transposed, int64_t stride, int64_t fault) {
   const int i = thread_index(), warp = warp_index(), lane = lane_index();
-  store_shared(16 * i, load_global<Words4>(in + 8 * i));  // 8 rows of 16 bytes for each of 8 matrices
+  store_shared(stride * i, load_global<Words4>(in + 8 * i));  // 8 rows of 16 bytes for each of 8 matrices
   if (fault == 0) sync_threads();
   uint32_t r[4];
   if (transposed)
-    load_matrices_transposed(r, 512 * warp + 16 * lane);
+    load_matrices_transposed(r, stride * i);
   else
-    load_matrices(r, 512 * warp + 16 * lane);
+    load_matrices(r, stride * i);
   for (int matrix = 0; matrix < 4; ++matrix) store_global(out + (warp * 4 + matrix) * 32 + lane, r[matrix]);
 }
 
@@ -139,8 +139,10 @@ const char* touch(uint64_t seed, const uint32_t* in, uint32_t* out, int64_t faul
   const uint32_t shared_bytes = fault == 1 ? 256 : 260;
   return emulation_result(emulate(seed, 2, 1, kThreads, shared_bytes, mvit::touch, in, out, fault));
 }
-const char* matrices(uint64_t seed, const uint16_t* in, uint32_t* out, int64_t transposed, int64_t fault) {
-  return emulation_result(emulate(seed, 1, 1, kThreads, 1024, mvit::matrices, in, out, transposed, fault));
+const char* matrices(uint64_t seed, const uint16_t* in, uint32_t* out, int64_t transposed, int64_t stride,
+                     int64_t fault) {
+  return emulation_result(
+      emulate(seed, 1, 1, kThreads, kThreads * stride, mvit::matrices, in, out, transposed, stride, fault));
 }
 const char* product(uint64_t seed, const uint16_t* a, const uint16_t* b, float* d, int64_t k, int64_t half) {
   const auto kernel = half ? (k == 16 ? mvit::product<Half, 16> : mvit::product<Half, 8>)

@@ -15,8 +15,8 @@ struct dim3 {
 
 namespace emulation {
 
-inline uint64_t seed = 0;  // of the next launch
-inline std::string last_report;
+MVIT_OWN inline uint64_t seed = 0;  // of the next launch
+MVIT_OWN inline std::string last_report;
 
 }  // namespace emulation
 

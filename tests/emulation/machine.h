@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A thread block on the CPU: one fibre a thread, a schedule drawn from a seed, and a shadow of shared and global memory that
-// tells of every access whether another thread's access was ordered before it.
+// A thread block on the CPU: one fibre a thread, a schedule drawn from a seed, and a shadow of shared and global memory
+// that tells of every access whether another thread's access was ordered before it.
 //
-// A fault (race, deadlock, access out of range, …) ends the launch at once and is described by its result; nothing hangs.
+// A fault (race, deadlock, access out of range, …) ends the launch at once and is described by its result; nothing
+// hangs.
 #pragma once
 
 #include <setjmp.h>
@@ -45,8 +46,8 @@ struct Random {  // splitmix64
 
 // ------------------------------------------------------------------------------------------------- shadows of memory
 
-// A point in a thread's life. Of two in one block the earlier is ordered before the later if a barrier of the block lies
-// between them, or one of their common warp, or if they are one thread's.
+// A point in a thread's life. Of two in one block the earlier is ordered before the later if a barrier of the block
+// lies between them, or one of their common warp, or if they are one thread's.
 struct Moment {
   static constexpr int16_t kNobody = -1, kWholeWarp = -2;  // kWholeWarp: as of ldmatrix
 
@@ -183,6 +184,7 @@ class Machine {
 
   int64_t block_x = 0;
   int block_y = 0;
+  int64_t matrix_conflicts = 0;
   int thread() const { return current_; }
   int lane() const { return current_ % kWarp; }
 
@@ -298,8 +300,9 @@ class Machine {
     at_barrier_ = block_epoch_ = 0;
     std::size_t warp = 0;
     while (fault_.empty()) {
-      if (!warps_[warp].ready || random_.below(100) >= patience_) warp = random_.below(static_cast<uint32_t>(warps_.size()));
-      for (std::size_t tried = 0; !warps_[warp].ready && tried < warps_.size(); ++tried) warp = (warp + 1) % warps_.size();
+      const std::size_t count = warps_.size();
+      if (!warps_[warp].ready || random_.below(100) >= patience_) warp = random_.below(static_cast<uint32_t>(count));
+      for (std::size_t tried = 0; !warps_[warp].ready && tried < count; ++tried) warp = (warp + 1) % count;
       if (!warps_[warp].ready) break;
       const uint32_t ready = warps_[warp].ready, turn = random_.below(kWarp);
       const uint32_t turned = ready >> turn | (turn ? ready << (kWarp - turn) : 0);
@@ -393,6 +396,8 @@ class Machine {
   uint32_t block_epoch_ = 0;
 };
 
-inline Machine machine;
+// Hidden, and with it all that follows: else all drivers of a process would share one.
+#define MVIT_OWN __attribute__((visibility("hidden")))
+MVIT_OWN inline Machine machine;
 
 }  // namespace mvit::emulation

@@ -33,10 +33,10 @@ constexpr bool kHalf = true;
 
 extern "C" {
 
-const char* forward(uint64_t seed, void* qkv, int64_t image, int64_t row, int64_t column, void* out,
-                               int64_t out_image, int64_t out_row, int64_t out_column, float* logsumexp, int64_t images,
-                               int64_t patch_rows, int64_t patch_columns, int64_t patch_height, int64_t patch_width,
-                               int64_t heads, int64_t head_dim, double scale, int64_t copy_bytes, int64_t half) {
+const char* forward(uint64_t seed, void* qkv, int64_t image, int64_t row, int64_t column, void* out, int64_t out_image,
+                    int64_t out_row, int64_t out_column, float* logsumexp, int64_t images, int64_t patch_rows,
+                    int64_t patch_columns, int64_t patch_height, int64_t patch_width, int64_t heads, int64_t head_dim,
+                    double scale, int64_t copy_bytes, int64_t half) {
   const PatchAttentionForward args{
       shape_of(images, patch_rows, patch_columns, patch_height, patch_width, heads, head_dim, scale),
       {qkv, image, row, column},
@@ -48,12 +48,12 @@ const char* forward(uint64_t seed, void* qkv, int64_t image, int64_t row, int64_
   return emulation_result(emulation::last_report);
 }
 
-const char* backward(uint64_t seed, void* grad_out, int64_t grad_image, int64_t grad_row, int64_t grad_column, void* qkv,
-                     int64_t image, int64_t row, int64_t column, void* out, int64_t out_image, int64_t out_row,
-                     int64_t out_column, const float* logsumexp, void* grad_qkv, int64_t grad_qkv_image,
-                     int64_t grad_qkv_row, int64_t grad_qkv_column, int64_t images, int64_t patch_rows,
-                     int64_t patch_columns, int64_t patch_height, int64_t patch_width, int64_t heads, int64_t head_dim,
-                     double scale, int64_t copy_bytes, int64_t half, int64_t whole) {
+const char* backward(uint64_t seed, void* grad_out, int64_t grad_image, int64_t grad_row, int64_t grad_column,
+                     void* qkv, int64_t image, int64_t row, int64_t column, void* out, int64_t out_image,
+                     int64_t out_row, int64_t out_column, const float* logsumexp, void* grad_qkv,
+                     int64_t grad_qkv_image, int64_t grad_qkv_row, int64_t grad_qkv_column, int64_t images,
+                     int64_t patch_rows, int64_t patch_columns, int64_t patch_height, int64_t patch_width,
+                     int64_t heads, int64_t head_dim, double scale, int64_t copy_bytes, int64_t half, int64_t whole) {
   const PatchAttentionBackward args{
       shape_of(images, patch_rows, patch_columns, patch_height, patch_width, heads, head_dim, scale),
       {qkv, image, row, column},
@@ -62,9 +62,11 @@ const char* backward(uint64_t seed, void* grad_out, int64_t grad_image, int64_t 
       {grad_qkv, grad_qkv_image, grad_qkv_row, grad_qkv_column},
       logsumexp};
   emulation::seed = seed;
-  const auto launch_whole = half ? launch_patch_attention_backward_whole<kHalf> : launch_patch_attention_backward_whole<false>;
-  const auto launch_blocks = half ? launch_patch_attention_backward<kHalf> : launch_patch_attention_backward<false>;
-  (whole ? launch_whole : launch_blocks)(args, static_cast<int>(copy_bytes), nullptr);
+  const auto launch = whole
+                          ? (half ? launch_patch_attention_backward_whole<kHalf>
+                                  : launch_patch_attention_backward_whole<false>)
+                          : (half ? launch_patch_attention_backward<kHalf> : launch_patch_attention_backward<false>);
+  launch(args, static_cast<int>(copy_bytes), nullptr);
   return emulation_result(emulation::last_report);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The names of csrc/cuda/simt.h with their meaning on the CPU. Tests compile a kernel's own source with -DMVIT_EMULATED and
-// run it by `emulate`.
+// The names of csrc/cuda/simt.h with their meaning on the CPU. Tests compile a kernel's own source with -DMVIT_EMULATED
+// and run it by `emulate`.
 #pragma once
 
 #include <cmath>
@@ -107,6 +107,11 @@ void load_matrices(uint32_t (&r)[MATRICES], Shared row, const Where& where) {
   const auto perform = [&](Warp& warp) {
     for (int matrix = 0; matrix < MATRICES; ++matrix) {
       uint16_t elements[8][8];
+      for (int i = 0; i < 8; ++i)  // a row is four of the 32 banks
+        for (int j = 0; j < i; ++j) {
+          const uint32_t a = warp.operands[8 * matrix + i][0], b = warp.operands[8 * matrix + j][0];
+          if (a != b && a / 16 % 8 == b / 16 % 8) ++machine.matrix_conflicts;
+        }
       for (int i = 0; i < 8; ++i)
         std::memcpy(elements[i], machine.shared(Access::read, warp.operands[8 * matrix + i][0], 16, where, true), 16);
       for (int lane = 0; lane < 32; ++lane) {
@@ -177,7 +182,7 @@ inline uint16_t to_half(float value) {
   const uint32_t sign = bits<uint32_t>(value) >> 16 & 0x8000;
   const float size = std::fabs(value);
   if (std::isnan(value)) return 0x7fff;
-  if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);  // the midpoint above the largest rounds to infinity
+  if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);  // from the midpoint above the largest on
   int exponent;
   std::frexp(size, &exponent);                                           // size < 2^exponent
   const int unit = (exponent < -13 ? -13 : exponent) - 11;               // subnormals have the unit 2^-24
@@ -277,11 +282,13 @@ inline float reciprocal_approximate(float x) {
 inline float rsqrt_approximate(float x) {
   return emulation::approximately(1 / std::sqrt(static_cast<double>(emulation::flushed(x))), x, 0x1p-22);
 }
-inline float tanh_approximate(float x) { return emulation::approximately(std::tanh(static_cast<double>(x)), x, 0x1p-11); }
+inline float tanh_approximate(float x) {
+  return emulation::approximately(std::tanh(static_cast<double>(x)), x, 0x1p-11);
+}
 
 }  // namespace mvit
 
-// ------------------------------------------------------------------------------------------------ for tests/_emulation.py
+// --------------------------------------------------------------------------------------------- for tests/_emulation.py
 
 // The global memory that kernels may touch from now on; without any, all.
 extern "C" {
@@ -290,8 +297,10 @@ __attribute__((used)) inline void emulation_add_buffer(uintptr_t begin, uint64_t
   mvit::emulation::machine.buffers.push_back(
       {begin, begin + bytes, writable != 0, std::vector<mvit::emulation::Cell>(writable ? bytes / 2 : 0)});
 }
+// How often, since the library was loaded, two rows of one matrix lay in the same banks.
+__attribute__((used)) inline int64_t emulation_matrix_conflicts() { return mvit::emulation::machine.matrix_conflicts; }
 // The result of a driver's function: null, or a text that lasts until the next.
-inline const char* emulation_result(std::string report) {
+MVIT_OWN inline const char* emulation_result(std::string report) {
   static std::string kept;
   kept = std::move(report);
   return kept.empty() ? nullptr : kept.c_str();

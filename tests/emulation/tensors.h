@@ -19,7 +19,7 @@ using torch::stable::Tensor;
 
 namespace emulation {
 
-extern std::string last_report;
+__attribute__((visibility("hidden"))) extern std::string last_report;
 
 }  // namespace emulation
 
