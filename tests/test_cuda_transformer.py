@@ -81,12 +81,12 @@ def test_kornia(driver, d, dtype):
     check(driver, {**sizes, "ratio": 4 if d in (64, 120, 240) else 2}, dtype)
 
 
-FULL = {64: (32, 32), 80: (16, 16), 96: (32, 32), 120: (32, 16), 144: (32, 32), 192: (16, 16), 240: (16, 16)}
+FULL = {64: (32, 32), 80: (16, 16), 96: (32, 32), 120: (32, 16), 144: (32, 32), 192: (32, 32), 240: (16, 16)}
 
 
 @pytest.mark.parametrize("d", plans.WIDTHS)
 def test_full_size(driver, d):
-    """A map of the model's own at 256 pixels, and larger ones: N = 256, 64, 128, 64."""
+    """A map of the model's own at 256 pixels, and larger ones: N = 256, 64, 128."""
     check(driver, dict(shape=(1, *FULL[d], d), heads=4, patch=(2, 2), layers=1), torch.bfloat16)
 
 
@@ -101,6 +101,7 @@ def test_full_size(driver, d):
         (dict(shape=(1, 2, 17, 64), patch=(2, 1)), 1),  # N = 17
         (dict(shape=(1, 9, 4, 144), patch=(3, 2)), 2),  # patches that are not square: 6 places, N = 6
         (dict(shape=(1, 16, 16, 64), patch=(1, 1)), 1),  # the whole map is one sequence
+        (dict(shape=(1, 16, 16, 192), patch=(2, 2)), 3),  # N = 64, hidden units by sixteen
         (dict(shape=(1, 4, 4, 64), patch=(2, 2), layers=4), 4),
         (dict(shape=(1, 4, 4, 120), patch=(2, 2), ratio=1, layers=3), 4),  # hidden: 120 of 128
     ],
@@ -199,15 +200,15 @@ def test_permuted_tokens_permute_the_result(driver):
 # -------------------------------------------------------------------------------------------------------------- faults
 
 # Where the ring advances.
-WAITS = "    wait_copies<0>();\n    sync_threads();\n    const Shared here"
+WAITS = "    wait_copies<0>();\n    sync_threads();\n    const Shared ready"
 SEVERAL = dict(shape=(1, 10, 14, 80), heads=4, patch=(2, 2), layers=2)  # N = 35: two warps, the second with three rows
 FEW = dict(shape=(1, 2, 6, 80), heads=4, patch=(2, 2), layers=1)  # N = 3
 
 REPORTED = {
-    "the ring's barrier": (WAITS, "    wait_copies<0>();\n    const Shared here"),
-    "the wait for copies": (WAITS, "    sync_threads();\n    const Shared here"),
+    "the ring's barrier": (WAITS, "    wait_copies<0>();\n    const Shared ready"),
+    "the wait for copies": (WAITS, "    sync_threads();\n    const Shared ready"),
     "a wait that is one group short": (WAITS, WAITS.replace("0", "1")),
-    "a slot that is still read": ("    turn ^= 1;\n", ""),
+    "a slot that is still read": ("here = SLOT - here;", "here = 0;"),
     "a chunk that is too short": ("i < bytes; i += threads * 16", "i < bytes - 16; i += threads * 16"),
     "a step too many": ("step < args.tokens; step += ROWS", "step < args.tokens + ROWS; step += ROWS"),
     "rows past the sequence": ("|| token >= args.tokens) return nullptr", ") return nullptr"),
@@ -226,7 +227,7 @@ WRONG = {
     "a column of the statistics": ("sum[m][half] += low + high; });", "sum[m][half] += low; });", SEVERAL, None),
     "a head's place": ("if (h == head)", "if (h == (head ^ 1))", SEVERAL, None),
     "the residual": ("unpack_low<T>(x.z) + right[0]", "right[0]", SEVERAL, None),
-    "the mean of another row": ("- norm.mean[m][half] * v.x)", "- norm.mean[m][0] * v.x)", SEVERAL, uneven),
+    "the mean of another row": ("- norm[m][half].x * v.x)", "- norm[m][0].x * v.x)", SEVERAL, uneven),
 }
 
 
@@ -356,16 +357,15 @@ def ask(shape=(1, 32, 32, 144), dtype=torch.bfloat16, heads=4, head_dim=None, pa
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", [2, 14, 16, 28, 32])
-@pytest.mark.parametrize("d", [64, 80, 96, 120, 144])
+@pytest.mark.parametrize("d", [64, 80, 96, 120, 144, 192])
 def test_serves(d, side, dtype):
     assert ask((64, side, side, d), dtype) == []
     assert ask((64, side, side, d), dtype, head_dim=8, qkv_bias=False, final_norm=False, ratio=4) == []
 
 
 @pytest.mark.parametrize("side", [2, 8, 14, 16, 22])
-@pytest.mark.parametrize("d", [192, 240])
-def test_serves_wide_rows(d, side):
-    assert ask((64, side, side, d)) == [] and ask((64, side, side, d), head_dim=8) == []
+def test_serves_wide_rows(side):
+    assert ask((64, side, side, 240)) == [] and ask((64, side, side, 240), head_dim=8) == []
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_refuses(case, says):
 def test_refuses_what_does_not_fit_in_shared_memory(monkeypatch):
     monkeypatch.setattr(cuda, "device", lambda: (58, 101_376))  # 8.6, 8.9 and 12.0
     assert ask((1, 32, 32, 144)) == [
-        "a sequence of 256 tokens needs 162048 bytes of shared memory, and this GPU gives a block 101376"
+        "a sequence of 256 tokens needs 164096 bytes of shared memory, and this GPU gives a block 101376"
     ]
     assert ask((1, 32, 32, 64)) == [] and ask((1, 16, 16, 144)) == []
 

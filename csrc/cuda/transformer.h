@@ -72,9 +72,14 @@ struct TransformerLayout {
   // Rows of a value are an odd number of 16 bytes apart, so that ldmatrix meets each bank once.
   constexpr int value_stride() const { return (head() / 8 | 1) * 16; }
   constexpr int key_stride() const { return head() * 2; }
-  constexpr int shared_bytes(int rows) const {
-    return rows * (padded() * 2 + key_stride() + value_stride()) + 2 * slot();
-  }
+
+  // Shared memory: the ring's two slots, then for each 16 rows of the block the rows themselves in A fragments, their means
+  // and 1 / σ, keys in fragments, and values. So all places are a tile's begin and a constant: registers are scarce.
+  constexpr int norms() const { return 16 * padded() * 2; }
+  constexpr int keys() const { return norms() + 16 * 8; }
+  constexpr int values() const { return keys() + 16 * key_stride(); }
+  constexpr int tile_bytes() const { return values() + 16 * value_stride(); }
+  constexpr int shared_bytes(int rows) const { return 2 * slot() + rows / 16 * tile_bytes(); }
 
  private:
   constexpr int kv_chunk(int parts) const { return padded() / parts * 2 * head() * 2 + 2 * head() * 8; }

@@ -43,11 +43,10 @@ using Part = std::conditional_t<COUNT == 2, Words4, Words2>;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The weights' way: a slot is filled while the other is read.
+template <int SLOT>
 struct Ring {
   const unsigned char* next;
-  Shared slot;
-  int slot_bytes;
-  int turn;
+  Shared here = 0;
 
   MVIT_DEVICE void fetch(Shared to, int bytes, int threads) {
     MVIT_ROLLED
@@ -61,10 +60,10 @@ struct Ring {
   MVIT_DEVICE Shared advance(int bytes_of_next, int threads) {
     wait_copies<0>();
     sync_threads();
-    const Shared here = slot + turn * slot_bytes;
-    turn ^= 1;
-    if (bytes_of_next > 0) fetch(slot + turn * slot_bytes, bytes_of_next, threads);
-    return here;
+    const Shared ready = here;
+    here = SLOT - here;
+    if (bytes_of_next > 0) fetch(here, bytes_of_next, threads);
+    return ready;
   }
 };
 
@@ -74,6 +73,8 @@ struct Transformer {
   static constexpr int TILES = layout.tiles();    // of 16 columns of x
   static constexpr int HEAD = layout.head() / 8;  // tiles of 8 columns of a head
   static constexpr int ROWS = 16 * M;             // of a warp, and keys of a step
+  // Tiles of hidden units at once: rows of 192 leave registers for no more than two.
+  static constexpr int UNITS = M == 2 && TILES > 9 ? 2 : 4;
   using Lanes = Columns<WIDTH>;
 
   // Loops over tiles are unrolled by the largest divisor up to 5: all of a layer is to fit in the instruction cache.
@@ -83,16 +84,19 @@ struct Transformer {
     return group;
   }
 
-  // Mean and 1 / σ of the rows that the lane has parts of: 0 to 7 and 8 to 15 of each tile.
-  struct Norm {
-    float mean[M][2], rstd[M][2];
-  };
-
   const TransformerArgs& args;
-  Shared rows, keys, values;  // rows: of this warp
-  Ring ring;
+  Ring<layout.slot()> ring;
+  Shared own = tiles_from(warp_index() * M);  // the warp's tiles
 
-  MVIT_DEVICE Shared row_tile(int m, int tile) const { return rows + ((m * TILES + tile) * 32 + lane_index()) * 16; }
+  static MVIT_DEVICE Shared tiles_from(int tile) { return 2 * layout.slot() + tile * layout.tile_bytes(); }
+  // Where mean and 1 / σ are of the row g (+ 8) of tile m.
+  MVIT_DEVICE Shared norm_of(int m, int half) const {
+    return own + m * layout.tile_bytes() + layout.norms() + (half * 8 + lane_index() / 4) * 8;
+  }
+  // Where the lane's part is of sixteen columns of tile m.
+  MVIT_DEVICE Shared row_tile(int m, int tile) const {
+    return own + m * layout.tile_bytes() + (tile * 32 + lane_index()) * 16;
+  }
 
   // ------------------------------------------------------------------------------------------------------- rows of x
 
@@ -130,21 +134,19 @@ struct Transformer {
     if constexpr (COUNT == 2) store_shared(row_tile(m, tile + 1), Words4{part[0].z, part[1].z, part[0].w, part[1].w});
   }
 
-  // `norms`: weight and bias of the last LayerNorm.
-  MVIT_DEVICE void write_rows(const float* norms) const {
-    Norm norm{};
-    if (args.final_norm) norm = statistics();
+  MVIT_DEVICE void write_rows() const {
+    if (args.final_norm) statistics();
     MVIT_UNROLL
     for (int m = 0; m < M; ++m) {
       char* const to[2] = {find_row(m, 0, args.out), find_row(m, 1, args.out)};
       MVIT_ROLLED
-      for (int pair = 0; pair < TILES / 2; ++pair) write_part<2>(m, 2 * pair, to, norm, norms);
-      if constexpr (TILES % 2 == 1) write_part<1>(m, TILES - 1, to, norm, norms);
+      for (int pair = 0; pair < TILES / 2; ++pair) write_part<2>(m, 2 * pair, to);
+      if constexpr (TILES % 2 == 1) write_part<1>(m, TILES - 1, to);
     }
   }
 
   template <int COUNT>
-  MVIT_DEVICE void write_part(int m, int tile, char* const (&to)[2], const Norm& norm, const float* norms) const {
+  MVIT_DEVICE void write_part(int m, int tile, char* const (&to)[2]) const {
     const auto left = load_shared<Words4>(row_tile(m, tile));
     Words4 right{};
     if constexpr (COUNT == 2) right = load_shared<Words4>(row_tile(m, tile + 1));
@@ -152,12 +154,13 @@ struct Transformer {
     if (args.final_norm)
       MVIT_UNROLL
       for (int i = 0; i < 2 * COUNT; ++i) {
-        const Floats2 weight = vector_part(norms, tile, i), bias = vector_part(norms + layout.padded(), tile, i);
+        const Floats2 weight = vector_part(vector(args.layers), tile, i);
+        const Floats2 bias = vector_part(vector(args.layers + 1), tile, i);
         MVIT_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const float mean = norm.mean[m][half], rstd = norm.rstd[m][half];
-          y[half][i] = pack<T>((unpack_low<T>(y[half][i]) - mean) * rstd * weight.x + bias.x,
-                               (unpack_high<T>(y[half][i]) - mean) * rstd * weight.y + bias.y);
+          const auto norm = load_shared<Floats2>(norm_of(m, half));
+          y[half][i] = pack<T>((unpack_low<T>(y[half][i]) - norm.x) * norm.y * weight.x + bias.x,
+                               (unpack_high<T>(y[half][i]) - norm.x) * norm.y * weight.y + bias.y);
         }
       }
     MVIT_UNROLL
@@ -171,30 +174,41 @@ struct Transformer {
       }
   }
 
+  // Behind the layers' matrices: fc2's bias of each, and the last LayerNorm's weight and bias.
+  MVIT_DEVICE const float* vector(int index) const {
+    constexpr TransformerLayout sizes = layout;  // the class's own is not there on the device
+    const unsigned char* vectors = args.weights + args.layers * sizes.layer_bytes(args.hidden_chunks);
+    return reinterpret_cast<const float*>(vectors) + index * layout.padded();
+  }
+
   // The i-th two of what a vector has for the lane's columns of a tile, and of the next.
   static MVIT_DEVICE Floats2 vector_part(const float* vector, int tile, int i) {
     return load_constant<Floats2>(vector + 16 * tile + 8 * i + lane_index() % 4 * 2);
   }
 
+  // Mean and 1 / σ of the warp's rows, to shared memory: eight registers are wanted elsewhere.
+  //
   // In two passes: the sum of squares less the square of the sum would cancel where the mean is large.
-  MVIT_DEVICE Norm statistics() const {
-    Norm norm;
-    float sum[M][2] = {};
+  MVIT_DEVICE void statistics() const {
+    float sum[M][2] = {}, mean[M][2];
     each_tile([&](int m, int, int half, float low, float high) { sum[m][half] += low + high; });
     MVIT_UNROLL
     for (int m = 0; m < M; ++m)
       MVIT_UNROLL
-      for (int half = 0; half < 2; ++half) norm.mean[m][half] = sum_of_row(sum[m][half]) * (1.0f / WIDTH), sum[m][half] = 0;
+      for (int half = 0; half < 2; ++half) mean[m][half] = sum_of_row(sum[m][half]) * (1.0f / WIDTH), sum[m][half] = 0;
     each_tile([&](int m, int tile, int half, float low, float high) {
-      low -= norm.mean[m][half], high -= norm.mean[m][half];
+      low -= mean[m][half], high -= mean[m][half];
       if (Lanes::has(tile)) sum[m][half] += low * low + high * high;
     });
+    sync_warp();  // the last ones have been read
     MVIT_UNROLL
     for (int m = 0; m < M; ++m)
       MVIT_UNROLL
-      for (int half = 0; half < 2; ++half)
-        norm.rstd[m][half] = rsqrt_approximate(sum_of_row(sum[m][half]) * (1.0f / WIDTH) + args.eps);
-    return norm;
+      for (int half = 0; half < 2; ++half) {
+        const float rstd = rsqrt_approximate(sum_of_row(sum[m][half]) * (1.0f / WIDTH) + args.eps);
+        if (lane_index() % 4 == 0) store_shared(norm_of(m, half), Floats2{mean[m][half], rstd});
+      }
+    sync_warp();
   }
 
   // body(m, tile, half, low, high) for all that the lane has of x, two by two.
@@ -225,8 +239,8 @@ struct Transformer {
 
   // ------------------------------------------------------------------------------------------------ products with x
 
-  // d += x · W' over COUNT tiles of x from `first` on, N tiles of eight columns.
-  template <int COUNT, int N>
+  // d += x · W' over COUNT tiles of x from `first` on: N tiles of eight columns, of STEP that the weights have.
+  template <int COUNT, int STEP, int N>
   MVIT_DEVICE void multiply_rows(float (&d)[M][N][4], int first, Shared weights) const {
     MVIT_ROLLED
     for (int group = 0; group < COUNT; group += group_of(COUNT))
@@ -238,7 +252,7 @@ struct Transformer {
           const auto w = load_shared<Words4>(row_tile(m, first + k));
           a[m][0] = w.x, a[m][1] = w.y, a[m][2] = w.z, a[m][3] = w.w;
         }
-        load_fragments(b, weights + k * N * kFragmentBytes);
+        load_fragments(b, weights + k * STEP * kFragmentBytes);
         MVIT_UNROLL
         for (int n = 0; n < N; ++n)
           MVIT_UNROLL
@@ -248,7 +262,12 @@ struct Transformer {
 
   // LayerNorm's part that comes after the product.
   template <int N>
-  MVIT_DEVICE void normalise(float (&d)[M][N][4], const Norm& norm, Shared vectors) const {
+  MVIT_DEVICE void normalise(float (&d)[M][N][4], Shared vectors) const {
+    Floats2 norm[M][2];
+    MVIT_UNROLL
+    for (int m = 0; m < M; ++m)
+      MVIT_UNROLL
+      for (int half = 0; half < 2; ++half) norm[m][half] = load_shared<Floats2>(norm_of(m, half));
     MVIT_UNROLL
     for (int n = 0; n < N; ++n) {
       const auto v = load_shared<Floats4>(vectors + (n * 4 + lane_index() % 4) * 16);
@@ -257,8 +276,8 @@ struct Transformer {
         MVIT_UNROLL
         for (int half = 0; half < 2; ++half) {
           float(&y)[4] = d[m][n];
-          y[2 * half] = (y[2 * half] - norm.mean[m][half] * v.x) * norm.rstd[m][half] + v.z;
-          y[2 * half + 1] = (y[2 * half + 1] - norm.mean[m][half] * v.y) * norm.rstd[m][half] + v.w;
+          y[2 * half] = (y[2 * half] - norm[m][half].x * v.x) * norm[m][half].y + v.z;
+          y[2 * half + 1] = (y[2 * half + 1] - norm[m][half].x * v.y) * norm[m][half].y + v.w;
         }
     }
   }
@@ -272,17 +291,17 @@ struct Transformer {
     for (int m = 0; m < M; ++m)
       MVIT_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int row = warp_index() * ROWS + m * 16 + half * 8;
+        const Shared tile = own + m * layout.tile_bytes();
         uint32_t key[HEAD];
         MVIT_UNROLL
         for (int n = 0; n < HEAD; ++n) key[n] = pack<T>(kv[m][n][2 * half], kv[m][n][2 * half + 1]);
-        const Shared key_rows = keys + row * layout.key_stride();
+        const Shared key_rows = tile + layout.keys() + half * 8 * layout.key_stride();
         MVIT_UNROLL
         for (int n = 0; n + 1 < HEAD; n += 2)
           store_shared(key_rows + n / 2 * kFragmentBytes + lane * 8, Words2{key[n], key[n + 1]});
         if constexpr (HEAD % 2 == 1)
           store_shared(key_rows + HEAD / 2 * kFragmentBytes + lane * 4, key[HEAD - 1]);
-        const Shared value_row = values + (row + lane / 4) * layout.value_stride() + lane % 4 * 4;
+        const Shared value_row = tile + layout.values() + (half * 8 + lane / 4) * layout.value_stride() + lane % 4 * 4;
         MVIT_UNROLL
         for (int n = 0; n < HEAD; ++n)
           store_shared(value_row + n * 16, pack<T>(kv[m][HEAD + n][2 * half], kv[m][HEAD + n][2 * half + 1]));
@@ -290,11 +309,11 @@ struct Transformer {
   }
 
   // A step's scores, less the references of their rows.
-  MVIT_DEVICE void score(float (&s)[M][2 * M][4], const Tile (&query)[M][HEAD], int key, const float (&reference)[M][2]) const {
+  MVIT_DEVICE void score(float (&s)[M][2 * M][4], const Tile (&query)[M][HEAD], Shared tiles, const float (&reference)[M][2]) const {
     const int lane = lane_index();
     MVIT_UNROLL
     for (int n = 0; n < 2 * M; ++n) {
-      const Shared from = keys + (key + n * 8) * layout.key_stride();
+      const Shared from = tiles + n / 2 * layout.tile_bytes() + layout.keys() + n % 2 * 8 * layout.key_stride();
       MVIT_UNROLL
       for (int m = 0; m < M; ++m)
         MVIT_UNROLL
@@ -320,12 +339,12 @@ struct Transformer {
   MVIT_DEVICE void attend(Tile (&out)[M][HEAD], const Tile (&query)[M][HEAD]) const {
     constexpr float slack = 8;
     const int lane = lane_index();
-    const int first_row = warp_index() * ROWS / args.padded_tokens * args.padded_tokens;
+    Shared tiles = tiles_from(warp_index() * ROWS / args.padded_tokens * args.padded_tokens / 16);  // of the sequence
     float o[M][HEAD][4] = {}, reference[M][2] = {}, sum[M][2] = {};
     MVIT_ROLLED
-    for (int step = 0; step < args.tokens; step += ROWS) {
+    for (int step = 0; step < args.tokens; step += ROWS, tiles += M * layout.tile_bytes()) {
       float s[M][2 * M][4];
-      score(s, query, first_row + step, reference);
+      score(s, query, tiles, reference);
       if (step + ROWS > args.tokens) {  // keys that only fill the tile
         MVIT_UNROLL
         for (int n = 0; n < 2 * M; ++n)
@@ -375,7 +394,7 @@ struct Transformer {
         }
       MVIT_UNROLL
       for (int k = 0; k < M; ++k) {  // sixteen keys each
-        const Shared from = values + (first_row + step + k * 16 + lane % 16) * layout.value_stride();
+        const Shared from = tiles + k * layout.tile_bytes() + layout.values() + lane % 16 * layout.value_stride();
         MVIT_UNROLL
         for (int n = 0; n + 1 < HEAD; n += 2) {
           uint32_t v[4];
@@ -410,7 +429,7 @@ struct Transformer {
   // ------------------------------------------------------------------------------------------------------- the layer
 
   MVIT_DEVICE void attention_half(int threads) {
-    const Norm norm = statistics();
+    statistics();
     // Zeros, since registers that are written under a condition alone would be kept for it through all of the layer.
     Tile attended[M][kHeads][HEAD] = {};
     MVIT_ROLLED
@@ -421,17 +440,17 @@ struct Transformer {
         MVIT_ROLLED
         for (int part = 0; part < layout.kv_parts(); ++part) {
           chunk = ring.advance(part + 1 < layout.kv_parts() ? layout.kv_chunk() : layout.q_chunk(), threads);
-          multiply_rows<layout.kv_tiles()>(kv, part * layout.kv_tiles(), chunk);
+          multiply_rows<layout.kv_tiles(), 2 * HEAD>(kv, part * layout.kv_tiles(), chunk);
         }
-        normalise(kv, norm, chunk + layout.kv_matrix());
+        normalise(kv, chunk + layout.kv_matrix());
         store_keys_and_values(kv);
       }
       Tile query[M][HEAD], out[M][HEAD];
       {
         const Shared chunk = ring.advance(head + 1 < kHeads ? layout.kv_chunk() : layout.proj_chunk(), threads);
         float q[M][HEAD][4] = {};
-        multiply_rows<TILES>(q, 0, chunk);
-        normalise(q, norm, chunk + layout.q_matrix());
+        multiply_rows<TILES, HEAD>(q, 0, chunk);
+        normalise(q, chunk + layout.q_matrix());
         MVIT_UNROLL
         for (int m = 0; m < M; ++m)
           MVIT_UNROLL
@@ -500,12 +519,13 @@ struct Transformer {
       return u + u * tanh_approximate(u);
   }
 
-  MVIT_DEVICE void mlp_half(const float* bias, int bytes_of_next, int threads) {
-    const Norm norm = statistics();
+  MVIT_DEVICE void mlp_half(int layer, int threads) {
+    const int bytes_of_next = layer + 1 < args.layers ? layout.kv_chunk() : 0;
+    statistics();
     float y[M][2 * TILES][4];
     MVIT_UNROLL
     for (int n = 0; n < 2 * TILES; ++n) {
-      const Floats2 two = vector_part(bias, n / 2, n % 2);
+      const Floats2 two = vector_part(vector(layer), n / 2, n % 2);
       MVIT_UNROLL
       for (int m = 0; m < M; ++m) y[m][n][0] = y[m][n][2] = two.x, y[m][n][1] = y[m][n][3] = two.y;
     }
@@ -514,17 +534,18 @@ struct Transformer {
       const Shared fc1 = ring.advance(part + 1 < args.hidden_chunks ? layout.mlp_chunk() : bytes_of_next, threads);
       const Shared fc2 = fc1 + TILES * 4 * kFragmentBytes;
       Tile hidden[M][4];
-      {
-        float u[M][4][4] = {};
-        multiply_rows<TILES>(u, 0, fc1);
-        normalise(u, norm, fc2 + TILES * 4 * kFragmentBytes);
+      MVIT_UNROLL
+      for (int first = 0; first < 4; first += UNITS) {
+        float u[M][UNITS][4] = {};
+        multiply_rows<TILES, 4>(u, 0, fc1 + first * kFragmentBytes);
+        normalise(u, fc2 + (TILES * 4 * kFragmentBytes + first * 64));
         MVIT_UNROLL
         for (int m = 0; m < M; ++m)
           MVIT_UNROLL
-          for (int n = 0; n < 4; ++n) {
+          for (int n = 0; n < UNITS; ++n) {
             MVIT_UNROLL
             for (int i = 0; i < 4; ++i) u[m][n][i] = silu_of_double(u[m][n][i]);
-            pack_tile<T>(hidden[m][n], u[m][n]);
+            pack_tile<T>(hidden[m][first + n], u[m][n]);
           }
       }
       MVIT_UNROLL
@@ -549,24 +570,15 @@ template <typename T, int WIDTH, int HEAD_DIM, int M>
 MVIT_KERNEL(kMostWarps * 32, 1) transformer_kernel(const TransformerArgs args) {
   constexpr TransformerLayout layout{WIDTH, HEAD_DIM};
   const int threads = args.warps * 32;
-  const int block_rows = args.warps * 16 * M;
-  const Shared keys = block_rows * layout.padded() * 2;
-  const Shared values = keys + block_rows * layout.key_stride();
-  const Shared slots = values + block_rows * layout.value_stride();
-  Transformer<T, WIDTH, HEAD_DIM, M> transformer{
-      args, static_cast<Shared>(warp_index() * 16 * M * layout.padded() * 2), keys, values,
-      Ring{args.weights, slots, layout.slot(), 0}};
-  transformer.ring.fetch(slots, layout.kv_chunk(), threads);
+  Transformer<T, WIDTH, HEAD_DIM, M> transformer{args, {args.weights}};
+  transformer.ring.fetch(0, layout.kv_chunk(), threads);
   transformer.read_rows();
-  const unsigned char* end = args.weights + args.layers * layout.layer_bytes(args.hidden_chunks);
-  const float* vectors = reinterpret_cast<const float*>(end);
   MVIT_ROLLED
   for (int layer = 0; layer < args.layers; ++layer) {
     transformer.attention_half(threads);
-    transformer.mlp_half(vectors, layer + 1 < args.layers ? layout.kv_chunk() : 0, threads);
-    vectors += layout.padded();
+    transformer.mlp_half(layer, threads);
   }
-  transformer.write_rows(vectors);
+  transformer.write_rows();
 }
 
 }  // namespace mvit

@@ -16,11 +16,11 @@ int launch_transformer(const TransformerArgs& args, CUstream_st* stream) {
   return cudaGetLastError();
 }
 
-// Heads are a quarter of the rows, or 8 as in Kornia. Warps of 32 rows take rows up to 144 wide, beyond which they have not
-// the registers; warps of 16 take all, and up to 144 where sequences are that short.
+// Heads are a quarter of the rows, or 8 as in Kornia. Warps of 32 rows take rows up to 192 wide, beyond which they have not
+// the registers; warps of 16 take all, but up to 192 only where sequences are that short.
 template <int WIDTH>
 TransformerLaunch* find_transformer(int64_t head_dim, int64_t tiles, bool half) {
-  constexpr int most_tiles = WIDTH <= 144 ? 2 : 1;
+  constexpr int most_tiles = WIDTH <= 192 ? 2 : 1;
   if (head_dim == WIDTH / 4 && tiles == 1)
     return half ? launch_transformer<Half, WIDTH, WIDTH / 4, 1> : launch_transformer<BFloat16, WIDTH, WIDTH / 4, 1>;
   if (head_dim == WIDTH / 4 && tiles == most_tiles)

@@ -12,7 +12,7 @@ WIDTHS = (64, 80, 96, 120, 144, 192, 240)
 SHORT_HEAD = 8  # Kornia's; elsewhere a head is a quarter of the width
 MOST_WARPS = 8  # in a block, at up to 255 registers a thread
 # Warps of 32 rows read weights from shared memory half as often, and have the registers for it up to this width.
-WIDEST_FOR_32_ROWS = 144
+WIDEST_FOR_32_ROWS = 192
 HIDDEN_CHUNK = 32
 
 # From how many sequences a multiprocessor on one launch beats an operator at a time, by the most tokens of a sequence.
@@ -43,10 +43,11 @@ class Layout:
         return next(p for p in range(1, self.tiles + 1) if self.tiles % p == 0 and chunk(p) <= most)
 
     def shared_bytes(self, rows: int) -> int:
-        """What a block of so many rows has in shared memory: rows, key and value of a head, and two chunks."""
+        """What a block of so many rows has in shared memory: rows, their means and deviations, key and value of a
+        head, and two chunks."""
         slot = max(self.mlp_chunk, self.kv_chunk, self.q_chunk, self.proj_chunk)
         value_stride = 16 * (self.head // 8 | 1)
-        return rows * (2 * self.padded + 2 * self.head + value_stride) + 2 * (-(-slot // 128) * 128)
+        return rows * (2 * self.padded + 8 + 2 * self.head + value_stride) + 2 * (-(-slot // 128) * 128)
 
     def packed_bytes(self, layers: int, hidden: int) -> int:
         """All of a stack's packed weights."""
