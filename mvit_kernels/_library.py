@@ -91,6 +91,12 @@ _library.define(
     "Tensor project, Tensor project_bias) -> Tensor"
 )
 
+# What `transformer.cuda` calls, with weights and plan of mvit_kernels.cuda.transformer's making.
+_library.define(
+    "transformer_packed.cuda(Tensor x, Tensor packed, int version, int num_layers, int head_dim, int hidden_features, "
+    "bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) -> Tensor"
+)
+
 
 def register_fake(name: str) -> Callable[[Callable], Callable]:
     """Register the decorated function as the fake of operator `name`, for all of its backends."""
@@ -129,8 +135,9 @@ def load(backend: str) -> str:
     if backend not in _loaded:
         path = LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
         if not path.exists():
+            compiler = "a CUDA toolkit" if backend == "cuda" else "a C++ compiler"
             _loaded[backend] = (
-                f"its library {path.name} was not built (a C++ compiler and `pip install --no-build-isolation .` build "
+                f"its library {path.name} was not built ({compiler} and `pip install --no-build-isolation .` build "
                 "it; `mvit-kernels info` tells what was missing)"
             )
         else:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends, cuda, reference
 from ..dropout import LayerDropout, draw_seeds, drop_path, dropped
 from ..ops import (
     TransformerLayerWeights,
@@ -93,15 +93,26 @@ def transformer_on_map(
     dtype = checks.autocast_dtype(x) or x.dtype
     rows = x.to(dtype).permute(0, 2, 3, 1)
     stack = stack_call(rows, layers, final_norm, num_heads, patch_size, dtype)
-    if dropout is None and backends.serves("transformer", stack, backend):
+
+    def attention_by() -> str:
+        qkv_shape = (*rows.shape[:3], layers[0].qkv_weight.shape[0])
+        return backends.choose(
+            attention_call(x.device, dtype, qkv_shape, num_heads, patch_size, stack.needs_grad), backend
+        )
+
+    at_once = dropout is None and backends.serves("transformer", stack, backend)
+    if at_once and stack.device_type == "cuda" and not cuda.in_one_launch(stack):
+        at_once = attention_by() == "reference"  # no operator's own kernel is there to be faster
+    if at_once:
         rows = transformer(
             rows.contiguous(), layers, final_norm, num_heads=num_heads, patch_size=patch_size, eps=eps, backend=backend
         )
     else:
-        qkv_shape = (*rows.shape[:3], layers[0].qkv_weight.shape[0])
-        attention = attention_call(x.device, dtype, qkv_shape, num_heads, patch_size, stack.needs_grad)
-        in_sequences = backends.choose(attention, backend) == "reference" or any(d.attention for d in dropout or ())
-        rows = _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, backend)
+        attended_by = attention_by()
+        in_sequences = attended_by == "reference" or any(d.attention for d in dropout or ())
+        # CUDA C++ has single operators, for inference alone, and a whole layer would be another backend's.
+        by_layer = stack.needs_grad or attended_by != "cuda"
+        rows = _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, by_layer, backend)
 
     x = rows.permute(0, 3, 1, 2)
     if size != whole:
@@ -109,8 +120,8 @@ def transformer_on_map(
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, backend) -> Tensor:
-    """The stack from the differentiable operators, with live dropout."""
+def _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, by_layer, backend) -> Tensor:
+    """The stack from the differentiable operators, with live dropout; from `transformer_layer` if `by_layer`."""
     size = (rows.shape[1], rows.shape[2])
     inner_patch = patch_size
     if in_sequences:  # a map of N × 1 tokens with 1 × 1 patches is one sequence
@@ -121,7 +132,8 @@ def _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_
             layers = _cast_together(layers, rows.dtype)
     drops = dropout or [LayerDropout()] * len(layers)
     fused = [
-        backends.serves("transformer_layer", layer_call(rows, layer, num_heads, inner_patch, drop), backend)
+        by_layer
+        and backends.serves("transformer_layer", layer_call(rows, layer, num_heads, inner_patch, drop), backend)
         for layer, drop in zip(layers, drops, strict=True)
     ]
     seeds = draw_seeds(len(layers), rows.device) if dropout is not None and any(fused) else [None] * len(layers)

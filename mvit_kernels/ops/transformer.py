@@ -99,7 +99,9 @@ def transformer(
     chosen = choose(call, backend)
     if chosen == "reference":
         return reference.transformer(x, layers, final_norm, num_heads, patch_size, eps)
-    return raw(OP, chosen)(x, flatten(layers, x.dtype), *(final_norm or (None, None)), num_heads, patch_size, eps)
+    # The CUDA kernel packs weights of any dtype, once, and knows them again as long as they are the same tensors.
+    weights = flatten(layers, zeros=False) if chosen == "cuda" else flatten(layers, x.dtype)
+    return raw(OP, chosen)(x, weights, *(final_norm or (None, None)), num_heads, patch_size, eps)
 
 
 def stack_call(
@@ -128,13 +130,14 @@ def stack_call(
     return Call(OP, x.device.type, dtype or x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()))
 
 
-def flatten(layers: Sequence[TransformerLayerWeights], dtype=None) -> list[Tensor]:
-    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros, linear weights in `dtype` if
-    given."""
+def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool = True) -> list[Tensor]:
+    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros (or without elements), linear
+    weights in `dtype` if given."""
     flat = []
     for layer in layers:
         if layer.qkv_bias is None:
-            layer = layer._replace(qkv_bias=layer.qkv_weight.new_zeros(layer.qkv_weight.shape[0]))
+            size = layer.qkv_weight.shape[0] if zeros else 0
+            layer = layer._replace(qkv_bias=layer.qkv_weight.new_zeros(size))
         for name, value in zip(layer._fields, layer, strict=True):
             flat.append(value if dtype is None or "norm" in name or value.dtype == dtype else value.to(dtype))
     return flat
