@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 USE_SYSTEM_PYTHON ?=
+SUITE ?= all
+BUDGET ?= 30
+DEVICE ?= cpu
 
 # The set-up is done when this file exists, is newer than what it was made from, and $(IS_SOUND) agrees.
 READY := $(VENV)/.mvit_kernels-ready
@@ -16,7 +19,7 @@ PY := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreted gate sanitize sanitize-gpu lint format build setup clean
+.PHONY: help demo test test-interpreted gate sanitize sanitize-gpu bench bench-regressions report lint format build setup clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and what was gained'
@@ -25,6 +28,9 @@ help:
 	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; it takes a GPU'
 	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in its interpreter (minutes)'
 	@echo 'make gate     compile every Triton kernel for every architecture anew: tests/data/triton_gate.csv (minutes)'
+	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
+	@echo 'make report   the README'"'"'s figures and plots from the results that are there'
+	@echo 'make bench-regressions  the CPU path under pytest-benchmark, beside the run before (by hand)'
 	@echo 'make lint     ruff: rules and format;  make format  repairs both'
 	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error where something is missing'
 	@echo 'make setup    create $(VENV) and install everything as pinned in constraints.txt'
@@ -34,6 +40,7 @@ help:
 	@echo '  PYTHON=python3        what $(VENV) is created with: Python 3.10 or newer'
 	@echo '  VENV=.venv            the environment'"'"'s folder'
 	@echo '  PYTEST_ARGS=...       handed to pytest: PYTEST_ARGS="-k freeze -x"'
+	@echo '  BUDGET=30, SUITE=all, DEVICE=cpu   of make bench: minutes, suites (operators,models,...), cpu or cuda'
 	@echo '  USE_SYSTEM_PYTHON=1   use PYTHON as it is: no environment, nothing installed, built in place'
 	@echo '  CXX, MAX_JOBS         the C++ compiler, and how many files it compiles at once'
 	@echo 'pip'"'"'s own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold: they decide which build of torch comes.'
@@ -60,6 +67,15 @@ test-interpreted: setup
 
 gate: setup
 	@TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) tests/_triton_gate.py
+
+bench: build
+	@$(PY) -m mvit_kernels bench --suite $(SUITE) --budget $(BUDGET) --device $(DEVICE)
+
+bench-regressions: build
+	@$(PY) -m pytest -q benchmarks/regressions.py --benchmark-autosave --benchmark-compare $(PYTEST_ARGS)
+
+report: setup
+	@$(PY) benchmarks/report.py
 
 build: setup
 	@MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace

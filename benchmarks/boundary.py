@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call costs before and after the arithmetic: microseconds on tensors so small that nothing else is left.
 
-    python benchmarks/boundary.py [--csv FILE] [--rounds N]
+    python benchmarks/boundary.py [--results FOLDER] [--rounds N]
 
-Every operator is called on 4 tokens of 16 channels, along these paths:
+Every operator is called on 4 tokens of 16 channels (``inverted_residual`` on 16 of 24), along these paths:
 
 - ``plain``: the reference's function, no boundary at all;
 - ``raw``: the raw operator ``mvit_kernels::<operator>.<backend>``, through PyTorch's dispatcher;
@@ -25,84 +25,27 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 import mvit_kernels
-from mvit_kernels import _library, reference
+from mvit_kernels import _library, results
 from mvit_kernels.adapters import _swap
-from mvit_kernels.cli import write_csv
-from mvit_kernels.timing import Timing, environment, interleave
+from mvit_kernels.origin import environment
+from mvit_kernels.suites.operands import OPERATORS, Operands, Stage, operands
+from mvit_kernels.timing import Timing, interleave
 
 CALLS = 20  # a sample: long beside the clock's resolution, short beside the scheduler's time slice
-D, HIDDEN, SIDE, PATCH, HEADS, EPS = 16, 32, 2, (2, 2), 4, 1e-5
+TINY = Stage("xxs", 3, 1, 16, 2, 1)
 
 
-class Case(NamedTuple):
-    """One operator: its arguments as tensors by position, and what the raw operator takes behind them."""
-
-    tensors: tuple[Tensor, ...]
-    constants: tuple
-    public: Callable[..., Tensor]  # (*tensors, backend=)
-    plain: Callable[..., Tensor]  # (*tensors)
-
-
-def cases() -> dict[str, Case]:
-    """Every operator on (1, 2, 2, 16)."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    x, norm, bias = random(1, SIDE, SIDE, D), (random(D), random(D)), random(D)
-    qkv = random(1, SIDE, SIDE, 3 * D)
-    mlp = (*norm, random(HIDDEN, D), random(HIDDEN), random(D, HIDDEN), bias)
-    layer = (*norm, random(3 * D, D), random(3 * D), random(D, D), bias, *mlp)
-    residual = (random(HIDDEN, D), random(HIDDEN), random(HIDDEN, 1, 3, 3), random(HIDDEN), random(D, HIDDEN), bias)
-    heads = {"num_heads": HEADS, "patch_size": PATCH}
-    scale = (D // HEADS) ** -0.5
-    ops = mvit_kernels
-    return {
-        "layer_norm_linear": Case(
-            (x, *norm, random(3 * D, D), random(3 * D)),
-            (EPS, ""),
-            ops.layer_norm_linear,
-            lambda *t: reference.layer_norm_linear(*t, EPS),
-        ),
-        "patch_attention": Case(
-            (qkv,),
-            (HEADS, PATCH, scale),
-            lambda qkv, backend: ops.patch_attention(qkv, **heads, backend=backend),
-            lambda qkv: reference.patch_attention(qkv, HEADS, PATCH, scale),
-        ),
-        "linear_residual": Case((x, random(D, D), bias, x), (), ops.linear_residual, reference.linear_residual),
-        "layer_norm_mlp": Case((x, *mlp), (EPS,), ops.layer_norm_mlp, lambda *t: reference.layer_norm_mlp(*t, EPS)),
-        "inverted_residual": Case(
-            (x, *residual),
-            (1, 1, True),
-            lambda *t, backend: ops.inverted_residual(*t, residual=True, backend=backend),
-            lambda *t: reference.inverted_residual(*t, 1, 1, True),
-        ),
-        "transformer": Case(
-            (x, *layer),
-            (HEADS, PATCH, EPS),
-            lambda x, *t, backend: ops.transformer(
-                x, [ops.TransformerLayerWeights(*t)], norm, **heads, backend=backend
-            ),
-            lambda x, *t: reference.transformer(x, [t], norm, HEADS, PATCH, EPS),
-        ),
-    }
-
-
-def paths(name: str, case: Case, backend: str) -> dict[str, Callable[[], object]]:
+def paths(name: str, case: Operands, backend: str) -> dict[str, Callable[[], object]]:
     """The paths that there are for this operator on this backend."""
     tensors, constants = case.tensors, case.constants
     needing = (tensors[0].clone().requires_grad_(), *tensors[1:])
     raw_operator, raw_tensors = _library.raw(name, backend), tensors
     if name == "transformer":
-        raw_tensors = (tensors[0], list(tensors[1:]), *tensors[1:3])
+        raw_tensors = (tensors[0], list(tensors[1:-2]), *tensors[-2:])
     result: dict[str, Callable[[], object]] = {
         "raw": lambda: raw_operator(*raw_tensors, *constants),
         "public": lambda: case.public(*tensors, backend=backend),
@@ -134,15 +77,15 @@ def validation() -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--csv", type=Path, help="write the table there")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="append the rows to FOLDER/boundary.csv")
     parser.add_argument("--rounds", type=int, default=200, help="samples a path, of 20 calls each (default: 200)")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # nothing here is worth a second one
-    table = cases()
+    table = {name: operands(name, TINY) for name in OPERATORS}
     candidates: dict[tuple[str, str, str], Callable[[], object]] = {}
-    a, b = table["linear_residual"].tensors[0], torch.randn(1, SIDE, SIDE, D)
-    candidates["torch.add", "", ""] = lambda: torch.add(a, b)
+    a, b = table["linear_residual"].tensors[0], table["linear_residual"].tensors[3]
+    candidates["torch.add", "", "forward"] = lambda: torch.add(a, b)
     needing = b.clone().requires_grad_()
     candidates["torch.add", "", "grad"] = _with_grad(lambda: torch.add(a, needing))
     for name, case in table.items():
@@ -164,20 +107,19 @@ def main() -> None:
             ),
         )
     print(file=sys.stderr)
-    base = times[" ".join(("torch.add", "", ""))].median
-    rows = [_row(*keys[text], timing, base) for text, timing in times.items()]
-    for row in rows:
-        spread = f"{row['p20_us']:8.2f} - {row['p80_us']:.2f}"
-        print(
-            f"{row['operator']:<20}{row['backend']:<11}{row['path']:<26}{row['median_us']:9.2f} µs  {spread:<20}"
-            f"{row['times_add']:6.1f} × torch.add"
-        )
-    if args.csv:
+    base = times[" ".join(("torch.add", "", "forward"))].median
+    for text, timing in times.items():
+        operator, backend, path = keys[text]
+        median, low, high = (1e3 * value for value in timing[:3])
+        spread, times_add = f"{low:8.2f} - {high:.2f}", timing.median / base
+        print(f"{operator:<20}{backend:<11}{path:<26}{median:9.2f} µs  {spread:<20}{times_add:6.1f} × torch.add")
+    if args.results:
         origin = environment()
-        write_csv(args.csv, [row | origin for row in rows])
+        rows = [_row(*keys[text], timing, origin) for text, timing in times.items()]
+        results.append(args.results / "boundary.csv", rows)
 
 
-def _serves(case: Case, backend: str) -> bool:
+def _serves(case: Operands, backend: str) -> bool:
     try:
         with torch.no_grad():
             case.public(*case.tensors, backend=backend)
@@ -186,17 +128,20 @@ def _serves(case: Case, backend: str) -> bool:
         return False
 
 
-def _row(operator: str, backend: str, path: str, timing: Timing, base: float) -> dict[str, object]:
-    return {
-        "operator": operator,
-        "backend": backend,
-        "path": path,
-        "median_us": round(timing.median * 1e3, 3),
-        "p20_us": round(timing.p20 * 1e3, 3),
-        "p80_us": round(timing.p80 * 1e3, 3),
-        "samples": timing.count,
-        "times_add": round(timing.median / base, 2),
-    }
+def _row(operator: str, backend: str, path: str, timing: Timing, origin: dict[str, str]) -> results.Row:
+    return results.row(
+        suite="boundary",
+        subject=operator,
+        backend=backend,
+        candidate=path,
+        clock="wall",
+        dtype="float32",
+        median_ms=timing.median,
+        p20_ms=timing.p20,
+        p80_ms=timing.p80,
+        samples=timing.count,
+        **origin,
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory one call of a peer takes at its peak, weights not counted.
 
-On a GPU PyTorch's allocator knows: what was allocated at most. On the CPU nobody does: OpenVINO, ONNX Runtime, oneDNN
-and the memory that our kernels keep for a thread all pass PyTorch's allocator by. So the operating system is asked,
-which counts the pages that a process really holds, in a process for each candidate where nothing ran before:
+On a GPU PyTorch's allocator knows: what was allocated at most, less what was before. On the CPU nobody does: OpenVINO,
+ONNX Runtime, oneDNN and the memory that our kernels keep for a thread all pass PyTorch's allocator by. So the operating
+system is asked, which counts the pages that a process really holds, in a process for each candidate where nothing ran
+before:
 
 - before: anonymous memory once the candidate is built (and compiled), and malloc has given back what is free;
 - kept: how much more of it there is after the first call: memory that a runtime or a kernel keeps for the next call,
@@ -41,11 +42,12 @@ CALLS = 3  # that are measured: what two threads hold at once, and where malloc 
 
 
 def on_gpu(call: Callable[[], object], device: torch.device) -> float:
-    """Mebibytes that PyTorch's allocator held at most during `call`, all that was there before included."""
+    """Mebibytes that PyTorch's allocator held at most during `call`, beyond what was there before."""
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     call()
     synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def on_cpu(subject: Subject, peers: Iterable[str], *, timeout: float | None = None) -> dict[str, float | str]:

@@ -20,18 +20,24 @@ import copy
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _peak_memory
+from .ceilings import Ceilings, Work
+from .device_clock import Replay, capture
 from .peers import PEERS, Form, Subject, call_of, channels_last, check_peers, eager
-from .timing import THREADS_ASLEEP, Timing, interleave
+from .profiling import launches
+from .results import Row, row
+from .timing import THREADS_ASLEEP, Timing, interleave, synchronize
 from .verification import GRADIENT, ErrorRow, error_rows, named_outputs
 
 Progress = Callable[[str], None]
+SAMPLE_SECONDS = 2e-3  # a sample of a call that takes less is of several
+IMAGE_SETS = 4  # in the graph of a model, whose own maps go through the cache anyway
 
 
 class Result(NamedTuple):
@@ -44,6 +50,10 @@ class Result(NamedTuple):
     build_seconds: float = 0.0  # until the first call was done: what compiling costs
     peak_mb: float | None = None  # memory at its highest during one call, see `mvit_kernels._peak_memory`
     note: str = ""
+    launches: int | None = None  # of kernels, in one call on a GPU
+    graph: Timing | None = None  # a GPU's own time, see `mvit_kernels.device_clock`
+    graph_ratio: float | None = None
+    graph_note: str = ""  # why there is none
 
 
 # -------------------------------------------------------------------------------------------------- comparing
@@ -56,7 +66,7 @@ def compare(
     seconds: float = 5.0,
     warmup_seconds: float = 0.5,
     build_seconds: float | None = None,
-    memory: bool = False,
+    memory: bool | Collection[str] = False,
     progress: Progress = lambda line: None,
 ) -> list[Result]:
     """Build, check and time `peers`, in this order; see this module's head.
@@ -67,8 +77,8 @@ def compare(
         seconds: measuring time of all candidates together (but three rounds at least).
         warmup_seconds: of each candidate.
         build_seconds: a candidate whose building and first call take longer is given up (in the main thread).
-        memory: also measure the peak memory of a call on the CPU, which builds every peer once more, in a process of
-            its own; on a GPU it is measured always.
+        memory: also measure the peak memory of a call on the CPU, of all peers or of those named, which builds them
+            once more, in a process of their own; on a GPU it is measured always.
         progress: called with a line of text before each step.
 
     Returns:
@@ -78,64 +88,161 @@ def compare(
         ValueError: an unknown peer; a subject whose output is not finite in float64.
     """
     names = check_peers(peers, subject.training)
-    device = subject.images.device
     with torch.set_grad_enabled(subject.training):
-        progress("float64 reference")
-        orders = (False, True) if subject.training else (False,)  # as `verify` does, and for its reasons
-        own = [_outputs(build(subject), subject, order) for build in (eager, channels_last) for order in orders]
-        wide = subject._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
-        truth = _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
-        if not all(torch.isfinite(value).all() for value in truth.values()):
-            raise ValueError("the model's output is not finite in float64 either; mend its weights or the images")
-
-        results: dict[str, Result] = {}
-        calls: dict[str, Callable[[], object]] = {}
-        for name in names:
-            progress(f"{name} ({PEERS[name].summary})")
-            start = time.perf_counter()
-            try:
-                with time_limit(build_seconds):
-                    form = PEERS[name].build(subject)
-                    row = worst_row(_outputs(form, subject), own, truth)
-            except TimeLimit:
-                note = f"given up: not built within {build_seconds:.0f} s"
-                results[name] = Result(name, build_seconds=build_seconds, note=note)
-                continue
-            except Exception as error:  # whatever a compiler or a missing library may raise
-                results[name] = Result(name, note=f"absent: {_sentence(error)}")
-                continue
-            took = time.perf_counter() - start
-            if not row.ok:
-                note = f"not timed: the error of {row.name} is {row.error:.1e}, above {row.allowed:.1e}"
-                results[name] = Result(name, row=row, note=note)
-                continue
-            calls[name] = call_of(form, subject)
-            note = f"built in {took:.0f} s" if PEERS[name].lazy else ""
-            peak = _peak_memory.on_gpu(calls[name], device) if device.type == "cuda" else None
-            results[name] = Result(name, row=row, build_seconds=took, peak_mb=peak, note=note)
-
+        results, forms = prepare(subject, names, build_seconds=build_seconds, progress=progress)
+        calls = {name: call_of(form, subject) for name, form in forms.items()}
+        device = subject.images.device
         if memory and device.type == "cpu":
             progress("peak memory, each built once more in a process of its own")
-            timeout = 120 + 3 * sum(results[name].build_seconds for name in calls)
-            for name, peak in _peak_memory.on_cpu(subject, calls, timeout=timeout).items():
-                result = results[name]
-                if isinstance(peak, str):
-                    why = f"memory not measured: {_sentence(peak)}"
-                    results[name] = result._replace(note="; ".join(filter(None, (result.note, why))))
-                else:
-                    results[name] = result._replace(peak_mb=peak)
-
+            _add_peak_memory(subject, [n for n in calls if memory is True or n in memory], results)
         progress(f"timing {', '.join(calls)}")
-        pause = THREADS_ASLEEP if device.type == "cpu" and torch.get_num_threads() > 1 else 0.0
-        timed = dict(seconds=seconds, warmup_seconds=warmup_seconds, pause=pause, device=device)
-        times = interleave(calls, **timed) if calls else {}
-    for name, timing in times.items():
-        ratio = times["eager"].median / timing.median if "eager" in times else None
-        results[name] = results[name]._replace(timing=timing, ratio=ratio)
+        replays = {} if subject.training else {name: _replay_of(name, form) for name, form in forms.items()}
+        measure(results, calls, replays=replays, seconds=seconds, warmup_seconds=warmup_seconds, device=device)
     if any(PEERS[name].lazy for name in names):
-        calls.clear()
+        del calls, forms, replays
         torch.compiler.reset()  # its limit of recompilations counts all models of one class
     return [results[name] for name in names]
+
+
+def prepare(
+    subject: Subject,
+    names: Iterable[str],
+    *,
+    build_seconds: float | None = None,
+    progress: Progress = lambda line: None,
+) -> tuple[dict[str, Result], dict[str, Form]]:
+    """Build and check the peers `names`: a `Result` for each, without times, and the form of each that is right.
+
+    Called with gradients enabled as the subject wants them. Arguments and errors are those of `compare`.
+    """
+    progress("float64 reference")
+    orders = (False, True) if subject.training else (False,)  # as `verify` does, and for its reasons
+    own = [_outputs(build(subject), subject, order) for build in (eager, channels_last) for order in orders]
+    wide = subject._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
+    truth = _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
+    if not all(torch.isfinite(value).all() for value in truth.values()):
+        raise ValueError("the model's output is not finite in float64 either; mend its weights or the images")
+
+    results: dict[str, Result] = {}
+    forms: dict[str, Form] = {}
+    for name in names:
+        progress(f"{name} ({PEERS[name].summary})")
+        form, result = build_and_check(
+            name,
+            lambda name=name: PEERS[name].build(subject),
+            lambda form: worst_row(_outputs(form, subject), own, truth),
+            build_seconds,
+        )
+        if result.row is not None and result.row.ok and PEERS[name].lazy:
+            result = result._replace(note=f"built in {result.build_seconds:.0f} s")
+        results[name] = result
+        if form is not None:
+            forms[name] = form
+    return results, forms
+
+
+def build_and_check(
+    name: str, build: Callable[[], object], check: Callable[[object], ErrorRow], seconds: float | None
+) -> tuple[object | None, Result]:
+    """What `build` gives if `check` finds it right, else None; and a `Result` that tells the error, or what was in the
+    way: an exception, or more than `seconds` spent."""
+    start = time.perf_counter()
+    try:
+        with time_limit(seconds):
+            built = build()
+            row = check(built)
+    except TimeLimit:
+        return None, Result(name, build_seconds=seconds, note=f"given up: not built within {seconds:.0f} s")
+    except Exception as error:  # whatever a compiler or a missing library may raise
+        return None, Result(name, note=f"absent: {_sentence(error)}")
+    if not row.ok:
+        note = f"not timed: the error of {row.name} is {row.error:.1e}, above {row.allowed:.1e}"
+        return None, Result(name, row=row, note=note)
+    return built, Result(name, row=row, build_seconds=time.perf_counter() - start)
+
+
+def measure(
+    results: dict[str, Result],
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    replays: Mapping[str, Callable[[], Replay]] | None = None,
+    device: torch.device,
+    warmup_seconds: float = 0.5,
+    baselines: Mapping[str, str] | None = None,
+    **how_long: float,
+) -> None:
+    """Time `calls` in turns, by the wall's clock and on a GPU by the device's, and put it into `results`.
+
+    Args:
+        results: by the candidates' names; changed.
+        calls: what is timed; set the grad mode outside.
+        replays: on a GPU, what captures a candidate's graph.
+        baselines: whose median a candidate's ratio is of; "eager" for those that are not in it.
+        how_long: ``seconds`` or ``rounds`` of `interleave`.
+    """
+    if not calls:
+        return
+    on_gpu = device.type == "cuda"
+    pause = THREADS_ASLEEP if not on_gpu and torch.get_num_threads() > 1 else 0.0
+    options = dict(warmup_seconds=warmup_seconds, device=device, **how_long)
+    times = interleave(calls, sample_seconds=SAMPLE_SECONDS, pause=pause, **options)
+    baselines = {name: (baselines or {}).get(name, "eager") for name in calls}
+    for name, timing in times.items():
+        results[name] = results[name]._replace(timing=timing, ratio=_ratio(times, baselines[name], name))
+    if on_gpu:
+        _measure_device(results, calls, replays or {}, baselines, device, options)
+
+
+def _measure_device(results, calls, replays, baselines, device, options) -> None:
+    """Launches, memory and the device's own clock. What goes wrong here is noted, and leaves the wall's clock as it is,
+    unless the GPU is lost, which `synchronize` raises: nothing on it can be trusted then."""
+    captured: dict[str, Replay] = {}
+    for name, call in calls.items():
+        try:
+            peak = _peak_memory.on_gpu(call, device)
+            results[name] = results[name]._replace(launches=launches(call, device) or None, peak_mb=peak)
+            if name in replays:
+                captured[name] = replays[name]()
+        except Exception as error:  # waits for the device, or something else that a graph cannot hold
+            synchronize(device)
+            results[name] = results[name]._replace(graph_note=f"no graph: {_sentence(error)}")
+    if not captured:
+        return
+    try:
+        times = interleave({name: one.run for name, one in captured.items()}, events=True, **options)
+    except Exception as error:
+        synchronize(device)
+        for name in captured:
+            results[name] = results[name]._replace(graph_note=f"not replayed: {_sentence(error)}")
+        return
+    times = {name: timing.per(captured[name].calls) for name, timing in times.items()}
+    for name, timing in times.items():
+        results[name] = results[name]._replace(graph=timing, graph_ratio=_ratio(times, baselines[name], name))
+
+
+def _ratio(times: Mapping[str, Timing], baseline: str, name: str) -> float | None:
+    return times[baseline].median / times[name].median if baseline in times else None
+
+
+def _replay_of(name: str, form: Form) -> Callable[[], Replay]:
+    def replay() -> Replay:
+        if PEERS[name].has_graphs:
+            raise ValueError("it replays graphs of its own in each call")
+        images = [form.images, *(form.images.clone() for _ in range(IMAGE_SETS - 1))]
+        return capture([lambda x=x: form.model(x) for x in images])
+
+    return replay
+
+
+def _add_peak_memory(subject: Subject, names: list[str], results: dict[str, Result]) -> None:
+    timeout = 120 + 3 * sum(results[name].build_seconds for name in names)
+    for name, peak in _peak_memory.on_cpu(subject, names, timeout=timeout).items():
+        result = results[name]
+        if isinstance(peak, str):
+            why = f"memory not measured: {_sentence(peak)}"
+            results[name] = result._replace(note="; ".join(filter(None, (result.note, why))))
+        else:
+            results[name] = result._replace(peak_mb=peak)
 
 
 def worst_row(outputs: dict[str, Tensor], own: list[dict[str, Tensor]], truth: dict[str, Tensor]) -> ErrorRow:
@@ -226,38 +333,56 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def csv_rows(results: list[Result], subject: Subject, model: str, origin: dict[str, str]) -> list[dict[str, Any]]:
-    """The results in long form, one dict a candidate, all with the same keys; `origin` is `timing.environment()`."""
+def csv_rows(
+    results: list[Result], subject: Subject, model: str, origin: dict[str, str], /, **more: object
+) -> list[Row]:
+    """The results in long form, see `rows_of`, with the columns that `subject` tells."""
     batch, _, height, width = subject.images.shape
+    identity = {
+        "subject": model,
+        "mode": subject.mode,
+        "size": str(height) if height == width else f"{height}x{width}",
+        "batch": batch,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "backend": subject.backend or "auto",
+    }
+    return rows_of(results, origin, **identity | more)
+
+
+def rows_of(
+    results: Iterable[Result],
+    origin: dict[str, str],
+    *,
+    work: Work | None = None,
+    ceilings: Ceilings | None = None,
+    **identity: object,
+) -> list[Row]:
+    """A row a candidate, and on a GPU one more for its second clock: `results.COLUMNS`.
+
+    Args:
+        origin: `mvit_kernels.origin.environment()`.
+        work: what one call does at least.
+        ceilings: what the machine can do at best.
+        identity: the columns that tell the subject.
+    """
     rows = []
     for result in results:
-        timing = result.timing or Timing(None, None, None, 0)
-        row = result.row
-        rows.append(
-            {
-                "model": model,
-                "mode": "training" if subject.training else "inference",
-                "size": str(height) if height == width else f"{height}x{width}",
-                "batch": batch,
-                "dtype": str(subject.dtype).removeprefix("torch."),
-                "backend": subject.backend or "auto",
-                "candidate": result.candidate,
-                "median_ms": _rounded(timing.median),
-                "p20_ms": _rounded(timing.p20),
-                "p80_ms": _rounded(timing.p80),
-                "samples": timing.count,
-                "ratio": _rounded(result.ratio),
-                "worst": row.name if row else "",
-                "error": _rounded(row.error if row else None),
-                "allowed": _rounded(row.allowed if row else None),
-                "build_s": _rounded(result.build_seconds),
-                "peak_mb": _rounded(result.peak_mb),
-                "note": result.note,
-            }
-            | origin
-        )
+        clocks = [("wall", result.timing, result.ratio, result.note)]
+        if result.graph is not None or result.graph_note:
+            clocks.append(("graph", result.graph, result.graph_ratio, result.graph_note))
+        for clock, timing, ratio, note in clocks:
+            known = {"candidate": result.candidate, "clock": clock, "samples": 0, "note": note} | identity
+            if work is not None:
+                known |= {"gflop": work.gflop, "mb": work.megabytes}
+            if timing is not None:
+                known |= {"median_ms": timing.median, "p20_ms": timing.p20, "p80_ms": timing.p80}
+                known |= {"samples": timing.count, "ratio": ratio}
+                if identity.get("batch"):
+                    known["images_per_s"] = float(identity["batch"]) / timing.median * 1e3
+                if work is not None and ceilings is not None:
+                    known |= ceilings.columns(work, timing.median)
+            if result.row is not None:
+                known |= {"worst": result.row.name, "error": result.row.error, "allowed": result.row.allowed}
+            known |= {"build_s": result.build_seconds, "peak_mb": result.peak_mb, "launches": result.launches}
+            rows.append(row(**known, **origin))
     return rows
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")

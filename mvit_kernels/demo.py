@@ -25,8 +25,9 @@ from .cli import write_csv
 from .cli.images import preprocess, sample_photos
 from .cli.models import calibrate, checked_device, load, positive
 from .comparison import Result, compare, csv_rows, table
+from .origin import environment
 from .peers import PEERS, Subject
-from .timing import environment, interleave
+from .timing import interleave
 
 FORMS = {  # candidate -> what the table and the plot call it
     "eager": "as it was",

@@ -32,6 +32,12 @@ class Subject(NamedTuple):
     dtype: torch.dtype = torch.float32  # of weights and images; in training, of autocast, the weights staying float32
     backend: str | None = None  # for the accelerated and frozen ones
     training: bool = False  # forward and backward, without dropout, which would make the gradients incomparable
+    step: bool = False  # with training: the optimiser's step too (AdamW of learning rate 0, so that no weight changes)
+
+    @property
+    def mode(self) -> str:
+        """As results call it: inference, training or step."""
+        return ("step" if self.step else "training") if self.training else "inference"
 
 
 class Form(NamedTuple):
@@ -49,6 +55,7 @@ class Peer(NamedTuple):
     inference_only: bool = False
     ours: bool = False  # its errors are ours, and not a compiler's
     lazy: bool = False  # its first call compiles
+    has_graphs: bool = False  # on a GPU it replays CUDA graphs by itself
 
 
 def eager(subject: Subject) -> Form:
@@ -109,8 +116,17 @@ PEERS: dict[str, Peer] = {
     "frozen": Peer("mvit_kernels.freeze", _frozen, inference_only=True, ours=True),
     "compile": Peer("torch.compile", _compiled(eager), lazy=True),
     "compile_channels_last": Peer("torch.compile, channels-last", _compiled(channels_last), lazy=True),
+    "compile_reduce_overhead": Peer(
+        "torch.compile, mode reduce-overhead",
+        _compiled(channels_last, mode="reduce-overhead"),
+        lazy=True,
+        has_graphs=True,
+    ),
     "compile_max_autotune": Peer(
-        "torch.compile, mode max-autotune", _compiled(channels_last, mode="max-autotune"), lazy=True
+        "torch.compile, mode max-autotune",
+        _compiled(channels_last, mode="max-autotune"),
+        lazy=True,
+        has_graphs=True,
     ),
     "compile_freezing": Peer(
         "torch.compile with inductor's freezing",
@@ -129,10 +145,11 @@ PEERS: dict[str, Peer] = {
 
 def call_of(form: Form, subject: Subject, reverse: bool = False) -> Callable[[], object]:
     """What is timed: the plain call, or forward and backward of one fixed random cotangent (`reverse`: from the last
-    image to the first)."""
+    image to the first), with the optimiser's step if asked for."""
     if not subject.training:
         return lambda: form.model(form.images)
     cast = subject.dtype not in (torch.float32, torch.float64)
+    optimizer = torch.optim.AdamW(form.model.parameters(), lr=0.0) if subject.step else None
     cotangents: dict[str, Tensor] = {}
 
     def train() -> dict[str, Tensor]:
@@ -145,6 +162,8 @@ def call_of(form: Form, subject: Subject, reverse: bool = False) -> Callable[[],
                 cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64)
                 cotangents[name] = (cotangent.flip(0) if reverse else cotangent).to(value)
         torch.autograd.backward(list(outputs.values()), [cotangents[name] for name in outputs])
+        if optimizer is not None:
+            optimizer.step()
         return outputs
 
     return train

@@ -161,6 +161,22 @@ def time_by_category(
     return Profile(wall, categories, tuple(operators))
 
 
+def launches(function: Callable[[], object], device: str | torch.device) -> int:
+    """How many kernels one call of `function` launches on a GPU, those of a replayed graph too; copies and fills that
+    are no kernels are not counted."""
+    function()
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+        function()
+        synchronize(device)
+    return sum(
+        event.device_type != torch.autograd.DeviceType.CPU
+        and not event.name.startswith(("Memcpy", "Memset"))
+        and not getattr(event, "is_user_annotation", False)
+        for event in profiler.events()
+    )
+
+
 def _operators(events: Iterable[Any], calls: int, on_gpu: bool) -> list[Operator]:
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()

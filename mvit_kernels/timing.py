@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing several candidates against each other in one process, and the facts of the place it was done in.
+"""Timing several candidates against each other in one process.
 
 Example:
     >>> times = interleave({"eager": lambda: model(x), "frozen": lambda: frozen(x)}, seconds=5)
@@ -8,25 +8,22 @@ Example:
 
 Candidates take turns, so that a slow minute of the machine (another process, a lower clock) falls on all of them
 alike; a comparison of numbers from two runs means nothing on a shared machine. Medians, since the noise has one sign.
+
+There are two clocks. The wall's counts what a caller waits for: Python, the dispatcher, the launches, and the device
+until it is idle again. The device's (`interleave(..., events=True)` on replays of CUDA graphs, see
+`mvit_kernels.device_clock`) counts the kernels alone. On the CPU both are one.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
-import importlib.metadata
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-from . import __version__
 
 Candidate = Callable[[], object]
 MIN_ROUNDS = 3  # the fewest whose median ignores one outlier
@@ -51,6 +48,10 @@ class Timing(NamedTuple):
             raise ValueError("Timing.of: no samples")
         return cls(statistics.median(ordered), _percentile(ordered, 0.2), _percentile(ordered, 0.8), len(ordered))
 
+    def per(self, calls: int) -> Timing:
+        """The same for one of `calls` calls that each sample was of."""
+        return Timing(self.median / calls, self.p20 / calls, self.p80 / calls, self.count)
+
 
 def interleave(
     candidates: Mapping[str, Candidate],
@@ -59,8 +60,10 @@ def interleave(
     rounds: int | None = None,
     warmup_seconds: float = 0.5,
     calls: int = 1,
+    sample_seconds: float = 0.0,
     pause: float = 0.0,
     device: str | torch.device = "cpu",
+    events: bool = False,
     progress: Callable[[int, float], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
@@ -71,8 +74,8 @@ def interleave(
         {'add': Timing(median=0.0011, p20=0.0011, p80=0.0012, count=50), 'mul': ...}
 
     Drawn, not cyclic: with a fixed cycle one candidate would always find the caches as the same other one left them.
-    The draws are seeded; two runs take the same order. On CUDA a sample is taken with events around the calls, after
-    the device went idle: the launch of the kernels counts where it is the slower part.
+    The draws are seeded; two runs take the same order. On CUDA a sample begins when the device is idle and ends when it
+    is again, so that the launch of the kernels counts where it is the slower part.
 
     Args:
         candidates: name -> function without arguments.
@@ -80,9 +83,12 @@ def interleave(
         rounds: or take exactly so many rounds. One of the two is wanted.
         warmup_seconds: each candidate is called for so long first, untimed, and once at least.
         calls: calls a sample; its time is divided by them. Above 1 for what takes microseconds.
+        sample_seconds: let each candidate's sample be of as many calls more as make it so long, by a trial after the
+            warm-up; the clock, and on CUDA the wait for the device, then cost little of it.
         pause: seconds of idleness before each sample, so that the threads of the candidate before are asleep; see
             `THREADS_ASLEEP`.
         device: where the candidates run: "cpu" or "cuda".
+        events: on CUDA, let the device take the time with events around the calls.
         progress: called after each round with the number of rounds done and the seconds measured.
         clock: seconds, monotonic; for tests.
 
@@ -100,9 +106,17 @@ def interleave(
         if value is not None and not value > 0:
             raise ValueError(f"interleave: {name} is {value!r}; a positive number is wanted")
 
-    for function in candidates.values():
+    on_gpu = torch.device(device).type == "cuda"
+    sample = functools.partial(_wall_sample, device=device, clock=clock)
+    if on_gpu and events:
+        sample = _device_sample
+    count: dict[str, int] = {}
+    for name, function in candidates.items():
         _warm_up(function, warmup_seconds, device, clock)
-    sample = _cuda_sample if torch.device(device).type == "cuda" else functools.partial(_cpu_sample, clock=clock)
+        # A trial of one call: the warm-up's own first calls may have compiled.
+        count[name] = (
+            max(calls, round(sample_seconds * 1e3 / max(sample(function, 1), 1e-6))) if sample_seconds else calls
+        )
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     order, draw = list(candidates), random.Random(0)
     start, done = clock(), 0
@@ -111,7 +125,7 @@ def interleave(
         for name in order:
             if pause:
                 time.sleep(pause)
-            samples[name].append(sample(candidates[name], calls))
+            samples[name].append(sample(candidates[name], count[name]))
         done += 1
         if progress is not None:
             progress(done, clock() - start)
@@ -133,14 +147,16 @@ def _warm_up(function: Candidate, seconds: float, device: str | torch.device, cl
             return
 
 
-def _cpu_sample(function: Candidate, calls: int, *, clock: Callable[[], float]) -> float:
+def _wall_sample(function: Candidate, calls: int, *, device: str | torch.device, clock: Callable[[], float]) -> float:
+    synchronize(device)
     start = clock()
     for _ in range(calls):
         function()
+    synchronize(device)
     return (clock() - start) * 1e3 / calls
 
 
-def _cuda_sample(function: Candidate, calls: int) -> float:
+def _device_sample(function: Candidate, calls: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -156,60 +172,3 @@ def _percentile(ordered: list[float], fraction: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-# --------------------------------------------------------------------------------------------------- where, and when
-
-
-def environment(device: str | torch.device = "cpu") -> dict[str, str]:
-    """What a row of results must tell about its origin: device, threads, versions, commit and date.
-
-    Example:
-        >>> environment()["device_name"]
-        'AMD EPYC 7763 64-Core Processor'
-    """
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    return {
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "cuda": (torch.version.cuda or "") if on_gpu else "",
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "mvit_kernels": __version__,
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-
-
-@functools.cache
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-@functools.cache
-def _commit() -> str:
-    """The commit of this checkout, "+" behind it where files differ from it; "" where the package is no checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # installed, perhaps into the environment of another project's checkout
-        return ""
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

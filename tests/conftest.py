@@ -11,7 +11,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mvit_kernels import _third_party, triton
 from mvit_kernels.__main__ import main
@@ -68,6 +67,8 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def photo(tmp_path):
+    from PIL import Image  # here: the operators' tests run where nothing but torch and pytest is installed
+
     path = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(path)
     return path

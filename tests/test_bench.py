@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measuring: timing in turns, the gate before it, categories of a profile, layout copies, and the demo."""
 
+import contextlib
 import csv
 import math
 import random
 import signal
 import time
+from types import SimpleNamespace
 
 import _models
 import numpy as np
@@ -13,13 +15,15 @@ import pytest
 import torch
 
 import mvit_kernels
-from mvit_kernels import backends, comparison, demo
+from mvit_kernels import backends, comparison, demo, profiling
 from mvit_kernels.__main__ import main
 from mvit_kernels.comparison import TimeLimit, compare, time_limit
+from mvit_kernels.origin import environment
 from mvit_kernels.peers import PEERS, Form, Peer, Subject, eager
 from mvit_kernels.profiling import LAUNCH_GAPS, OTHER, category, layout_copies, time_by_category
 from mvit_kernels.profiling import table as profile_table
-from mvit_kernels.timing import Timing, environment, interleave
+from mvit_kernels.results import COLUMNS
+from mvit_kernels.timing import Timing, interleave
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +58,8 @@ class Clock:
 
 def test_timing_statistics_are_numpys():
     for count in (1, 2, 3, 10, 101):
-        samples = [random.Random(count).random() for _ in range(count)]
+        draw = random.Random(count)
+        samples = [draw.random() for _ in range(count)]
         expected = np.percentile(samples, (50, 20, 80))
         assert Timing.of(samples)[:3] == pytest.approx(expected) and Timing.of(samples).count == count
 
@@ -92,6 +97,16 @@ def test_interleave_divides_by_the_calls_of_a_sample():
         {"a": clock.candidate("a", 0.003)}, rounds=2, calls=10, warmup_seconds=0, clock=lambda: clock.now
     )
     assert times["a"] == pytest.approx((3.0, 3.0, 3.0, 2)) and len(clock.log) == 21
+
+
+def test_interleave_makes_samples_as_long_as_asked():
+    clock = Clock()
+    candidates = {"short": clock.candidate("short", 0.001), "long": clock.candidate("long", 0.5)}
+    times = interleave(candidates, rounds=3, sample_seconds=0.01, warmup_seconds=0, clock=lambda: clock.now)
+    assert times["short"] == pytest.approx((1.0, 1.0, 1.0, 3)) and times["long"] == pytest.approx((500.0,) * 3 + (3,))
+    assert (
+        clock.log.count("short") == 1 + 1 + 3 * 10 and clock.log.count("long") == 1 + 1 + 3
+    )  # warm-up, trial, samples
 
 
 @pytest.mark.parametrize(
@@ -186,21 +201,21 @@ def test_time_limit_ends_with_its_block():
 
 # --- the commands
 
-COLUMNS = (
-    "model mode size batch dtype backend candidate median_ms p20_ms p80_ms samples ratio worst error allowed build_s "
-    "peak_mb note device device_name threads torch cuda triton python mvit_kernels commit date"
-)
-
 
 def test_bench_writes_a_row_a_candidate(tmp_path, capsys):
     path = tmp_path / "bench.csv"
     command = "bench --model own/xxs --size 64x96 --seconds 0.2 --peers accelerated,frozen --backend reference --csv"
     assert main([*command.split(), str(path)]) == 0
     rows = list(csv.DictReader(path.open()))
-    assert list(rows[0]) == COLUMNS.split()
+    assert list(rows[0]) == list(COLUMNS)
     assert [row["candidate"] for row in rows] == ["eager", "accelerated", "frozen"]
     for row in rows:
-        assert (row["model"], row["size"], row["dtype"], row["backend"]) == ("own/xxs", "64x96", "float32", "reference")
+        assert (row["subject"], row["size"], row["dtype"], row["backend"]) == (
+            "own/xxs",
+            "64x96",
+            "float32",
+            "reference",
+        )
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert float(row["ratio"]) == pytest.approx(float(rows[0]["median_ms"]) / float(row["median_ms"]), rel=2e-3)
         assert float(row["error"]) <= float(row["allowed"])
@@ -222,7 +237,7 @@ def test_bench_fails_where_ours_is_wrong(monkeypatch, capsys):
     [
         ("--peers eager,fast", "unknown peer 'fast'; choose from eager, "),
         ("--train --peers frozen", "peer 'frozen' is for inference only"),
-        ("--seconds 0", "'0' is no number of seconds above 0"),
+        ("--seconds 0", "'0' is no number above 0"),
         ("--backend triton --device cpu --peers accelerated", ""),
     ],
 )
@@ -233,6 +248,25 @@ def test_bench_says_what_is_wrong(options, message, capsys):
         assert code == 2 and message in output.err
     else:  # the others are still measured; this one is listed with the reason
         assert code == 0 and "absent: accelerate: backend 'triton' was asked for and cannot run here" in output.out
+
+
+def test_launches_are_kernels_alone(monkeypatch):
+    """Of a GPU's events: no copies, no fills, no ranges with a name, and nothing that the host does."""
+    kinds = torch.autograd.DeviceType
+    names = [("aten::add", kinds.CPU), ("add_kernel", kinds.CUDA), ("_fused", kinds.CUDA), ("Memcpy DtoD", kinds.CUDA)]
+    names += [("Memset (Device)", kinds.CUDA), ("Torch-Compiled Region", kinds.CUDA)]
+    events = [SimpleNamespace(name=n, device_type=k, is_user_annotation="Region" in n) for n, k in names]
+    calls = []
+
+    @contextlib.contextmanager
+    def profile(**options):
+        calls.append("profile")
+        yield SimpleNamespace(events=lambda: events)
+
+    monkeypatch.setattr(profiling, "profile", profile)
+    monkeypatch.setattr(profiling, "synchronize", lambda device: calls.append("synchronize"))
+    assert profiling.launches(lambda: calls.append("call"), "cuda") == 2
+    assert calls == ["call", "synchronize", "profile", "call", "synchronize"]
 
 
 def test_profile_prints_categories(tmp_path, capsys):

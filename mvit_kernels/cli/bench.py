@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from . import add_command, output_file, write_csv, write_json
 from .models import add_model_arguments, load, random_images
@@ -17,6 +18,8 @@ _EXAMPLES = """\
   mvit-kernels bench --model apple/mobilevit-small --batch 8 --peers eager,accelerated,frozen,compile
   mvit-kernels bench --model own/xxs --train --csv training.csv
   mvit-kernels bench --model mobilevit_xs --device cuda --dtype bfloat16 --peers all --json xs.json
+  mvit-kernels bench --suite all --budget 30
+  mvit-kernels bench --suite operators --device cuda --budget 3 --results here
 
 The exit code is 1 if the error of accelerated or frozen is more than allowed, 2 for anything else that is wrong."""
 
@@ -34,6 +37,27 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         examples=_EXAMPLES,
     )
     add_model_arguments(parser)
+    suites = parser.add_argument_group("or suites, which choose their models, batches and peers themselves")
+    suites.add_argument(
+        "--suite",
+        metavar="A,B,…",
+        help="operators, blocks, models, training, mobile (MobileNetV2 beside MobileViT, 100 runs at batch 1), or all",
+    )
+    suites.add_argument(
+        "--budget",
+        type=_number,
+        metavar="MIN",
+        default=10.0,
+        help="minutes for all of it, the most valuable cases first (default: 10)",
+    )
+    suites.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="append the rows to FOLDER/<suite>.csv (default: benchmarks/results/<device>, in the current folder)",
+    )
+    suites.add_argument("--resume", action="store_true", help="leave out what the files have from this commit already")
+    suites.add_argument("--dry-run", action="store_true", help="list the cases in their order, and measure nothing")
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--peers",
@@ -41,15 +65,16 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         default=None,
         help=f"the candidates; eager comes by itself (default: {_PEERS}, without frozen in training). "
         "Known are eager, channels_last, accelerated, frozen, compile, compile_channels_last, "
-        "compile_max_autotune, compile_freezing, compile_accelerated, onnxruntime, openvino, openvino_by_image, or all",
+        "compile_reduce_overhead, compile_max_autotune, "
+        "compile_freezing, compile_accelerated, onnxruntime, openvino, openvino_by_image, or all",
     )
     what.add_argument("--train", action="store_true", help="forward and backward, not inference")
     what.add_argument(
-        "--seconds", type=_seconds, metavar="S", default=10.0, help="of measuring, all together (default: 10)"
+        "--seconds", type=_number, metavar="S", default=10.0, help="of measuring, all together (default: 10)"
     )
     what.add_argument(
         "--build-seconds",
-        type=_seconds,
+        type=_number,
         metavar="S",
         help="give up a candidate that takes longer to be built or compiled (default: never)",
     )
@@ -64,11 +89,45 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return _run_suites(args) if args.suite else _run_model(args)
+
+
+def _run_suites(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..origin import environment, folder_name
+    from ..suites import SUITES, check_suites, run
+    from .models import checked_device
+
+    if args.model or args.peers or args.csv or args.json:
+        raise ValueError(
+            "--suite chooses models and peers, and names its files itself: leave out --model, --peers, --csv and --json"
+        )
+    names = check_suites(args.suite.split(","))
+    device = checked_device(args.device).type
+    if args.dry_run:
+        for name in names:
+            for case in SUITES[name].cases(device):
+                print(f"{name}: {case.name}")
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = args.results or Path("benchmarks", "results", folder_name(environment(device)))
+    start = time.perf_counter()
+
+    def progress(line: str) -> None:
+        print(f"{time.perf_counter() - start:6.0f} s  {line}", flush=True)
+
+    right = run(names, device=device, minutes=args.budget, folder=folder, resume=args.resume, progress=progress)
+    return 0 if right else 1
+
+
+def _run_model(args: argparse.Namespace) -> int:
     import torch
 
     from ..comparison import compare, csv_rows, table
+    from ..origin import environment
     from ..peers import PEERS, Subject, check_peers
-    from ..timing import environment
 
     peers = args.peers or ",".join(n for n in _PEERS.split(",") if not (args.train and n == "frozen"))
     peers = check_peers(filter(None, peers.split(",")), args.train)
@@ -119,12 +178,12 @@ def subject_of(args: argparse.Namespace, subject_class: type):
     )
 
 
-def _seconds(text: str) -> float:
-    """An argument's type: a positive number of seconds."""
+def _number(text: str) -> float:
+    """An argument's type: a positive number."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value

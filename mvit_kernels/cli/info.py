@@ -8,9 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 from . import add_command, to_json
@@ -66,13 +63,14 @@ def _machine() -> dict[str, Any]:
     import torch
 
     from ..cpu import instruction_set
+    from ..origin import cpu_name, cpuinfo
 
-    cpu = _cpuinfo()
+    cpu = cpuinfo()
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "os": platform.platform(),
-        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "instruction_sets": [name for name in _INSTRUCTION_SETS.split() if name in flags],
@@ -81,20 +79,12 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
 def _gpus() -> list[dict[str, Any]]:
     import torch
 
-    driver = _driver() if torch.cuda.is_available() else None
+    from ..origin import driver as driver_version
+
+    driver = driver_version() if torch.cuda.is_available() else None
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -108,15 +98,6 @@ def _gpus() -> list[dict[str, Any]]:
             }
         )
     return gpus
-
-
-def _driver() -> str | None:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    return result.stdout.partition("\n")[0].strip() or None
 
 
 def _backends() -> dict[str, dict[str, Any]]:

@@ -153,7 +153,7 @@ def load(
         if state_dict is not None:
             _load_state_dict(model, name, state_dict, Path(checkpoint))
         elif not pretrained:
-            _randomise(model)
+            randomise(model)
     return model.to(where)
 
 
@@ -230,7 +230,7 @@ def _is_kornia(state_dict: dict[str, Tensor]) -> bool:
     return "conv1.0.weight" in state_dict
 
 
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> None:
     """See `load`."""
     import torch
     from torch import nn

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What moved beyond the noise between two sets of results.
+
+    python benchmarks/compare.py OLD NEW [--absolute] [--least PERCENT] [--all]
+
+OLD and NEW are each a CSV file, a folder of them, or a commit (its first digits), whose rows are then looked for in
+``benchmarks/results``. Compared are rows of one identity, device and number of threads, the newest of each set.
+
+A candidate has moved where its 20th to 80th percentiles of before and now do not meet, and its median by more than
+`--least` per cent. Two runs on a shared machine differ by its other users, so times are taken relative to eager's
+median of the same turns (for eager itself as they are); ``--absolute`` takes all as they are. Also told: candidates
+that were timed before and are not now, and the other way round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from mvit_kernels import results
+
+RESULTS = Path(__file__).resolve().parent / "results"
+KEY = (*results.IDENTITY, "device_name", "cpu", "threads")
+
+Line = dict[str, str]
+
+
+class Change(NamedTuple):
+    """One candidate then and now."""
+
+    key: tuple[str, ...]
+    verdict: str  # faster, slower, same, lost, new, wrong
+    old: Line
+    new: Line
+    factor: float  # the time now over the time then, relative to eager's; nan where one is missing
+
+
+def load(what: str, root: Path = RESULTS) -> list[Line]:
+    """The newest rows of a file, a folder, or a commit.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(what)
+    if path.is_dir() or path.is_file():
+        files: Iterable[Path] = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
+        wanted: Callable[[Line], bool] = lambda line: True  # noqa: E731
+    else:
+        files, wanted = sorted(root.rglob("*.csv")), lambda line: bool(what) and line["commit"].startswith(what)
+    lines = [line for file in files for line in results.latest(filter(wanted, results.read(file)))]
+    lines = [line for line in lines if line["subject"] not in ("", "machine")]
+    if not lines:
+        raise ValueError(f"{what} is no file and no folder with results, and no commit in {root}")
+    return lines
+
+
+def changes(old: list[Line], new: list[Line], *, absolute: bool = False, least: float = 3.0) -> list[Change]:
+    """Each candidate that both sets have."""
+    then, now = ({results.key(line, KEY): line for line in lines} for lines in (old, new))
+    found = []
+    for key in (key for key in then if key in now):
+        a, b = then[key], now[key]
+        if not (a["median_ms"] and b["median_ms"]):
+            if a["median_ms"] or b["median_ms"]:
+                verdict = ("wrong" if b["note"].startswith("not timed") else "lost") if a["median_ms"] else "new"
+                found.append(Change(key, verdict, a, b, float("nan")))
+            continue
+        before, after = (_interval(line, set_, absolute) for line, set_ in ((a, then), (b, now)))
+        factor = after[0] / before[0]
+        apart = after[1] > before[2] or after[2] < before[1]
+        moved = apart and abs(factor - 1) > least / 100
+        found.append(Change(key, ("slower" if factor > 1 else "faster") if moved else "same", a, b, factor))
+    return found
+
+
+def _interval(line: Line, lines: dict[tuple[str, ...], Line], absolute: bool) -> tuple[float, float, float]:
+    """(median, 20th, 80th percentile), relative to eager's median of the same turns where there is one."""
+    eager = lines.get(results.key(line | {"candidate": "eager"}, KEY))
+    relative = not absolute and line["candidate"] != "eager" and eager is not None and eager["median_ms"]
+    unit = float(eager["median_ms"]) if relative else 1.0
+    median, low, high = (float(line[name]) / unit for name in ("median_ms", "p20_ms", "p80_ms"))
+    return median, low, high
+
+
+def text(change: Change) -> str:
+    """One line for people."""
+    a, b = change.old, change.new
+    kept = ("subject", "stage", "mode", "size", "batch", "dtype")
+    about = " ".join(value for value in results.key(a, kept) if value)
+    clock = "" if a["clock"] == "wall" else f" ({a['clock']})"
+    line = f"{change.verdict:<7} {about}: {a['candidate']}{clock}"
+    if not (a["median_ms"] and b["median_ms"]):
+        return f"{line}  {b['note'] or a['note']}"
+    return f"{line}  {a['median_ms']} -> {b['median_ms']} ms, {100 * (change.factor - 1):+.1f} %"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("old", metavar="OLD")
+    parser.add_argument("new", metavar="NEW")
+    parser.add_argument("--absolute", action="store_true", help="times as they are, not relative to eager's")
+    parser.add_argument("--least", type=float, default=3.0, metavar="PERCENT", help="smaller changes are noise (3)")
+    parser.add_argument("--all", action="store_true", help="also what did not move")
+    args = parser.parse_args()
+    try:
+        found = changes(load(args.old), load(args.new), absolute=args.absolute, least=args.least)
+    except (ValueError, OSError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    if not found:
+        print("compare: the two have no row of one subject, candidate and device in common", file=sys.stderr)
+        return 2
+    order = ("wrong", "lost", "slower", "faster", "new", "same")
+    for change in sorted(found, key=lambda change: order.index(change.verdict)):
+        if args.all or change.verdict != "same":
+            print(text(change))
+    counts = ", ".join(f"{sum(c.verdict == v for c in found)} {v}" for v in order if any(c.verdict == v for c in found))
+    print(f"{len(found)} in both: {counts}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

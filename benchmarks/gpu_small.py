@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel of ours once on tiny maps, forward and backward: what `benchmarks/gpu.sh` runs beside compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python benchmarks/gpu_small.py [BACKEND ...]
+
+Widths that are no power of two, maps of few tokens and a batch of one and three reach the masks. Each result is held to
+the tolerance rule, and the exit code is 1 where one is wrong. The sanitizer makes a launch a hundred times as slow.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+
+from mvit_kernels import backends
+from mvit_kernels.suites import operators
+from mvit_kernels.suites.operands import OPERATORS, Stage, operands
+
+STAGES = (Stage("xxs", 4, 2, 80, 4, 3), Stage("s", 5, 1, 240, 6, 1), Stage("s", 3, 1, 144, 8, 1))
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def check(backend: str, operator: str, stage: Stage, dtype: torch.dtype, device: str) -> bool:
+    """Run one operator on `backend`, print how it went; whether nothing was wrong."""
+    case = operands(operator, stage).to(device, dtype)
+    training = operator not in ("transformer", "inverted_residual")
+    what = f"{backend} {operator} d={stage.width} {str(dtype).removeprefix('torch.')}"
+    with torch.set_grad_enabled(training):
+        try:
+            worst = operators.check(
+                case, training, *operators.truth_of(case, training), functools.partial(case.public, backend=backend)
+            )
+        except backends.BackendError as refusal:
+            print(f"{what}: refused: {refusal}", flush=True)
+            return True
+    print(f"{what}: {'ok' if worst.ok else f'WRONG: {worst}'}", flush=True)
+    return worst.ok
+
+
+def main() -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    possible = [b for b in backends.PREFERENCE[device] if b != "reference" and not backends.unavailable(b, device)]
+    right = True
+    for backend in sys.argv[1:] or possible:
+        for stage in STAGES:
+            for dtype in DTYPES:
+                for operator in OPERATORS:
+                    if operator in backends.operators(backend):
+                        right &= check(backend, operator, stage, dtype, device)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU path under pytest-benchmark: ``make bench-regressions`` runs it and shows the run before beside this one.
+
+    python -m pytest benchmarks/regressions.py --benchmark-autosave --benchmark-compare
+
+Run it by hand, before and after a change, on a machine that does nothing else; runs are kept in ``.benchmarks/``. Every
+call is held to the tolerance rule first. One thread, so that the scheduler has no say.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from mvit_kernels import MobileViT, backends, freeze, verify
+from mvit_kernels.suites import operators
+from mvit_kernels.suites.operands import OPERATORS, operands, stages
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stage", stages(["s"], 256, 1), ids=lambda stage: f"stage{stage.index}")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator(benchmark, operator, stage, dtype):
+    """The C++ operator, forward."""
+    if why := backends.unavailable("cpu", "cpu"):
+        pytest.skip(why[0])
+    case = operands(operator, stage).to(dtype=dtype)
+    function = functools.partial(case.public, backend="cpu")
+    with torch.no_grad():
+        worst = operators.check(case, False, *operators.truth_of(case, False), function)
+        assert worst.ok, worst
+        benchmark(function, *case.tensors)
+
+
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("transformer", "inverted_residual")])
+def test_operator_with_backward(benchmark, operator):
+    """The C++ operator, forward and backward, at stage 3 of S."""
+    if why := backends.unavailable("cpu", "cpu"):
+        pytest.skip(why[0])
+    case = operands(operator, stages(["s"], 256, 1)[0])
+    function = functools.partial(case.public, backend="cpu")
+    worst = operators.check(case, True, *operators.truth_of(case, True), function)
+    assert worst.ok, worst
+    benchmark(operators.call_of(function, case.tensors, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["xxs", "s"])
+def test_frozen_network(benchmark, variant, dtype):
+    """A whole network at batch 1 and 256 px."""
+    torch.manual_seed(0)
+    model = MobileViT(variant, num_classes=1000).eval()
+    images = torch.rand(1, 3, 256, 256)
+    fast = freeze(model, dtype=dtype)
+    assert verify(fast, images, reference=model).ok
+    images = images.to(dtype, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        benchmark(fast, images)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The newest results of a device as tables: what the report's words and its plots are both made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from mvit_kernels import results
+
+OURS = {"accelerated": "accelerated", "frozen": "frozen", "compile_accelerated": "accelerated, compiled"}
+OTHERS = {
+    "eager": "eager",
+    "channels_last": "channels-last",
+    "compile": "torch.compile",
+    "compile_channels_last": "torch.compile, channels-last",
+    "compile_freezing": "torch.compile, freezing",
+    "compile_reduce_overhead": "torch.compile, reduce-overhead",
+    "compile_max_autotune": "torch.compile, max-autotune",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "openvino_by_image": "OpenVINO by image",
+}
+NAMES = OTHERS | OURS
+NETWORKS = {"mobilevit_s": "S", "mobilevit_xs": "XS", "mobilevit_xxs": "XXS", "mobilenetv2_100": "MobileNetV2"}
+LIBRARIES = {"huggingface": "Hugging Face's", "kornia": "Kornia's", "own": "our"}
+
+Line = dict[str, str]
+
+
+class Table(NamedTuple):
+    """The lines of one subject that took turns, by candidate; those without times included."""
+
+    lines: dict[str, Line]
+
+    @property
+    def any(self) -> Line:
+        return next(iter(self.lines.values()))
+
+    def ms(self, candidate: str) -> float | None:
+        text = self.lines.get(candidate, {}).get("median_ms")
+        return float(text) if text else None
+
+    def best(self, names: Iterable[str]) -> str | None:
+        """The fastest of `names`, None where none was timed."""
+        timed = [name for name in names if self.ms(name)]
+        return min(timed, key=self.ms, default=None)
+
+    @property
+    def label(self) -> str:
+        line = self.any
+        library, slash, variant = line["subject"].rpartition("/")
+        name = f"{LIBRARIES.get(library, library)} {variant.upper()}" if slash else NETWORKS.get(variant, variant)
+        what = f"{name}, batch {line['batch']}, {line['dtype']}, {line['size']} px"
+        if line["mode"] == "step":
+            what += ", training step" + (", autocast" if line["dtype"] != "float32" else "")
+        return what + (", device's clock" if line["clock"] == "graph" else "")
+
+
+def tables(folder: Path, suite: str) -> list[Table]:
+    """The newest tables of a suite in their files' order, but for the machine's own rates."""
+    path = folder / f"{suite}.csv"
+    lines = results.latest(results.read(path)) if path.exists() else []
+    found: dict[tuple[str, ...], dict[str, Line]] = {}
+    for line in lines:
+        if line["suite"] == suite and line["subject"] != "machine":
+            found.setdefault(results.key(line, (*results.SUBJECT, "clock")), {})[line["candidate"]] = line
+    return [Table(group) for group in found.values()]
+
+
+def place(line: Line) -> str:
+    """The device for people."""
+    if line["device"] == "cuda":
+        return f"one {line['device_name']}"
+    generation = line["cpu"].partition(": ")[2] or line["cpu"]
+    threads = "1 thread" if line["threads"] == "1" else f"{line['threads']} threads"
+    return f"{threads} of an {line['device_name']}" + (f" ({generation})" if generation else "")
+
+
+def short_place(line: Line) -> str:
+    """A word for a line of a table."""
+    return line["device_name"].removeprefix("NVIDIA ") if line["device"] == "cuda" else "CPU"

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suites of measurements within a budget of minutes: what ``mvit-kernels bench --suite`` and ``make bench`` run.
+
+Example:
+    >>> run(["operators"], device="cpu", minutes=5, folder=Path("benchmarks/results/amd-epyc-zen5"))
+
+A suite is a list of cases, the most valuable first; each is one table of candidates that were checked against float64
+and then timed in turns. Its rows are appended to ``<suite>.csv`` in the folder as soon as they are there, so a run that
+is cut keeps what it has. A case that would not fit into what is left of the budget, going by what earlier ones took, is
+left out and counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..ceilings import Ceilings
+from ..origin import environment
+from ..results import Row, append, key, read, row
+from . import networks, operators
+from ._case import Case, Context
+
+
+class Suite(NamedTuple):
+    """A list of cases, and its share of a budget."""
+
+    cases: Callable[[str], list[Case]]  # of a device's type
+    share: float  # of the budget of all suites
+    seconds: Mapping[str, float]  # of measuring a case, by the device's type
+    least: float  # seconds that its first case takes at least, building included
+
+
+SUITES = {
+    "models": Suite(networks.models, 0.4, {"cpu": 8.0, "cuda": 2.0}, 20.0),
+    "operators": Suite(operators.cases, 0.3, {"cpu": 1.0, "cuda": 0.3}, 3.0),
+    "mobile": Suite(networks.mobile, 0.1, {"cpu": 0.0, "cuda": 0.0}, 100.0),  # by the number of runs
+    "training": Suite(networks.training, 0.1, {"cpu": 10.0, "cuda": 2.0}, 20.0),
+    "blocks": Suite(networks.blocks, 0.1, {"cpu": 2.0, "cuda": 1.0}, 10.0),
+}
+
+
+class DeviceLost(RuntimeError):
+    """The GPU answers with errors since one of the candidates ran on it: nothing that this process does is of use."""
+
+
+def check_suites(names: Iterable[str]) -> list[str]:
+    """`names` in the order of `SUITES`, without repeats; "all" is every suite.
+
+    Raises:
+        ValueError: an unknown suite.
+    """
+    names = list(names)
+    for name in names:
+        if name not in SUITES and name != "all":
+            raise ValueError(f"unknown suite {name!r}; choose from {', '.join(SUITES)}, or all")
+    return [name for name in SUITES if name in names or "all" in names]
+
+
+def run(
+    names: Iterable[str],
+    *,
+    device: str,
+    minutes: float,
+    folder: Path,
+    resume: bool = False,
+    progress: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.monotonic,
+) -> bool:
+    """Measure the suites `names` within `minutes`, and append the rows to the files in `folder`.
+
+    Args:
+        names: from `SUITES`, or "all".
+        device: "cpu" or "cuda".
+        minutes: for all of it. A case that was begun is finished.
+        folder: for the files, one a suite; made if it is not there.
+        resume: leave out cases that the files have from this commit on this device.
+        progress: called with each line of text.
+        clock: seconds, monotonic; for tests.
+
+    Returns:
+        Whether every candidate of ours that ran was right.
+
+    Raises:
+        ValueError: an unknown suite; a file of other columns.
+        DeviceLost: the GPU answers with errors. The case at fault has a row that says so: run again with `resume`.
+    """
+    names = check_suites(names)
+    end = clock() + 60 * minutes
+    right = True
+    for index, name in enumerate(names):
+        shares = [SUITES[n].share for n in names[index:]]
+        mine = clock() + (end - clock()) * shares[0] / sum(shares)  # what an earlier suite left over is shared too
+        context = Context(device, name, seconds=SUITES[name].seconds[device], progress=progress, clock=clock)
+        context.end = mine
+        right &= _run_suite(name, context, folder / f"{name}.csv", resume)
+    return right
+
+
+def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
+    cases = SUITES[name].cases(context.device)
+    origin = environment(context.device)
+    done = set()
+    if resume and path.exists():
+        here = ("device_name", "commit", "torch")
+        lines = [line for line in read(path) if all(line[column] == origin[column] for column in here)]
+        done = {(key(line), line["candidate"].startswith("compile")) for line in lines}
+    took: list[tuple[float, float]] = []  # (cost, seconds) of each case
+    right, left_out = True, 0
+    known: set[int] = set()  # ceilings that were written
+    for case in cases:
+        subject = row(suite=name, **case.subject)
+        if (key(subject), bool(case.compiles)) in done:
+            continue
+        has_room = context.left >= _expected(case.cost, took, SUITES[name].least)
+        if not has_room or (case.compiles and context.build_seconds(case.compiles) is None):
+            left_out += 1
+            continue
+        context.progress(f"{name}: {case.name} ({context.left / 60:.1f} min left)")
+        start = context.clock() - context.compiled
+        try:
+            rows = case.measure(context)
+        except (RuntimeError, ValueError) as error:  # out of memory, say: the next case may be smaller
+            note = f"not measured: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            candidate = "compile" if case.compiles else "eager"  # what `resume` looks for
+            rows = [subject | {"candidate": candidate, "clock": "wall", "samples": 0, "note": note} | origin]
+            context.progress(f"  {note}")
+        new = [one for one in context.known_ceilings() if id(one[1]) not in known]
+        known |= {id(ceilings) for _, ceilings in new}
+        append(path, [*(r for dtype, ceilings in new for r in _machine_rows(name, dtype, ceilings, origin)), *rows])
+        for line in _lines(rows):
+            context.progress(line)
+        if context.device == "cuda":
+            _check_device(case)
+            torch.cuda.empty_cache()
+        right &= not any(_is_wrong(one) for one in rows)
+        took.append((case.cost, context.clock() - context.compiled - start))
+    context.progress(f"{name}: {len(took)} cases in {path}; {left_out} left out, for which the budget has no room")
+    return right
+
+
+def _expected(cost: float, took: list[tuple[float, float]], least: float) -> float:
+    """The seconds that a case of `cost` takes, without compiling: what the shortest took before, which is building for
+    the most part, and what all took above that, shared out by cost. The first is taken for `least`: it imported
+    libraries for all."""
+    if not took:
+        return least
+    samples = [(took[0][0], least), *took[1:]]
+    if len(samples) == 1:
+        return least * max(1.0, cost / samples[0][0])
+    fixed = min(seconds for _, seconds in samples)
+    return fixed + cost * sum(seconds - fixed for _, seconds in samples) / sum(cost for cost, _ in samples)
+
+
+def _check_device(case: Case) -> None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise DeviceLost(f"the GPU was lost in {case.name}: {error}") from error
+
+
+OURS = ("accelerated", "frozen", "compile_accelerated", "cpu", "triton", "cuda")
+
+
+def _is_wrong(one: Row) -> bool:
+    return one["candidate"] in OURS and str(one["note"]).startswith("not timed")
+
+
+def _machine_rows(suite: str, dtype: torch.dtype, ceilings: Ceilings, origin: dict[str, str]) -> list[Row]:
+    """The machine's best as rows of its own, which the per cent of the others are of."""
+    rows = []
+    for name, timing in ceilings.timings.items():
+        known = {"suite": suite, "subject": "machine", "candidate": name, "clock": "wall", "samples": timing.count}
+        known |= {"dtype": str(dtype).removeprefix("torch.") if name.startswith("product") else ""}
+        known |= {"median_ms": timing.median, "p20_ms": timing.p20, "p80_ms": timing.p80}
+        known |= ceilings.amounts(name)
+        rows.append(row(**known, **origin))
+    return rows
+
+
+def _lines(rows: Iterable[Row]) -> list[str]:
+    """The rows for people, one a line."""
+    lines, last = [], ""
+    for one in rows:
+        if (about := f"{one['subject']} {one['stage']}") != last:
+            last = about
+            lines.append(f"  {about}")
+        if one["median_ms"] == "":
+            lines.append(f"    {one['candidate']:<26} {one['clock']:<5} {one['note']}")
+            continue
+        text = f"    {one['candidate']:<26} {one['clock']:<5} {one['median_ms']:>9} ms"
+        if one["ratio"] != "":
+            text += f"  {one['ratio']:>6} ×"
+        if one["percent_product"] != "":
+            text += f"  {one['percent_product']:>5.1f} % of products, {one['percent_bandwidth']:>5.1f} % of bandwidth"
+        lines.append(text)
+    return lines
