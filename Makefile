@@ -19,12 +19,13 @@ PY := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreted gate sanitize bench bench-regressions report lint format build setup clean
+.PHONY: help demo test test-interpreted gate sanitize sanitize-gpu bench bench-regressions report lint format build setup clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and what was gained'
 	@echo 'make test     lint, build, and run the whole test suite'
 	@echo 'make sanitize the C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; it takes a GPU'
 	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in its interpreter (minutes)'
 	@echo 'make gate     compile every Triton kernel for every architecture anew: tests/data/triton_gate.csv (minutes)'
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
@@ -56,9 +57,13 @@ sanitize: setup
 	@$(PY) -m pytest -q tests/_under_sanitizers.py
 	@$(PY) tests/_sanitized.py pytest $(PYTEST_ARGS)
 
+sanitize-gpu: setup
+	@$(PY) -m pytest -q -rs tests/_under_compute_sanitizer.py $(PYTEST_ARGS)
+
 test-interpreted: setup
 	@TRITON_INTERPRET=1 $(PY) -m pytest -q tests/_interpreted.py tests/test_linear_residual.py tests/test_layer_norm_linear.py \
-		tests/test_layer_norm_mlp.py tests/test_patch_attention.py -k "triton or interpreted" $(PYTEST_ARGS)
+		tests/test_layer_norm_mlp.py tests/test_patch_attention.py tests/test_layer_norm.py \
+		tests/test_transformer_layer.py tests/test_gpu.py -k "triton or interpreted or gpu" $(PYTEST_ARGS)
 
 gate: setup
 	@TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) tests/_triton_gate.py

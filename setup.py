@@ -6,10 +6,13 @@
     python setup.py build_native --inplace      # the libraries alone; `make build` runs this
 
 Every way in goes through `build_libraries`. It compiles ``csrc/cpu/`` to ``libmvit_kernels_cpu.so`` in
-``mvit_kernels/lib/``, a plain shared library without Python symbols that speaks LibTorch's stable ABI, so
-that one binary serves every torch >= 2.10 and every Python. ``build_info.json`` beside it tells what was
-built, and how, or why it was not. The package works without any library: a failure to build is no failure
-to install.
+``mvit_kernels/lib/``, and where there is a CUDA compiler ``csrc/cuda/`` to ``libmvit_kernels_cuda.so``: plain
+shared libraries without Python symbols that speak LibTorch's stable ABI, so that one binary serves every
+torch >= 2.10 and every Python. ``build_info.json`` beside them tells what was built, and how, or why it was
+not. The package works without any library: a failure to build is no failure to install.
+
+The CUDA library wants nvcc and no more: no GPU, and no torch that was built for CUDA. It has the CUDA runtime
+inside and needs nothing but a driver of that CUDA version where it runs; a torch without CUDA loads it too.
 
 Why --no-build-isolation: the libraries are compiled against torch's headers. pip's isolated build environment
 has no torch, and asking for one there would download a second torch, several hundred megabytes, for its
@@ -21,6 +24,8 @@ The environment:
                          require: what belongs here and cannot be built is an error
                          skip: build nothing, and leave alone what is there
     CXX                  the C++ compiler (else the first of c++, g++, clang++)
+    CUDA_HOME            the CUDA toolkit, if nvcc is neither on the PATH nor in /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST the GPUs to compile for, such as "8.0;9.0+PTX" (the default); those below 8.0 are left out
     MAX_JOBS             how many files are compiled at once (else what ninja thinks best)
     MVIT_KERNELS_SANITIZE
                          1: build_native --inplace compiles for AddressSanitizer and UndefinedBehaviorSanitizer, into
@@ -35,6 +40,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -129,8 +135,55 @@ def plan_cpu() -> Plan:
     return Plan(objects, f"{link} $in {link_libraries} -o $out", info)
 
 
-# A library's name and the function that plans it. The CUDA library will be one entry more.
-LIBRARIES: dict[str, Callable[[], Plan]] = {"cpu": plan_cpu}
+# Ampere's code runs on all of 8.x, Hopper's on 9.0; what is newer gets its own from PTX by the driver, once. A minute
+# of compiling on two cores; each further architecture is half a minute.
+ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def plan_cuda() -> Plan:
+    """csrc/cuda: kernels in .cu files with nvcc, which never sees torch's headers (7 s a file), their bindings in .cpp
+    files with the C++ compiler."""
+    kernels, bindings = (sorted(Path("csrc", "cuda").glob(pattern)) for pattern in ("*.cu", "*.cpp"))
+    if not kernels:
+        raise NothingToBuild("no sources: csrc/cuda has no .cu file")
+    if sys.platform != "linux":
+        raise NothingToBuild(f"the CUDA library is built on Linux only, and this is {sys.platform}")
+    if sanitizing():
+        raise NothingToBuild("sanitizers are for the C++ library")
+    nvcc = find_nvcc()
+    torch_folder, torch_version = find_torch()
+    compiler = find_compiler()
+    architectures = cuda_architectures()
+    toolkit = toolkit_paths(nvcc)
+
+    code = [f"-gencode=arch=compute_{a},code=[{','.join(codes)}]" for a, codes in architectures.items()]
+    kernel_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", *code]
+    flags = ["-std=c++20", *OPTIMISED, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    headers = [f"-isystem{torch_folder / 'include' / sub}" for sub in (".", "torch/csrc/api/include")]
+    headers += [f"-isystem{path}" for path in toolkit["INCLUDES"]]
+    # nvcc's -ccbin is the path of a compiler, and takes no arguments.
+    compile_kernel = shlex.join([nvcc, f"-ccbin={shutil.which(compiler[-1])}", *kernel_flags])
+    compile_binding = shlex.join([*compiler, *flags, *headers])
+    objects = [(s, compile_kernel) for s in kernels] + [(s, compile_binding) for s in bindings]
+    # CUDA's runtime is linked in, with its names kept to ourselves: another version may be in the process, of torch's,
+    # and the library is to load where there is none. torch's CUDA part is reached through libtorch.so, which a torch
+    # without CUDA has too; what only the former defines is declared weak (csrc/cuda/tensors.h), so that -z defs lets it
+    # be and the library loads beside the latter.
+    link = [*compiler, *OPTIMISED, "-shared", "-Wl,-z,defs", "-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed"]
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+    libraries += [*(f"-L{path}" for path in toolkit["LIBRARIES"]), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    info = {
+        "compiler": f"{nvcc_version(nvcc)} and {first_line([*compiler, '--version'])}",
+        "flags": [*kernel_flags, *flags],
+        "architectures": [name for codes in architectures.values() for name in codes],
+        "torch": torch_version,
+    }
+    return Plan(objects, f"{shlex.join(link)} $in {shlex.join(libraries)} -o $out", info)
+
+
+# A library's name and the function that plans it.
+LIBRARIES: dict[str, Callable[[], Plan]] = {"cpu": plan_cpu, "cuda": plan_cuda}
 
 
 def sanitizing() -> bool:
@@ -169,6 +222,64 @@ def find_compiler() -> list[str]:
     if not compiler:
         raise CannotBuild("no C++ compiler: none of c++, g++, clang++ is on the PATH (or set CXX)")
     return compiler
+
+
+def find_nvcc() -> str:
+    """CUDA's compiler: of $CUDA_HOME or $CUDA_PATH, the PATH, or the usual folder."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        nvcc = Path(named, "bin", "nvcc")
+        if not nvcc.exists():
+            raise CannotBuild(f"no CUDA compiler: CUDA_HOME is {named!r}, and there is no {nvcc}")
+        return str(nvcc)
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        raise NothingToBuild(
+            "no CUDA compiler: nvcc is neither on the PATH nor in /usr/local/cuda (or set CUDA_HOME); the kernels in "
+            "CUDA C++ want a CUDA toolkit, and nothing else does"
+        )
+    return nvcc
+
+
+def nvcc_version(nvcc: str) -> str:
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return next((f"nvcc {part[1:]}" for part in printed.split() if part.startswith("V")), "nvcc")
+
+
+def toolkit_paths(nvcc: str) -> dict[str, list[str]]:
+    """The toolkit's folders of headers and libraries, as nvcc itself would name them to the C++ compiler."""
+    command = [nvcc, "-dryrun", "-E", "-x", "cu", os.devnull]
+    printed = subprocess.run(command, capture_output=True, text=True).stderr
+    paths: dict[str, list[str]] = {"INCLUDES": [], "LIBRARIES": []}
+    for line in printed.splitlines():
+        name, equals, value = line.removeprefix("#$ ").partition("=")
+        if equals and name in paths:
+            paths[name] = [os.path.normpath(option[2:]) for option in shlex.split(value)]
+    if not all(paths.values()):
+        raise CannotBuild(f"{nvcc} does not tell where its headers and libraries are: {printed.strip()[-200:]!r}")
+    return paths
+
+
+def cuda_architectures() -> dict[str, list[str]]:
+    """$TORCH_CUDA_ARCH_LIST, as the code to generate for each virtual architecture."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    found: dict[str, list[str]] = {}
+    for entry in wanted.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
+        if match is None:
+            raise CannotBuild(
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}; numbers such as 8.0 or 9.0+PTX are wanted, between semicolons"
+            )
+        major, minor, variant, ptx = match.groups()
+        if int(major) < 8:
+            continue
+        number = f"{major}{minor}{variant}"
+        found[number] = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]
+    if not found:
+        raise NothingToBuild(
+            f"TORCH_CUDA_ARCH_LIST is {wanted!r}, and the kernels want compute capability 8.0 or newer"
+        )
+    return found
 
 
 def takes_flags(compiler: list[str], flags: str) -> bool:

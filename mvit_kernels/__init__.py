@@ -32,13 +32,16 @@ _EXPORTS = {
     "MobileViT": "nn",
     "use_backend": "backends",
     "BackendError": "backends",
+    "layer_norm": "ops",
     "layer_norm_linear": "ops",
     "patch_attention": "ops",
     "linear_residual": "ops",
     "layer_norm_mlp": "ops",
     "inverted_residual": "ops",
     "transformer": "ops",
+    "transformer_layer": "ops",
     "TransformerLayerWeights": "ops",
+    "LayerDropout": "dropout",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -47,16 +50,19 @@ if TYPE_CHECKING:
     from .adapters import AccelerationReport, accelerate, report, restore
     from .backends import BackendError, use_backend
     from .checkpoints import convert_state_dict, load_checkpoint
+    from .dropout import LayerDropout
     from .inference import freeze
     from .nn import MobileViT
     from .ops import (
         TransformerLayerWeights,
         inverted_residual,
+        layer_norm,
         layer_norm_linear,
         layer_norm_mlp,
         linear_residual,
         patch_attention,
         transformer,
+        transformer_layer,
     )
     from .verification import VerificationReport, verify
 

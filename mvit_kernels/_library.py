@@ -21,6 +21,11 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 SCHEMAS = {
+    # LayerNorm over the last axis; mean and rstd have the shape of x without it
+    "layer_norm": "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps) -> (Tensor out, Tensor mean, "
+    "Tensor rstd)",
+    "layer_norm_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight) -> "
+    "(Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias)",
     # act(LN(x) Wᵀ + b); activation is "" or "silu"; mean and rstd have the shape of x without its last axis
     "layer_norm_linear": "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, float eps, "
     "str activation) -> (Tensor out, Tensor mean, Tensor rstd)",
@@ -41,6 +46,23 @@ SCHEMAS = {
     "layer_norm_mlp_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, "
     "Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight) -> (Tensor grad_x, "
     "Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_fc1_weight, Tensor grad_fc1_bias, "
+    "Tensor grad_fc2_weight, Tensor grad_fc2_bias)",
+    # one pre-norm layer, x (B, H, W, d); dropout: the probabilities (projection, path1, mlp, path2) of `LayerDropout`.
+    # Its draws are a function of seed, two int64 numbers (see dropout.py), which is None where all four are 0. Beside
+    # out: what backward needs, middle being the rows between attention and MLP. It computes qkv once more: kept, they
+    # would be the half of it
+    "transformer_layer": "(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, "
+    "Tensor proj_weight, Tensor proj_bias, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias, Tensor? seed, int num_heads, int[2] patch_size, float eps, float[4] dropout, "
+    "bool path_scale) -> (Tensor out, Tensor mean1, Tensor rstd1, Tensor attended, Tensor logsumexp, "
+    "Tensor middle, Tensor mean2, Tensor rstd2)",
+    "transformer_layer_backward": "(Tensor grad_out, Tensor x, Tensor mean1, Tensor rstd1, Tensor attended, "
+    "Tensor logsumexp, Tensor middle, Tensor mean2, Tensor rstd2, Tensor norm1_weight, Tensor norm1_bias, "
+    "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor norm2_weight, Tensor norm2_bias, "
+    "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor? seed, int num_heads, int[2] patch_size, float eps, "
+    "float[4] dropout, bool path_scale) -> (Tensor grad_x, Tensor grad_norm1_weight, Tensor grad_norm1_bias, "
+    "Tensor grad_qkv_weight, Tensor grad_qkv_bias, Tensor grad_proj_weight, Tensor grad_proj_bias, "
+    "Tensor grad_norm2_weight, Tensor grad_norm2_bias, Tensor grad_fc1_weight, Tensor grad_fc1_bias, "
     "Tensor grad_fc2_weight, Tensor grad_fc2_bias)",
     # x (B, H, W, C); depthwise_weight (hidden, 1, 3, 3)
     "inverted_residual": "(Tensor x, Tensor expand_weight, Tensor expand_bias, Tensor depthwise_weight, "
@@ -67,6 +89,12 @@ _library.define("pack_convolution.cpu(Tensor weight, Tensor bias) -> Tensor")
 _library.define(
     "pack_inverted_residual.cpu(Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
     "Tensor project, Tensor project_bias) -> Tensor"
+)
+
+# What `transformer.cuda` calls, with weights and plan of mvit_kernels.cuda.transformer's making.
+_library.define(
+    "transformer_packed.cuda(Tensor x, Tensor packed, int version, int num_layers, int head_dim, int hidden_features, "
+    "bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) -> Tensor"
 )
 
 
@@ -107,8 +135,9 @@ def load(backend: str) -> str:
     if backend not in _loaded:
         path = LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
         if not path.exists():
+            compiler = "a CUDA toolkit" if backend == "cuda" else "a C++ compiler"
             _loaded[backend] = (
-                f"its library {path.name} was not built (a C++ compiler and `pip install --no-build-isolation .` build "
+                f"its library {path.name} was not built ({compiler} and `pip install --no-build-isolation .` build "
                 "it; `mvit-kernels info` tells what was missing)"
             )
         else:

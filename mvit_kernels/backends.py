@@ -194,7 +194,8 @@ def _log_once(message: str) -> None:
         logger.info(message)
 
 
-from . import cpu, triton  # noqa: E402  (they judge the `Call` defined above)
+from . import cpu, cuda, triton  # noqa: E402  (they judge the `Call` defined above)
 
 _MODULES["cpu"] = cpu
+_MODULES["cuda"] = cuda
 _MODULES["triton"] = triton

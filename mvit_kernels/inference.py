@@ -102,6 +102,9 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     frozen = holder.model
     on_cpu = all(value.device.type == "cpu" for value in holder.buffers())
     composed = [(_name_in_model(name), reason) for name, reason in _pack(holder, "")] if on_cpu else []
+    for block in holder.modules():
+        if isinstance(block, FrozenMobileViTBlock):
+            block.pack()
     report = FreezeReport(tuple(blocks), tuple(inverted_residuals), tuple(convolutions), tuple(left), tuple(composed))
     frozen.freeze_report = report
     logger.info("freeze: %s", report)

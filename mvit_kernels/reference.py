@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import register_reference
+from .dropout import ATTENTION_BRANCH, MLP_BRANCH, LayerDropout, branch_factor, dropped
 
 # ---------------------------------------------------------------------------------------------- sequences and maps
 
@@ -127,6 +128,27 @@ def inverted_residual(
     return x + y if residual else y
 
 
+def transformer_layer(
+    x: Tensor,
+    layer: tuple[Tensor | None, ...],
+    num_heads: int,
+    patch_size: tuple[int, int],
+    eps: float,
+    dropout: LayerDropout | None = None,
+) -> Tensor:
+    """One pre-norm layer, its live dropout drawn by PyTorch."""
+    attention, projection, activation, mlp, path1, path2, path_scale = dropout or LayerDropout()
+    norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = layer[:6]
+    qkv = layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps)
+    scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+    attended = patch_attention(qkv, num_heads, patch_size, scale, attention)
+    x = x + dropped(F.linear(attended, proj_weight, proj_bias), projection, path1, patch_size, path_scale)
+    norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = layer[6:]
+    hidden = layer_norm_linear(x, norm2_weight, norm2_bias, fc1_weight, fc1_bias, eps, "silu")
+    hidden = F.dropout(hidden, activation) if activation else hidden
+    return x + dropped(F.linear(hidden, fc2_weight, fc2_bias), mlp, path2, patch_size, path_scale)
+
+
 def transformer(
     x: Tensor,
     layers: list[tuple[Tensor | None, ...]],
@@ -140,11 +162,7 @@ def transformer(
     size = (x.shape[1], x.shape[2])
     rows = to_sequences(x, patch_size).unsqueeze(2)
     for layer in layers:
-        norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = layer[:6]
-        qkv = layer_norm_linear(rows, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps)
-        scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-        rows = linear_residual(patch_attention(qkv, num_heads, (1, 1), scale), proj_weight, proj_bias, rows)
-        rows = layer_norm_mlp(rows, *layer[6:], eps)
+        rows = transformer_layer(rows, layer, num_heads, (1, 1), eps)
     if final_norm is not None:
         rows = layer_norm(rows, *final_norm, eps)
     return to_map(rows.squeeze(2), size, patch_size)
@@ -183,6 +201,17 @@ def _layer_norm_backward(
     projection = (grad_normalized * normalized).mean(-1, keepdim=True)
     grad_x = (grad_normalized - grad_normalized.mean(-1, keepdim=True) - normalized * projection) * rstd.unsqueeze(-1)
     return grad_x, _rows(grad * normalized).sum(0), _rows(grad).sum(0)
+
+
+@register_reference("layer_norm")
+def _layer_norm(x, norm_weight, norm_bias, eps):
+    return layer_norm(x, norm_weight, norm_bias, eps).contiguous(), *_statistics(x, eps)
+
+
+@register_reference("layer_norm_backward")
+def _layer_norm_only_backward(grad_out, x, mean, rstd, norm_weight):
+    grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_out.to(mean.dtype), x, mean, rstd, norm_weight)
+    return grad_x.to(x.dtype).contiguous(), grad_weight.to(norm_weight.dtype), grad_bias.to(norm_weight.dtype)
 
 
 @register_reference("layer_norm_linear")
@@ -275,6 +304,50 @@ def _layer_norm_mlp_backward(grad_out, x, mean, rstd, norm_weight, norm_bias, fc
         (_rows(grad).t() @ _rows(F.silu(before))).to(fc2_weight.dtype).contiguous(),
         _rows(grad).sum(0).to(fc2_weight.dtype),
     )
+
+
+def _factor(x: Tensor, seed: Tensor | None, branch: int, probability, path, patch_size, path_scale) -> Tensor | float:
+    if not (probability or path):
+        return 1.0
+    return branch_factor(seed, branch, x.shape, probability, path, patch_size, path_scale).to(_wide(x.dtype))
+
+
+@register_reference("transformer_layer")
+def _transformer_layer(x, *arguments):
+    layer, (seed, num_heads, patch_size, eps, (projection, path1, mlp, path2), path_scale) = (
+        arguments[:12],
+        arguments[12:],
+    )
+    scale = (layer[2].shape[0] // (3 * num_heads)) ** -0.5
+    qkv, mean1, rstd1 = _layer_norm_linear(x, *layer[:4], eps, "")
+    attended, logsumexp = _patch_attention(qkv, num_heads, patch_size, scale)
+    branch = F.linear(attended, *layer[4:6]).to(mean1.dtype)
+    branch = branch * _factor(x, seed, ATTENTION_BRANCH, projection, path1, patch_size, path_scale)
+    middle = (x + branch.to(x.dtype)).contiguous()
+    mean2, rstd2 = _statistics(middle, eps)
+    branch = F.linear(layer_norm_linear(middle, *layer[6:10], eps, "silu"), *layer[10:]).to(mean1.dtype)
+    branch = branch * _factor(x, seed, MLP_BRANCH, mlp, path2, patch_size, path_scale)
+    return (middle + branch.to(x.dtype)).contiguous(), mean1, rstd1, attended, logsumexp, middle, mean2, rstd2
+
+
+@register_reference("transformer_layer_backward")
+def _transformer_layer_backward(grad_out, x, *arguments):
+    mean1, rstd1, attended, logsumexp, middle, mean2, rstd2 = arguments[:7]
+    norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, *mlp_weights = arguments[7:17]
+    seed, num_heads, patch_size, eps, (projection, path1, mlp, path2), path_scale = arguments[17:]
+    qkv = layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps)
+    wide, scale = mean1.dtype, (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+    grad_out, middle, attended, qkv = (t.to(wide) for t in (grad_out, middle, attended, qkv))
+    branch = grad_out * _factor(x, seed, MLP_BRANCH, mlp, path2, patch_size, path_scale)
+    grad_middle, *grads2 = _layer_norm_mlp_backward(branch, middle, mean2, rstd2, *mlp_weights)
+    grad_middle = grad_middle - branch + grad_out  # that operator's residual takes the branch's gradient
+    branch = grad_middle * _factor(x, seed, ATTENTION_BRANCH, projection, path1, patch_size, path_scale)
+    grad_attended, *grads_of_proj = _linear_residual_backward(branch, attended, proj_weight)
+    grad_qkv = _patch_attention_backward(grad_attended, qkv, attended, logsumexp, num_heads, patch_size, scale)
+    grad_x, *grads1 = _layer_norm_linear_backward(
+        grad_qkv, x.to(wide), mean1, rstd1, norm1_weight, norm1_bias, qkv_weight, None, ""
+    )
+    return (grad_x + grad_middle).to(x.dtype).contiguous(), *grads1, *grads_of_proj, *grads2
 
 
 @register_reference("inverted_residual")

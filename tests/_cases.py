@@ -28,7 +28,14 @@ import mvit_kernels
 from mvit_kernels import backends
 from mvit_kernels._library import BACKENDS, raw
 
-DIFFERENTIABLE = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
+DIFFERENTIABLE = (
+    "layer_norm",
+    "layer_norm_linear",
+    "patch_attention",
+    "linear_residual",
+    "layer_norm_mlp",
+    "transformer_layer",
+)
 INFERENCE = ("inverted_residual", "transformer")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("contiguous", "permuted", "transposed", "sliced", "strided", "offset", "expanded")
@@ -52,6 +59,11 @@ class Draw:
 
     def linear(self, n: int, k: int) -> tuple[Tensor, Tensor]:
         return self(n, k, std=max(k, 1) ** -0.5), self(n, std=0.2)
+
+
+def _layer_norm(draw, shape, mean=0.0, eps=1e-5):
+    weight, bias = draw.norm(shape[-1])
+    return {"x": draw(*shape, mean=mean), "norm_weight": weight, "norm_bias": bias}, {"eps": eps}
 
 
 def _layer_norm_linear(draw, shape, n, bias=True, activation=None, mean=0.0, eps=1e-5):
@@ -101,19 +113,32 @@ def _inverted_residual(draw, shape, hidden, out, stride=1, dilation=1, residual=
     return tensors, {"stride": stride, "dilation": dilation, "residual": residual}
 
 
+def _layer_weights(draw, d, heads, head_dim, hidden, qkv_bias) -> Tensors:
+    inner = heads * head_dim if head_dim else d
+    qkv, proj, fc1, fc2 = (
+        draw.linear(3 * inner, d),
+        draw.linear(d, inner),
+        draw.linear(hidden, d),
+        draw.linear(d, hidden),
+    )
+    values = (*draw.norm(d), qkv[0], qkv[1] if qkv_bias else None, *proj, *draw.norm(d), *fc1, *fc2)
+    return dict(zip(mvit_kernels.TransformerLayerWeights._fields, values, strict=True))
+
+
+def _transformer_layer(draw, shape, heads, patch, head_dim=None, hidden=None, qkv_bias=True, dropout=None, eps=1e-5):
+    """`dropout`: fields of `LayerDropout` by name; then there is a seed too."""
+    d = shape[-1]
+    tensors = {"x": draw(*shape), **_layer_weights(draw, d, heads, head_dim, hidden or 2 * d, qkv_bias)}
+    seed = torch.randint(2**63 - 1, (2,), generator=draw.generator) if dropout else None
+    live = mvit_kernels.LayerDropout(**dropout) if dropout else None
+    return tensors, {"num_heads": heads, "patch_size": patch, "eps": eps, "dropout": live, "seed": seed}
+
+
 def _transformer(draw, shape, heads, patch, head_dim=None, ratio=2, layers=2, qkv_bias=True, final_norm=True, eps=1e-5):
     d = shape[-1]
-    inner = heads * head_dim if head_dim else d
     tensors: Tensors = {"x": draw(*shape)}
     for index in range(layers):
-        qkv, proj, fc1, fc2 = (
-            draw.linear(3 * inner, d),
-            draw.linear(d, inner),
-            draw.linear(ratio * d, d),
-            draw.linear(d, ratio * d),
-        )
-        values = (*draw.norm(d), qkv[0], qkv[1] if qkv_bias else None, *proj, *draw.norm(d), *fc1, *fc2)
-        for field, value in zip(mvit_kernels.TransformerLayerWeights._fields, values, strict=True):
+        for field, value in _layer_weights(draw, d, heads, head_dim, ratio * d, qkv_bias).items():
             tensors[f"layers.{index}.{field}"] = value
     if final_norm:
         tensors["final_norm.weight"], tensors["final_norm.bias"] = draw.norm(d)
@@ -202,11 +227,16 @@ def resolved(operator: str, tensors: Tensors, settings: dict[str, Any]) -> dict[
     if settings.get("scale", 0.0) is None:
         head_dim = tensors["qkv"].shape[-1] // (3 * settings["num_heads"])
         return {**settings, "scale": head_dim**-0.5}
+    if settings.get("seed") is not None:
+        return {**settings, "seed": settings["seed"].to(tensors["x"].device)}
     return settings
 
 
 def structured(operator: str, tensors: Tensors) -> dict[str, Any]:
     """The tensors as the public function takes them."""
+    if operator == "transformer_layer":
+        x, *layer = tensors.values()
+        return {"x": x, "layer": mvit_kernels.TransformerLayerWeights(*layer)}
     if operator != "transformer":
         return dict(tensors)
     weights = [t for name, t in tensors.items() if name.startswith("layers.")]
@@ -223,7 +253,15 @@ def raw_arguments(operator: str, tensors: Tensors, settings: dict[str, Any]) -> 
 
         s = structured(operator, tensors)
         return s["x"], flatten(s["layers"]), *(s["final_norm"] or (None, None)), *settings.values()
+    if operator == "transformer_layer":
+        num_heads, patch_size, eps, dropout, seed = settings.values()
+        return *tensors.values(), seed, num_heads, patch_size, eps, *_probabilities(dropout)
     return *tensors.values(), *("" if value is None else value for value in settings.values())
+
+
+def _probabilities(dropout: mvit_kernels.LayerDropout | None) -> tuple[tuple[float, ...], bool]:
+    dropout = dropout or mvit_kernels.LayerDropout()
+    return (dropout.projection, dropout.path1, dropout.mlp, dropout.path2), dropout.path_scale
 
 
 def backward_arguments(
@@ -232,10 +270,16 @@ def backward_arguments(
     """The arguments of the raw backward operator, given what the raw forward operator returned."""
     t, settings = list(tensors.values()), list(resolved(operator, tensors, settings).values())
     return {
+        "layer_norm": lambda: (grad_out, t[0], *outputs[1:], t[1]),
         "layer_norm_linear": lambda: (grad_out, t[0], *outputs[1:], *t[1:], settings[1] or ""),
         "patch_attention": lambda: (grad_out, t[0], *outputs, *settings),
         "linear_residual": lambda: (grad_out, t[0], t[1]),
         "layer_norm_mlp": lambda: (grad_out, t[0], *outputs[1:], *t[1:-1]),
+        "transformer_layer": lambda: (
+            *(grad_out, t[0], *outputs[1:]),
+            *(t[i] for i in (1, 2, 3, 4, 5, 7, 8, 9, 10, 11)),  # but the biases of proj and fc2
+            *(settings[4], *settings[:3], *_probabilities(settings[3])),
+        ),
     }[operator]()
 
 
@@ -254,6 +298,8 @@ def call(operator: str, tensors: Tensors, settings: dict[str, Any], path: str) -
     away = device_of(path) != "cpu" and all(t is None or t.device.type == "cpu" for t in tensors.values())
     if away:
         tensors = {name: None if t is None else t.to(device_of(path)) for name, t in tensors.items()}
+    if "seed" in settings:
+        settings = resolved(operator, tensors, settings)
     out = getattr(mvit_kernels, operator)(**structured(operator, tensors), **settings, backend=path)
     return out.cpu() if away else out
 

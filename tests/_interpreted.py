@@ -7,6 +7,9 @@ file in a process of its own, since TRITON_INTERPRET is read when kernels are de
 The operators' whole suites run there too (``make test-interpreted``), in minutes.
 """
 
+import copy
+import importlib
+
 import pytest
 import torch
 from _cases import DIFFERENTIABLE, call, convert, evaluate, make
@@ -19,14 +22,18 @@ from _checks import (
     one_thread,  # noqa: F401 (a fixture)
 )
 from _tolerance import assert_close_as_pytorch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvit_kernels
+from mvit_kernels.nn.functional import transformer_on_map
 from mvit_kernels.triton import INTERPRETED
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"
 launch = pytest.importorskip("mvit_kernels.triton._launch")
 
 NARROW = {  # rows that are no tile, widths that are no power of two
+    "layer_norm": dict(shape=(2, 3, 5, 24)),
+    "transformer_layer": dict(shape=(1, 4, 6, 24), heads=2, patch=(2, 2)),
     "layer_norm_linear": dict(shape=(2, 3, 5, 24), n=40, activation="silu"),
     "patch_attention": dict(shape=(2, 6, 8), heads=2, head_dim=12, patch=(2, 2)),
     "linear_residual": dict(shape=(2, 3, 5, 24), n=40),
@@ -34,6 +41,10 @@ NARROW = {  # rows that are no tile, widths that are no power of two
 }
 
 ROW_WISE = [
+    ("layer_norm", dict(shape=(70, 144)), "bfloat16"),
+    ("layer_norm", dict(shape=(5, 33)), "float32"),
+    ("layer_norm", dict(shape=(3, 300)), "float16"),
+    ("layer_norm", dict(shape=(0, 24)), "bfloat16"),
     ("linear_residual", dict(shape=(5, 33), n=100, bias=False), "float32"),
     ("linear_residual", dict(shape=(70, 144), n=144), "bfloat16"),  # nine chunks of 16 columns, two tiles of rows
     ("linear_residual", dict(shape=(5, 32), n=240), "float16"),
@@ -59,6 +70,27 @@ ATTENTION = [
     (dict(shape=(1, 3, 17), heads=1, head_dim=48, patch=(1, 1)), "float32"),
     (dict(shape=(1, 3, 7), heads=1, head_dim=100, patch=(1, 1)), "bfloat16"),
     (dict(shape=(0, 4, 6), heads=2, head_dim=12, patch=(2, 2)), "bfloat16"),
+    (dict(shape=(1, 6, 6), heads=1, head_dim=8, patch=(1, 3)), "bfloat16"),
+    (dict(shape=(1, 5, 5), heads=1, head_dim=17, patch=(1, 1)), "float32"),
+    (dict(shape=(1, 4, 8), heads=1, head_dim=33, patch=(1, 1)), "float16"),
+    (dict(shape=(1, 25, 41), heads=1, head_dim=8, patch=(1, 1)), "bfloat16"),  # 1025 tokens
+]
+LAYERS = [
+    (dict(shape=(1, 4, 8, 64), heads=4, patch=(2, 2), dropout=dict(projection=0.1, mlp=0.1)), "bfloat16"),
+    (dict(shape=(2, 4, 4, 48), heads=4, patch=(2, 1), dropout=dict(path1=0.5, path2=0.3)), "float16"),
+    (dict(shape=(1, 4, 4, 40), heads=4, head_dim=8, hidden=160, patch=(2, 2), qkv_bias=False), "bfloat16"),
+    (
+        dict(
+            shape=(2, 9, 10, 33),  # 90 rows an image, of which a tile of 64 sees two
+            heads=3,
+            head_dim=20,
+            hidden=17,
+            patch=(3, 2),
+            dropout=dict(projection=0.2, mlp=0.3, path1=0.4, path2=0.5, path_scale=False),
+        ),
+        "float32",
+    ),
+    (dict(shape=(0, 4, 6, 24), heads=2, patch=(2, 2), dropout=dict(mlp=0.5)), "float32"),
 ]
 
 
@@ -70,6 +102,18 @@ def test_row_wise(operator, sizes, dtype):
 @pytest.mark.parametrize("sizes, dtype", ATTENTION, ids=str)
 def test_attention(sizes, dtype):
     check("patch_attention", sizes, dtype=dtype, path="triton")
+
+
+def test_programs_of_several_blocks_of_rows(monkeypatch):
+    """As from 8448 rows on, where a LayerNorm's backward has no more programs."""
+    monkeypatch.setattr(importlib.import_module("mvit_kernels.triton.layer_norm"), "_PARTS", 2)
+    for rows in (64, 65, 100, 130):
+        check("layer_norm", dict(shape=(rows, 24)), path="triton")
+
+
+@pytest.mark.parametrize("sizes, dtype", LAYERS, ids=str)
+def test_layers(sizes, dtype):
+    check("transformer_layer", sizes, dtype=dtype, path="triton")
 
 
 @pytest.mark.parametrize("layout", ["permuted", "sliced", "offset", "expanded"])
@@ -144,90 +188,222 @@ def test_float32_keeps_to_what_pytorch_allows(precision):
 # --------------------------------------------------------------------------------------------- launches, memory, graphs
 
 
-def layer(x, weights, heads=4):
-    """One transformer layer by the Triton operators."""
-    norm1, qkv, proj, norm2, fc1, fc2 = weights
+def operators_of(x, layer, heads=4):
+    """One transformer layer by four operators."""
+    norm1, qkv, proj, mlp = layer[:2], layer[2:4], layer[4:6], layer[6:]
     with mvit_kernels.use_backend("triton"):
         attended = mvit_kernels.patch_attention(
             mvit_kernels.layer_norm_linear(x, *norm1, *qkv), num_heads=heads, patch_size=(2, 2)
         )
-        return mvit_kernels.layer_norm_mlp(mvit_kernels.linear_residual(attended, *proj, x), *norm2, *fc1, *fc2)
+        return mvit_kernels.layer_norm_mlp(mvit_kernels.linear_residual(attended, *proj, x), *mlp)
+
+
+def layer_of(x, layer, dropout=None, seed=None):
+    return mvit_kernels.transformer_layer(
+        x, layer, num_heads=4, patch_size=(2, 2), dropout=dropout, seed=seed, backend="triton"
+    )
 
 
 def weights_of(d, dtype):
-    def linear(n, k):
-        return tuple((torch.randn(s) * k**-0.5).to(dtype).requires_grad_() for s in ((n, k), (n,)))
-
-    def norm():
-        return tuple(torch.rand(d).requires_grad_() for _ in range(2))
-
-    return norm(), linear(3 * d, d), linear(d, d), norm(), linear(2 * d, d), linear(d, 2 * d)
+    tensors, _ = make("transformer_layer", dict(shape=(1, 2, 2, d), heads=4, patch=(2, 2)))
+    weights = convert(tensors, dtype, torch.float32)
+    del weights["x"]
+    return mvit_kernels.TransformerLayerWeights(*(t.requires_grad_() for t in weights.values()))
 
 
-def test_launches_of_a_layer():
-    """Four kernels forward and twelve backward; PyTorch's own take about thirty and sixty."""
-    x = torch.randn(1, 4, 4, 32, dtype=torch.bfloat16, requires_grad=True)
-    weights = weights_of(32, torch.bfloat16)
+def launched(function):
+    """The kernels of a call and of its backward, by name."""
     with launch.watching() as forward:
-        out = layer(x, weights)
+        out = function()
     with launch.watching() as backward:
         out.sum().backward()
-    names = [[each.plan.kernel.fn.__name__ for each in launches] for launches in (forward, backward)]
-    assert names[0] == ["_normed_product", "forward", "_product", "_mlp"]
-    row_wise = ["_norm_backward", "_weight_gradient", "_sum_parts"]
-    assert names[1] == [
-        *("_hidden", "_norm_backward", "_weight_gradient", "_weight_gradient", "_sum_parts"),
-        *("_product", "_weight_gradient", "_sum_parts"),
+    return [[each.plan.kernel.fn.__name__ for each in launches] for launches in (forward, backward)]
+
+
+FORWARD = ["_normed_product", "forward", "_product", "_mlp"]
+
+
+def test_launches_of_the_operators():
+    """Four kernels forward and eleven backward, and autograd adds the gradients of x up."""
+    x, layer = torch.randn(1, 4, 4, 32, dtype=torch.bfloat16, requires_grad=True), weights_of(32, torch.bfloat16)
+    forward, backward = launched(lambda: operators_of(x, layer))
+    weights = ["_weight_gradients", "_sum_parts"]
+    assert forward == FORWARD
+    assert backward == [
+        *("_hidden", "_norm_backward", *weights),
+        *("_product", *weights),
         "backward",
-        *row_wise,
+        *("_norm_backward", *weights),
     ]
 
 
-def saved_bytes(function) -> int:
-    """What autograd keeps of what `function` computes, parameters aside; tensors that share memory count once."""
+@pytest.mark.parametrize(
+    "live, more",
+    [
+        (None, []),
+        (dict(projection=0.1, path1=0.1), []),
+        (dict(projection=0.1, mlp=0.1), ["_drop"]),
+    ],
+    ids=str,
+)
+def test_launches_of_a_layer(live, more):
+    """As one operator: four forward and eight backward. Dropout is part of them, but for one kernel backward."""
+    x, layer = torch.randn(1, 4, 4, 32, dtype=torch.bfloat16, requires_grad=True), weights_of(32, torch.bfloat16)
+    dropout = mvit_kernels.LayerDropout(**live) if live else None
+    forward, backward = launched(lambda: layer_of(x, layer, dropout))
+    assert forward == FORWARD
+    attention = ["_normed_product", "backward", "_norm_backward"]
+    assert backward == [*more, "_hidden", "_norm_backward", "_product", *attention, "_weight_gradients", "_sum_parts"]
+
+
+class PyTorchLaunches(TorchDispatchMode):
+    """Counts PyTorch's own kernels: all operators but views and allocations. A GPU launches more than one for some, so
+    PyTorch's count is a lower bound; ours counts by `launched`."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition(".")[0]
+        if not (function.is_view or "empty" in name or name in ("aten::_unsafe_view", "aten::detach")):
+            if not name.startswith("mvit_kernels::"):
+                self.names.append(name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """timm's first MobileViT block of xxs, in training, and the same accelerated."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    found = [m for m in timm.create_model("mobilevit_xxs").modules() if type(m).__name__ == "MobileVitBlock"]
+    block = found[0].train()
+    return block, mvit_kernels.accelerate(copy.deepcopy(block), backend="triton", strict=True)
+
+
+def train(block, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return block(x.clone().requires_grad_())
+
+
+def test_launches_of_a_block(blocks):
+    """A whole block under autocast, convolutions included: timm's launches, and ours. Around the two layers: one cast
+    of all weights forward and one of all gradients backward, and the last LayerNorm, of three kernels."""
+    x = torch.randn(1, 48, 4, 4).to(memory_format=torch.channels_last)
+    counts = []
+    for block in blocks:
+        with PyTorchLaunches() as pytorch:
+            train(block, x).sum().backward()
+        counts.append(pytorch.names)
+    by_timm, ours = counts
+    forward, backward = launched(lambda: train(blocks[1], x))
+    layer = ["_hidden", "_norm_backward", "_product", "_normed_product", "backward", "_norm_backward"]
+    assert forward == FORWARD * 2 + ["_forward"]
+    assert backward == ["_backward", "_sum_parts", *[*layer, "_weight_gradients", "_sum_parts"] * 2]
+    outside = [  # what the convolutions around the transformer take in both
+        *("convolution", "convolution_backward", "native_batch_norm", "native_batch_norm_backward"),
+        *("cat", "silu_", "add_"),
+    ]
+    for name in outside:
+        assert by_timm.count(name) == ours.count(name), name
+    assert ours.count("_foreach_copy_") == 2
+    assert not {"addmm", "mm", "native_layer_norm", "silu", "native_layer_norm_backward"} & set(ours)
+    assert by_timm.count("_to_copy") - ours.count("_to_copy") >= 32  # casts of 16 weights, there and back
+    total = len(ours) + len(forward) + len(backward)
+    assert total <= 0.55 * len(by_timm), f"{total} launches, and timm's block {len(by_timm)}"
+
+
+def kept_bytes(block, x) -> int:
+    """What autograd keeps between forward and backward, weights and their casts aside; tensors that share memory count
+    once."""
+    weights = {tuple(sorted(p.shape)) for p in block.parameters()}
     storages = {}
 
     def keep(t):
-        if not isinstance(t, torch.nn.Parameter) and not (t.is_leaf and t.requires_grad):
+        if tuple(sorted(t.shape)) not in weights:
             storages[t.untyped_storage().data_ptr()] = t.untyped_storage()  # kept alive, so that no address is reused
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        function()
+        train(block, x)
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def test_memory_kept_for_backward():
-    """At most half of what timm's layer keeps, both in bfloat16 under autocast."""
-    timm = pytest.importorskip("timm.models.vision_transformer")
-    d, block = 64, None
-    block = timm.Block(d, 4, mlp_ratio=2.0, qkv_bias=True, act_layer=torch.nn.SiLU).train()
-    x = torch.randn(1, 8, 8, d, dtype=torch.bfloat16)
-    kept = []
-
-    def by_timm():
-        with torch.autocast("cpu", torch.bfloat16):
-            kept.append(block(x.reshape(4, 16, d).requires_grad_()))
-
-    def by_ours():
-        kept.append(layer(x.clone().requires_grad_() * 1, weights_of(d, torch.bfloat16)))
-
-    theirs, ours = saved_bytes(by_timm), saved_bytes(by_ours)
-    assert ours * 2 <= theirs, f"{ours} bytes, and timm's layer {theirs}"
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_memory_kept_for_backward(blocks, memory_format):
+    """At most half of what timm's block keeps, convolutions included, both in bfloat16 under autocast."""
+    x = torch.randn(1, 48, 8, 12).to(memory_format=memory_format)  # 96 tokens, which is no width of a weight
+    theirs, ours = (kept_bytes(block, x) for block in blocks)
+    assert ours * 2 <= theirs, f"{ours} bytes, and timm's block {theirs}"
 
 
-def test_compiles_whole():
+def test_a_mask_is_not_kept():
+    """Dropout keeps its seed and nothing else."""
+    x, layer = torch.randn(1, 4, 4, 32), weights_of(32, torch.float32)
+
+    def kept(dropout):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            layer_of(x, layer, dropout)
+        return sum(sizes)
+
+    assert kept(mvit_kernels.LayerDropout(0.0, 0.1, 0.0, 0.1, 0.1, 0.1)) == kept(None) + 16
+
+
+@pytest.mark.parametrize("function", [operators_of, layer_of])
+def test_compiles_whole(function):
     """One graph, forward and backward, by the operators themselves; the same values."""
-    weights = weights_of(32, torch.float32)
-    leaves = [t for pair in weights for t in pair]
+    layer = weights_of(32, torch.float32)
     x = torch.randn(1, 4, 4, 32, requires_grad=True)
-    expected = layer(x, weights)
-    gradients = torch.autograd.grad(expected.square().sum(), [x, *leaves])
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    out = compiled(x, weights)
+    expected = function(x, layer)
+    gradients = torch.autograd.grad(expected.square().sum(), [x, *layer])
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    out = compiled(x, layer)
     assert torch.equal(out, expected)
-    for ours, eager in zip(torch.autograd.grad(out.square().sum(), [x, *leaves]), gradients, strict=True):
+    for ours, eager in zip(torch.autograd.grad(out.square().sum(), [x, *layer]), gradients, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_map_with_live_dropout_compiles_whole(backend):
+    """Under autocast: casts of all weights at once, seeds, layers and the last LayerNorm in one graph. Run without
+    inductor's own random numbers the values are eager's."""
+    layers, norm = [weights_of(32, torch.float32) for _ in range(2)], tuple(weights_of(32, torch.float32)[:2])
+    leaves = [t for layer in layers for t in layer] + list(norm)
+    x = torch.randn(2, 32, 4, 4, requires_grad=True)
+    dropout = [mvit_kernels.LayerDropout(projection=0.2, mlp=0.3, path2=0.4)] * 2
+
+    def function(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return transformer_on_map(
+                x, layers, norm, num_heads=4, patch_size=(2, 2), dropout=dropout, backend="triton"
+            )
+
+    def evaluated(function):
+        torch.manual_seed(4)
+        out = function(x)
+        return out, *torch.autograd.grad(out.float().square().sum(), [x, *leaves])
+
+    eager = evaluated(function)
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled = evaluated(torch.compile(function, fullgraph=True, backend=backend))
+    for ours, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    again = evaluated(function)
+    assert all(torch.equal(first, second) for first, second in zip(again, eager, strict=True))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1])
+def test_nothing_on_the_host_depends_on_data(probability):
+    """A call and its backward plan all their launches on tensors without data: no synchronisation, no choice that a
+    CUDA graph would freeze."""
+    from _triton_gate import stage
+
+    from mvit_kernels.dropout import draw_seeds
+
+    assert len(stage(64, 1, torch.bfloat16, "highest", 90, probability)) > 30
+    assert draw_seeds(3, "meta")[2].shape == (2,)
 
 
 def test_tiles_do_not_change_the_rows():

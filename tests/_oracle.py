@@ -24,10 +24,10 @@ def sequences(height: int, width: int, patch_size: tuple[int, int]) -> list[list
     return found
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
     centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
     variance = (centred * centred).sum(-1, keepdim=True) / x.shape[-1]
-    return centred / torch.sqrt(variance + eps) * weight + bias
+    return centred / torch.sqrt(variance + eps) * norm_weight + norm_bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,26 +125,62 @@ def inverted_residual(
     return x + y if residual else y
 
 
+def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Philox-4x32-10 of Salmon et al. 2011, in Python's own integers."""
+    x, (low, high) = list(counter), (key % 2**32, key // 2**32)
+    for _ in range(10):
+        a, b = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
+        x = [b // 2**32 ^ x[1] ^ low, b % 2**32, a // 2**32 ^ x[3] ^ high, a % 2**32]
+        low, high = (low + 0x9E3779B9) % 2**32, (high + 0xBB67AE85) % 2**32
+    return tuple(x)
+
+
+def branch_factor(seed: Tensor, branch: int, shape, probability, path, patch_size, path_scale) -> Tensor:
+    """What a residual branch of (B, H, W, d) is multiplied with, one element at a time."""
+    (batch, height, width, d), (ph, pw) = shape, patch_size
+    key, above = (int(s) for s in seed)
+    high = (above % 2**32, above // 2**32)
+    factor = torch.ones(shape, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(height):
+            for w in range(width):
+                if probability:
+                    token = (b * height + h) * width + w
+                    numbers = [n for c in range(0, d, 4) for n in philox(key, (c // 4 + branch * 2**30, token, *high))]
+                    kept = (torch.tensor(numbers[:d]) >= round(probability * 2**32)).double()
+                    factor[b, h, w] *= kept / (1 - probability) if probability < 1 else 0
+                if path:
+                    sequence = (b * ph + h % ph) * pw + w % pw
+                    kept = philox(key, (2**31 + branch * 2**30, sequence, *high))[0] >= round(path * 2**32)
+                    factor[b, h, w] *= kept / (1 - path if path_scale else 1) if path < 1 else 0
+    return factor
+
+
+def branch_factors(x: Tensor, dropout, seed, patch_size) -> tuple[Tensor | float, Tensor | float]:
+    """Of both branches of a layer; 1 where nothing is dropped."""
+    if dropout is None:
+        return 1.0, 1.0
+    attention, mlp = (dropout.projection, dropout.path1), (dropout.mlp, dropout.path2)
+    return tuple(
+        branch_factor(seed.cpu(), branch, x.shape, *live, patch_size, dropout.path_scale) if any(live) else 1.0
+        for branch, live in enumerate((attention, mlp))
+    )
+
+
+def transformer_layer(x, layer, num_heads, patch_size, eps, dropout=None, seed=None) -> Tensor:
+    """`layer`: twelve tensors, in the order of `mvit_kernels.TransformerLayerWeights`."""
+    norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b = layer
+    factor1, factor2 = branch_factors(x, dropout, seed, patch_size)
+    qkv = linear(layer_norm(x, norm1_w, norm1_b, eps), qkv_w, qkv_b)
+    scale = 1 / math.sqrt(proj_w.shape[1] / num_heads)
+    x = x + linear(patch_attention(qkv, num_heads, patch_size, scale), proj_w, proj_b) * factor1
+    return x + linear(silu(linear(layer_norm(x, norm2_w, norm2_b, eps), fc1_w, fc1_b)), fc2_w, fc2_b) * factor2
+
+
 def transformer(x, layers, final_norm, num_heads, patch_size, eps) -> Tensor:
-    """`layers`: twelve tensors each, in the order of `mvit_kernels.TransformerLayerWeights`."""
-    for (
-        norm1_w,
-        norm1_b,
-        qkv_w,
-        qkv_b,
-        proj_w,
-        proj_b,
-        norm2_w,
-        norm2_b,
-        fc1_w,
-        fc1_b,
-        fc2_w,
-        fc2_b,
-    ) in layers:
-        qkv = linear(layer_norm(x, norm1_w, norm1_b, eps), qkv_w, qkv_b)
-        scale = 1 / math.sqrt(proj_w.shape[1] / num_heads)
-        x = x + linear(patch_attention(qkv, num_heads, patch_size, scale), proj_w, proj_b)
-        x = x + linear(silu(linear(layer_norm(x, norm2_w, norm2_b, eps), fc1_w, fc1_b)), fc2_w, fc2_b)
+    """`layers`: twelve tensors each."""
+    for layer in layers:
+        x = transformer_layer(x, layer, num_heads, patch_size, eps)
     return x if final_norm is None else layer_norm(x, *final_norm, eps)
 
 

@@ -29,7 +29,7 @@ TABLE = Path(__file__).parent / "data" / "triton_gate.csv"
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
 COLUMNS = ("case", "kernel", "dtype", "tile", "arch", "registers", "stack", "shared", "mma", "async_copies", "triton")
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 # -------------------------------------------------------------------------------------------------------- what to build
 
@@ -38,9 +38,17 @@ ROWS = {64: 1024, 80: 256, 96: 1024, 120: 256, 144: 1024, 192: 256, 240: 64}  # 
 SIDES = {1024: 32, 256: 16, 64: 8}
 
 
-def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int) -> list:
-    """The launches of one transformer layer of width d, forward and backward."""
-    from mvit_kernels.triton import layer_norm_linear, layer_norm_mlp, linear_residual, patch_attention
+def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int, probability: float = 0.0) -> list:
+    """The launches of one transformer layer of width d, forward and backward: operator by operator, and as one, every
+    dropout of which has this probability."""
+    from mvit_kernels.triton import (
+        layer_norm,
+        layer_norm_linear,
+        layer_norm_mlp,
+        linear_residual,
+        patch_attention,
+        transformer_layer,
+    )
     from mvit_kernels.triton._launch import watching
 
     def t(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -63,16 +71,24 @@ def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int) -
             mlp = (*norm, t(2 * d, d), t(2 * d), t(d, 2 * d))
             layer_norm_mlp.forward(x, *mlp, t(d), 1e-5)
             layer_norm_mlp.backward(x, x, mean, rstd, *mlp)
+            weights = (*norm, t(3 * d, d), t(3 * d), t(d, d), t(d), *mlp, t(d))
+            kept = [weights[i] for i in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
+            settings = (t(2, of=torch.int64), 4, (2, 2), 1e-5, (probability,) * 4, True)
+            out, *saved = transformer_layer.forward(x, *weights, *settings)
+            transformer_layer.backward(out, x, *saved, *kept, *settings)
+            _, mean, rstd = layer_norm.forward(x, *norm, 1e-5)
+            layer_norm.backward(x, x, mean, rstd, norm[0])
     finally:
         torch.set_float32_matmul_precision(before)
     return launches
 
 
 def cases(target: int) -> Iterator[tuple[str, object]]:
-    """(name, launch): every width in bfloat16 for one image and for 64, some in the other dtypes."""
+    """(name, launch): every width in bfloat16 for one image and for 64, these with live dropout; some in the other
+    dtypes, without."""
     for d in WIDTHS:
-        for batch in (64, 1):
-            for launch in stage(d, batch, torch.bfloat16, "highest", target):
+        for batch, probability in ((64, 0.1), (1, 0.0)):
+            for launch in stage(d, batch, torch.bfloat16, "highest", target, probability):
                 yield f"d={d}", launch
     for d in (64, 144, 192, 240):
         for launch in stage(d, 64, torch.float32, "high", target):
@@ -143,7 +159,8 @@ def describe(case: str, launch, arch: int) -> dict[str, object]:
     """The columns of a row that are known before compiling."""
     kernel = launch.plan.kernel
     name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-    kind = str(launch.tensors[0].dtype).removeprefix("torch.")
+    dtypes = [t.dtype for t in launch.tensors if t is not None and t.dtype in (torch.bfloat16, torch.float16)]
+    kind = str((dtypes or [torch.float32])[0]).removeprefix("torch.")
     if "ieee" in launch.plan.constants:
         kind += " (ieee)"
     return {"case": case, "kernel": name, "dtype": kind, "tile": tile(launch), "arch": arch}
@@ -156,7 +173,8 @@ def different(arch: int) -> list[tuple[dict[str, object], object]]:
     for case, launch in cases(arch):
         row = describe(case, launch, arch)
         variant = tuple(None if t is None else t.dtype for t in launch.tensors)
-        found.setdefault((row["kernel"], row["tile"], variant), (row, launch))
+        tile = "" if row["kernel"].endswith("_sum_parts") else row["tile"]  # sums know no tile but BLOCK
+        found.setdefault((row["kernel"], tile, variant), (row, launch))
     return list(found.values())
 
 

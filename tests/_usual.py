@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from _oracle import branch_factors
 from torch import Tensor
 
 
@@ -30,9 +31,9 @@ def fold(x: Tensor, like: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return F.fold(columns, (h, w), patch_size, stride=patch_size).permute(0, 2, 3, 1)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
     """With parameters kept in float32, as mixed-precision training has it, the norm is computed there."""
-    return F.layer_norm(x.to(weight.dtype), (x.shape[-1],), weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x.to(norm_weight.dtype), (x.shape[-1],), norm_weight, norm_bias, eps).to(x.dtype)
 
 
 def layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation) -> Tensor:
@@ -85,6 +86,24 @@ def drop_path(branch: Tensor, probability: float, scale_by_keep: bool) -> Tensor
         return branch
     keep = torch.empty(branch.shape[0], 1, 1, dtype=branch.dtype).bernoulli_(1 - probability)
     return branch * (keep / (1 - probability) if scale_by_keep and probability < 1 else keep)
+
+
+def transformer_layer(x, layer, num_heads, patch_size, eps, dropout=None, seed=None) -> Tensor:
+    """With masks that were drawn before, applied to a branch as PyTorch's dropout does it: in float32, rounded once."""
+    norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b = layer
+
+    def dropped(branch: Tensor, factor: Tensor | float) -> Tensor:
+        if isinstance(factor, float):
+            return branch
+        return (branch.float() * factor.to(branch.device, torch.float32)).to(branch.dtype)
+
+    factor1, factor2 = branch_factors(x, dropout, seed, patch_size)
+    y = unfold(x, patch_size)
+    qkv = F.linear(layer_norm(y, norm1_w, norm1_b, eps), qkv_w, qkv_b)
+    branch = attention(qkv, num_heads, (proj_w.shape[1] // num_heads) ** -0.5)
+    x = x + dropped(fold(F.linear(branch, proj_w, proj_b), x, patch_size), factor1)
+    hidden = F.silu(F.linear(layer_norm(x, norm2_w, norm2_b, eps), fc1_w, fc1_b))
+    return x + dropped(F.linear(hidden, fc2_w, fc2_b), factor2)
 
 
 def transformer(x, layers, final_norm, num_heads, patch_size, eps, dropout=None) -> Tensor:

@@ -17,12 +17,14 @@ from mvit_kernels import _library, backends
 from mvit_kernels.backends import Call, use_backend
 
 SIZES = {
+    "layer_norm": dict(shape=(3, 8)),
     "layer_norm_linear": dict(shape=(3, 8), n=4, activation="silu"),
     "patch_attention": dict(shape=(2, 4, 4), heads=2, head_dim=4, patch=(2, 2)),
     "linear_residual": dict(shape=(3, 8), n=4),
     "layer_norm_mlp": dict(shape=(3, 8), hidden=16),
     "inverted_residual": dict(shape=(2, 4, 4, 8), hidden=16, out=8, residual=True),
     "transformer": dict(shape=(2, 4, 4, 8), heads=2, patch=(2, 2)),
+    "transformer_layer": dict(shape=(2, 4, 4, 8), heads=2, patch=(2, 2), dropout=dict(mlp=0.1)),
 }
 ATTENTION = Call("patch_attention", "cpu", torch.float32, False, (2, 4, 4, 24), (("num_heads", 2),))
 

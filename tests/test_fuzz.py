@@ -40,6 +40,9 @@ def _patch(r: random.Random) -> tuple[int, int]:
 
 def sizes_of(operator: str, r: random.Random) -> dict:
     """The literals of `_cases.make`."""
+    if operator == "layer_norm":
+        d = _width(r)
+        return dict(shape=(*_rows(r), d), mean=_mean(r, d))
     if operator == "layer_norm_linear":
         d = _width(r)
         more = dict(bias=r.random() < 0.7, activation=r.choice((None, "silu")), mean=_mean(r, d))
@@ -63,6 +66,9 @@ def sizes_of(operator: str, r: random.Random) -> dict:
         return dict(shape=shape, hidden=r.choice((1, 8, 31, 32, 64)), out=c if residual else out, **more)
     patch, heads = _patch(r), r.choice((1, 2, 4))
     d = heads * r.choice((1, 4, 9, 16))
+    if operator == "transformer_layer":
+        more = dict(head_dim=r.choice((None, 8, 5)), hidden=r.choice((None, 33, 4 * d)), qkv_bias=r.random() < 0.7)
+        return dict(shape=(*_map(r, patch, 3), d), heads=heads, patch=patch, **more)
     more = dict(
         layers=r.randint(1, 2), qkv_bias=r.random() < 0.7, final_norm=r.random() < 0.7, ratio=r.choice((1, 2, 4))
     )
@@ -77,6 +83,9 @@ def case_of(operator: str, number: int) -> tuple[dict, dict]:
     keywords = dict(dtype=dtype, path=r.choice(paths(operator)), layout=r.choice(LAYOUTS), seed=number)
     if dtype in ("bfloat16", "float16") and r.random() < 0.3:
         keywords["norm_dtype"] = "float32"
+    if operator == "transformer_layer" and keywords["path"] != "reference" and r.random() < 0.5:
+        names = ("projection", "mlp", "path1", "path2")
+        sizes["dropout"] = {name: r.choice((0.0, 0.1, 0.5)) for name in names} | {"path_scale": r.random() < 0.7}
     if operator == "inverted_residual" and dtype in ("bfloat16", "float16"):
         keywords["gradients"] = False  # see test_inverted_residual
     return sizes, keywords

@@ -66,6 +66,8 @@ template <typename T>  // 32 bits; the value of lane `from`
 MVIT_DEVICE T shuffle(T value, int from) {
   return __shfl_sync(~0u, value, from);
 }
+// Whether it is so in any lane: the same in all.
+MVIT_DEVICE bool any_lane(bool so) { return __any_sync(~0u, so); }
 
 // ------------------------------------------------------------------------------------------------------ shared memory
 

@@ -159,9 +159,9 @@ def _text(info: dict[str, Any]) -> str:
 def _about(library: dict[str, Any]) -> str:
     if not library.get("built"):
         return f"not built: {library.get('reason', 'no reason was noted')}"
-    instruction_sets = ", ".join(library.get("isa") or ["baseline only"])
+    targets = ", ".join(library.get("architectures") or library.get("isa") or ["baseline only"])
     compiler = library.get("compiler", "an unknown compiler")
-    about = f"built {library.get('time', '')} by {compiler} for {instruction_sets}"
+    about = f"built {library.get('time', '')} by {compiler} for {targets}"
     left_out = library.get("isa_left_out")
     return about + (f"; the compiler has no {', '.join(left_out)}" if left_out else "")
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, cuda
 from ..ops import TransformerLayerWeights, inverted_residual
 from ..ops.inverted_residual import inverted_residual_call
 from .functional import transformer_on_map
@@ -348,6 +348,11 @@ class FrozenMobileViTBlock(Frozen):
             return y
         x = x.to(y.dtype)
         return self.fusion(torch.cat((x, y) if self.input_first else (y, x), dim=1))
+
+    def pack(self) -> None:
+        """Let the CUDA backend pack the transformer's weights now, if it will serve them, and not at the first call."""
+        layers = self.layers()
+        cuda.pack(layers, self.final_norm(), self.num_heads, layers[0].proj_weight.dtype)
 
     def layers(self) -> list[TransformerLayerWeights]:
         """The weights, layer by layer."""

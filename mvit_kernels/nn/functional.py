@@ -8,43 +8,39 @@ Sequences never mix and everything but attention is row-wise, so rows may be in 
 attention they stay in the map's own order and nothing is copied. Where PyTorch does (the reference backend), they are
 put into sequence order once before the first layer and back once after the last, instead of the gather and scatter that
 each layer's attention would need: two copies of the map a block, against four to six in the usual implementations.
+
+A layer is one operator where a kernel serves it, and under autocast all layers' weights are cast in one launch; else it
+is composed of the differentiable operators, and of PyTorch's dropout where that is live.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends, cuda, reference
+from ..dropout import LayerDropout, draw_seeds, drop_path, dropped
 from ..ops import (
     TransformerLayerWeights,
+    layer_norm,
     layer_norm_linear,
     layer_norm_mlp,
     linear_residual,
     patch_attention,
     transformer,
+    transformer_layer,
 )
 from ..ops import _checks as checks
 from ..ops.patch_attention import attention_call
 from ..ops.transformer import stack_call
+from ..ops.transformer_layer import layer_call
+
+__all__ = ["LayerDropout", "drop_path", "transformer_on_map"]
 
 OP = "transformer_on_map"
-
-
-class LayerDropout(NamedTuple):
-    """The live dropout of one layer, as probabilities; all 0 is none. Published recipes use `projection` and `mlp`."""
-
-    attention: float = 0.0  # on the attention weights
-    projection: float = 0.0  # after the out-projection
-    activation: float = 0.0  # after SiLU
-    mlp: float = 0.0  # after fc2
-    path1: float = 0.0  # timm's drop-path on the attention branch: one draw an (image, patch position) sequence
-    path2: float = 0.0  # and on the MLP branch
-    path_scale: bool = True  # drop-path divides what it keeps by the probability of keeping
 
 
 def transformer_on_map(
@@ -97,15 +93,26 @@ def transformer_on_map(
     dtype = checks.autocast_dtype(x) or x.dtype
     rows = x.to(dtype).permute(0, 2, 3, 1)
     stack = stack_call(rows, layers, final_norm, num_heads, patch_size, dtype)
-    if dropout is None and backends.serves("transformer", stack, backend):
+
+    def attention_by() -> str:
+        qkv_shape = (*rows.shape[:3], layers[0].qkv_weight.shape[0])
+        return backends.choose(
+            attention_call(x.device, dtype, qkv_shape, num_heads, patch_size, stack.needs_grad), backend
+        )
+
+    at_once = dropout is None and backends.serves("transformer", stack, backend)
+    if at_once and stack.device_type == "cuda" and not cuda.in_one_launch(stack):
+        at_once = attention_by() == "reference"  # no operator's own kernel is there to be faster
+    if at_once:
         rows = transformer(
             rows.contiguous(), layers, final_norm, num_heads=num_heads, patch_size=patch_size, eps=eps, backend=backend
         )
     else:
-        qkv_shape = (*rows.shape[:3], layers[0].qkv_weight.shape[0])
-        attention = attention_call(x.device, dtype, qkv_shape, num_heads, patch_size, stack.needs_grad)
-        in_sequences = backends.choose(attention, backend) == "reference" or any(d.attention for d in dropout or ())
-        rows = _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, backend)
+        attended_by = attention_by()
+        in_sequences = attended_by == "reference" or any(d.attention for d in dropout or ())
+        # CUDA C++ has single operators, for inference alone, and a whole layer would be another backend's.
+        by_layer = stack.needs_grad or attended_by != "cuda"
+        rows = _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, by_layer, backend)
 
     x = rows.permute(0, 3, 1, 2)
     if size != whole:
@@ -113,20 +120,42 @@ def transformer_on_map(
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, backend) -> Tensor:
-    """The stack from the differentiable operators, with live dropout."""
+def _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, by_layer, backend) -> Tensor:
+    """The stack from the differentiable operators, with live dropout; from `transformer_layer` if `by_layer`."""
     size = (rows.shape[1], rows.shape[2])
     inner_patch = patch_size
     if in_sequences:  # a map of N × 1 tokens with 1 × 1 patches is one sequence
         rows, inner_patch = reference.to_sequences(rows, patch_size).unsqueeze(2), (1, 1)
     else:
         rows = rows.contiguous()  # copies an NCHW map: kernels read token-major rows
-    for index, layer in enumerate(layers):
-        drop = dropout[index] if dropout is not None else LayerDropout()
-        rows = _attention_half(rows, layer, num_heads, inner_patch, eps, drop, backend)
-        rows = _mlp_half(rows, layer, inner_patch, eps, drop, backend)
+        if checks.autocast_dtype(rows) is not None:
+            layers = _cast_together(layers, rows.dtype)
+    drops = dropout or [LayerDropout()] * len(layers)
+    fused = [
+        by_layer
+        and backends.serves("transformer_layer", layer_call(rows, layer, num_heads, inner_patch, drop), backend)
+        for layer, drop in zip(layers, drops, strict=True)
+    ]
+    seeds = draw_seeds(len(layers), rows.device) if dropout is not None and any(fused) else [None] * len(layers)
+    for layer, drop, seed, is_fused in zip(layers, drops, seeds, fused, strict=True):
+        if is_fused:
+            rows = transformer_layer(
+                rows,
+                layer,
+                num_heads=num_heads,
+                patch_size=inner_patch,
+                eps=eps,
+                dropout=drop,
+                seed=seed,
+                backend=backend,
+            )
+        else:
+            rows = _attention_half(rows, layer, num_heads, inner_patch, eps, drop, backend)
+            rows = _mlp_half(rows, layer, inner_patch, eps, drop, backend)
     if final_norm is not None:
-        rows = reference.layer_norm(rows, *final_norm, eps).to(rows.dtype)  # CUDA's autocast makes it float32
+        call = checks.call("layer_norm", rows, (rows, *final_norm), contiguous=rows.is_contiguous())
+        served = backends.serves("layer_norm", call, backend)
+        rows = layer_norm(rows, *final_norm, eps=eps, backend=backend if served else "reference")
     return reference.to_map(rows.squeeze(2), size, patch_size) if in_sequences else rows
 
 
@@ -141,8 +170,8 @@ def _attention_half(rows, layer, num_heads, patch_size, eps, drop, backend) -> T
         attended = patch_attention(qkv, num_heads=num_heads, patch_size=patch_size, backend=backend)
     if not (drop.projection or drop.path1):
         return linear_residual(attended, layer.proj_weight, layer.proj_bias, rows, backend=backend)
-    branch = F.dropout(F.linear(attended, layer.proj_weight, layer.proj_bias), drop.projection)
-    return rows + drop_path(branch, drop.path1, patch_size, drop.path_scale)
+    branch = F.linear(attended, layer.proj_weight, layer.proj_bias)
+    return rows + dropped(branch, drop.projection, drop.path1, patch_size, drop.path_scale)
 
 
 def _mlp_half(rows, layer, patch_size, eps, drop, backend) -> Tensor:
@@ -158,29 +187,46 @@ def _mlp_half(rows, layer, patch_size, eps, drop, backend) -> Tensor:
         activation="silu",
         backend=backend,
     )
-    branch = F.dropout(F.linear(F.dropout(hidden, drop.activation), layer.fc2_weight, layer.fc2_bias), drop.mlp)
-    return rows + drop_path(branch, drop.path2, patch_size, drop.path_scale)
+    branch = F.linear(F.dropout(hidden, drop.activation), layer.fc2_weight, layer.fc2_bias)
+    return rows + dropped(branch, drop.mlp, drop.path2, patch_size, drop.path_scale)
 
 
-def drop_path(x: Tensor, probability: float, patch_size: tuple[int, int], scale_by_keep: bool = True) -> Tensor:
-    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382) of a residual branch on a token-major map, always live.
+def _cast_together(layers: Sequence[TransformerLayerWeights], dtype: torch.dtype) -> list[TransformerLayerWeights]:
+    """The layers with the weights of their linear layers in `dtype`: autocast would cast eight tensors a layer, forward
+    and backward, in a launch each, which are more launches than the layer's own kernels."""
+    places = [
+        (index, name)
+        for index, layer in enumerate(layers)
+        for name, value in zip(layer._fields, layer, strict=True)
+        if "norm" not in name and value is not None and value.dtype != dtype
+    ]
+    if not places:
+        return list(layers)
+    cast = _CastTogether.apply(dtype, *(getattr(layers[index], name) for index, name in places))
+    changed: list[dict[str, Tensor]] = [{} for _ in layers]
+    for (index, name), value in zip(places, cast, strict=True):
+        changed[index][name] = value
+    return [layer._replace(**values) for layer, values in zip(layers, changed, strict=True)]
 
-    Example:
-        >>> rows = rows + drop_path(branch, 0.1, (2, 2))
 
-    One draw an (image, patch position) sequence, as timm's has it, whose blocks see one row a sequence.
+class _CastTogether(torch.autograd.Function):
+    """``tuple(t.to(dtype) for t in tensors)``, and all their gradients back, each in one launch for all tensors."""
 
-    Args:
-        x: (B, H, W, d).
-        probability: of dropping a sequence's branch.
-        patch_size: (ph, pw), which H and W are multiples of.
-        scale_by_keep: divide what is kept by the probability of keeping.
-    """
-    if not probability:
-        return x
-    (b, h, w, d), (ph, pw), keep = x.shape, patch_size, 1.0 - probability
-    mask = x.new_empty((b, 1, ph, 1, pw, 1))
-    mask.bernoulli_(keep)
-    if scale_by_keep and keep > 0.0:
-        mask.div_(keep)
-    return (x.reshape(b, h // ph, ph, w // pw, pw, d) * mask).reshape(b, h, w, d)
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.dtypes = [t.dtype for t in tensors]
+        ctx.set_materialize_grads(False)
+        return _cast_all(tensors, [dtype] * len(tensors))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        found = [(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True) if grad is not None]
+        cast = iter(_cast_all(*zip(*found, strict=True)) if found else ())
+        return None, *(None if grad is None else next(cast) for grad in grads)
+
+
+def _cast_all(tensors, dtypes) -> tuple[Tensor, ...]:
+    results = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+    torch._foreach_copy_(results, list(tensors))
+    return tuple(results)

@@ -2,18 +2,22 @@
 """The operators: one file each, with its checks, fake, autograd and public function."""
 
 from .inverted_residual import inverted_residual
+from .layer_norm import layer_norm
 from .layer_norm_linear import layer_norm_linear
 from .layer_norm_mlp import layer_norm_mlp
 from .linear_residual import linear_residual
 from .patch_attention import patch_attention
 from .transformer import TransformerLayerWeights, transformer
+from .transformer_layer import transformer_layer
 
 __all__ = [
     "TransformerLayerWeights",
     "inverted_residual",
+    "layer_norm",
     "layer_norm_linear",
     "layer_norm_mlp",
     "linear_residual",
     "patch_attention",
     "transformer",
+    "transformer_layer",
 ]

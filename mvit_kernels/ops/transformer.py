@@ -81,7 +81,7 @@ def transformer(
     if not layers:
         raise ValueError(f"{OP}: layers is empty; at least one TransformerLayerWeights is wanted")
     for index, layer in enumerate(layers):
-        _check_layer(x, index, layer, num_heads, dtype is not None)
+        check_layer(f"{OP}: layers[{index}]", x, layer, num_heads, dtype is not None)
     if final_norm is not None:
         if not isinstance(final_norm, tuple | list) or len(final_norm) != 2:
             raise TypeError(
@@ -99,7 +99,9 @@ def transformer(
     chosen = choose(call, backend)
     if chosen == "reference":
         return reference.transformer(x, layers, final_norm, num_heads, patch_size, eps)
-    return raw(OP, chosen)(x, flatten(layers, x.dtype), *(final_norm or (None, None)), num_heads, patch_size, eps)
+    # The CUDA kernel packs weights of any dtype, once, and knows them again as long as they are the same tensors.
+    weights = flatten(layers, zeros=False) if chosen == "cuda" else flatten(layers, x.dtype)
+    return raw(OP, chosen)(x, weights, *(final_norm or (None, None)), num_heads, patch_size, eps)
 
 
 def stack_call(
@@ -128,20 +130,21 @@ def stack_call(
     return Call(OP, x.device.type, dtype or x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()))
 
 
-def flatten(layers: Sequence[TransformerLayerWeights], dtype=None) -> list[Tensor]:
-    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros, linear weights in `dtype` if
-    given."""
+def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool = True) -> list[Tensor]:
+    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros (or without elements), linear
+    weights in `dtype` if given."""
     flat = []
     for layer in layers:
         if layer.qkv_bias is None:
-            layer = layer._replace(qkv_bias=layer.qkv_weight.new_zeros(layer.qkv_weight.shape[0]))
+            size = layer.qkv_weight.shape[0] if zeros else 0
+            layer = layer._replace(qkv_bias=layer.qkv_weight.new_zeros(size))
         for name, value in zip(layer._fields, layer, strict=True):
             flat.append(value if dtype is None or "norm" in name or value.dtype == dtype else value.to(dtype))
     return flat
 
 
-def _check_layer(x: Tensor, index: int, layer: TransformerLayerWeights, num_heads: int, autocast: bool) -> None:
-    name = f"{OP}: layers[{index}]"
+def check_layer(name: str, x: Tensor, layer: TransformerLayerWeights, num_heads: int, autocast: bool) -> None:
+    """One layer's weights are right for x; `name` is what the messages begin with."""
     if not isinstance(layer, TransformerLayerWeights):
         raise TypeError(f"{name} is a {type(layer).__name__}; a TransformerLayerWeights is wanted")
     checks.like(name, x, "x", autocast, **layer._asdict())

@@ -15,12 +15,12 @@ import os
 
 import torch
 
+from .._gpu import no_gpu
 from ..backends import Call
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
 # The widest row that a LayerNorm's kernels keep in registers, and the widest head: beyond, tiles spill by kilobytes.
 MAX_WIDTH = 512
 MAX_HEAD_DIM = 256
@@ -32,23 +32,8 @@ def unavailable(device_type: str) -> list[str]:
     if device_type != DEVICE_TYPE:
         where = "Triton's interpreter serves CPU tensors" if INTERPRETED else "it is for NVIDIA GPUs"
         return [f"{where}, and the tensors are on {device_type}"]
-    why = _no_gpu() or _load()
+    why = ("" if INTERPRETED else no_gpu()) or _load()
     return [why] if why else []
-
-
-def _no_gpu() -> str:
-    if INTERPRETED:
-        return ""
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return "there is no NVIDIA GPU, or this build of PyTorch has no CUDA"
-    for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_capability(index)
-        if found < CAPABILITY:
-            return (
-                f"GPU {index} ({torch.cuda.get_device_name(index)}) has compute capability {found[0]}.{found[1]}; "
-                f"{CAPABILITY[0]}.{CAPABILITY[1]} is wanted"
-            )
-    return ""
 
 
 @functools.cache
@@ -116,9 +101,20 @@ def _patch_attention(call: Call) -> list[str]:
     return reasons
 
 
+def _transformer_layer(call: Call) -> list[str]:
+    reasons = _norm_rows(call) + _features(call, "hidden_features")
+    if call.fact("head_dim") > MAX_HEAD_DIM:
+        reasons.append(f"heads of {call.fact('head_dim')} are too wide; {MAX_HEAD_DIM} go")
+    if call.fact("inner_dropout"):
+        reasons.append("dropout on attention weights or after SiLU is live")
+    return reasons
+
+
 SUPPORTS = {
+    "layer_norm": _norm_rows,
     "layer_norm_linear": _layer_norm_linear,
     "patch_attention": _patch_attention,
     "linear_residual": _linear_residual,
     "layer_norm_mlp": _layer_norm_mlp,
+    "transformer_layer": _transformer_layer,
 }

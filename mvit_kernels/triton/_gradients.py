@@ -19,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _rows
+from ._dropout import NOTHING, Dropped, element_factor, row_factor
 from ._launch import Plan, architecture, ceil_div, chunked, is_small, kind_of, next_power_of_2
 
 # -------------------------------------------------------------------------------------------------- rows' gradients
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "threshold", "path_threshold"])
 def _norm_backward(
     grad,
     weight,
@@ -33,8 +34,14 @@ def _norm_backward(
     rstd,
     norm_weight,
     grad_residual,
+    seed,
     grad_x,
+    grad_branch,
     M,
+    threshold,
+    scale,
+    path_threshold,
+    path_scale,
     K: tl.constexpr,
     N: tl.constexpr,
     BM: tl.constexpr,
@@ -42,9 +49,17 @@ def _norm_backward(
     KC: tl.constexpr,
     NC: tl.constexpr,
     PRECISION: tl.constexpr,
+    DROP: tl.constexpr,
+    PATH: tl.constexpr,
+    BRANCH: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
 ):
     """The gradient of x from that of LN(x) Wᵀ: whole rows of grad · W stay in registers until LayerNorm's sums over
-    them are there."""
+    them are there. Where x is itself a residual plus a branch that was dropped, grad_branch is the branch's
+    gradient."""
     first_row = tl.program_id(0) * BM
     offset = first_row.to(tl.int64)
     rows, end = tl.arange(0, BM), M - first_row
@@ -63,6 +78,8 @@ def _norm_backward(
         projected += scaled * xhat
     plain_mean = tl.sum(plain, axis=1) * (1.0 / K)
     projected_mean = tl.sum(projected, axis=1) * (1.0 / K)
+    if PATH:
+        kept = row_factor(seed, first_row, path_threshold, path_scale, BRANCH, H, W, PH, PW, BM)
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)
         xhat = (
@@ -75,6 +92,12 @@ def _norm_backward(
                 tl.float32
             )
         _rows.store(grad_x + offset * K, dx, rows, columns, end, K, K, (c + 1) * KC > K)
+        if DROP:
+            dx *= element_factor(seed, first_row, c * KC, threshold, scale, BRANCH, BM, KC)
+        if PATH:
+            dx *= kept[:, None]
+        if DROP or PATH:
+            _rows.store(grad_branch + offset * K, dx, rows, columns, end, K, K, (c + 1) * KC > K)
 
 
 # By kind: rows, n step, widest chunk of columns, warps, stages.
@@ -88,21 +111,23 @@ _NORM_TILE_240 = (32, 32, 64, 8, 2)  # 64 rows of 256 columns spill 240 bytes wh
 
 
 @lru_cache(maxsize=4096)
-def _norm_plan(device, dtype, norm_dtype, kind, arch, K, N, residual):
+def _norm_plan(device, dtype, norm_dtype, kind, arch, K, N, residual, drop):
     BM, BN, widest, warps, stages = _NORM_TILES[kind]
     if K > 256:
         BM, BN, widest, warps, stages = _NORM_TILE_WIDE
     elif K > 192 and kind == "half" and is_small(arch):
         BM, BN, widest, warps, stages = _NORM_TILE_240
-    constants = (K, N, BM, BN, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32")
+    constants = (K, N, BM, BN, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32", *drop)
     return Plan(_norm_backward, constants, num_warps=warps, num_stages=stages), BM
 
 
-def norm_backward(grad, weight, x, mean, rstd, norm_weight, grad_residual, grad_x) -> None:
-    """grad_x = LayerNorm's backward of grad · weight, plus grad_residual if there is one; contiguous rows."""
+def norm_backward(grad, weight, x, mean, rstd, norm_weight, grad_residual, grad_x, drop: Dropped = NOTHING) -> Tensor:
+    """grad_x = LayerNorm's backward of grad · weight, plus grad_residual if there is one; contiguous rows. Returns
+    the gradient of the branch that x ends with, which is grad_x where nothing of it was dropped."""
     (N, K), rows = weight.shape, mean.numel()
+    grad_branch = grad_x if drop is NOTHING else torch.empty_like(grad_x)
     if not rows:
-        return
+        return grad_branch
     plan, BM = _norm_plan(
         x.get_device(),
         x.dtype,
@@ -112,8 +137,11 @@ def norm_backward(grad, weight, x, mean, rstd, norm_weight, grad_residual, grad_
         K,
         N,
         grad_residual is not None,
+        drop.constants,
     )
-    plan((ceil_div(rows, BM),), (grad, weight, x, mean, rstd, norm_weight, grad_residual, grad_x), (rows,))
+    tensors = (grad, weight, x, mean, rstd, norm_weight, grad_residual, drop.seed, grad_x)
+    plan((ceil_div(rows, BM),), (*tensors, None if drop is NOTHING else grad_branch), (rows, *drop.scalars))
+    return grad_branch
 
 
 # ------------------------------------------------------------------------------------------------ weights' gradients
@@ -125,8 +153,12 @@ def on_16_bytes(count):
     return (count + 3) // 4 * 4
 
 
-@triton.jit(do_not_specialize=["M", "part_rows", "start"])
-def _weight_gradient(
+@triton.jit
+def _product_part(
+    tile,
+    part,
+    parts,
+    sums,
     grad,
     x,
     mean,
@@ -134,10 +166,8 @@ def _weight_gradient(
     weight,
     norm_weight,
     norm_bias,
-    sums,
     M,
     part_rows,
-    start: tl.int64,
     N: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
@@ -146,57 +176,122 @@ def _weight_gradient(
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of gradᵀ · x over one part of the rows, and what follows from it (see above). Beginning at `start`,
-    `sums` has room for what `_sum_parts` adds up: parts of the weight's gradient, of the bias's, and with a LayerNorm,
-    a row of K for each part and tile of n, of its weight's and its bias's."""
+    """If `tile` is one of this product's: gradᵀ · x of the tile over one part of the rows, and what follows from it
+    (see above). `sums` has room for what `_sum_parts` adds up: parts of the weight's gradient, of the bias's, and with
+    a LayerNorm, a row of K for each part and tile of n, of its weight's and its bias's. Returns the number of the tile
+    and where the sums lie, for the next product."""
     K_TILES: tl.constexpr = (K + BK - 1) // BK
     N_TILES: tl.constexpr = (N + BN - 1) // BN
-    n_tile, k_tile, part = tl.program_id(0) // K_TILES, tl.program_id(0) % K_TILES, tl.program_id(1)
-    ns, ks = n_tile * BN + tl.arange(0, BN), k_tile * BK + tl.arange(0, BK)
-    CHECK_N: tl.constexpr = N % BN != 0
-    CHECK_K: tl.constexpr = K % BK != 0
-    first = part * part_rows
-    end = tl.minimum(part_rows, M - first)
-    offset = first.to(tl.int64)
-    grad += offset * N
-    x += offset * K
-    if NORM:
-        mean += offset
-        rstd += offset
-    product = tl.zeros([BN, BK], tl.float32)
-    grads = tl.zeros([BM, BN], tl.float32)  # added up over its rows once, after the loop
-    for m in range(0, end, BM):
-        rows = tl.arange(0, BM)
-        left = end - m
-        g = _rows.load(grad, rows, ns, left, N, N, 1, True, CHECK_N)
-        operand = _rows.load(x, rows, ks, left, K, K, 1, True, CHECK_K)
+    bias_sums = sums + on_16_bytes(parts * (N * K))
+    norm_weight_sums = bias_sums + on_16_bytes(parts * N)
+    norm_bias_sums = norm_weight_sums + on_16_bytes(parts * (N_TILES * K))
+    if (tile >= 0) & (tile < N_TILES * K_TILES):
+        n_tile, k_tile = tile // K_TILES, tile % K_TILES
+        ns, ks = n_tile * BN + tl.arange(0, BN), k_tile * BK + tl.arange(0, BK)
+        CHECK_N: tl.constexpr = N % BN != 0
+        CHECK_K: tl.constexpr = K % BK != 0
+        first = part * part_rows
+        end = tl.minimum(part_rows, M - first)
+        offset = first.to(tl.int64)
+        grad += offset * N
+        x += offset * K
         if NORM:
-            mu = tl.load(mean + rows, mask=rows < left, other=0.0)
-            sigma = tl.load(rstd + rows, mask=rows < left, other=0.0)
-            operand = ((operand.to(tl.float32) - mu[:, None]) * sigma[:, None]).to(x.dtype.element_ty)
-            mean += BM
-            rstd += BM
-        product = tl.dot(tl.trans(g), operand, product, input_precision=PRECISION)
-        grads += g.to(tl.float32)
-        grad += BM * N
-        x += BM * K
-    bias_sum = tl.sum(grads, axis=0)
-    parts = tl.num_programs(1).to(tl.int64)
-    sums += tl.multiple_of(start, 4)
-    bias_sums = sums + on_16_bytes(parts * N * K)
-    if k_tile == 0:
-        tl.store(bias_sums + part * N + ns, bias_sum, mask=ns < N)
+            mean += offset
+            rstd += offset
+        product = tl.zeros([BN, BK], tl.float32)
+        grads = tl.zeros([BM, BN], tl.float32)  # added up over its rows once, after the loop
+        for m in range(0, end, BM):
+            rows = tl.arange(0, BM)
+            left = end - m
+            g = _rows.load(grad, rows, ns, left, N, N, 1, True, CHECK_N)
+            operand = _rows.load(x, rows, ks, left, K, K, 1, True, CHECK_K)
+            if NORM:
+                mu = tl.load(mean + rows, mask=rows < left, other=0.0)
+                sigma = tl.load(rstd + rows, mask=rows < left, other=0.0)
+                operand = ((operand.to(tl.float32) - mu[:, None]) * sigma[:, None]).to(x.dtype.element_ty)
+                mean += BM
+                rstd += BM
+            product = tl.dot(tl.trans(g), operand, product, input_precision=PRECISION)
+            grads += g.to(tl.float32)
+            grad += BM * N
+            x += BM * K
+        bias_sum = tl.sum(grads, axis=0)
+        if k_tile == 0:
+            tl.store(bias_sums + part.to(tl.int64) * N + ns, bias_sum, mask=ns < N)
+        if NORM:
+            w = _rows.load(weight, ns, ks, N, K, K, 1, CHECK_N, CHECK_K).to(tl.float32)
+            at = (part.to(tl.int64) * N_TILES + n_tile) * K + ks
+            tl.store(norm_weight_sums + at, tl.sum(w * product, axis=0), mask=ks < K)
+            tl.store(norm_bias_sums + at, tl.sum(w * bias_sum[:, None], axis=0), mask=ks < K)
+            gamma = _rows.load_vector(norm_weight, ks, K, CHECK_K)
+            beta = _rows.load_vector(norm_bias, ks, K, CHECK_K)
+            product = product * gamma[None, :] + bias_sum[:, None] * beta[None, :]
+        _rows.store(sums + part.to(tl.int64) * (N * K), product, ns, ks, N, K, K, CHECK_K)
+    after = norm_weight_sums
     if NORM:
-        w = _rows.load(weight, ns, ks, N, K, K, 1, CHECK_N, CHECK_K).to(tl.float32)
-        norm_weight_sums = bias_sums + on_16_bytes(parts * N)
-        norm_bias_sums = norm_weight_sums + on_16_bytes(parts * N_TILES * K)
-        at = (part * N_TILES + n_tile) * K + ks
-        tl.store(norm_weight_sums + at, tl.sum(w * product, axis=0), mask=ks < K)
-        tl.store(norm_bias_sums + at, tl.sum(w * bias_sum[:, None], axis=0), mask=ks < K)
-        gamma = _rows.load_vector(norm_weight, ks, K, CHECK_K)
-        beta = _rows.load_vector(norm_bias, ks, K, CHECK_K)
-        product = product * gamma[None, :] + bias_sum[:, None] * beta[None, :]
-    _rows.store(sums + part.to(tl.int64) * (N * K), product, ns, ks, N, K, K, CHECK_K)
+        after = norm_bias_sums + on_16_bytes(parts * (N_TILES * K))
+    return tile - N_TILES * K_TILES, after
+
+
+@triton.jit(do_not_specialize=["M", "part_rows"])
+def _weight_gradients(
+    sums,
+    grad0,
+    x0,
+    mean0,
+    rstd0,
+    weight0,
+    norm_weight0,
+    norm_bias0,
+    grad1,
+    x1,
+    grad2,
+    x2,
+    mean2,
+    rstd2,
+    weight2,
+    norm_weight2,
+    norm_bias2,
+    grad3,
+    x3,
+    M,
+    part_rows,
+    N0: tl.constexpr,
+    K0: tl.constexpr,
+    N1: tl.constexpr,
+    K1: tl.constexpr,
+    N2: tl.constexpr,
+    K2: tl.constexpr,
+    N3: tl.constexpr,
+    K3: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Up to four products over the same rows, a whole layer's, 0 and 2 after a LayerNorm: as one launch they fill a
+    GPU with fewer parts of the rows, and so with fewer sums, than one after the other."""
+    tile, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1).to(tl.int64)
+    if grad0 is not None:
+        tile, sums = _product_part(
+            tile, part, parts, sums, grad0, x0, mean0, rstd0, weight0, norm_weight0, norm_bias0,
+            M, part_rows, N0, K0, BN, BK, BM, True, PRECISION,
+        )  # fmt: skip
+    if grad1 is not None:
+        tile, sums = _product_part(
+            tile, part, parts, sums, grad1, x1, None, None, None, None, None,
+            M, part_rows, N1, K1, BN, BK, BM, False, PRECISION,
+        )  # fmt: skip
+    if grad2 is not None:
+        tile, sums = _product_part(
+            tile, part, parts, sums, grad2, x2, mean2, rstd2, weight2, norm_weight2, norm_bias2,
+            M, part_rows, N2, K2, BN, BK, BM, True, PRECISION,
+        )  # fmt: skip
+    if grad3 is not None:
+        tile, sums = _product_part(
+            tile, part, parts, sums, grad3, x3, None, None, None, None, None,
+            M, part_rows, N3, K3, BN, BK, BM, False, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -212,65 +307,91 @@ def _add_up(block, sums, out, parts, SIZE: tl.constexpr, BLOCK: tl.constexpr):
             which = first + tl.arange(0, AT_ONCE)
             total += _rows.load(sums, which, at, parts, SIZE, SIZE, 1, True, SIZE % BLOCK != 0)
         tl.store(out + at, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=at < SIZE)
-    return block - BLOCKS, sums + on_16_bytes(parts * SIZE)
+    return block - BLOCKS, sums + on_16_bytes(parts.to(tl.int64) * SIZE)
 
 
-@triton.jit(do_not_specialize=["parts0", "parts1", "parts2", "parts3", "parts4", "parts5"])
+@triton.jit
+def _add_up_linear(block, sums, weight, bias, parts, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    block, sums = _add_up(block, sums, weight, parts, N * K, BLOCK)
+    block, sums = _add_up(block, sums, bias, parts, N, BLOCK)
+    return block, sums
+
+
+@triton.jit
+def _add_up_norm(
+    block, sums, weight, bias, parts, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr
+):
+    parts *= (N + BN - 1) // BN
+    block, sums = _add_up(block, sums, weight, parts, K, BLOCK)
+    block, sums = _add_up(block, sums, bias, parts, K, BLOCK)
+    return block, sums
+
+
+@triton.jit(do_not_specialize=["parts"])
 def _sum_parts(
     sums,
-    out0,
-    out1,
-    out2,
-    out3,
-    out4,
-    out5,
-    parts0,
-    parts1,
-    parts2,
-    parts3,
-    parts4,
-    parts5,
-    SIZE0: tl.constexpr,
-    SIZE1: tl.constexpr,
-    SIZE2: tl.constexpr,
-    SIZE3: tl.constexpr,
-    SIZE4: tl.constexpr,
-    SIZE5: tl.constexpr,
+    weight0,
+    bias0,
+    norm_weight0,
+    norm_bias0,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    norm_weight2,
+    norm_bias2,
+    weight3,
+    bias3,
+    parts,
+    N0: tl.constexpr,
+    K0: tl.constexpr,
+    N1: tl.constexpr,
+    K1: tl.constexpr,
+    N2: tl.constexpr,
+    K2: tl.constexpr,
+    N3: tl.constexpr,
+    K3: tl.constexpr,
+    BN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Up to six results at once, as launches cost more than the sums. `sums` has parts0 times SIZE0 numbers for the
-    first, and so on, each on 16 bytes."""
-    block, sums = _add_up(tl.program_id(0), sums, out0, parts0, SIZE0, BLOCK)
-    block, sums = _add_up(block, sums, out1, parts1, SIZE1, BLOCK)
-    if out2 is not None:
-        block, sums = _add_up(block, sums, out2, parts2, SIZE2, BLOCK)
-        block, sums = _add_up(block, sums, out3, parts3, SIZE3, BLOCK)
-    if out4 is not None:
-        block, sums = _add_up(block, sums, out4, parts4, SIZE4, BLOCK)
-        block, sums = _add_up(block, sums, out5, parts5, SIZE5, BLOCK)
+    """What `_weight_gradients` left, in its order."""
+    block = tl.program_id(0)
+    if weight0 is not None:
+        block, sums = _add_up_linear(block, sums, weight0, bias0, parts, N0, K0, BLOCK)
+        block, sums = _add_up_norm(block, sums, norm_weight0, norm_bias0, parts, N0, K0, BN, BLOCK)
+    if weight1 is not None:
+        block, sums = _add_up_linear(block, sums, weight1, bias1, parts, N1, K1, BLOCK)
+    if weight2 is not None:
+        block, sums = _add_up_linear(block, sums, weight2, bias2, parts, N2, K2, BLOCK)
+        block, sums = _add_up_norm(block, sums, norm_weight2, norm_bias2, parts, N2, K2, BN, BLOCK)
+    if weight3 is not None:
+        block, sums = _add_up_linear(block, sums, weight3, bias3, parts, N3, K3, BLOCK)
 
 
 class Norm(NamedTuple):
-    """The LayerNorm in front of a linear layer, and where its gradients go."""
+    """The LayerNorm in front of a linear layer."""
 
     mean: Tensor
     rstd: Tensor
     weight: Tensor
     bias: Tensor
-    linear_weight: Tensor
-    grad_weight: Tensor
-    grad_bias: Tensor
 
 
 class Product(NamedTuple):
-    """A linear layer: the gradient of its output rows, its input rows (before the LayerNorm, if it has one), and where
-    its gradients go."""
+    """A linear layer: the gradient of its output rows, its input rows (before the LayerNorm, if it has one) and its
+    weight."""
 
     grad: Tensor
     x: Tensor
-    grad_weight: Tensor
-    grad_bias: Tensor
+    weight: Tensor
     norm: Norm | None = None
+
+
+class Gradients(NamedTuple):
+    """Of a linear layer: its weight's and its bias's, and those of the LayerNorm in front of it."""
+
+    of_linear: tuple[Tensor, Tensor]
+    of_norm: tuple[Tensor, Tensor] | tuple[()]
 
 
 # By kind: columns of grad, columns of x, rows at a time, warps, stages.
@@ -279,47 +400,46 @@ _WEIGHT_TILES = {
     "tf32": (64, 64, 32, 4, 2),
     "ieee": (32, 32, 32, 4, 1),
 }
-_NO_NORM = (None,) * 5
 _PROGRAMS = 256  # about two for each SM of a large GPU; a constant, so that the same rows give the same bits everywhere
 _BLOCK = 256
 
 
 class _Schedule(NamedTuple):
-    """What launches compute the weights' gradients of a call."""
+    """The two launches that compute the weights' gradients of a call."""
 
-    products: list[tuple[Plan, tuple[int, int], tuple[int, int, int]]]  # of each: plan, grid, scalars
+    products: Plan
+    grid: tuple[int, int]
+    part_rows: int
     numbers: int  # float32 sums of parts
     sum_parts: Plan
     blocks: int
-    parts: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
-def _schedule(device, dtype, norm_dtype, kind, arch, rows, *shapes) -> _Schedule:
-    """`shapes`: (N, K, whether there is a LayerNorm) of each product."""
-    products, parts, sizes, start = [], [], [], 0
-    precision = "ieee" if kind == "ieee" else "tf32"
-    for N, K, norm in shapes:
-        BN, BK, BM, warps, stages = _WEIGHT_TILES[kind]
-        BN, BK = min(BN, max(next_power_of_2(N), 16)), min(BK, max(next_power_of_2(K), 16))
-        n_tiles, k_tiles, blocks = ceil_div(N, BN), ceil_div(K, BK), ceil_div(rows, BM)
-        part_rows = ceil_div(blocks, min(ceil_div(_PROGRAMS, n_tiles * k_tiles), blocks)) * BM
-        count = ceil_div(rows, part_rows)
-        plan = _weight_plan(device, dtype, norm_dtype, (N, K, BN, BK, BM, norm, precision), warps, stages)
-        products.append((plan, (n_tiles * k_tiles, count), (rows, part_rows, start)))
-        for number, size in [(count, N * K), (count, N), *[(count * n_tiles, K)] * (2 * norm)]:
-            parts.append(number)
-            sizes.append(size)
-            start += ceil_div(number * size, 4) * 4
-    missing = 6 - len(sizes)
-    blocks = sum(ceil_div(size, _BLOCK) for size in sizes)
-    sum_parts = _sum_plan(device, dtype, norm_dtype, (*sizes, *[0] * missing, _BLOCK))
-    return _Schedule(products, start, sum_parts, blocks, (*parts, *[0] * missing))
+def _schedule(device, dtype, norm_dtype, kind, arch, rows, shapes) -> _Schedule:
+    """`shapes`: (N, K) of each of the four products, (0, 0) of absent ones."""
+    BN, BK, BM, warps, stages = _WEIGHT_TILES[kind]
+    BN = min(BN, max(next_power_of_2(max(N for N, _ in shapes)), 16))
+    BK = min(BK, max(next_power_of_2(max(K for _, K in shapes)), 16))
+    tiles, blocks = sum(ceil_div(N, BN) * ceil_div(K, BK) for N, K in shapes), ceil_div(rows, BM)
+    part_rows = ceil_div(blocks, min(ceil_div(_PROGRAMS, tiles), blocks)) * BM
+    parts = ceil_div(rows, part_rows)
+    numbers = sum_blocks = 0
+    for slot, (N, K) in enumerate(shapes):
+        n_tiles = ceil_div(N, BN)
+        for number, size in [(parts, N * K), (parts, N), *[(parts * n_tiles, K)] * (2 * (slot % 2 == 0))]:
+            numbers += ceil_div(number * size, 4) * 4
+            sum_blocks += ceil_div(size, _BLOCK)
+    flat = tuple(side for shape in shapes for side in shape)
+    constants = (*flat, BN, BK, BM, "ieee" if kind == "ieee" else "tf32")
+    products = _weight_plan(device, dtype, norm_dtype, constants, warps, stages)
+    sum_parts = _sum_plan(device, dtype, norm_dtype, (*flat, BN, _BLOCK))
+    return _Schedule(products, (tiles, parts), part_rows, numbers, sum_parts, sum_blocks)
 
 
 @lru_cache(maxsize=1024)  # a plan for all numbers of rows
 def _weight_plan(device, dtype, norm_dtype, constants, warps, stages):
-    return Plan(_weight_gradient, constants, num_warps=warps, num_stages=stages)
+    return Plan(_weight_gradients, constants, num_warps=warps, num_stages=stages)
 
 
 @lru_cache(maxsize=1024)
@@ -327,26 +447,44 @@ def _sum_plan(device, dtype, norm_dtype, constants):
     return Plan(_sum_parts, constants, num_warps=4, num_stages=2)
 
 
-def weight_gradients(rows: int, *products: Product) -> None:
-    """Fill in the gradients of one or two linear layers over the same rows."""
-    outs = [out for p in products for out in (p.grad_weight, p.grad_bias, *(p.norm[-2:] if p.norm else ()))]
-    if not rows:
+def weight_gradients(rows: int, *products: Product) -> list[Gradients]:
+    """The gradients of up to two linear layers after a LayerNorm and two without, over the same rows."""
+    slots: list[Product | None] = [None] * 4
+    for product in products:
+        first = 0 if product.norm else 1
+        slots[first if slots[first] is None else first + 2] = product
+    results, inputs, outs, norm_dtype = {}, [], [], None
+    for slot, product in enumerate(slots):
+        if product is None:
+            inputs += [None] * (2 if slot % 2 else 7)
+            outs += [None] * (2 if slot % 2 else 4)
+            continue
+        grad, x, weight, norm = product
+        of_linear, of_norm = (torch.empty_like(weight), weight.new_empty(weight.shape[:1])), ()
+        inputs += [grad, x]
+        if norm:
+            of_norm, norm_dtype = (torch.empty_like(norm.weight), torch.empty_like(norm.bias)), norm.weight.dtype
+            inputs += [norm.mean, norm.rstd, weight, norm.weight, norm.bias]
+        outs += [*of_linear, *of_norm]
+        results[id(product)] = Gradients(of_linear, of_norm)
+    if rows:
+        x = products[0].x
+        shapes = tuple((0, 0) if p is None else tuple(p.weight.shape) for p in slots)
+        schedule = _schedule(x.get_device(), x.dtype, norm_dtype, kind_of(x.dtype), architecture(x), rows, shapes)
+        sums = torch.empty(schedule.numbers, dtype=torch.float32, device=x.device)
+        schedule.products(schedule.grid, (sums, *inputs), (rows, schedule.part_rows))
+        schedule.sum_parts((schedule.blocks,), (sums, *outs), (schedule.grid[1],))
+    else:
         for out in outs:
-            out.zero_()
-        return
-    x, norm = products[0].x, products[0].norm
-    schedule = _schedule(
-        x.get_device(),
-        x.dtype,
-        norm and norm.weight.dtype,
-        kind_of(x.dtype),
-        architecture(x),
-        rows,
-        *[(*p.grad_weight.shape, p.norm is not None) for p in products],
-    )
-    sums = torch.empty(schedule.numbers, dtype=torch.float32, device=x.device)
-    for p, (plan, grid, scalars) in zip(products, schedule.products, strict=True):
-        norm = p.norm
-        inputs = (norm.mean, norm.rstd, norm.linear_weight, norm.weight, norm.bias) if norm else _NO_NORM
-        plan(grid, (p.grad, p.x, *inputs, sums), scalars)
-    schedule.sum_parts((schedule.blocks,), (sums, *outs, *_NO_NORM[: 6 - len(outs)]), schedule.parts)
+            if out is not None:
+                out.zero_()
+    return [results[id(product)] for product in products]
+
+
+def add_columns(sums: Tensor, parts: int, *outs: Tensor) -> None:
+    """outs[0] and outs[1], of K numbers, from sums[0] and sums[1], each of which has `parts` rows of K and is filled up
+    to 16 bytes: one more launch of the kernel above, for which a column of K numbers is the bias of a linear layer, or
+    the weight of one with one input."""
+    K = outs[0].numel()
+    plan = _sum_plan(sums.get_device(), None, outs[0].dtype, (0, 0, K, 1, 0, 0, 0, 0, 1, _BLOCK))
+    plan((2 * ceil_div(K, _BLOCK),), (sums, *[None] * 4, *outs, *[None] * 6), (parts,))

@@ -56,7 +56,7 @@ class Plan:
     def __call__(
         self, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], scalars: tuple[int | float, ...] = ()
     ) -> None:
-        """Launch on the current stream of the tensors' device, which is that of the first.
+        """Launch on the current stream of the tensors' device, which is that of the first (never None).
 
         The kernel takes the tensors, the scalars and the constants, in this order. Scalars are not specialised upon
         (``do_not_specialize``) and their types are annotated or always 32 bits wide.

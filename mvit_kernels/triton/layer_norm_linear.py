@@ -148,11 +148,8 @@ def backward(grad_out, x, mean, rstd, norm_weight, norm_bias, weight, bias, acti
         before = torch.empty_like(grad)
         _launch(x, norm_weight, norm_bias, weight, bias, grad, before, mean, rstd, 0.0, activation)
         grad = before
-    grad_x, grad_norm_weight, grad_norm_bias, grad_weight = (
-        torch.empty_like(t) for t in (x, norm_weight, norm_bias, weight)
-    )
-    grad_bias = weight.new_empty(weight.shape[:1])
+    grad_x = torch.empty_like(x)
     norm_backward(grad, weight, x, mean, rstd, norm_weight, None, grad_x)
-    norm = Norm(mean, rstd, norm_weight, norm_bias, weight, grad_norm_weight, grad_norm_bias)
-    weight_gradients(mean.numel(), Product(grad, x, grad_weight, grad_bias, norm))
-    return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias
+    product = Product(grad, x, weight, Norm(mean, rstd, norm_weight, norm_bias))
+    (grads,) = weight_gradients(mean.numel(), product)
+    return grad_x, *grads.of_norm, *grads.of_linear

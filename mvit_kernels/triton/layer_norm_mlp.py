@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 
 from . import _rows
+from ._dropout import NOTHING, Dropped, element_factor, row_factor
 from ._gradients import Norm, Product, norm_backward, weight_gradients
 from ._launch import Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
 
 OP = "layer_norm_mlp"
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "threshold", "path_threshold"])
 def _mlp(
     x,
     norm_weight,
@@ -28,11 +29,16 @@ def _mlp(
     fc1_bias,
     fc2_weight,
     fc2_bias,
+    seed,
     out,
     mean,
     rstd,
     M,
     eps,
+    threshold,
+    scale,
+    path_threshold,
+    path_scale,
     K: tl.constexpr,
     HIDDEN: tl.constexpr,
     BM: tl.constexpr,
@@ -40,8 +46,16 @@ def _mlp(
     KC: tl.constexpr,
     NC: tl.constexpr,
     PRECISION: tl.constexpr,
+    DROP: tl.constexpr,
+    PATH: tl.constexpr,
+    BRANCH: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
 ):
-    """out = x + fc2(silu(fc1(LN(x)))): fc1's accumulator, through SiLU, is fc2's operand."""
+    """out = x + fc2(silu(fc1(LN(x)))): fc1's accumulator, through SiLU, is fc2's operand. fc2's rows are dropped where
+    dropout is live."""
     first_row = tl.program_id(0) * BM
     offset = first_row.to(tl.int64)
     rows, end = tl.arange(0, BM), M - first_row
@@ -68,9 +82,15 @@ def _mlp(
             w = _rows.load(fc2_weight, hs, ks, HIDDEN, K, 1, HIDDEN, CHECK_H, (c + 1) * KC > K)
             updated = updated + (tl.dot(active, w, accumulators[c], input_precision=PRECISION),)
         accumulators = updated
+    if PATH:
+        kept = row_factor(seed, first_row, path_threshold, path_scale, BRANCH, H, W, PH, PW, BM)
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)
         y = accumulators[c] + _rows.load_vector(fc2_bias, columns, K, (c + 1) * KC > K)[None, :]
+        if DROP:
+            y *= element_factor(seed, first_row, c * KC, threshold, scale, BRANCH, BM, KC)
+        if PATH:
+            y *= kept[:, None]
         y += _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32)
         _rows.store(out + offset * K, y, rows, columns, end, K, K, (c + 1) * KC > K)
 
@@ -140,13 +160,13 @@ _HIDDEN_TILES = {
 
 
 @lru_cache(maxsize=4096)
-def _plan(device, dtype, norm_dtype, kind, arch, K, HIDDEN):
+def _plan(device, dtype, norm_dtype, kind, arch, K, HIDDEN, drop):
     BM, BH, widest, warps, stages = _TILES[kind]
     if K > 256:
         BM, BH, widest, warps, stages = _TILE_WIDE
     elif K > 192 and kind == "half" and is_small(arch):
         BM, BH, widest, warps, stages = _TILE_240
-    constants = (K, HIDDEN, BM, BH, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32")
+    constants = (K, HIDDEN, BM, BH, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32", *drop)
     return Plan(_mlp, constants, num_warps=warps, num_stages=stages), BM
 
 
@@ -165,16 +185,28 @@ def _key(x, norm_weight, fc1_weight):
 
 
 @register(OP)
-def forward(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
+def forward(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, drop: Dropped = NOTHING):
     inputs = dense(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     x = inputs[0]
     out = torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if rows := mean.numel():
-        plan, BM = _plan(*_key(x, norm_weight, fc1_weight))
-        plan((ceil_div(rows, BM),), (*inputs, out, mean, rstd), (rows, eps))
+        plan, BM = _plan(*_key(x, norm_weight, fc1_weight), drop.constants)
+        plan((ceil_div(rows, BM),), (*inputs, drop.seed, out, mean, rstd), (rows, eps, *drop.scalars))
     return out, mean, rstd
+
+
+def hidden_gradient(grad, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight):
+    """silu(fc1(LN(x))) and the gradient before SiLU, of contiguous tensors; `grad` is that of fc2's output."""
+    rows = mean.numel()
+    hidden = x.new_empty((rows, fc1_weight.shape[0]))
+    grad_hidden = torch.empty_like(hidden)
+    if rows:
+        plan, BM, tiles = _hidden_plan(*_key(x, norm_weight, fc1_weight))
+        inputs = (grad, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
+        plan((ceil_div(rows, BM), tiles), (*inputs, hidden, grad_hidden), (rows,))
+    return hidden, grad_hidden
 
 
 @register(f"{OP}_backward")
@@ -182,30 +214,12 @@ def backward(grad_out, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bi
     grad_out, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight = dense(
         grad_out, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight
     )
-    rows = mean.numel()
-    hidden = x.new_empty((rows, fc1_weight.shape[0]))
-    grad_hidden = torch.empty_like(hidden)
-    if rows:
-        plan, BM, tiles = _hidden_plan(*_key(x, norm_weight, fc1_weight))
-        inputs = (grad_out, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
-        plan((ceil_div(rows, BM), tiles), (*inputs, hidden, grad_hidden), (rows,))
-    grad_x, grad_norm_weight, grad_norm_bias, grad_fc1_weight, grad_fc1_bias, grad_fc2_weight = (
-        torch.empty_like(t) for t in (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
-    )
-    grad_fc2_bias = fc2_weight.new_empty(fc2_weight.shape[:1])
+    mlp = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
+    hidden, grad_hidden = hidden_gradient(grad_out, x, mean, rstd, *mlp)
+    grad_x = torch.empty_like(x)
     norm_backward(grad_hidden, fc1_weight, x, mean, rstd, norm_weight, grad_out, grad_x)
-    norm = Norm(mean, rstd, norm_weight, norm_bias, fc1_weight, grad_norm_weight, grad_norm_bias)
-    weight_gradients(
-        rows,
-        Product(grad_hidden, x, grad_fc1_weight, grad_fc1_bias, norm),
-        Product(grad_out, hidden, grad_fc2_weight, grad_fc2_bias),
-    )
-    return (
-        grad_x,
-        grad_norm_weight,
-        grad_norm_bias,
-        grad_fc1_weight,
-        grad_fc1_bias,
-        grad_fc2_weight,
-        grad_fc2_bias,
-    )
+    norm = Norm(mean, rstd, norm_weight, norm_bias)
+    fc1 = Product(grad_hidden, x, fc1_weight, norm)
+    fc2 = Product(grad_out, hidden, fc2_weight)
+    grads1, grads2 = weight_gradients(mean.numel(), fc1, fc2)
+    return grad_x, *grads1.of_norm, *grads1.of_linear, *grads2.of_linear

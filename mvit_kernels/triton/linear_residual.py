@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import _rows
+from ._dropout import NOTHING, Dropped, element_factor, row_factor
 from ._gradients import Product, weight_gradients
 from ._launch import (
     Plan,
@@ -25,14 +26,19 @@ from ._launch import (
 OP = "linear_residual"
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "threshold", "path_threshold"])
 def _product(
     x,
     weight,
     bias,
     residual,
+    seed,
     out,
     M,
+    threshold,
+    scale,
+    path_threshold,
+    path_scale,
     K: tl.constexpr,
     N: tl.constexpr,
     STRIDE_K: tl.constexpr,
@@ -42,8 +48,15 @@ def _product(
     NB: tl.constexpr,
     NC: tl.constexpr,
     PRECISION: tl.constexpr,
+    DROP: tl.constexpr,
+    PATH: tl.constexpr,
+    BRANCH: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
 ):
-    """out = x · weight (+ bias) (+ residual): BM rows and NC · NB columns a program."""
+    """out = x · weight (+ bias), after dropout where it is live (+ residual): BM rows and NC · NB columns a program."""
     first_row = tl.program_id(0) * BM
     offset = first_row.to(tl.int64)
     rows, end = tl.arange(0, BM), M - first_row
@@ -52,11 +65,17 @@ def _product(
         x + offset * K, weight, rows, end, first, K, N, STRIDE_K, STRIDE_N, BM, BK, NB, NC, PRECISION
     )
     CHECK: tl.constexpr = N % (NC * NB) != 0
+    if PATH:
+        kept = row_factor(seed, first_row, path_threshold, path_scale, BRANCH, H, W, PH, PW, BM)
     for c in tl.static_range(NC):
         columns = first + c * NB + tl.arange(0, NB)
         y = accumulators[c]
         if bias is not None:
             y += _rows.load_vector(bias, columns, N, CHECK)[None, :]
+        if DROP:
+            y *= element_factor(seed, first_row, first + c * NB, threshold, scale, BRANCH, BM, NB)
+        if PATH:
+            y *= kept[:, None]
         if residual is not None:
             y += _rows.load(residual + offset * N, rows, columns, end, N, N, 1, True, CHECK).to(tl.float32)
         _rows.store(out + offset * N, y, rows, columns, end, N, N, CHECK)
@@ -72,17 +91,17 @@ _FEW_ROWS = 8192  # less than one program of 64 rows for each of 128 SMs: then c
 
 
 @lru_cache(maxsize=4096)
-def _plan(device, dtype, kind, arch, K, N, transposed, few_rows, bias, residual):
+def _plan(device, dtype, kind, arch, K, N, transposed, few_rows, bias, residual, drop):
     BM, BK, widest, most, warps, stages = _TILES[kind]
     NB, NC = chunked(N, widest, 64 if few_rows else most)
     BK = min(BK, chunked(K, BK, BK)[0])
     strides = (1, K) if transposed else (N, 1)
-    constants = (K, N, *strides, BM, BK, NB, NC, "ieee" if kind == "ieee" else "tf32")
+    constants = (K, N, *strides, BM, BK, NB, NC, "ieee" if kind == "ieee" else "tf32", *drop)
     return Plan(_product, constants, num_warps=warps, num_stages=stages), BM, NB * NC
 
 
-def product(x, weight, bias, residual, out, rows, *, transposed):
-    """out = x · weight, or x · weightᵀ where `transposed`, (+ bias) (+ residual), of contiguous rows."""
+def product(x, weight, bias, residual, out, rows, *, transposed, drop: Dropped = NOTHING):
+    """out = x · weight, or x · weightᵀ where `transposed`, (+ bias), dropped, (+ residual), of contiguous rows."""
     K, N = x.shape[-1], out.shape[-1]
     plan, BM, columns = _plan(
         x.get_device(),
@@ -95,26 +114,26 @@ def product(x, weight, bias, residual, out, rows, *, transposed):
         rows <= _FEW_ROWS,
         bias is not None,
         residual is not None,
+        drop.constants,
     )
-    plan((ceil_div(rows, BM), ceil_div(N, columns)), (x, weight, bias, residual, out), (rows,))
+    grid = (ceil_div(rows, BM), ceil_div(N, columns))
+    plan(grid, (x, weight, bias, residual, drop.seed, out), (rows, *drop.scalars))
 
 
 @register(OP)
-def forward(x, weight, bias, residual):
+def forward(x, weight, bias, residual, drop: Dropped = NOTHING):
     x, weight, bias, residual = dense(x, weight, bias, residual)
     out = torch.empty_like(residual)
     if out.numel():
-        product(x, weight, bias, residual, out, out.numel() // weight.shape[0], transposed=True)
+        product(x, weight, bias, residual, out, out.numel() // weight.shape[0], transposed=True, drop=drop)
     return out
 
 
 @register(f"{OP}_backward")
 def backward(grad_out, x, weight):
     grad_out, x, weight = dense(grad_out, x, weight)
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    grad_bias = weight.new_empty(weight.shape[:1])
-    rows = x.numel() // x.shape[-1]
+    grad_x, rows = torch.empty_like(x), x.numel() // x.shape[-1]
     if rows:
         product(grad_out, weight, None, None, grad_x, rows, transposed=False)
-    weight_gradients(rows, Product(grad_out, x, grad_weight, grad_bias))
-    return grad_x, grad_weight, grad_bias
+    (grads,) = weight_gradients(rows, Product(grad_out, x, weight))
+    return grad_x, *grads.of_linear

@@ -5,9 +5,11 @@ Token n of the sequence at place (i, j) of the patches lies at row ``(n // NW) Â
 j`` of the map, NW being the patches in a row. NW and N are constants of the kernel: a division by a run-time NW costs
 430 of 1389 instructions.
 
-Forward is FlashAttention's (arXiv:2205.14135, algorithm 1). Backward needs no atomics: a program owns a whole
-(sequence, head) where its queries fit on chip (5 products), or else one block of queries and then the same block of
-keys (7 products). Sequences of up to 16 tokens take kernels of their own (`patch_attention_short`).
+Forward is FlashAttention's (arXiv:2205.14135, algorithm 1). Exponents become those of 2 only after the largest score is
+taken out: scores of a thousand would lose three more bits of their differences, and float32 gradients were three times
+as far off as PyTorch's. Backward needs no atomics: a program owns a whole (sequence, head) where its queries fit on
+chip (5 products), or else one block of queries and then the same block of keys (7 products). Sequences of up to 16
+tokens take kernels of their own (`patch_attention_short`).
 """
 
 from functools import lru_cache
@@ -85,12 +87,12 @@ def _forward(
         ns = n + tl.arange(0, BN)
         steps = steps_of(ns, NW, PH * SH, PW * SW, WIDE)
         k = load_parts(qkv + INNER, steps, ns, N, D, D0, D1, CHECK_N)
-        scores = product(q, k, D1, PRECISION) * (scale * LOG2_E)
+        scores = product(q, k, D1, PRECISION) * scale
         if CHECK_N:
             scores = tl.where((ns < N)[None, :], scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, axis=1))
-        p = tl.exp2(scores - now[:, None])
-        shrink = tl.exp2(largest - now)
+        p = tl.exp2((scores - now[:, None]) * LOG2_E)
+        shrink = tl.exp2((largest - now) * LOG2_E)
         total = total * shrink + tl.sum(p, axis=1)
         largest = now
         v = load_parts(qkv + 2 * INNER, steps, ns, N, D, D0, D1, CHECK_N)
@@ -102,7 +104,7 @@ def _forward(
     for c in tl.static_range(1 + (D1 > 0)):
         results = results + (sums[c] / total[:, None],)
     store_parts(out, results, steps_of(ms, NW, PH * OUT_H, PW * INNER, WIDE), ms, N, D, D0, D1, CHECK_M)
-    tl.store(logsumexp + both * N + ms, (largest + tl.log2(total)) * LN_2, mask=ms < N)
+    tl.store(logsumexp + both * N + ms, largest + tl.log2(total) * LN_2, mask=ms < N)
 
 
 @triton.jit
@@ -147,14 +149,14 @@ def _backward_whole(
     o = load_parts(out, out_steps, ms, N, D, D0, D1, CHECK_M)
     g = load_parts(grad_out, out_steps, ms, N, D, D0, D1, CHECK_M)
     delta = row_dots(o, g, D1)
-    lse = tl.load(logsumexp + both * N + ms, mask=ms < N, other=0.0) * LOG2_E
+    lse = tl.load(logsumexp + both * N + ms, mask=ms < N, other=0.0)
     grad_q = zero_parts(BM, D0, D1)
     for n in range(0, N, BN):
         ns = n + tl.arange(0, BN)
         steps = steps_of(ns, NW, PH * SH, PW * SW, WIDE)
         k = load_parts(qkv + INNER, steps, ns, N, D, D0, D1, CHECK_N)
         v = load_parts(qkv + 2 * INNER, steps, ns, N, D, D0, D1, CHECK_N)
-        p = tl.exp2(product(q, k, D1, PRECISION) * (scale * LOG2_E) - lse[:, None])
+        p = tl.exp2((product(q, k, D1, PRECISION) * scale - lse[:, None]) * LOG2_E)
         if CHECK_N:
             p = tl.where((ns < N)[None, :], p, 0.0)
         ds = p * (product(g, v, D1, PRECISION) - delta[:, None]) * scale
@@ -215,14 +217,14 @@ def _backward_blocks(
     q = load_parts(qkv, steps, ms, N, D, D0, D1, CHECK_M)
     g = load_parts(grad_out, out_steps, ms, N, D, D0, D1, CHECK_M)
     delta = row_dots(load_parts(out, out_steps, ms, N, D, D0, D1, CHECK_M), g, D1)
-    lse = tl.load(logsumexp + ms, mask=ms < N, other=0.0) * LOG2_E
+    lse = tl.load(logsumexp + ms, mask=ms < N, other=0.0)
     grad_q = zero_parts(BM, D0, D1)
     for n in range(0, N, BN):
         ns = n + tl.arange(0, BN)
         key_steps = steps_of(ns, NW, PH * SH, PW * SW, WIDE)
         k = load_parts(qkv + INNER, key_steps, ns, N, D, D0, D1, CHECK_N)
         v = load_parts(qkv + 2 * INNER, key_steps, ns, N, D, D0, D1, CHECK_N)
-        p = tl.exp2(product(q, k, D1, PRECISION) * (scale * LOG2_E) - lse[:, None])
+        p = tl.exp2((product(q, k, D1, PRECISION) * scale - lse[:, None]) * LOG2_E)
         if CHECK_N:
             p = tl.where((ns < N)[None, :], p, 0.0)
         ds = p * (product(g, v, D1, PRECISION) - delta[:, None]) * scale
@@ -238,9 +240,9 @@ def _backward_blocks(
         queries = load_parts(qkv, steps_of(ns, NW, PH * SH, PW * SW, WIDE), ns, N, D, D0, D1, CHECK_N)
         grads = load_parts(grad_out, row_steps, ns, N, D, D0, D1, CHECK_N)
         deltas = row_dots(load_parts(out, row_steps, ns, N, D, D0, D1, CHECK_N), grads, D1)
-        lses = tl.load(logsumexp + ns, mask=ns < N, other=0.0) * LOG2_E
+        lses = tl.load(logsumexp + ns, mask=ns < N, other=0.0)
         # keys by queries: the transposes that the products want. Rows of keys after the last are never stored.
-        p = tl.exp2(product(keys, queries, D1, PRECISION) * (scale * LOG2_E) - lses[None, :])
+        p = tl.exp2((product(keys, queries, D1, PRECISION) * scale - lses[None, :]) * LOG2_E)
         ds = p * (product(values, grads, D1, PRECISION) - deltas[None, :]) * scale
         grad_v = weigh(p.to(qkv.dtype.element_ty), grads, grad_v, D1, PRECISION)
         grad_k = weigh(ds.to(qkv.dtype.element_ty), queries, grad_k, D1, PRECISION)

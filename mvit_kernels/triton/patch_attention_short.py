@@ -72,11 +72,11 @@ def forward(
     q = tl.load(first + offsets, mask=inside, other=0.0)
     k = tl.load(first + INNER + offsets, mask=inside, other=0.0)
     v = tl.load(first + 2 * INNER + offsets, mask=inside, other=0.0)
-    scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION) * (scale * LOG2_E)
+    scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION) * scale
     if N < NB:
         scores = tl.where((tokens < N)[None, None, :], scores, float("-inf"))
     largest = tl.max(scores, axis=2)
-    p = tl.exp2(scores - largest[:, :, None])
+    p = tl.exp2((scores - largest[:, :, None]) * LOG2_E)
     total = tl.sum(p, axis=2)
     result = tl.dot(p.to(q.dtype), v, input_precision=PRECISION) / total[:, :, None]
     out += (image * (NH * PH) + i) * OUT_H + j * INNER
@@ -85,7 +85,7 @@ def forward(
     heads = tl.arange(0, HB)
     at = (tl.program_id(0).to(tl.int64) * HEADS + heads[:, None]) * N + tokens[None, :]
     mask = (heads < HEADS)[:, None] & (tokens < N)[None, :]
-    tl.store(logsumexp + at, (largest + tl.log2(total)) * LN_2, mask=mask)
+    tl.store(logsumexp + at, largest + tl.log2(total) * LN_2, mask=mask)
 
 
 @triton.jit
@@ -128,9 +128,9 @@ def backward(
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), axis=2)
     at = (tl.program_id(0).to(tl.int64) * HEADS + heads[:, None]) * N + tokens[None, :]
     mask = (heads < HEADS)[:, None] & (tokens < N)[None, :]
-    lse = tl.load(logsumexp + at, mask=mask, other=0.0) * LOG2_E
-    scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION) * (scale * LOG2_E)
-    p = tl.exp2(scores - lse[:, :, None])
+    lse = tl.load(logsumexp + at, mask=mask, other=0.0)
+    scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION) * scale
+    p = tl.exp2((scores - lse[:, :, None]) * LOG2_E)
     if N < NB:
         p = tl.where((tokens < N)[None, None, :], p, 0.0)
     ds = p * (tl.dot(g, tl.permute(v, (0, 2, 1)), input_precision=PRECISION) - delta[:, :, None]) * scale

@@ -78,13 +78,20 @@ def jobs(width: int, batch: int, dtype: torch.dtype, device: str) -> Iterator[tu
     bias = t(3 * width)
     mlp = (*norm, fc1, bias[: 2 * width], fc2)
     out, mean, rstd = layer_norm_linear.forward(x, *norm, qkv, bias, 1e-5, "")
+    hidden = t(batch, side, side, 2 * width)
 
     def norm_backward():
         _gradients.norm_backward(out, qkv, x, mean, rstd, norm[0], None, torch.empty_like(x))
 
-    def weight_gradients():
-        grads = _gradients.Product(out, x, torch.empty_like(qkv), torch.empty_like(bias))
-        _gradients.weight_gradients(mean.numel(), grads)
+    def weight_gradients():  # a whole layer's, in training one launch
+        before = _gradients.Norm(mean, rstd, *norm)
+        _gradients.weight_gradients(
+            mean.numel(),
+            _gradients.Product(out, x, qkv, before),
+            _gradients.Product(x, x, proj),
+            _gradients.Product(hidden, x, fc1, before),
+            _gradients.Product(x, hidden, fc2),
+        )
 
     yield (
         "layer_norm_linear._TILES",

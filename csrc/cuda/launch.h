@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launch of a kernel, for the .cu files.
+#pragma once
+
+#ifdef MVIT_EMULATED
+#include "emulation/launch.h"
+#else
+
+#include <cuda_runtime.h>
+
+namespace mvit {
+
+constexpr int kOrdinarySharedBytes = 48 << 10;  // that a kernel may have without being asked
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, cudaStream_t stream,
+           const Arguments&... arguments) {
+  if (shared_bytes > kOrdinarySharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+}  // namespace mvit
+
+#endif  // MVIT_EMULATED

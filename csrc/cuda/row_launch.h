@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches of the row-wise operators' kernels, for the files that compile them for one dtype each.
+#pragma once
+
+#include "launch.h"
+#include "layer_norm_mlp_kernel.h"
+#include "row_product_kernel.h"
+
+namespace mvit {
+
+template <bool HALF>
+int launch_row_product(const RowProduct& args, const RowProductPlan& plan, CUstream_st* stream) {
+  using T = std::conditional_t<HALF, Half, BFloat16>;
+  const int64_t rows = 32 * plan.warps;
+  return launch(args.residual ? row_product_kernel<T, false> : row_product_kernel<T, true>,
+                dim3(static_cast<unsigned>((args.count + rows - 1) / rows), plan.blocks_y), 32 * plan.warps,
+                plan.shared_bytes, stream, args, plan);
+}
+
+template <bool HALF>
+int launch_layer_norm_mlp(const RowMlp& args, CUstream_st* stream) {
+  return launch(layer_norm_mlp_kernel<std::conditional_t<HALF, Half, BFloat16>>,
+                dim3(static_cast<unsigned>((args.count + kMlpRows - 1) / kMlpRows)), 32 * kMlpWarps,
+                row_mlp_shared_bytes(args.channels), stream, args);
+}
+
+}  // namespace mvit

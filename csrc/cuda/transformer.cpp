@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// transformer.cuda: checks and memory around transformer_kernel.h. Weights come packed (mvit_kernels/cuda/packing.py);
+// mvit_kernels/cuda/transformer.py packs them, decides the plan and calls this.
+#include "transformer.h"
+
+#include <vector>
+
+#include "tensors.h"
+
+namespace mvit {
+namespace {
+
+TransformerLaunch* kernel_of(int64_t width, int64_t head_dim, int64_t tiles, bool half) {
+  switch (width) {
+    case 64: return find_transformer<64>(head_dim, tiles, half);
+    case 80: return find_transformer<80>(head_dim, tiles, half);
+    case 96: return find_transformer<96>(head_dim, tiles, half);
+    case 120: return find_transformer<120>(head_dim, tiles, half);
+    case 144: return find_transformer<144>(head_dim, tiles, half);
+    case 192: return find_transformer<192>(head_dim, tiles, half);
+    case 240: return find_transformer<240>(head_dim, tiles, half);
+    default: return nullptr;
+  }
+}
+
+// The kernel reads and writes rows by 16 bytes.
+bool reads_directly(const Tensor& x) {
+  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(3) == 1;
+  for (int axis = 0; axis < 3; ++axis) aligned &= x.size(axis) == 1 || x.stride(axis) % 8 == 0;
+  return aligned;
+}
+
+Tensor transformer(const Tensor& x_argument, const Tensor& packed, int64_t version, int64_t layers, int64_t head_dim,
+                   int64_t hidden, bool final_norm, std::vector<int64_t> patch, double eps, int64_t tiles,
+                   int64_t sequences_of_a_block) {
+  STD_TORCH_CHECK(x_argument.dim() == 4, "transformer: x must be (B, H, W, d), not of ", x_argument.dim(), " axes");
+  STD_TORCH_CHECK(patch.size() == 2 && patch[0] > 0 && patch[1] > 0 && x_argument.size(1) % patch[0] == 0 &&
+                      x_argument.size(2) % patch[1] == 0,
+                  "transformer: a map of ", x_argument.size(1), " x ", x_argument.size(2),
+                  " does not divide into the patches");
+  const ScalarType type = x_argument.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
+                  "transformer: the CUDA kernels take float16 and bfloat16");
+  STD_TORCH_CHECK(version == kTransformerVersion, "transformer: the weights were packed by version ", version,
+                  " of the order, and the library reads version ", kTransformerVersion, ": build it again");
+  const int64_t images = x_argument.size(0), height = x_argument.size(1), width = x_argument.size(2);
+  const int64_t d = x_argument.size(3), tokens = height / patch[0] * (width / patch[1]);
+  TransformerLaunch* launch = kernel_of(d, head_dim, tiles, type == ScalarType::Half);
+  STD_TORCH_CHECK(launch != nullptr, "transformer: no kernel for rows of ", d, ", heads of ", head_dim, " and warps of ",
+                  16 * tiles, " rows");
+  const TransformerLayout layout{static_cast<int>(d), static_cast<int>(head_dim)};
+  STD_TORCH_CHECK(layers > 0 && hidden > 0 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                      packed.get_device_index() == x_argument.get_device_index() &&
+                      packed.numel() == layout.packed_bytes(layers, (hidden + kHiddenChunk - 1) / kHiddenChunk),
+                  "transformer: the packed weights are not those of ", layers, " layers with ", hidden, " hidden units");
+
+  const Device device(x_argument);
+  const Tensor x = reads_directly(x_argument) ? x_argument : torch::stable::contiguous(torch::stable::clone(x_argument));
+  Tensor out = torch::stable::new_empty(x, {images, height, width, d}, type);
+  if (images == 0 || tokens == 0) return out;
+  TransformerArgs args = transformer_args({tiles, sequences_of_a_block}, images, height, width, patch[0], patch[1], layers,
+                                          hidden, final_norm, eps);
+  STD_TORCH_CHECK(sequences_of_a_block > 0 && args.warps <= kMostWarps && images * patch[0] * patch[1] < (int64_t{1} << 31),
+                  "transformer: ", sequences_of_a_block, " sequences of ", tokens, " tokens are no block");
+  args.in = {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+  args.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
+  args.weights = static_cast<const unsigned char*>(packed.const_data_ptr());
+  check_launch("transformer", launch(args, device.stream()));
+  return out;
+}
+
+}  // namespace
+}  // namespace mvit
+
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CUDA, m) { m.impl("transformer_packed.cuda", TORCH_BOX(&mvit::transformer)); }

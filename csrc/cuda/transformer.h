@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the host and the kernel of `transformer` agree on: its arguments, the order of the packed weights (which
+// mvit_kernels/cuda/packing.py writes) and the shared memory of a block.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+
+struct CUstream_st;  // what a cudaStream_t points to
+
+namespace mvit {
+
+constexpr int kTransformerVersion = 1;  // of the packed weights; packing.py has the same
+
+constexpr int kHeads = 4;         // of every MobileViT
+constexpr int kHiddenChunk = 32;  // hidden units whose two matrices are a chunk
+constexpr int kMostWarps = 8;     // 255 registers a thread
+
+// Weights stream through shared memory in chunks, each of which is in memory as the kernel reads it. A layer's chunks are
+//
+//   for each head: `kv_parts` of key and value, then query;  then `proj_parts` of the out-projection;
+//   then for each 32 hidden units, of fc1 and fc2.
+//
+// Matrices are in fragments (see fragments.h) of 16 × 8 elements for 16 × 8 products. Widths are padded to 16, head dims
+// to 8, hidden units to 32, with zeros. Behind the matrices of q, k, v and fc1 come their vectors: for each four lanes
+// and eight columns two column sums and two biases in float32. An out-projection's tile is followed by its 16 biases.
+// Behind all layers, in float32 and `padded` wide: fc2's bias of every layer, the last LayerNorm's weight and its bias.
+struct TransformerLayout {
+  int width;
+  int head_dim;
+
+  constexpr int tiles() const { return (width + 15) / 16; }
+  constexpr int padded() const { return 16 * tiles(); }
+  constexpr int head() const { return (head_dim + 7) / 8 * 8; }
+
+  constexpr int mlp_chunk() const { return 2 * padded() * kHiddenChunk * 2 + kHiddenChunk * 8; }
+  // A chunk that is larger than those of the MLP is cut where it makes a slot of the ring larger than 24 KB.
+  constexpr int most() const { return mlp_chunk() > 24576 ? mlp_chunk() : 24576; }
+  constexpr int kv_parts() const {
+    int parts = 1;
+    while (tiles() % parts || kv_chunk(parts) > most()) ++parts;
+    return parts;
+  }
+  constexpr int kv_tiles() const { return tiles() / kv_parts(); }
+  constexpr int kv_matrix() const { return 16 * kv_tiles() * 2 * head() * 2; }  // bytes before the vectors
+  constexpr int kv_chunk() const { return kv_chunk(kv_parts()); }
+  constexpr int q_matrix() const { return padded() * head() * 2; }
+  constexpr int q_chunk() const { return q_matrix() + head() * 8; }
+  constexpr int proj_tile() const { return kHeads * head() * 16 * 2 + 16 * 4; }
+  constexpr int proj_parts() const {
+    int parts = 1;
+    while (tiles() % parts || tiles() / parts * proj_tile() > most()) ++parts;
+    return parts;
+  }
+  constexpr int proj_tiles() const { return tiles() / proj_parts(); }
+  constexpr int proj_chunk() const { return proj_tiles() * proj_tile(); }
+
+  constexpr int slot() const {
+    int most = mlp_chunk();
+    for (int bytes : {kv_chunk(), q_chunk(), proj_chunk()}) most = bytes > most ? bytes : most;
+    return (most + 127) / 128 * 128;
+  }
+  constexpr int64_t layer_bytes(int64_t hidden_chunks) const {
+    return kHeads * (int64_t{kv_parts()} * kv_chunk() + q_chunk()) + int64_t{proj_parts()} * proj_chunk() +
+           hidden_chunks * mlp_chunk();
+  }
+  constexpr int64_t packed_bytes(int64_t layers, int64_t hidden_chunks) const {
+    return layers * layer_bytes(hidden_chunks) + (layers + 2) * padded() * 4;
+  }
+
+  // Rows of a value are an odd number of 16 bytes apart, so that ldmatrix meets each bank once.
+  constexpr int value_stride() const { return (head() / 8 | 1) * 16; }
+  constexpr int key_stride() const { return head() * 2; }
+
+  // Shared memory: the ring's two slots, then for each 16 rows of the block the rows themselves in A fragments, their means
+  // and 1 / σ, keys in fragments, and values. So all places are a tile's begin and a constant: registers are scarce.
+  constexpr int norms() const { return 16 * padded() * 2; }
+  constexpr int keys() const { return norms() + 16 * 8; }
+  constexpr int values() const { return keys() + 16 * key_stride(); }
+  constexpr int tile_bytes() const { return values() + 16 * value_stride(); }
+  constexpr int shared_bytes(int rows) const { return 2 * slot() + rows / 16 * tile_bytes(); }
+
+ private:
+  constexpr int kv_chunk(int parts) const { return padded() / parts * 2 * head() * 2 + 2 * head() * 8; }
+};
+
+// Strides are in elements, `columns` being adjacent.
+struct TransformerMap {
+  void* data;
+  int64_t image, row, column;
+};
+
+struct TransformerArgs {
+  TransformerMap in, out;  // both on multiples of 16 bytes
+  const unsigned char* weights;
+  int sequences;
+  int patch_height, patch_width;  // a sequence is a place in the patch, of an image
+  int patch_columns;              // patches in a row of the map
+  int tokens;                     // of a sequence: patches of an image
+  int padded_tokens;              // a whole number of warps' rows
+  int sequences_of_a_block;
+  int layers;
+  int hidden_chunks;
+  int warps;
+  bool final_norm;
+  float eps;
+
+  unsigned blocks() const {
+    return static_cast<unsigned>((sequences + sequences_of_a_block - 1) / sequences_of_a_block);
+  }
+};
+
+// How a launch is cut: a warp has `tiles` times 16 rows, all of one sequence, and a block some sequences.
+struct TransformerPlan {
+  int64_t tiles;
+  int64_t sequences_of_a_block;
+};
+
+// Arguments for maps of images × height × width rows, both maps and the weights still missing.
+inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t images, int64_t height, int64_t width,
+                                        int64_t patch_height, int64_t patch_width, int64_t layers, int64_t hidden,
+                                        bool final_norm, double eps) {
+  const int64_t rows = 16 * plan.tiles, tokens = height / patch_height * (width / patch_width);
+  const int64_t padded = (tokens + rows - 1) / rows * rows;
+  TransformerArgs args{};
+  args.sequences = static_cast<int>(images * patch_height * patch_width);
+  args.patch_height = static_cast<int>(patch_height);
+  args.patch_width = static_cast<int>(patch_width);
+  args.patch_columns = static_cast<int>(width / patch_width);
+  args.tokens = static_cast<int>(tokens);
+  args.padded_tokens = static_cast<int>(padded);
+  args.sequences_of_a_block = static_cast<int>(plan.sequences_of_a_block);
+  args.layers = static_cast<int>(layers);
+  args.hidden_chunks = static_cast<int>((hidden + kHiddenChunk - 1) / kHiddenChunk);
+  args.warps = static_cast<int>(plan.sequences_of_a_block * padded / rows);
+  args.final_norm = final_norm;
+  args.eps = static_cast<float>(eps);
+  return args;
+}
+
+// The kernels: for rows of a width, of `half` or bfloat16; null for one that is not compiled. A launch returns a cudaError_t.
+using TransformerLaunch = int(const TransformerArgs& args, CUstream_st* stream);
+template <int WIDTH>
+TransformerLaunch* find_transformer(int64_t head_dim, int64_t tiles, bool half);
+
+}  // namespace mvit

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How launches are cut, and which of two ways is taken: literal tables and what follows from them, by shape and device.
+
+The numbers are from arithmetic (instruction counts, shared memory, bytes), none from a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WIDTHS = (64, 80, 96, 120, 144, 192, 240)
+SHORT_HEAD = 8  # Kornia's; elsewhere a head is a quarter of the width
+MOST_WARPS = 8  # in a block, at up to 255 registers a thread
+# Warps of 32 rows read weights from shared memory half as often, and have the registers for it up to this width.
+WIDEST_FOR_32_ROWS = 192
+HIDDEN_CHUNK = 32
+
+# From how many sequences a multiprocessor on one launch beats an operator at a time, by the most tokens of a sequence.
+# A multiprocessor is a block's alone: 256 tokens of width 144 take two layers in some 110 µs on Hopper, from one image
+# to 33, where eight launches take 35 µs for one image and 2.6 µs for each more. Shorter sequences take less than the
+# launches do.
+ONE_LAUNCH_FROM = ((32, 0.0), (128, 0.1), (256, 0.5))
+
+
+class Layout:
+    """Sizes of the packed weights and of shared memory, as csrc/cuda/transformer.h has them."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        self.width, self.head_dim = width, head_dim
+        self.tiles = -(-width // 16)
+        self.padded = 16 * self.tiles
+        self.head = -(-head_dim // 8) * 8
+        self.mlp_chunk = 4 * self.padded * HIDDEN_CHUNK + 8 * HIDDEN_CHUNK
+        most = max(self.mlp_chunk, 24576)
+        self.kv_parts = self._parts(lambda parts: self.padded // parts * 4 * self.head + 16 * self.head, most)
+        self.kv_chunk = self.padded // self.kv_parts * 4 * self.head + 16 * self.head
+        self.q_chunk = self.padded * self.head * 2 + 8 * self.head
+        proj_tile = 4 * self.head * 32 + 64
+        self.proj_parts = self._parts(lambda parts: self.tiles // parts * proj_tile, most)
+        self.proj_chunk = self.tiles // self.proj_parts * proj_tile
+
+    def _parts(self, chunk, most: int) -> int:
+        return next(p for p in range(1, self.tiles + 1) if self.tiles % p == 0 and chunk(p) <= most)
+
+    def shared_bytes(self, rows: int) -> int:
+        """What a block of so many rows has in shared memory: rows, their means and deviations, key and value of a
+        head, and two chunks."""
+        slot = max(self.mlp_chunk, self.kv_chunk, self.q_chunk, self.proj_chunk)
+        value_stride = 16 * (self.head // 8 | 1)
+        return rows * (2 * self.padded + 8 + 2 * self.head + value_stride) + 2 * (-(-slot // 128) * 128)
+
+    def packed_bytes(self, layers: int, hidden: int) -> int:
+        """All of a stack's packed weights."""
+        layer = 4 * (self.kv_parts * self.kv_chunk + self.q_chunk) + self.proj_parts * self.proj_chunk
+        layer += -(-hidden // HIDDEN_CHUNK) * self.mlp_chunk
+        return layers * layer + (layers + 2) * self.padded * 4
+
+
+class TransformerPlan(NamedTuple):
+    """Tiles of 16 rows that a warp has, all of one sequence, and sequences that a block has."""
+
+    tiles: int
+    sequences_of_a_block: int
+
+
+def is_compiled(width: int, head_dim: int) -> bool:
+    """Whether there are kernels for rows and heads of these widths."""
+    return width in WIDTHS and head_dim in (width // 4, SHORT_HEAD)
+
+
+def plan_transformer(
+    width: int, head_dim: int, tokens: int, sequences: int, processors: int, shared_bytes: int
+) -> TransformerPlan | str:
+    """The plan for sequences of so many tokens on a GPU with so many multiprocessors and bytes of shared memory a
+    block, or why there is none."""
+    if width not in WIDTHS:
+        return f"rows of {width} are not supported; {', '.join(map(str, WIDTHS))} are"
+    if not is_compiled(width, head_dim):
+        return f"heads of {head_dim} are not supported for rows of {width}; {width // 4} and {SHORT_HEAD} are"
+    wide = width > WIDEST_FOR_32_ROWS
+    tiles = 1 if wide or (tokens <= 16 and head_dim != SHORT_HEAD) else 2
+    warps = max(1, -(-tokens // (16 * tiles)))
+    if warps > MOST_WARPS:
+        return (
+            f"sequences of {tokens} tokens are too long for one launch; up to {16 * tiles * MOST_WARPS} go for rows of "
+            f"{width}"
+        )
+    layout = Layout(width, head_dim)
+    most = MOST_WARPS // warps
+    while most and layout.shared_bytes(most * warps * 16 * tiles) > shared_bytes:
+        most -= 1
+    if most == 0:
+        return (
+            f"a sequence of {tokens} tokens needs {layout.shared_bytes(warps * 16 * tiles)} bytes of shared memory, "
+            f"and this GPU gives a block {shared_bytes}"
+        )
+    # No more in a block than give each multiprocessor one: the others would idle.
+    return TransformerPlan(tiles, max(1, min(most, -(-sequences // processors))))
+
+
+def one_launch_pays(tokens: int, sequences: int, processors: int) -> bool:
+    """Whether a stack is faster in one launch than by one operator after another."""
+    return any(tokens <= most and sequences >= least * processors for most, least in ONE_LAUNCH_FROM)

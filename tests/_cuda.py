@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend's ``transformer`` on CPU tensors: its own Python, and its kernel's own source under emulation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from _emulation import Driver
+from torch import Tensor
+
+from mvit_kernels import backends, cuda
+from mvit_kernels.cuda import transformer
+
+
+def run(
+    driver: Driver, x: Tensor, packed: Tensor, layers, head_dim, hidden, final_norm, patch, eps, plan, seed=0
+) -> Tensor:
+    """The launch that ``csrc/cuda/transformer.cpp`` would make, into memory full of NaN."""
+    out = torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
+    x = x.contiguous()
+    sizes = (*x.shape, head_dim, *patch, layers, hidden, final_norm)
+    if x.numel():
+        driver.forward(seed, x, out, packed, x.dtype == torch.float16, *sizes, float(eps), *plan, writes=[out])
+    return out
+
+
+@contextlib.contextmanager
+def serving_cpu_tensors(monkeypatch, driver: Driver) -> Iterator[list[tuple]]:
+    """Inside, the CUDA backend is the first choice for CPU tensors; gives the plans of the launches, as they happen."""
+    launches = []
+
+    def packed_operator(x, packed, version, layers, head_dim, hidden, final_norm, patch, eps, tiles, sequences):
+        assert version == transformer.VERSION
+        launches.append((tuple(x.shape), tiles, sequences))
+        return run(driver, x, packed, layers, head_dim, hidden, final_norm, patch, eps, (tiles, sequences))
+
+    library = torch.library.Library("mvit_kernels", "FRAGMENT")
+    library.impl("transformer.cuda", transformer.forward, "CPU")
+    library.impl("transformer_packed.cuda", packed_operator, "CPU")
+    monkeypatch.setattr(cuda, "unavailable", lambda device_type: [])
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", ("cuda", "reference"))
+    monkeypatch.setattr(backends, "_choices", {})
+    try:
+        yield launches
+    finally:
+        library._destroy()

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches of the row-wise operators' kernels.
+#include <row_launch.h>
+
+using namespace mvit;
+
+// With MVIT_ONLY_BFLOAT16 no more than that is compiled.
+#ifdef MVIT_ONLY_BFLOAT16
+constexpr bool kHalf = false;
+#else
+constexpr bool kHalf = true;
+#endif
+
+extern "C" {
+
+const char* layer_norm_linear(uint64_t seed, const void* x, const void* norm_weight, const void* norm_bias,
+                              const void* weight, const void* bias, void* out, float* mean, float* rstd, int64_t count,
+                              int64_t channels, int64_t out_channels, double eps, int64_t silu, int64_t norm_in_float,
+                              int64_t multiprocessors, int64_t shared_limit, int64_t half) {
+  RowProduct args{};
+  args.x = x, args.weight = weight, args.bias = bias, args.out = out, args.mean = mean, args.rstd = rstd;
+  args.count = count;
+  args.channels = static_cast<int>(channels), args.out_channels = static_cast<int>(out_channels);
+  args.silu = silu != 0;
+  args.norm = {norm_weight, norm_bias, norm_in_float != 0, norm_in_float != 0, static_cast<float>(eps)};
+  const RowProductPlan plan = plan_row_product(count, args.channels, args.out_channels,
+                                               static_cast<int>(multiprocessors), static_cast<int>(shared_limit));
+  emulation::seed = seed;
+  (half ? launch_row_product<kHalf> : launch_row_product<false>)(args, plan, nullptr);
+  return emulation_result(emulation::last_report);
+}
+
+const char* linear_residual(uint64_t seed, const void* x, const void* weight, const void* bias, const void* residual,
+                            void* out, int64_t count, int64_t channels, int64_t out_channels, int64_t multiprocessors,
+                            int64_t shared_limit, int64_t half) {
+  RowProduct args{};
+  args.x = x, args.weight = weight, args.bias = bias, args.out = out, args.residual = residual;
+  args.count = count;
+  args.channels = static_cast<int>(channels), args.out_channels = static_cast<int>(out_channels);
+  const RowProductPlan plan = plan_row_product(count, args.channels, args.out_channels,
+                                               static_cast<int>(multiprocessors), static_cast<int>(shared_limit));
+  emulation::seed = seed;
+  (half ? launch_row_product<kHalf> : launch_row_product<false>)(args, plan, nullptr);
+  return emulation_result(emulation::last_report);
+}
+
+const char* layer_norm_mlp(uint64_t seed, const void* x, const void* norm_weight, const void* norm_bias,
+                           const void* fc1_weight, const void* fc1_bias, const void* fc2_weight, const void* fc2_bias,
+                           void* out, float* mean, float* rstd, int64_t count, int64_t channels,
+                           int64_t hidden_channels, double eps, int64_t norm_in_float, int64_t half) {
+  RowMlp args{};
+  args.x = x, args.fc1_weight = fc1_weight, args.fc1_bias = fc1_bias, args.fc2_weight = fc2_weight;
+  args.fc2_bias = fc2_bias, args.out = out, args.mean = mean, args.rstd = rstd;
+  args.count = count;
+  args.channels = static_cast<int>(channels), args.hidden_channels = static_cast<int>(hidden_channels);
+  args.norm = {norm_weight, norm_bias, norm_in_float != 0, norm_in_float != 0, static_cast<float>(eps)};
+  emulation::seed = seed;
+  (half ? launch_layer_norm_mlp<kHalf> : launch_layer_norm_mlp<false>)(args, nullptr);
+  return emulation_result(emulation::last_report);
+}
+
+}  // extern "C"

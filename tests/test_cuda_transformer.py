@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transformer`` in CUDA C++: its kernel's own source, executed on the CPU, against float64; its packed weights; and
+what decides on it.
+
+What a GPU adds (rounding inside tensor cores, time) is not seen here. Where there is one, the operators' own tests run
+by path ``cuda``.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from _cases import call, convert, make, structured
+from _cuda import run, serving_cpu_tensors
+from _emulation import Driver, EmulationFault
+from _oracle import sequences
+from _tolerance import assert_close_as_pytorch
+
+import mvit_kernels
+from mvit_kernels import _library, backends, cuda
+from mvit_kernels.cuda import packing, plans, transformer
+from mvit_kernels.nn import MobileViT
+from mvit_kernels.ops.transformer import flatten, stack_call
+
+OP = "transformer"
+DTYPES = (torch.bfloat16, torch.float16)
+H100 = (132, 232_448)
+
+
+@pytest.fixture(scope="module")
+def driver():
+    return Driver(OP)
+
+
+def launched(driver, sizes, dtype, per_block=None, tiles=None, tensors=None, seed=0):
+    """The kernel's result for the case, cut as for an H100, or with so many sequences a block and tiles a warp."""
+    made, settings = make(OP, sizes)
+    tensors = convert(tensors or made, dtype)
+    s = structured(OP, tensors)
+    x, layers = s["x"], s["layers"]
+    heads, patch = settings["num_heads"], settings["patch_size"]
+    head_dim = layers[0].proj_weight.shape[1] // heads
+    places = patch[0] * patch[1]
+    tokens = x.shape[1] * x.shape[2] // places
+    plan = plans.plan_transformer(x.shape[3], head_dim, tokens, x.shape[0] * places, *H100)
+    assert not isinstance(plan, str), plan
+    plan = plans.TransformerPlan(tiles or plan.tiles, per_block or plan.sequences_of_a_block)
+    packed = packing.pack_transformer(layers, s["final_norm"], num_heads=heads, dtype=dtype)
+    hidden, final_norm = layers[0].fc1_weight.shape[0], s["final_norm"] is not None
+    return run(driver, x, packed, len(layers), head_dim, hidden, final_norm, patch, settings["eps"], plan, seed)
+
+
+def check(driver, sizes, dtype, change=None, **how):
+    """`change` is made to the tensors first."""
+    tensors, settings = make(OP, sizes)
+    if change is not None:
+        change(tensors)
+    low = convert(tensors, dtype)
+    ours = launched(driver, sizes, dtype, tensors=tensors, **how)
+    truth = call(OP, convert(low, torch.float64), settings, "oracle")
+    assert_close_as_pytorch(str(sizes), ours, call(OP, low, settings, "usual"), truth)
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", plans.WIDTHS)
+def test_small(driver, d, dtype):
+    check(driver, dict(shape=(1, 4, 6, d), heads=4, patch=(2, 2)), dtype)  # N = 6, warps of 16 rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", plans.WIDTHS)
+def test_kornia(driver, d, dtype):
+    """Four heads of 8 whatever d is, no qkv bias, no last norm."""
+    sizes = dict(shape=(1, 8, 10, d), heads=4, head_dim=8, qkv_bias=False, final_norm=False, patch=(2, 2), layers=1)
+    check(driver, {**sizes, "ratio": 4 if d in (64, 120, 240) else 2}, dtype)
+
+
+FULL = {64: (32, 32), 80: (16, 16), 96: (32, 32), 120: (32, 16), 144: (32, 32), 192: (32, 32), 240: (16, 16)}
+
+
+@pytest.mark.parametrize("d", plans.WIDTHS)
+def test_full_size(driver, d):
+    """A map of the model's own at 256 pixels, and larger ones: N = 256, 64, 128."""
+    check(driver, dict(shape=(1, *FULL[d], d), heads=4, patch=(2, 2), layers=1), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "sizes, per_block",
+    [
+        (dict(shape=(3, 4, 4, 96), patch=(2, 2)), 5),  # several sequences a block, the last block with two of five
+        (dict(shape=(1, 16, 16, 64), patch=(2, 2)), 4),  # two warps a sequence
+        (dict(shape=(1, 14, 14, 80), patch=(2, 2)), 3),  # N = 49, as stage 4 has at 224 pixels
+        (dict(shape=(1, 6, 34, 64), patch=(2, 2)), 2),  # N = 51: two warps, keys end inside the second step
+        (dict(shape=(2, 2, 2, 240), patch=(2, 2)), 8),  # N = 1
+        (dict(shape=(1, 2, 17, 64), patch=(2, 1)), 1),  # N = 17
+        (dict(shape=(1, 9, 4, 144), patch=(3, 2)), 2),  # patches that are not square: 6 places, N = 6
+        (dict(shape=(1, 16, 16, 64), patch=(1, 1)), 1),  # the whole map is one sequence
+        (dict(shape=(1, 16, 16, 192), patch=(2, 2)), 3),  # N = 64, hidden units by sixteen
+        (dict(shape=(1, 4, 4, 64), patch=(2, 2), layers=4), 4),
+        (dict(shape=(1, 4, 4, 120), patch=(2, 2), ratio=1, layers=3), 4),  # hidden: 120 of 128
+    ],
+    ids=str,
+)
+def test_shapes(driver, sizes, per_block):
+    check(driver, dict(heads=4, layers=1) | sizes, torch.bfloat16, per_block=per_block)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eps(driver, dtype):
+    check(driver, dict(shape=(1, 4, 6, 120), heads=4, patch=(2, 2), eps=0.5), dtype)
+
+
+def far_from_zero(tensors):
+    tensors["x"] += 100
+
+
+def uneven(tensors):
+    """Each row has another mean."""
+    height, width = tensors["x"].shape[1:3]
+    tensors["x"] += torch.arange(height * width).view(height, width, 1) % 7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [64, 120])
+def test_large_mean(driver, d, dtype):
+    """LayerNorm behind the product cancels by no more than the input's own rounding."""
+    check(driver, dict(shape=(1, 4, 6, d), heads=4, patch=(2, 2), layers=1), dtype, far_from_zero)
+
+
+SEVERAL_STEPS = dict(shape=(1, 16, 16, 80), heads=4, patch=(2, 2), layers=1)
+
+
+def sharp_scores(tensors):
+    """Scores that differ by much more than what the softmax's reference has of slack."""
+    tensors["layers.0.qkv_weight"][:160] *= 6
+
+
+def low_scores(tensors):
+    """Scores around -250: without a reference, all weights would be 0."""
+    tensors["layers.0.qkv_bias"][:80] += 8
+    tensors["layers.0.qkv_bias"][80:160] -= 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("change", [sharp_scores, low_scores])
+def test_references_of_the_softmax(driver, change, dtype):
+    check(driver, SEVERAL_STEPS, dtype, change)
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+
+def test_same_bits_in_any_order_of_threads(driver):
+    sizes = dict(shape=(1, 12, 12, 96), heads=4, patch=(2, 2), layers=1)
+    first = launched(driver, sizes, torch.bfloat16, per_block=2)
+    for seed in range(1, 6):
+        assert torch.equal(launched(driver, sizes, torch.bfloat16, per_block=2, seed=seed), first)
+
+
+def test_the_cut_changes_no_bit(driver):
+    sizes = dict(shape=(2, 8, 8, 64), heads=4, patch=(2, 2), layers=1)
+    first = launched(driver, sizes, torch.float16, per_block=1)
+    for per_block in (3, 8):
+        assert torch.equal(launched(driver, sizes, torch.float16, per_block=per_block), first)
+
+
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+def test_a_pixel_changes_its_own_sequence_only(driver, value):
+    sizes = dict(shape=(2, 8, 6, 64), heads=4, patch=(2, 3), layers=1)
+    tensors, _ = make(OP, sizes)
+    before = launched(driver, sizes, torch.bfloat16, per_block=6)
+    tensors["x"][1, 5, 4] += value
+    after = launched(driver, sizes, torch.bfloat16, per_block=6, tensors=tensors)
+    changed = (after != before).any(-1)
+    expected = torch.zeros(2, 48, dtype=torch.bool)
+    expected[1, next(tokens for tokens in sequences(8, 6, (2, 3)) if 5 * 6 + 4 in tokens)] = True
+    assert torch.equal(changed, expected.reshape(2, 8, 6))
+    assert torch.equal(after.isnan().any(-1), changed if value != value else torch.zeros_like(changed))
+
+
+def test_permuted_tokens_permute_the_result(driver):
+    sizes = dict(shape=(1, 8, 12, 80), heads=4, patch=(2, 2))
+    tensors, settings = make(OP, sizes)
+    order = torch.arange(96)
+    for tokens in sequences(8, 12, (2, 2)):
+        order[torch.tensor(tokens)] = torch.tensor(tokens).flip(0)  # its own inverse
+    low = convert(tensors, torch.bfloat16)
+    tensors["x"] = tensors["x"].flatten(1, 2)[:, order].reshape(tensors["x"].shape)
+    ours = launched(driver, sizes, torch.bfloat16, tensors=tensors).flatten(1, 2)[:, order].reshape(1, 8, 12, 80)
+    truth = call(OP, convert(low, torch.float64), settings, "oracle")
+    assert_close_as_pytorch("permuted", ours, call(OP, low, settings, "usual"), truth)
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+KERNEL = "transformer_kernel.h"
+# Where the ring advances.
+WAITS = "    wait_copies<0>();\n    sync_threads();\n    const Shared ready"
+SEVERAL = dict(shape=(1, 10, 14, 80), heads=4, patch=(2, 2), layers=2)  # N = 35: two warps, the second with three rows
+FEW = dict(shape=(1, 2, 6, 80), heads=4, patch=(2, 2), layers=1)  # N = 3
+
+REPORTED = {
+    "the ring's barrier": (WAITS, "    wait_copies<0>();\n    const Shared ready"),
+    "the wait for copies": (WAITS, "    sync_threads();\n    const Shared ready"),
+    "a wait that is one group short": (WAITS, WAITS.replace("0", "1")),
+    "a slot that is still read": ("here = SLOT - here;", "here = 0;"),
+    "a chunk that is too short": ("i < bytes; i += threads * 16", "i < bytes - 16; i += threads * 16"),
+    "a step too many": ("step < args.tokens; step += ROWS", "step < args.tokens + ROWS; step += ROWS"),
+    "rows past the sequence": ("|| token >= args.tokens) return nullptr", ") return nullptr"),
+    "the row seven further on": ("+ half * 8 + lane_index() / 4;", "+ half * 7 + lane_index() / 4;"),
+}
+WRONG = {
+    "keys that only fill the tile": ("% 2 >= args.tokens)", "% 2 > args.tokens)", FEW, None),
+    "the reference's first step": (
+        "step == 0 || most > slack ? most",
+        "most > slack ? most",
+        SEVERAL_STEPS,
+        low_scores,
+    ),
+    "sums that are not scaled": ("            sum[m][half] *= factor;\n", "", SEVERAL_STEPS, sharp_scores),
+    "results that are not scaled": ("o[m][n][2 * half] *= factor, ", "", SEVERAL_STEPS, sharp_scores),
+    "a column of the statistics": ("sum[m][half] += low + high; });", "sum[m][half] += low; });", SEVERAL, None),
+    "a head's place": ("if (h == head)", "if (h == (head ^ 1))", SEVERAL, None),
+    "the residual": ("unpack_low<T>(x.z) + right[0]", "right[0]", SEVERAL, None),
+    "the mean of another row": ("- norm[m][half].x * v.x)", "- norm[m][0].x * v.x)", SEVERAL, uneven),
+}
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_planted_races_are_reported(name):
+    faulty = Driver(OP, [(KERNEL, *REPORTED[name])], macros=["MVIT_ONLY_ONE"])
+    for seed in range(3):
+        with pytest.raises(EmulationFault):
+            launched(faulty, SEVERAL, torch.bfloat16, per_block=2, seed=seed)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_planted_errors_are_out_of_tolerance(name):
+    text, other, sizes, change = WRONG[name]
+    with pytest.raises(AssertionError, match="is over"):
+        check(Driver(OP, [(KERNEL, text, other)], macros=["MVIT_ONLY_ONE"]), sizes, torch.bfloat16, change, tiles=2)
+
+
+@pytest.mark.parametrize("sizes, change", [(s, c) for *_, s, c in WRONG.values()], ids=list(WRONG))
+def test_without_the_fault(sizes, change):
+    check(Driver(OP, macros=["MVIT_ONLY_ONE"]), sizes, torch.bfloat16, change, tiles=2)
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("head_dim", ["a quarter", 8])
+@pytest.mark.parametrize("d", plans.WIDTHS)
+def test_sizes_are_those_of_the_kernel(driver, d, head_dim):
+    head_dim = d // 4 if head_dim == "a quarter" else head_dim
+    out = torch.zeros(3, dtype=torch.int64)
+    layout = plans.Layout(d, head_dim)
+    for rows, layers, hidden in ((16, 1, 2 * d), (128, 3, 4 * d), (256, 2, 100)):
+        driver.sizes(0, out, d, head_dim, rows, layers, hidden, writes=[out])
+        assert out.tolist() == [layout.shared_bytes(rows), layout.packed_bytes(layers, hidden), packing.VERSION]
+        assert layout.shared_bytes(rows) % 16 == 0
+
+
+def packable(d=80, dtype=torch.bfloat16, **sizes):
+    tensors, _ = make(OP, dict(shape=(1, 2, 2, d), heads=4, patch=(2, 2)) | sizes)
+    s = structured(OP, convert(tensors, dtype))
+    return s["layers"], s["final_norm"]
+
+
+@pytest.mark.parametrize("d", plans.WIDTHS)
+def test_packed_bytes(d):
+    for sizes in (dict(), dict(head_dim=8, qkv_bias=False, final_norm=False, ratio=4, layers=1)):
+        layers, final_norm = packable(d, **sizes)
+        packed = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
+        layout = plans.Layout(d, layers[0].proj_weight.shape[1] // 4)
+        assert packed.dtype == torch.uint8 and packed.is_contiguous()
+        assert packed.numel() == layout.packed_bytes(len(layers), layers[0].fc1_weight.shape[0])
+
+
+def test_packing_reads_weights_of_any_dtype():
+    layers, final_norm = packable()
+    wide = [type(layer)(*(t.double() for t in layer)) for layer in layers]
+    wide_norm = tuple(t.float() for t in final_norm)
+    packed = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
+    assert torch.equal(packing.pack_transformer(wide, wide_norm, num_heads=4, dtype=torch.bfloat16), packed)
+
+
+def test_an_absent_qkv_bias_is_zeros():
+    layers, final_norm = packable(qkv_bias=False)
+    empty = [layer._replace(qkv_bias=torch.empty(0)) for layer in layers]
+    zeros = [layer._replace(qkv_bias=torch.zeros(240)) for layer in layers]
+    packed = [
+        packing.pack_transformer(each, final_norm, num_heads=4, dtype=torch.float16) for each in (layers, empty, zeros)
+    ]
+    assert torch.equal(packed[0], packed[1]) and torch.equal(packed[0], packed[2])
+
+
+def test_packing_wants_four_heads():
+    with pytest.raises(ValueError, match="num_heads is 5; the kernel has 4"):
+        packing.pack_transformer(*packable(), num_heads=5, dtype=torch.bfloat16)
+
+
+def kept(layers, final_norm, dtype=torch.bfloat16):
+    return transformer.packed_weights(flatten(layers, zeros=False), final_norm, 4, dtype)
+
+
+def test_packed_once_and_again_when_a_weight_changes():
+    layers, final_norm = packable(qkv_bias=False)
+    first = kept(layers, final_norm)
+    assert kept(layers, final_norm) is first
+    assert kept(layers, final_norm, torch.float16) is not first
+    for changed in (layers[1].fc2_weight, layers[0].norm1_weight, final_norm[1]):
+        before = first.clone()
+        changed.add_(1)
+        again = kept(layers, final_norm)
+        assert again is first and not torch.equal(first, before)  # in place: a captured graph reads it
+        fresh = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
+        assert torch.equal(again, fresh)
+    other = [layers[0], layers[1]._replace(fc1_bias=layers[1].fc1_bias + 1)]
+    assert not torch.equal(kept(other, final_norm), first)
+    assert kept(other, None).numel() == first.numel()
+    assert not torch.equal(kept(other, None), kept(other, final_norm))
+
+
+def test_packed_weights_live_as_long_as_the_weights():
+    layers, final_norm = packable()
+    before = len(transformer._packed)
+    kept(layers, final_norm)
+    assert len(transformer._packed) == before + 1
+    del layers, final_norm
+    gc.collect()
+    assert len(transformer._packed) == before
+
+
+def test_inference_tensors_do_not_tell_of_changes():
+    with torch.inference_mode():
+        layers, final_norm = packable()
+        first = kept(layers, final_norm)
+        layers[0].fc1_weight.add_(1)
+        assert not torch.equal(kept(layers, final_norm), first)
+
+
+# ------------------------------------------------------------------------------------------------------------ decisions
+
+
+def ask(shape=(1, 32, 32, 144), dtype=torch.bfloat16, heads=4, head_dim=None, patch=(2, 2), grad=False, **sizes):
+    tensors, settings = make(OP, dict(shape=(0, *shape[1:]), heads=heads, head_dim=head_dim, patch=patch, **sizes))
+    s = structured(OP, convert(tensors, dtype))
+    call = stack_call(s["x"], s["layers"], s["final_norm"], settings["num_heads"], patch)
+    return cuda.SUPPORTS[OP](call._replace(shape=shape, device_type="cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", [2, 14, 16, 28, 32])
+@pytest.mark.parametrize("d", [64, 80, 96, 120, 144, 192])
+def test_serves(d, side, dtype):
+    assert ask((64, side, side, d), dtype) == []
+    assert ask((64, side, side, d), dtype, head_dim=8, qkv_bias=False, final_norm=False, ratio=4) == []
+
+
+@pytest.mark.parametrize("side", [2, 8, 14, 16, 22])
+def test_serves_wide_rows(side):
+    assert ask((64, side, side, 240)) == [] and ask((64, side, side, 240), head_dim=8) == []
+
+
+@pytest.mark.parametrize(
+    "case, says",
+    [
+        (dict(dtype=torch.float32), "torch.float32 is not supported in CUDA C++; bfloat16 and float16 are"),
+        (dict(shape=(1, 32, 32, 128)), "rows of 128 are not supported; 64, 80, 96, 120, 144, 192, 240 are"),
+        (dict(head_dim=16), "heads of 16 are not supported for rows of 144; 36 and 8 are"),
+        (dict(shape=(1, 32, 32, 144), heads=2, head_dim=36), "2 heads are not supported; 4 are"),
+        (
+            dict(shape=(1, 34, 32, 144)),
+            "sequences of 272 tokens are too long for one launch; up to 256 go for rows of 144",
+        ),
+        (
+            dict(shape=(1, 32, 32, 240)),
+            "sequences of 256 tokens are too long for one launch; up to 128 go for rows of 240",
+        ),
+        (dict(shape=(2**29, 4, 4, 144)), "2147483648 sequences are more than 2147483647"),
+    ],
+    ids=str,
+)
+def test_refuses(case, says):
+    assert says in ask(**case)
+
+
+def test_refuses_what_does_not_fit_in_shared_memory(monkeypatch):
+    monkeypatch.setattr(cuda, "device", lambda: (58, 101_376))  # 8.6, 8.9 and 12.0
+    assert ask((1, 32, 32, 144)) == [
+        "a sequence of 256 tokens needs 164096 bytes of shared memory, and this GPU gives a block 101376"
+    ]
+    assert ask((1, 32, 32, 64)) == [] and ask((1, 16, 16, 144)) == []
+
+
+@pytest.mark.parametrize("shared", [101_376, 166_912, 232_448])
+@pytest.mark.parametrize("d", plans.WIDTHS)
+def test_every_plan_is_a_launch(d, shared):
+    for head_dim in (d // 4, 8):
+        layout = plans.Layout(d, head_dim)
+        for tokens in range(1, 257):
+            for many in (1, 4, 600, 100_000):
+                plan = plans.plan_transformer(d, head_dim, tokens, many, 132, shared)
+                if isinstance(plan, str):
+                    continue
+                rows = 16 * plan.tiles
+                padded = -(-tokens // rows) * rows
+                warps = plan.sequences_of_a_block * padded // rows
+                assert 1 <= warps <= plans.MOST_WARPS
+                assert layout.shared_bytes(plan.sequences_of_a_block * padded) <= shared
+                assert plan.sequences_of_a_block == 1 or (plan.sequences_of_a_block - 1) * 132 < many
+
+
+def test_one_launch_where_it_pays():
+    assert not plans.one_launch_pays(256, 4, 132) and plans.one_launch_pays(256, 132, 132)
+    assert plans.one_launch_pays(16, 4, 132) and not plans.one_launch_pays(257, 10_000, 132)
+
+
+# ----------------------------------------------------------------------------------------------- the backend as a whole
+
+
+@pytest.fixture
+def emulated(monkeypatch, driver):
+    with serving_cpu_tensors(monkeypatch, driver) as launches:
+        yield launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_operator(emulated, dtype):
+    tensors, settings = make(OP, dict(shape=(2, 4, 6, 64), heads=4, patch=(2, 2), qkv_bias=False))
+    mixed = convert(tensors, dtype, torch.float32)
+    with torch.no_grad():
+        ours = mvit_kernels.transformer(**structured(OP, mixed), **settings)
+    assert emulated == [((2, 4, 6, 64), 1, 1)]
+    truth = call(OP, convert(mixed, torch.float64), settings, "oracle")
+    assert_close_as_pytorch("out", ours, call(OP, convert(mixed, dtype), settings, "usual"), truth)
+
+
+def test_autocast_packs_once(emulated, monkeypatch):
+    """Under autocast weights stay float32: they are packed from there, not cast at every call."""
+    packs = []
+    pack = transformer.pack_transformer
+    monkeypatch.setattr(transformer, "pack_transformer", lambda *a, **k: packs.append(1) or pack(*a, **k))
+    tensors, settings = make(OP, dict(shape=(1, 4, 4, 64), heads=4, patch=(2, 2), qkv_bias=False))
+    single = structured(OP, convert(tensors, torch.float32))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first = mvit_kernels.transformer(**single, **settings)
+        again = mvit_kernels.transformer(**single, **settings)
+    assert len(emulated) == 2 and len(packs) == 1
+    assert first.dtype == torch.bfloat16 and torch.equal(first, again)
+
+
+def test_a_frozen_model(emulated, monkeypatch):
+    """Every block's stack in one launch, with weights that freeze packed."""
+    torch.manual_seed(0)
+    model = MobileViT("xxs", num_classes=10).eval()
+    before = len(transformer._packed)
+    fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)
+    assert len(transformer._packed) == before + 3
+    images = torch.rand(1, 3, 64, 64)
+    monkeypatch.setattr("mvit_kernels.nn.frozen.network_allowed", lambda x: False)  # the CPU's own way
+    with torch.inference_mode():
+        logits = fast(images.bfloat16())
+    with torch.inference_mode(), mvit_kernels.use_backend("reference"):
+        usual = model.bfloat16()(images.bfloat16())
+        truth = model.double()(images.double())
+    assert [shape[3] for shape, _, _ in emulated] == [64, 80, 96]
+    assert len(transformer._packed) == before + 3
+    assert_close_as_pytorch("logits", logits, usual, truth)
+
+
+# ----------------------------------------------------------------------------------------------------- the library
+
+LIBRARY = _library.LIBRARY_DIRECTORY / "libmvit_kernels_cuda.so"
+
+
+def test_the_library_loads_beside_any_pytorch():
+    """Also beside one without CUDA, which lacks one of its symbols; and says what is wrong with the driver."""
+    if not LIBRARY.exists():
+        info = json.loads((_library.LIBRARY_DIRECTORY / "build_info.json").read_text())["cuda"]
+        assert info["reason"].startswith("no CUDA compiler"), info
+        pytest.skip(info["reason"])
+    code = f"""
+import ctypes, torch
+torch.ops.load_library({str(LIBRARY)!r})
+import mvit_kernels
+problem = ctypes.CDLL({str(LIBRARY)!r}).mvit_kernels_cuda_problem
+problem.restype = ctypes.c_char_p
+print(bool(problem()) or torch.cuda.is_available())
+print("CUDA" in torch._C._dispatch_dump("mvit_kernels::transformer_packed.cuda"))
+assert not torch.cuda.is_initialized()
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.split() == ["True", "True"]
+    assert b"Py_" not in LIBRARY.read_bytes()
+
+
+def test_unavailable_without_a_gpu(monkeypatch):
+    assert cuda.unavailable("cpu") == ["it is for NVIDIA GPUs, and the tensors are on cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.unavailable("cuda") == ["there is no NVIDIA GPU, or this build of PyTorch has no CUDA"]
+    assert OP in backends.operators("cuda")
