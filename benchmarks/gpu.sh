@@ -114,9 +114,8 @@ fi
 
 # Of each operator's own tests those on our GPU kernels; the rest of the suite comes last.
 OPERATORS=(tests/test_layer_norm_linear.py tests/test_patch_attention.py tests/test_linear_residual.py
-  tests/test_layer_norm_mlp.py tests/test_transformer.py tests/test_inverted_residual.py)
-GPU_TESTS=(tests/test_triton_backend.py)
-for file in tests/test_cuda*.py; do [[ -e $file ]] && GPU_TESTS+=("$file"); done
+  tests/test_layer_norm_mlp.py tests/test_layer_norm.py tests/test_transformer_layer.py tests/test_transformer.py
+  tests/test_inverted_residual.py)
 
 suite() { # suite NAME SECONDS: its rows into $OUT/NAME.csv; once more from where it stood if the GPU was lost
   local name=$1 seconds=$2 try
@@ -151,10 +150,13 @@ suites() { # suites SECONDS NAME WEIGHT ...: those of $SUITES, each its share
 if [[ $DEVICE == cuda ]]; then
   part=$(($(left) / 4))
   if wanted correctness; then
-    # A first failure says most; -x would hide whether the other operators are right.
-    step "correctness, Triton and CUDA" "$part" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --maxfail=20 \
-      "${GPU_TESTS[@]}" "${OPERATORS[@]}" -k "triton or cuda"
-    summary 8
+    step "correctness, every kernel once" 100 "$PYTHON" benchmarks/gpu_small.py
+    grep -E "WRONG|refused" "$LOG" | cut -c1-200 | head -n 12 | sed 's/^/        /' | tee -a "$REPORT"
+    for backend in cuda triton; do # a first failure says most; -x would hide whether the other operators are right
+      step "correctness, $backend" $((part / 2)) "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --maxfail=20 \
+        "${OPERATORS[@]}" -k "$backend"
+      summary 6
+    done
     step "correctness, S and XXS" 40 "$PYTHON" - <<'PY'
 import torch, mvit_kernels
 from mvit_kernels.cli.models import load
@@ -188,7 +190,7 @@ PY
     note "sanitizer: there is no compute-sanitizer here"
   fi
   if wanted tests; then
-    step "tests, the rest" "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider -x tests/test_compile.py tests/test_backends.py
+    step "tests, the rest" "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider -x tests/test_gpu.py tests/test_compile.py tests/test_backends.py
     summary 3
   fi
 else

@@ -131,6 +131,16 @@ def operands(operator: str, stage: Stage, *, seed: int = 0) -> Operands:
     def norm() -> tuple[Tensor, Tensor]:
         return random(d, std=0.1, mean=1.0), random(d, std=0.1)
 
+    if operator == "layer_norm":
+        return Operands(
+            operator,
+            (random(*map_shape, d), *norm()),
+            (0,),
+            (EPS,),
+            ops.layer_norm,
+            lambda *t: reference.layer_norm(*t, EPS),
+            0,
+        )
     if operator == "layer_norm_linear":
         return Operands(
             operator,
@@ -191,12 +201,22 @@ def operands(operator: str, stage: Stage, *, seed: int = 0) -> Operands:
             lambda *t: reference.inverted_residual(*t, 2, 1, False),
             2 * hidden * (4 * tokens * before + tokens * (9 + after)),
         )
+
+    def layer() -> tuple[Tensor, ...]:
+        return (*norm(), *linear(3 * d, d), *linear(d, d), *norm(), *linear(2 * d, d), *linear(d, 2 * d))
+
+    if operator == "transformer_layer":
+        return Operands(
+            operator,
+            (random(*map_shape, d), *layer()),
+            (0,),
+            (None, HEADS, PATCH, EPS, [0.0] * 4, True),  # no seed: no dropout
+            _public_layer,
+            lambda x, *t: reference.transformer_layer(x, t, HEADS, PATCH, EPS),
+            tokens * (16 * d * d + 4 * stage.sequence * d),
+        )
     if operator == "transformer":
-        layers = [
-            t
-            for _ in range(stage.layers)
-            for t in (*norm(), *linear(3 * d, d), *linear(d, d), *norm(), *linear(2 * d, d), *linear(d, 2 * d))
-        ]
+        layers = [t for _ in range(stage.layers) for t in layer()]
         return Operands(
             operator,
             (random(*map_shape, d), *layers, *norm()),
@@ -207,6 +227,11 @@ def operands(operator: str, stage: Stage, *, seed: int = 0) -> Operands:
             stage.layers * tokens * (16 * d * d + 4 * stage.sequence * d),
         )
     raise ValueError(f"operands: unknown operator {operator!r}; choose from {', '.join(OPERATORS)}")
+
+
+def _public_layer(x: Tensor, *t: Tensor, backend: str | None = None) -> Tensor:
+    layer = ops.TransformerLayerWeights(*t)
+    return ops.transformer_layer(x, layer, num_heads=HEADS, patch_size=PATCH, eps=EPS, backend=backend)
 
 
 def _public_transformer(x: Tensor, *t: Tensor, backend: str | None = None) -> Tensor:

@@ -34,14 +34,8 @@ from ._case import Case, Context
 from .operands import VARIANTS, Operands, Stage, operands, stages
 
 # The whole stack, then what it is made of, the longest first.
-ORDER = (
-    "transformer",
-    "patch_attention",
-    "layer_norm_mlp",
-    "layer_norm_linear",
-    "linear_residual",
-    "inverted_residual",
-)
+ORDER = ("transformer", "transformer_layer", "patch_attention", "layer_norm_mlp", "layer_norm_linear")
+ORDER += ("linear_residual", "inverted_residual", "layer_norm")
 BATCH = {"cpu": 1, "cuda": 64}
 BATCHES = {"cpu": (2, 4, 8, 16), "cuda": (1, 8, 256)}
 SIZES = (128, 192, 384, 512)  # N at stage 3: 64, 144, 576, 1024
@@ -92,8 +86,11 @@ def settings(device: str) -> Iterator[Setting]:
     """What is measured, the most valuable first; some come twice."""
     batch, dtypes = BATCH[device], DTYPES[device]
 
+    def has_kernels(operator: str) -> bool:
+        return any(operator in backends.operators(name) for name in backends.PREFERENCE[device][:-1])
+
     def all_of(variants, size, batch, dtype, training=False, compiled=False) -> Iterator[Setting]:
-        for operator in ORDER:
+        for operator in filter(has_kernels, ORDER):
             for stage in stages(variants, size, batch):
                 if not (training and operator == "inverted_residual"):
                     yield Setting(operator, stage, size, dtype, training, compiled)
@@ -125,7 +122,7 @@ def cases(device: str) -> list[Case]:
 def case_of(setting: Setting, device: str) -> Case:
     """One setting as a case."""
     one = operands(setting.operator, setting.stage._replace(batch=1))
-    cost = one.flop * setting.stage.batch / 1e9 * (3 if setting.training else 1)
+    cost = max(one.flop * setting.stage.batch / 1e9 * (3 if setting.training else 1), 1e-3)
     run = functools.partial(measure_setting, setting)
     return Case(setting.name, setting.subject, cost, run, COMPILE_USUALLY[device] if setting.compiled else 0.0)
 
