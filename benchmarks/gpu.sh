@@ -32,7 +32,7 @@ MINUTES=${2:-${BUDGET:-9}}
 PYTHON=${PYTHON:-python3}
 STARTED=$(date +%s)
 END=$((STARTED + $(awk "BEGIN { print int($MINUTES * 60) }")))
-BAD=0
+BAD=0 MARK=0
 mkdir -p "$OUT" || exit 2
 LOG=$OUT/log.txt REPORT=$OUT/report.txt
 : >"$LOG" && : >"$REPORT" || exit 2
@@ -54,7 +54,7 @@ step() {
     note "$name: left out, the budget is spent"
     return 1
   fi
-  before=$(elapsed)
+  before=$(elapsed) MARK=$(wc -l <"$LOG")
   { echo; echo "=== $name: $*"; } >>"$LOG"
   timeout --signal=INT --kill-after=15 "$seconds" "$@" >>"$LOG" 2>&1 # interrupted, pytest tells what failed so far
   code=$?
@@ -66,10 +66,10 @@ step() {
   return $code
 }
 
-summary() { # the last line of pytest's in the log, into the report
-  grep -E '^[0-9]+ (passed|failed|skipped|error)|^=+ .*(passed|failed|error)|^(FAILED|ERROR) ' "$LOG" | tail -n "${1:-1}" |
-    cut -c1-200 | sed 's/^/        /' | tee -a "$REPORT"
+summary() { # of the last step's lines in the log those that match, into the report
+  tail -n "+$((MARK + 1))" "$LOG" | grep -E "$1" | tail -n 12 | cut -c1-200 | sed 's/^/        /' | tee -a "$REPORT"
 }
+PYTEST_LINES='^[0-9]+ (passed|failed|skipped|error|deselected)|^(FAILED|ERROR) '
 
 # --------------------------------------------------------------------------------------------------------- what is here
 
@@ -151,11 +151,11 @@ if [[ $DEVICE == cuda ]]; then
   part=$(($(left) / 4))
   if wanted correctness; then
     step "correctness, every kernel once" 100 "$PYTHON" benchmarks/gpu_small.py
-    grep -E "WRONG|refused" "$LOG" | cut -c1-200 | head -n 12 | sed 's/^/        /' | tee -a "$REPORT"
+    summary 'WRONG|refused|Error'
     for backend in cuda triton; do # a first failure says most; -x would hide whether the other operators are right
       step "correctness, $backend" $((part / 2)) "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --maxfail=20 \
         "${OPERATORS[@]}" -k "$backend"
-      summary 6
+      summary "$PYTEST_LINES"
     done
     step "correctness, S and XXS" 40 "$PYTHON" - <<'PY'
 import torch, mvit_kernels
@@ -185,18 +185,19 @@ PY
     for tool in memcheck racecheck; do
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer, $tool" 60 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
         "$PYTHON" benchmarks/gpu_small.py
+      summary 'ERROR SUMMARY|RACECHECK SUMMARY|========= (Invalid|Error)|WRONG'
     done
   elif wanted sanitizer; then
     note "sanitizer: there is no compute-sanitizer here"
   fi
   if wanted tests; then
     step "tests, the rest" "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider -x tests/test_gpu.py tests/test_compile.py tests/test_backends.py
-    summary 3
+    summary "$PYTEST_LINES"
   fi
 else
   if wanted correctness; then
     step "correctness" "$(($(left) / 3))" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=20 "${OPERATORS[@]}" -k "cpu and not float16"
-    summary 3
+    summary "$PYTEST_LINES"
   fi
   if wanted cpu; then
     budget=$(($(left) - 20))

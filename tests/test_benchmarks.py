@@ -321,3 +321,48 @@ def test_the_script_for_gpus_without_one(tmp_path):
     assert "no GPU that torch sees: the CPU's part alone" in report and "reference     available on any" in report
     assert "build: FAILED with 7" in report and "done; bad: 1" in report and "correctness" not in report
     assert {file.name for file in out.iterdir()} == {"report.txt", "log.txt"}
+
+
+def test_the_script_for_gpus_with_one(tmp_path):
+    """Its order, with a Python that only says what it was asked for: correctness, speed, sanitizer; a suite in which
+    the GPU was lost is resumed, and whatever fails shows in the report and in the exit code."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  *get_device_properties*) echo "a GPU" ;;
+  *"--suite operators"*) [ -e {tmp_path}/lost ] || {{ touch {tmp_path}/lost; exit 2; }} ;;
+  *pytest*) echo "12 passed in 1.00s" ;;
+  *gpu_small*) echo "cuda patch_attention: WRONG: 1 for 2"; exit 1 ;;
+esac
+"""
+    )
+    (tmp_path / "compute-sanitizer").write_text('#!/bin/sh\nshift 4\necho "ERROR SUMMARY: 0 errors"\n')
+    for file in (fake, tmp_path / "compute-sanitizer"):
+        file.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_script(str(tmp_path / "out"), "9", PYTHON=str(fake), PATH=path, SUITES="operators blocks")
+    report = (tmp_path / "out" / "report.txt").read_text()
+    steps = [re.sub(r"^ *\d+ s  | (after|in) \d+ s$", "", one) for one in report.splitlines()]
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert steps[1:] == [
+        "a GPU",
+        "build: ok",
+        "correctness, every kernel once: FAILED with 1",
+        "        cuda patch_attention: WRONG: 1 for 2",
+        "correctness, cuda: ok",
+        "        12 passed in 1.00s",
+        "correctness, triton: ok",
+        "        12 passed in 1.00s",
+        "correctness, S and XXS: ok",
+        "speed, operators: FAILED with 2",
+        "speed, operators: ok",
+        "speed, blocks: ok",
+        "sanitizer, memcheck: ok",
+        "        ERROR SUMMARY: 0 errors",
+        "sanitizer, racecheck: ok",
+        "        ERROR SUMMARY: 0 errors",
+        "tests, the rest: ok",
+        "        12 passed in 1.00s",
+        "done; bad: 1",
+    ]
