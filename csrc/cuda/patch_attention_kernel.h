@@ -96,9 +96,7 @@ struct Attention {
   }
 
   // Queries from `first` on.
-  MVIT_DEVICE void finish(const Tokens& out, float* logsumexp, int first, const PatchAttentionShape& shape,
-                          float factor) {
-    constexpr float kLn2 = 0.69314718f;
+  MVIT_DEVICE void finish(const Tokens& out, float* logsumexp, int first, const PatchAttentionShape& shape) {
     const int column = lane_index() % 4 * 2;
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m)
@@ -107,7 +105,7 @@ struct Attention {
         const int n = first + 16 * m + 8 * r + lane_index() / 4;
         char* row = out.at(n);
         if (n < shape.tokens && column == 0)
-          store_global(logsumexp + n, (largest[m][r] * factor + log2_approximate(all)) * kLn2);
+          store_global(logsumexp + n, fmaf(largest[m][r], fabsf(shape.scale), logf(all)));
         MVIT_UNROLL
         for (int g = 0; g < kGroups; ++g)
           if (n < shape.tokens && 8 * g + column < shape.head_dim)
@@ -166,7 +164,7 @@ patch_attention_kernel(const PatchAttentionForward args, const PatchAttentionPla
   }
   if (warp_first < tokens) {
     float* logsumexp = args.logsumexp + static_cast<int64_t>(group.strand) * shape.tokens;
-    attention.finish(tokens_of(args.out, shape, group.strand), logsumexp, warp_first, shape, factor);
+    attention.finish(tokens_of(args.out, shape, group.strand), logsumexp, warp_first, shape);
   }
 }
 
