@@ -33,11 +33,11 @@ def serving_cpu_tensors(monkeypatch) -> Iterator[list[tuple]]:
     launches = []
 
     def plan(*arguments):
-        launches.append((*arguments[:4], plan_transformer(*arguments)))
+        launches.append((*arguments[:4], plan_of(*arguments)))
         return launches[-1][-1]
 
-    plan_transformer = transformer.plan_transformer
-    monkeypatch.setattr(transformer, "plan_transformer", plan)
+    plan_of = transformer.plan_of
+    monkeypatch.setattr(transformer, "plan_of", plan)
     monkeypatch.setattr(cuda, "unavailable", lambda device_type: [])
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("cuda", "reference"))
     monkeypatch.setattr(backends, "_choices", {})
