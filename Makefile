@@ -24,7 +24,7 @@ help:
 	@echo 'make sanitize the C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in its interpreter (minutes)'
 	@echo 'make test-emulated  the same on the CUDA kernels, their source run on the CPU (a minute)'
-	@echo 'make gate     compile every Triton kernel for every architecture anew: tests/data/triton_gate.csv (minutes)'
+	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
 	@echo 'make lint     ruff: rules and format;  make format  repairs both'
 	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error where something is missing'
 	@echo 'make setup    create $(VENV) and install everything as pinned in constraints.txt'
@@ -35,7 +35,8 @@ help:
 	@echo '  VENV=.venv            the environment'"'"'s folder'
 	@echo '  PYTEST_ARGS=...       handed to pytest: PYTEST_ARGS="-k freeze -x"'
 	@echo '  USE_SYSTEM_PYTHON=1   use PYTHON as it is: no environment, nothing installed, built in place'
-	@echo '  CXX, MAX_JOBS         the C++ compiler, and how many files it compiles at once'
+	@echo '  CXX, MAX_JOBS         the C++ compiler, and how many files are compiled at once'
+	@echo '  CUDA_HOME, TORCH_CUDA_ARCH_LIST  the CUDA toolkit, and the GPUs it compiles for (8.0;9.0+PTX)'
 	@echo 'pip'"'"'s own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold: they decide which build of torch comes.'
 
 demo: setup
@@ -59,6 +60,7 @@ test-emulated: setup
 
 gate: setup
 	@TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) tests/_triton_gate.py
+	@$(PY) tests/_cuda_gate.py
 
 build: setup
 	@MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace

@@ -1,8 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every kernel of `transformer`.
-#define INSTANCES                                                                                                       \
-  INSTANCE(64, 16, 1), INSTANCE(80, 20, 1), INSTANCE(96, 24, 1), INSTANCE(120, 30, 1), INSTANCE(144, 36, 1),            \
-      INSTANCE(192, 48, 1), INSTANCE(240, 60, 1), INSTANCE(64, 16, 2), INSTANCE(80, 20, 2), INSTANCE(96, 24, 2),        \
-      INSTANCE(120, 30, 2), INSTANCE(144, 36, 2), INSTANCE(192, 48, 2), INSTANCE(64, 8, 2), INSTANCE(80, 8, 2),         \
-      INSTANCE(96, 8, 2), INSTANCE(120, 8, 2), INSTANCE(144, 8, 2), INSTANCE(192, 8, 2), INSTANCE(240, 8, 1)
-#include "emulation/transformer_driver.h"
+// Launches of `transformer` for tests/test_cuda_transformer.py. With MVIT_ONLY_ONE, one kernel of all, for planted faults.
+#include "transformer_kernel.h"
+
+namespace {
+
+using namespace mvit;
+
+template <typename T, int WIDTH, int HEAD_DIM, int M>
+std::string launch(uint64_t seed, const TransformerArgs& args) {
+  const uint32_t bytes = TransformerLayout{WIDTH, HEAD_DIM}.shared_bytes(args.warps * 16 * M);
+  return emulation::emulate(seed, args.blocks(), 1, args.warps * 32, bytes, transformer_kernel<T, WIDTH, HEAD_DIM, M>, args);
+}
+
+struct Instance {
+  int64_t width, head_dim, tiles;
+  std::string (*launch)(uint64_t, const TransformerArgs&);
+  std::string (*launch_half)(uint64_t, const TransformerArgs&);
+};
+
+#define INSTANCE(WIDTH, HEAD_DIM, M) \
+  Instance { WIDTH, HEAD_DIM, M, launch<BFloat16, WIDTH, HEAD_DIM, M>, launch<Half, WIDTH, HEAD_DIM, M> }
+const Instance instances[] = {
+#ifdef MVIT_ONLY_ONE
+    {80, 20, 2, launch<BFloat16, 80, 20, 2>, nullptr},
+#else
+    INSTANCE(64, 16, 1),  INSTANCE(80, 20, 1),  INSTANCE(96, 24, 1),  INSTANCE(120, 30, 1),
+    INSTANCE(144, 36, 1), INSTANCE(192, 48, 1), INSTANCE(240, 60, 1),  // a head is a quarter
+    INSTANCE(64, 16, 2),  INSTANCE(80, 20, 2),  INSTANCE(96, 24, 2),  INSTANCE(120, 30, 2),
+    INSTANCE(144, 36, 2), INSTANCE(192, 48, 2),  // the same in warps of 32 rows
+    INSTANCE(64, 8, 2),   INSTANCE(80, 8, 2),   INSTANCE(96, 8, 2),   INSTANCE(120, 8, 2),
+    INSTANCE(144, 8, 2),  INSTANCE(192, 8, 2),  INSTANCE(240, 8, 1),  // Kornia's heads
+#endif
+};
+
+}  // namespace
+
+extern "C" {
+
+const char* forward(uint64_t seed, void* x, void* out, const unsigned char* packed, int64_t half, int64_t images, int64_t height,
+                    int64_t width, int64_t d, int64_t head_dim, int64_t patch_height, int64_t patch_width, int64_t layers,
+                    int64_t hidden, int64_t final_norm, double eps, int64_t tiles, int64_t sequences_of_a_block) {
+  TransformerArgs args = transformer_args({tiles, sequences_of_a_block}, images, height, width, patch_height, patch_width,
+                                          layers, hidden, final_norm, eps);
+  args.in = {x, height * width * d, width * d, d};
+  args.out = {out, height * width * d, width * d, d};
+  args.weights = packed;
+  for (const Instance& instance : instances)
+    if (instance.width == d && instance.head_dim == head_dim && instance.tiles == tiles)
+      return emulation_result((half ? instance.launch_half : instance.launch)(seed, args));
+  return emulation_result("there is no such instance");
+}
+
+// The sizes that Python reckons with, for so many rows, layers and hidden units.
+const char* sizes(uint64_t, int64_t* out, int64_t width, int64_t head_dim, int64_t rows, int64_t layers, int64_t hidden) {
+  const TransformerLayout layout{static_cast<int>(width), static_cast<int>(head_dim)};
+  out[0] = layout.shared_bytes(static_cast<int>(rows));
+  out[1] = layout.packed_bytes(layers, (hidden + kHiddenChunk - 1) / kHiddenChunk);
+  out[2] = kTransformerVersion;
+  return nullptr;
+}
+}
