@@ -434,12 +434,14 @@ struct Transformer {
     Tile attended[M][kHeads][HEAD] = {};
     MVIT_ROLLED
     for (int head = 0; head < kHeads; ++head) {
+      const int bytes_after_head = head + 1 < kHeads ? layout.head_chunk() : layout.proj_chunk();
+      const int bytes_after_kv = layout.joint() ? bytes_after_head : layout.q_chunk();
+      Shared chunk = 0;
       {
         float kv[M][2 * HEAD][4] = {};
-        Shared chunk = 0;
         MVIT_ROLLED
         for (int part = 0; part < layout.kv_parts(); ++part) {
-          chunk = ring.advance(part + 1 < layout.kv_parts() ? layout.kv_chunk() : layout.q_chunk(), threads);
+          chunk = ring.advance(part + 1 < layout.kv_parts() ? layout.kv_chunk() : bytes_after_kv, threads);
           multiply_rows<layout.kv_tiles(), 2 * HEAD>(kv, part * layout.kv_tiles(), chunk);
         }
         normalise(kv, chunk + layout.kv_matrix());
@@ -447,7 +449,12 @@ struct Transformer {
       }
       Tile query[M][HEAD], out[M][HEAD];
       {
-        const Shared chunk = ring.advance(head + 1 < kHeads ? layout.kv_chunk() : layout.proj_chunk(), threads);
+        if constexpr (layout.joint()) {
+          chunk += layout.kv_chunk();
+          sync_threads();  // keys and values are there
+        } else {
+          chunk = ring.advance(bytes_after_head, threads);
+        }
         float q[M][HEAD][4] = {};
         multiply_rows<TILES, HEAD>(q, 0, chunk);
         normalise(q, chunk + layout.q_matrix());
@@ -520,7 +527,7 @@ struct Transformer {
   }
 
   MVIT_DEVICE void mlp_half(int layer, int threads) {
-    const int bytes_of_next = layer + 1 < args.layers ? layout.kv_chunk() : 0;
+    const int bytes_of_next = layer + 1 < args.layers ? layout.head_chunk() : 0;
     statistics();
     float y[M][2 * TILES][4];
     MVIT_UNROLL
@@ -571,7 +578,7 @@ MVIT_KERNEL(kMostWarps * 32, 1) transformer_kernel(const TransformerArgs args) {
   constexpr TransformerLayout layout{WIDTH, HEAD_DIM};
   const int threads = args.warps * 32;
   Transformer<T, WIDTH, HEAD_DIM, M> transformer{args, {args.weights}};
-  transformer.ring.fetch(0, layout.kv_chunk(), threads);
+  transformer.ring.fetch(0, layout.head_chunk(), threads);
   transformer.read_rows();
   MVIT_ROLLED
   for (int layer = 0; layer < args.layers; ++layer) {
