@@ -16,13 +16,14 @@ PY := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreted gate sanitize lint format build setup clean
+.PHONY: help demo test test-interpreted test-emulated gate sanitize lint format build setup clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and what was gained'
 	@echo 'make test     lint, build, and run the whole test suite'
 	@echo 'make sanitize the C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in its interpreter (minutes)'
+	@echo 'make test-emulated  the same on the CUDA kernels, their source run on the CPU (a minute)'
 	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
 	@echo 'make lint     ruff: rules and format;  make format  repairs both'
 	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error where something is missing'
@@ -52,6 +53,10 @@ sanitize: setup
 test-interpreted: setup
 	@TRITON_INTERPRET=1 $(PY) -m pytest -q tests/_interpreted.py tests/test_linear_residual.py tests/test_layer_norm_linear.py \
 		tests/test_layer_norm_mlp.py tests/test_patch_attention.py -k "triton or interpreted" $(PYTEST_ARGS)
+
+test-emulated: setup
+	@MVIT_KERNELS_EMULATED=1 $(PY) -m pytest -q tests/test_linear_residual.py tests/test_layer_norm_linear.py \
+		tests/test_layer_norm_mlp.py tests/test_patch_attention.py tests/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
 
 gate: setup
 	@TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) tests/_triton_gate.py
