@@ -206,7 +206,6 @@ def test_permuted_tokens_permute_the_result(driver):
 
 # -------------------------------------------------------------------------------------------------------------- faults
 
-KERNEL = "transformer_kernel.h"
 # Where the ring advances.
 WAITS = "    wait_copies<0>();\n    sync_threads();\n    const Shared ready"
 SEVERAL = dict(shape=(1, 10, 14, 80), heads=4, patch=(2, 2), layers=2)  # N = 35: two warps, the second with three rows
@@ -241,7 +240,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_planted_races_are_reported(name):
-    faulty = Driver(OP, [(KERNEL, *REPORTED[name])], macros=["MVIT_ONLY_ONE"])
+    faulty = Driver(OP, [REPORTED[name]], macros=["MVIT_ONLY_ONE"])
     for seed in range(3):
         with pytest.raises(EmulationFault):
             launched(faulty, SEVERAL, torch.bfloat16, per_block=2, seed=seed)
@@ -251,7 +250,7 @@ def test_planted_races_are_reported(name):
 def test_planted_errors_are_out_of_tolerance(name):
     text, other, sizes, change = WRONG[name]
     with pytest.raises(AssertionError, match="is over"):
-        check(Driver(OP, [(KERNEL, text, other)], macros=["MVIT_ONLY_ONE"]), sizes, torch.bfloat16, change, tiles=2)
+        check(Driver(OP, [(text, other)], macros=["MVIT_ONLY_ONE"]), sizes, torch.bfloat16, change, tiles=2)
 
 
 @pytest.mark.parametrize("sizes, change", [(s, c) for *_, s, c in WRONG.values()], ids=list(WRONG))
