@@ -6,7 +6,7 @@ Imported by conftest.py. What runs is csrc/cuda under emulation; `make test-emul
 
 from __future__ import annotations
 
-from _emulation import OPERATORS, load_operators
+from _emulation import ROWS, load_operators
 
 from mvit_kernels import backends, cuda
 
@@ -14,5 +14,5 @@ load_operators()
 cuda.DEVICE_TYPE = "cpu"
 cuda.unavailable = lambda device_type: [] if device_type == "cpu" else ["the emulation serves CPU tensors"]
 cuda.device = lambda: (4, 99 << 10)  # of tests/emulation/tensors.h
-cuda.SUPPORTS = {operator: cuda.SUPPORTS[operator] for operator in OPERATORS}
+cuda.SUPPORTS = {operator: cuda.SUPPORTS[operator] for operator in ("patch_attention", *ROWS)}
 backends._choices.clear()
