@@ -34,8 +34,8 @@ struct Attention {
     }
   }
 
-  // `keys` of them: the rest of the chunk is zeros, and of tiles beyond the last key anything. WHOLE: all, known as such
-  // when compiling, so that loads and products of different tiles overlap.
+  // `keys` of them: the rest of the chunk is zeros, and of tiles beyond the last key anything. WHOLE: all, known as
+  // such when compiling, so that loads and products of different tiles overlap.
   template <bool WHOLE>
   MVIT_DEVICE void attend(Shared key_rows, Shared value_rows, int keys, float factor) {
     float scores[TILES][kKeyTiles][2][4];

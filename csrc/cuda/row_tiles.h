@@ -117,8 +117,8 @@ MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, in
   }
 }
 
-// sums (16 · TILES rows × 16 · COLUMNS) += left · rightᵀ over `depth` columns (a multiple of 8) in shared memory. Column
-// tiles from `columns` on are left out; where there are none, loads and products of different tiles overlap.
+// sums (16 · TILES rows × 16 · COLUMNS) += left · rightᵀ over `depth` columns (a multiple of 8) in shared memory.
+// Column tiles from `columns` on are left out; where there are none, loads and products of different tiles overlap.
 template <typename T, int TILES, int COLUMNS>
 MVIT_DEVICE void multiply_shared(float (&sums)[TILES][COLUMNS][2][4], Shared left, Shared left_stride, Shared right,
                                  Shared right_stride, Shared right_step, int depth, int columns) {

@@ -8,8 +8,8 @@
 namespace mvit {
 
 // 16 rows × 8 · GROUPS columns of them as 8 × 8 matrices, in the order in which products want them in neighbouring
-// registers: by group of columns and half of the rows as a left operand of a product over the columns, or, transposed, as a
-// right operand of one over the rows; by half and group as a right operand of a product over the columns.
+// registers: by group of columns and half of the rows as a left operand of a product over the columns, or, transposed,
+// as a right operand of one over the rows; by half and group as a right operand of a product over the columns.
 template <int GROUPS>
 using Rows16 = uint32_t[GROUPS][2];
 template <int GROUPS>
