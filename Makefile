@@ -19,7 +19,8 @@ PY := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreted gate sanitize sanitize-gpu bench bench-regressions report lint format build setup clean
+.PHONY: help demo test test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report lint format \
+	build setup clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and what was gained'
@@ -27,7 +28,8 @@ help:
 	@echo 'make sanitize the C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; it takes a GPU'
 	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in its interpreter (minutes)'
-	@echo 'make gate     compile every Triton kernel for every architecture anew: tests/data/triton_gate.csv (minutes)'
+	@echo 'make test-emulated  the same on the CUDA kernels, their source run on the CPU (a minute)'
+	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
 	@echo 'make report   the README'"'"'s figures and plots from the results that are there'
 	@echo 'make bench-regressions  the CPU path under pytest-benchmark, beside the run before (by hand)'
@@ -42,7 +44,8 @@ help:
 	@echo '  PYTEST_ARGS=...       handed to pytest: PYTEST_ARGS="-k freeze -x"'
 	@echo '  BUDGET=30, SUITE=all, DEVICE=cpu   of make bench: minutes, suites (operators,models,...), cpu or cuda'
 	@echo '  USE_SYSTEM_PYTHON=1   use PYTHON as it is: no environment, nothing installed, built in place'
-	@echo '  CXX, MAX_JOBS         the C++ compiler, and how many files it compiles at once'
+	@echo '  CXX, MAX_JOBS         the C++ compiler, and how many files are compiled at once'
+	@echo '  CUDA_HOME, TORCH_CUDA_ARCH_LIST  the CUDA toolkit, and the GPUs it compiles for (8.0;9.0+PTX)'
 	@echo 'pip'"'"'s own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold: they decide which build of torch comes.'
 
 demo: setup
@@ -65,8 +68,13 @@ test-interpreted: setup
 		tests/test_layer_norm_mlp.py tests/test_patch_attention.py tests/test_layer_norm.py \
 		tests/test_transformer_layer.py tests/test_gpu.py -k "triton or interpreted or gpu" $(PYTEST_ARGS)
 
+test-emulated: setup
+	@MVIT_KERNELS_EMULATED=1 $(PY) -m pytest -q tests/test_linear_residual.py tests/test_layer_norm_linear.py \
+		tests/test_layer_norm_mlp.py tests/test_patch_attention.py tests/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
+
 gate: setup
 	@TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) tests/_triton_gate.py
+	@$(PY) tests/_cuda_gate.py
 
 bench: build
 	@$(PY) -m mvit_kernels bench --suite $(SUITE) --budget $(BUDGET) --device $(DEVICE)

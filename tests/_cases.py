@@ -217,6 +217,19 @@ def takes(path: str, dtype: str | None) -> bool:
     return dtype is None or path in ("reference", "raw") or getattr(torch, dtype) in backends._MODULES[path].DTYPES
 
 
+def plain_dtype(path: str) -> torch.dtype:
+    """What tests use that are not about dtypes: float32, or bfloat16 where the path has no kernels for that."""
+    return torch.float32 if takes(path, "float32") else torch.bfloat16
+
+
+def differentiable(operator: str, path: str) -> bool:
+    """Whether gradients go through the operator by `path`: not by a backend that has no backward for it."""
+    if path in ("reference", "raw"):
+        return path == "reference" or operator in DIFFERENTIABLE
+    backward, key = f"mvit_kernels::{operator}_backward.{path}", device_of(path).upper()
+    return operator in DIFFERENTIABLE and torch._C._dispatch_has_kernel_for_dispatch_key(backward, key)
+
+
 def device_of(path: str) -> str:
     """Where the path's tensors are: its backend's DEVICE_TYPE, and the CPU for those that have none."""
     return getattr(backends._MODULES.get(path), "DEVICE_TYPE", "cpu")

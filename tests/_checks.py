@@ -24,11 +24,13 @@ from _cases import (
     call,
     convert,
     device_of,
+    differentiable,
     evaluate,
     lay_out,
     lay_out_all,
     make,
     paths,
+    plain_dtype,
     poisoned,
     raw_arguments,
     structured,
@@ -88,7 +90,7 @@ def _draw(
     operator, sizes, dtype, path, layout, norm_dtype, gradients, seed
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     where = f"{operator} by {path}"
-    gradients = gradients and (operator in DIFFERENTIABLE or path == "reference")
+    gradients = gradients and differentiable(operator, path)
     tensors64, settings = make(operator, sizes, seed)
     kind, norm_kind = getattr(torch, dtype), getattr(torch, norm_dtype) if norm_dtype else None
     tensors = convert(tensors64, kind, norm_kind, device_of(path))
@@ -139,7 +141,7 @@ def check_autocast(operator: str, sizes: dict[str, Any], path: str = "reference"
         cast = {name: v if v is None or "norm" in name else v.to(torch.bfloat16) for name, v in t.items()}
         return call(operator, cast, settings, path)
 
-    gradients = operator in DIFFERENTIABLE or path == "reference"
+    gradients = differentiable(operator, path)
     ours, expected = evaluate(by_autocast, tensors, gradients), evaluate(by_hand, tensors, gradients)
     assert ours["out"].dtype == torch.bfloat16
     for name, value in ours.items():
@@ -167,11 +169,11 @@ def check_registration(
 ) -> None:
     """``torch.library.opcheck`` of the raw operators: schema, fake (with strides), dispatch under AOTAutograd."""
     tensors, settings = make(operator, sizes)
-    tensors = convert(tensors, torch.float32, device=device_of(backend))
+    tensors = convert(tensors, plain_dtype(backend), device=device_of(backend))
     tensors = {name: view for name, (view, _) in lay_out_all(tensors, layout).items()}
     arguments = raw_arguments(operator, tensors, settings)
     torch.library.opcheck(raw(operator, backend), arguments)
-    if operator in DIFFERENTIABLE:
+    if operator in DIFFERENTIABLE and differentiable(operator, backend):
         outputs = raw(operator, backend)(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         grad_out = lay_out(torch.randn_like(outputs[0]), layout)[0]
@@ -188,8 +190,8 @@ def registrations(operator: str) -> list[tuple[str, str]]:
 def check_same_bits(operator: str, sizes: dict[str, Any], path: str, runs: int = 20) -> None:
     """The same call gives the same bits every time, gradients included."""
     tensors, settings = make(operator, sizes)
-    tensors = convert(tensors, torch.float32, device=device_of(path))
-    gradients = operator in DIFFERENTIABLE or path == "reference"
+    tensors = convert(tensors, plain_dtype(path), device=device_of(path))
+    gradients = differentiable(operator, path)
     if triton.INTERPRETED:
         runs = 2  # one program after the other, and slowly
     with threads_of(path):
@@ -218,8 +220,10 @@ def check_refusal(
 
 def check_gradients_one_by_one(operator: str, sizes: dict[str, Any], path: str) -> None:
     """Frozen parameters: a tensor gets the same gradient whether or not the others need theirs."""
+    if not differentiable(operator, path):
+        return  # which check_graph_only_where_needed sees refused
     tensors, settings = make(operator, sizes)
-    tensors = convert(tensors, torch.float32, device=device_of(path))
+    tensors = convert(tensors, plain_dtype(path), device=device_of(path))
     together = evaluate(lambda t: call(operator, t, settings, path), tensors, True)
     for name in [name for name, t in tensors.items() if t is not None]:
         alone = evaluate(lambda t: call(operator, t, settings, path), tensors, (name,))
@@ -229,16 +233,20 @@ def check_gradients_one_by_one(operator: str, sizes: dict[str, Any], path: str) 
 
 
 def check_graph_only_where_needed(operator: str, sizes: dict[str, Any], path: str) -> None:
-    """A result has a graph iff some tensor needs a gradient and gradients are on."""
+    """A result has a graph iff some tensor needs a gradient and gradients are on; a path without gradients says so."""
     tensors, settings = make(operator, sizes)
-    tensors = convert(tensors, torch.float32, device=device_of(path))
+    tensors = convert(tensors, plain_dtype(path), device=device_of(path))
     assert not call(operator, tensors, settings, path).requires_grad
     list(tensors.values())[-1].requires_grad_()
     with torch.no_grad():
         assert not call(operator, tensors, settings, path).requires_grad
     with torch.inference_mode():
         assert call(operator, tensors, settings, path).is_inference()
-    assert call(operator, tensors, settings, path).requires_grad
+    if differentiable(operator, path):
+        assert call(operator, tensors, settings, path).requires_grad
+    else:
+        with pytest.raises(mvit_kernels.BackendError, match="needs? (a gradient|one)"):
+            call(operator, tensors, settings, path)
 
 
 def check_meta(operator: str, sizes: dict[str, Any], path: str) -> None:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from _emulation import Driver
+from _emulation import Driver, load_operators
 from torch import Tensor
 
 from mvit_kernels import backends, cuda
@@ -27,21 +27,22 @@ def run(
 
 
 @contextlib.contextmanager
-def serving_cpu_tensors(monkeypatch, driver: Driver) -> Iterator[list[tuple]]:
-    """Inside, the CUDA backend is the first choice for CPU tensors; gives the plans of the launches, as they happen."""
+def serving_cpu_tensors(monkeypatch) -> Iterator[list[tuple]]:
+    """Inside, the CUDA backend is the first choice for CPU tensors; gives the shape and plan of each launch."""
+    load_operators("transformer")
     launches = []
 
-    def packed_operator(x, packed, version, layers, head_dim, hidden, final_norm, patch, eps, tiles, sequences):
-        assert version == transformer.VERSION
-        launches.append((tuple(x.shape), tiles, sequences))
-        return run(driver, x, packed, layers, head_dim, hidden, final_norm, patch, eps, (tiles, sequences))
+    def plan(*arguments):
+        launches.append((*arguments[:4], plan_of(*arguments)))
+        return launches[-1][-1]
 
-    library = torch.library.Library("mvit_kernels", "FRAGMENT")
-    library.impl("transformer.cuda", transformer.forward, "CPU")
-    library.impl("transformer_packed.cuda", packed_operator, "CPU")
+    plan_of = transformer.plan_of
+    monkeypatch.setattr(transformer, "plan_of", plan)
     monkeypatch.setattr(cuda, "unavailable", lambda device_type: [])
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("cuda", "reference"))
     monkeypatch.setattr(backends, "_choices", {})
+    library = torch.library.Library("mvit_kernels", "FRAGMENT")
+    library.impl("transformer.cuda", transformer.forward, "CPU")
     try:
         yield launches
     finally:

@@ -104,7 +104,11 @@ def main() -> None:
     work = [(source, arch) for arch in arguments.arch for source in sources]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         found = list(pool.map(lambda job: rows(compiled(*job), job[1], nvcc), work))
-    table = sorted((row for some in found for row in some), key=lambda row: (row["kernel"], row["arch"]))
+    table = {(row["kernel"], row["arch"]): row for some in found for row in some}
+    if arguments.only and not arguments.dry:  # the other kernels' rows stay
+        with TABLE.open(newline="") as file:
+            table = {(row["kernel"], int(row["arch"])): row for row in csv.DictReader(file)} | table
+    table = [table[key] for key in sorted(table)]
     if arguments.dry:
         for row in table:
             print(*row.values(), sep=" | ")

@@ -122,19 +122,23 @@ def _build(name: str, faults: tuple[tuple[str, ...], ...], macros: tuple[str, ..
     return library
 
 
-OPERATORS = ("patch_attention", "layer_norm_linear", "linear_residual", "layer_norm_mlp")
+ROWS = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
+KERNEL_FILES = {**dict.fromkeys(ROWS, "rows"), "patch_attention": "patch_attention", "transformer": "transformer"}
 
 
 @functools.cache
-def load_operators() -> None:
+def load_operators(*operators: str) -> None:
     """Register ``mvit_kernels::<operator>.cuda`` for CPU tensors: the bindings of csrc/cuda and its launches, compiled
-    for the emulation. A launch's fault is the error that the operator raises."""
+    for the emulation; all but the transformer's if none is named. A launch's fault is the error that the operator
+    raises."""
+    operators = operators or ("patch_attention", *ROWS)
     headers = Path(torch.__file__).parent / "include"
     command = [*compiler(), *FLAGS.split(), "-O0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-I{KERNELS}", f"-I{ROOT / 'tests'}"]
     command += [f"-isystem{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include")]
-    kernels = [path for stem in (OPERATORS[0], "rows") for path in sorted(KERNELS.glob(f"{stem}*.cu"))]
-    sources = [*(KERNELS / f"{name}.cpp" for name in OPERATORS), *kernels]
+    stems = sorted({KERNEL_FILES[name] for name in operators})
+    kernels = [path for stem in stems for path in sorted(KERNELS.glob(f"{stem}*.cu"))]
+    sources = [*(KERNELS / f"{name}.cpp" for name in operators), *kernels]
     read = (*sources, *sorted(KERNELS.glob("*.h")), *sorted(EMULATION.glob("*.h")))
     text = "\0".join([torch.__version__, *command, *(path.read_text() for path in read)])
     library = BUILT / f"operators-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"

@@ -30,6 +30,9 @@ if (
 
     _interpreter.repair()
 
+if os.environ.get("MVIT_KERNELS_EMULATED") == "1":  # the CUDA backend serves CPU tensors, and is a path as well
+    import _emulated  # noqa: F401
+
 # The command line, for the files that run it.
 
 

@@ -156,6 +156,7 @@ def test_info_tells_what_is_missing(run, monkeypatch):
             "built 2025 by g++ 12 for avx2",
         ),
         ({"cpu": {"built": True, "isa": [], "isa_left_out": ["avx2"]}}, "baseline only; the compiler has no avx2"),
+        ({"cuda": {"built": True, "compiler": "nvcc 13", "architectures": ["sm_80"]}}, "by nvcc 13 for sm_80"),
         ({"cpu": {"built": False, "reason": "no compiler"}}, "not built: no compiler"),
         ("{half", "is damaged"),
         (None, "there is no"),

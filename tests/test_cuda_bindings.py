@@ -89,11 +89,11 @@ def test_long_sequences():
 
 
 REFUSED = [
-    ("patch_attention", dict(qkv=lambda t: t.float()), "the CUDA kernels take float16 and bfloat16"),
+    ("patch_attention", dict(qkv=lambda t: t.float()), "the CUDA kernels take bfloat16 and float16"),
     ("patch_attention", dict(qkv=lambda t: t[..., :114]), "heads of even widths up to 64, not of 19"),
     ("patch_attention", dict(qkv=lambda t: t.repeat(1, 1, 1, 4)), "heads of even widths up to 64, not of 80"),
     ("patch_attention", dict(qkv=lambda t: t[:, :5]), "a map of 5 x 8 does not divide"),
-    ("layer_norm_linear", dict(x=lambda t: t.float()), "the CUDA kernels take float16 and bfloat16"),
+    ("layer_norm_linear", dict(x=lambda t: t.float()), "the CUDA kernels take bfloat16 and float16"),
     ("layer_norm_linear", dict(weight=lambda t: t[:70]), "multiples of 8, and weight has 70"),
     ("layer_norm_linear", dict(weight=lambda t: t[:, :32]), "weight has another shape"),
     ("layer_norm_linear", dict(weight=lambda t: t.half()), "weight is not of x's dtype"),

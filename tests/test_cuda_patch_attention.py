@@ -131,6 +131,10 @@ def test_whole_sequences(driver, tokens, head_dim):
     check(driver, *draw((1, *tokens), 1, head_dim, (1, 1)), 1, (1, 1))
 
 
+def test_the_longest_sequence_of_a_segmentation_network(driver):
+    check(driver, *draw((1, 32, 32), 1, 20, (1, 1)), 1, (1, 1))
+
+
 @pytest.mark.parametrize("scale", [1.0, -0.3, 0.0])
 def test_scale(driver, scale):
     check(driver, *draw((1, 6, 6), 2, 24, (1, 1)), 2, (1, 1), scale)

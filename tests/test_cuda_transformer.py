@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from _cases import call, convert, make, structured
+from _cases import LAYOUTS, call, convert, lay_out, make, structured
 from _cuda import run, serving_cpu_tensors
 from _emulation import Driver, EmulationFault
 from _oracle import sequences
@@ -156,6 +156,13 @@ def test_references_of_the_softmax(driver, change, dtype):
 # ---------------------------------------------------------------------------------------------------------- properties
 
 
+def test_no_bank_conflicts(driver):
+    before = driver.matrix_conflicts()
+    for d in plans.WIDTHS:
+        launched(driver, dict(shape=(1, 8, 8, d), heads=4, patch=(2, 2), layers=1), torch.bfloat16)
+    assert driver.matrix_conflicts() == before == 0
+
+
 def test_same_bits_in_any_order_of_threads(driver):
     sizes = dict(shape=(1, 12, 12, 96), heads=4, patch=(2, 2), layers=1)
     first = launched(driver, sizes, torch.bfloat16, per_block=2)
@@ -199,7 +206,6 @@ def test_permuted_tokens_permute_the_result(driver):
 
 # -------------------------------------------------------------------------------------------------------------- faults
 
-KERNEL = "transformer_kernel.h"
 # Where the ring advances.
 WAITS = "    wait_copies<0>();\n    sync_threads();\n    const Shared ready"
 SEVERAL = dict(shape=(1, 10, 14, 80), heads=4, patch=(2, 2), layers=2)  # N = 35: two warps, the second with three rows
@@ -234,7 +240,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_planted_races_are_reported(name):
-    faulty = Driver(OP, [(KERNEL, *REPORTED[name])], macros=["MVIT_ONLY_ONE"])
+    faulty = Driver(OP, [REPORTED[name]], macros=["MVIT_ONLY_ONE"])
     for seed in range(3):
         with pytest.raises(EmulationFault):
             launched(faulty, SEVERAL, torch.bfloat16, per_block=2, seed=seed)
@@ -244,7 +250,7 @@ def test_planted_races_are_reported(name):
 def test_planted_errors_are_out_of_tolerance(name):
     text, other, sizes, change = WRONG[name]
     with pytest.raises(AssertionError, match="is over"):
-        check(Driver(OP, [(KERNEL, text, other)], macros=["MVIT_ONLY_ONE"]), sizes, torch.bfloat16, change, tiles=2)
+        check(Driver(OP, [(text, other)], macros=["MVIT_ONLY_ONE"]), sizes, torch.bfloat16, change, tiles=2)
 
 
 @pytest.mark.parametrize("sizes, change", [(s, c) for *_, s, c in WRONG.values()], ids=list(WRONG))
@@ -427,8 +433,8 @@ def test_one_launch_where_it_pays():
 
 
 @pytest.fixture
-def emulated(monkeypatch, driver):
-    with serving_cpu_tensors(monkeypatch, driver) as launches:
+def emulated(monkeypatch):
+    with serving_cpu_tensors(monkeypatch) as launches:
         yield launches
 
 
@@ -438,9 +444,62 @@ def test_the_operator(emulated, dtype):
     mixed = convert(tensors, dtype, torch.float32)
     with torch.no_grad():
         ours = mvit_kernels.transformer(**structured(OP, mixed), **settings)
-    assert emulated == [((2, 4, 6, 64), 1, 1)]
+    assert emulated == [(64, 16, 6, 8, plans.TransformerPlan(1, 1))]
     truth = call(OP, convert(mixed, torch.float64), settings, "oracle")
     assert_close_as_pytorch("out", ours, call(OP, convert(mixed, dtype), settings, "usual"), truth)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(emulated, layout):
+    """Maps with strides are read where they lie, if by 16 bytes; else from a copy."""
+    tensors, settings = make(OP, dict(shape=(2, 4, 6, 64), heads=4, patch=(2, 2), layers=1))
+    low = convert(tensors, torch.bfloat16)
+    low["x"], buffer = lay_out(low["x"], layout)
+    before = None if buffer is None else buffer.clone()
+    with torch.no_grad():
+        ours = mvit_kernels.transformer(**structured(OP, low), **settings)
+    assert ours.is_contiguous() and (buffer is None or torch.equal(buffer, before))
+    truth = call(OP, convert(low, torch.float64), settings, "oracle")
+    assert_close_as_pytorch(layout, ours, call(OP, low, settings, "usual"), truth)
+
+
+def test_an_empty_batch(emulated):
+    tensors, settings = make(OP, dict(shape=(0, 4, 6, 64), heads=4, patch=(2, 2), layers=1))
+    assert mvit_kernels.transformer(**structured(OP, convert(tensors, torch.bfloat16)), **settings).shape == (
+        0,
+        4,
+        6,
+        64,
+    )
+
+
+PACKED = dict(version=packing.VERSION, layers=2, head_dim=16, hidden=128, tiles=1, sequences=1)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(version=0), "packed by version 0 of the order, and the library reads version 1"),
+        (dict(layers=3), "not those of 3 layers with 128 hidden units"),
+        (dict(hidden=160), "not those of 2 layers with 160 hidden units"),
+        (dict(head_dim=12), "no kernel for rows of 64, heads of 12 and warps of 16 rows"),
+        (dict(tiles=3), "no kernel for rows of 64, heads of 16 and warps of 48 rows"),
+        (dict(sequences=9), "9 sequences of 6 tokens are no block"),
+        (dict(sequences=0), "0 sequences of 6 tokens are no block"),
+        (dict(x=torch.zeros(1, 4, 6, 64)), "take float16 and bfloat16"),
+        (dict(x=torch.zeros(4, 6, 64).bfloat16()), "not of 3 axes"),
+        (dict(x=torch.zeros(1, 3, 6, 64).bfloat16()), "a map of 3 x 6 does not divide"),
+        (dict(packed=torch.zeros(8)), "not those of 2 layers"),
+    ],
+    ids=str,
+)
+def test_the_binding_checks_again(emulated, change, says):
+    layers, final_norm = packable(64)
+    packed = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
+    given = dict(x=torch.zeros(1, 4, 6, 64).bfloat16(), packed=packed) | PACKED | change
+    named = [given[name] for name in ("x", "packed", "version", "layers", "head_dim", "hidden")]
+    with pytest.raises(RuntimeError, match=says):
+        torch.ops.mvit_kernels.transformer_packed.cuda(*named, True, (2, 2), 1e-5, given["tiles"], given["sequences"])
 
 
 def test_autocast_packs_once(emulated, monkeypatch):
@@ -471,7 +530,7 @@ def test_a_frozen_model(emulated, monkeypatch):
     with torch.inference_mode(), mvit_kernels.use_backend("reference"):
         usual = model.bfloat16()(images.bfloat16())
         truth = model.double()(images.double())
-    assert [shape[3] for shape, _, _ in emulated] == [64, 80, 96]
+    assert [launch[:3] for launch in emulated] == [(64, 16, 16), (80, 20, 4), (96, 24, 1)]
     assert len(transformer._packed) == before + 3
     assert_close_as_pytorch("logits", logits, usual, truth)
 

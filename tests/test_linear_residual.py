@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from _cases import DTYPES, LAYOUTS, call, convert, make, paths
+from _cases import DTYPES, LAYOUTS, call, convert, make, paths, plain_dtype
 from _checks import (
     check,
     check_autocast,
@@ -54,7 +54,7 @@ def test_layouts(layout, dtype, path):
 def test_the_residual_is_not_written(path):
     """Not even where it could be: the caller's x goes on to be used by the backward pass."""
     tensors, settings = make(OP, dict(shape=(6, 24), n=24))
-    tensors = convert(tensors, torch.float32)
+    tensors = convert(tensors, plain_dtype(path))
     before = tensors["residual"].clone()
     out = call(OP, tensors, settings, path)
     assert torch.equal(tensors["residual"], before)
@@ -73,7 +73,7 @@ def test_x_may_be_the_residual(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_are_independent(path):
     tensors, settings = make(OP, dict(shape=(37, 64), n=48))
-    tensors = convert(tensors, torch.float32)
+    tensors = convert(tensors, plain_dtype(path))
     before = call(OP, tensors, settings, path)
     tensors["x"][11] += 1
     tensors["residual"][23] = torch.nan

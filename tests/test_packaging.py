@@ -256,6 +256,29 @@ def test_build_is_incremental_and_fails_as_asked(project: Path) -> None:
     assert "auto, require, skip" in run(*build, cwd=project, fails=True, MVIT_KERNELS_BUILD="always")
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("home", "architectures", "told"),
+    [
+        ("no-such-folder", "", "no CUDA compiler: CUDA_HOME is 'no-such-folder'"),
+        ("toolkit", "9.0;Hopper", "TORCH_CUDA_ARCH_LIST has 'Hopper'"),
+        ("toolkit", "6.0 7.5+PTX", "the kernels want compute capability 8.0 or newer"),
+        ("toolkit", "7.5;9.0a;10.0+PTX", "does not tell where its headers and libraries are"),
+    ],
+)
+def test_cuda_library_tells_what_it_wants(project: Path, home: str, architectures: str, told: str) -> None:
+    (project / "csrc" / "cuda").mkdir(parents=True)
+    (project / "csrc" / "cuda" / "probe.cu").write_text("")
+    nvcc = project / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n")  # no compiler: it prints nothing
+    nvcc.chmod(0o755)
+    environment = {"CUDA_HOME": home, "TORCH_CUDA_ARCH_LIST": architectures}
+    assert told in run(sys.executable, "setup.py", "-q", "build_native", "--inplace", cwd=project, **environment)
+    info = build_info(project / "mvit_kernels")
+    assert info["cuda"]["built"] is False and told in info["cuda"]["reason"]
+
+
 # -- The neighbours --------------------------------------------------------------------------------
 
 

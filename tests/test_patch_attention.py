@@ -4,7 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases import DTYPES, LAYOUTS, call, call_raw, convert, evaluate, lay_out, make, paths, takes
+from _cases import DTYPES, LAYOUTS, call, call_raw, convert, evaluate, lay_out, make, paths, plain_dtype, takes
 from _checks import (
     check,
     check_autocast,
@@ -102,23 +102,24 @@ def test_who_attends_to_whom(patch, path):
     tokens = height * width
     values = torch.eye(tokens).reshape(1, height, width, tokens)
     qkv = torch.cat([torch.zeros(1, height, width, 2 * tokens), values], -1)
-    out = call(OP, {"qkv": qkv}, {"num_heads": 1, "patch_size": patch, "scale": None}, path).reshape(tokens, tokens)
+    qkv, settings = qkv.to(plain_dtype(path)), {"num_heads": 1, "patch_size": patch, "scale": None}
+    out = call(OP, {"qkv": qkv}, settings, path).reshape(tokens, tokens).float()
     ph, pw = patch
     for t in range(tokens):
         for s in range(tokens):
             (h, w), (hs, ws) = divmod(t, width), divmod(s, width)
             together = h % ph == hs % ph and w % pw == ws % pw
             assert (out[t, s] > 0) == together, f"token {(h, w)} and {(hs, ws)} of patches {patch}"
-    torch.testing.assert_close(out.sum(-1), torch.ones(tokens))
+    torch.testing.assert_close(out.sum(-1), torch.ones(tokens), rtol=0, atol=4 * torch.finfo(plain_dtype(path)).eps)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_heads_keep_apart(path):
     """Changing one head's q, k and v changes that head's part of the result alone, everywhere."""
     tensors, settings = make(OP, dict(shape=(1, 4, 4), heads=4, head_dim=8, patch=(2, 2)))
-    qkv = tensors["qkv"].float()
+    qkv = tensors["qkv"].to(plain_dtype(path))
     before = call(OP, {"qkv": qkv}, settings, path)
-    qkv.unflatten(-1, (3, 4, 8))[..., 2, :] += torch.randn(1, 4, 4, 3, 8)
+    qkv.unflatten(-1, (3, 4, 8))[..., 2, :] += torch.randn(1, 4, 4, 3, 8).to(qkv.dtype)
     changed = (call(OP, {"qkv": qkv}, settings, path) != before).unflatten(-1, (4, 8)).any(-1)
     assert changed[..., 2].all() and not changed[..., [0, 1, 3]].any()
 
@@ -127,7 +128,7 @@ def test_heads_keep_apart(path):
 @pytest.mark.parametrize("patch", [(2, 2), (4, 1)])
 def test_a_pixel_changes_its_own_sequence_only(patch, path):
     tensors, settings = make(OP, dict(shape=(2, 8, 6), heads=2, head_dim=12, patch=patch))
-    qkv = tensors["qkv"].float()
+    qkv = tensors["qkv"].to(plain_dtype(path))
     before = call(OP, {"qkv": qkv}, settings, path)
     qkv[1, 5, 3] += 1
     changed = (call(OP, {"qkv": qkv}, settings, path) != before).any(-1)
@@ -150,30 +151,30 @@ def test_permuted_tokens_permute_the_result(path):
         qkv = t["qkv"].flatten(1, 2)[:, order].reshape(t["qkv"].shape)
         return call(OP, {"qkv": qkv}, settings, path).flatten(1, 2)[:, back].reshape(1, 6, 8, 24)
 
-    ours = evaluate(shuffled, convert(tensors, torch.float32), True)
-    usual = evaluate(lambda t: call(OP, t, settings, "usual"), convert(tensors, torch.float32), True)
-    truth = evaluate(
-        lambda t: call(OP, t, settings, "oracle"), convert(convert(tensors, torch.float32), torch.float64), True
-    )
+    inputs = convert(tensors, plain_dtype(path))
+    ours = evaluate(shuffled, inputs, True)
+    usual = evaluate(lambda t: call(OP, t, settings, "usual"), inputs, True)
+    truth = evaluate(lambda t: call(OP, t, settings, "oracle"), convert(inputs, torch.float64), True)
     for name, value in ours.items():
         assert_close_as_pytorch(name, value, usual[name], truth[name])
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_whole_map_patch_size_of_one_is_ordinary_attention(path):
-    qkv = torch.randn(2, 5, 3, 3 * 2 * 16, generator=torch.Generator().manual_seed(0))
+    qkv = torch.randn(2, 5, 3, 3 * 2 * 16, generator=torch.Generator().manual_seed(0)).to(plain_dtype(path))
     out = call(
         OP, {"qkv": qkv}, {"num_heads": 2, "patch_size": 1, "scale": None}, path if path != "raw" else "reference"
     )
     q, k, v = qkv.reshape(2, 15, 3, 2, 16).permute(2, 0, 3, 1, 4).double()
     truth = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 3, 32)
-    pytorch = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).transpose(1, 2).reshape(2, 5, 3, 32)
+    pytorch = F.scaled_dot_product_attention(*(t.to(qkv.dtype) for t in (q, k, v))).transpose(1, 2)
+    pytorch = pytorch.reshape(2, 5, 3, 32)
     assert_close_as_pytorch("attention", out, pytorch, truth)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_one_token_a_sequence_is_its_value(path):
-    qkv = torch.randn(2, 2, 2, 48)
+    qkv = torch.randn(2, 2, 2, 48).to(plain_dtype(path))
     out = call(OP, {"qkv": qkv}, {"num_heads": 4, "patch_size": (2, 2), "scale": None}, path)
     assert torch.equal(out, qkv[..., 32:])
 
@@ -181,7 +182,7 @@ def test_one_token_a_sequence_is_its_value(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_nan_stays_in_its_sequence(path):
     tensors, settings = make(OP, SMALL)
-    qkv = tensors["qkv"].float()
+    qkv = tensors["qkv"].to(plain_dtype(path))
     qkv[1, 3, 2] = torch.nan
     found = call(OP, {"qkv": qkv}, settings, path).isnan().all(-1)
     expected = torch.zeros(2, 48, dtype=torch.bool)

@@ -8,10 +8,11 @@
 
 namespace mvit {
 
-template <typename T>
+// COLUMNS: the most tiles of 16 columns of the result that a warp has.
+template <typename T, int COLUMNS>
 MVIT_KERNEL(32 * kMlpWarps, 2)
 layer_norm_mlp_kernel(const RowMlp args) {
-  constexpr int kTiles = 2, kSplit = 4, kMost = kMostNormChannels / 16 / kSplit;
+  constexpr int kTiles = 2, kSplit = kMlpColumnParts;
   const int warp = warp_index(), lane = lane_index(), threads = 32 * kMlpWarps;
   const int row_part = warp / kSplit, column_part = warp % kSplit;
   const int channels = args.channels, units = channels / 8, column_tiles = (channels + 15) / 16;
@@ -44,7 +45,7 @@ layer_norm_mlp_kernel(const RowMlp args) {
   normalize_rows<T, kOwn / 4>(kOwn * warp * stride, stride, args.norm, channels, args.mean + first + kOwn * warp,
                               args.rstd + first + kOwn * warp, own_left);
 
-  float sums[kTiles][kMost][2][4] = {};
+  float sums[kTiles][COLUMNS][2][4] = {};
   const Shared rows = 32 * row_part * stride, hidden_rows = hidden + 32 * row_part * hidden_stride;
   MVIT_ROLLED
   for (int h = 0; h < args.hidden_channels; h += kHiddenTile) {
@@ -77,7 +78,7 @@ layer_norm_mlp_kernel(const RowMlp args) {
   wait_copies<0>();
 
   MVIT_UNROLL
-  for (int n = 0; n < kMost; ++n) {
+  for (int n = 0; n < COLUMNS; ++n) {
     MVIT_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int c = 16 * (column_part + kSplit * n) + 8 * half + lane % 4 * 2;

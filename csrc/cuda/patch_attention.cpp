@@ -15,7 +15,7 @@ constexpr const char* kOp = "patch_attention";
 PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::vector<int64_t>& patch, double scale) {
   STD_TORCH_CHECK(qkv.dim() == 4, kOp, ": qkv must be (B, H, W, 3 * inner), not of ", qkv.dim(), " axes");
   STD_TORCH_CHECK(qkv.scalar_type() == ScalarType::Half || qkv.scalar_type() == ScalarType::BFloat16, kOp,
-                  ": the CUDA kernels take float16 and bfloat16");
+                  ": the CUDA kernels take bfloat16 and float16");
   STD_TORCH_CHECK(patch.size() == 2 && patch[0] > 0 && patch[1] > 0, kOp, ": patch_size must be two positive numbers");
   STD_TORCH_CHECK(qkv.size(1) % patch[0] == 0 && qkv.size(2) % patch[1] == 0, kOp, ": a map of ", qkv.size(1), " x ",
                   qkv.size(2), " does not divide into patches of ", patch[0], " x ", patch[1]);

@@ -72,9 +72,9 @@ struct AttentionGradient {
 
   // This warp's queries over 16 keys and values, of which `keys` exist.
   MVIT_DEVICE void over_keys(Shared key_rows, Shared value_rows, int keys, float factor) {
-    Rows16<kGroups> k, v;
-    load_tile<false>(k, key_rows, kStride);
-    load_tile<false>(v, value_rows, kStride);
+    RightRows16<kGroups> k, v;
+    load_right(k, key_rows, kStride);
+    load_right(v, value_rows, kStride);
     uint32_t packed[TILES][4];
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m) {
@@ -90,18 +90,19 @@ struct AttentionGradient {
       }
       pack_tile<T>(packed[m], ds);
     }
-    load_tile<true>(k, key_rows, kStride);
+    Rows16<kGroups> by_keys;
+    load_tile<true>(by_keys, key_rows, kStride);
     MVIT_UNROLL
-    for (int m = 0; m < TILES; ++m) accumulate<T>(first_sums[m], packed[m], k);
+    for (int m = 0; m < TILES; ++m) accumulate<T>(first_sums[m], packed[m], by_keys);
   }
 
   // This warp's keys and values over 16 queries, whose numbers are at `numbers`. What it finds for ds, rounded, is left
   // in `ds_tiles`: of each tile of keys the left operand of a product over queries.
   MVIT_DEVICE void over_queries(uint32_t (&ds_tiles)[TILES][4], Shared query_rows, Shared grad_rows, Shared numbers,
                                 float factor) {
-    Rows16<kGroups> q, grad;
-    load_tile<false>(q, query_rows, kStride);
-    load_tile<false>(grad, grad_rows, kStride);
+    RightRows16<kGroups> q, grad;
+    load_right(q, query_rows, kStride);
+    load_right(grad, grad_rows, kStride);
     uint32_t weights[TILES][4];
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m) {
@@ -120,12 +121,13 @@ struct AttentionGradient {
       pack_tile<T>(weights[m], p);
       pack_tile<T>(ds_tiles[m], ds);
     }
-    load_tile<true>(q, query_rows, kStride);
-    load_tile<true>(grad, grad_rows, kStride);
+    Rows16<kGroups> q_by_rows, grad_by_rows;
+    load_tile<true>(q_by_rows, query_rows, kStride);
+    load_tile<true>(grad_by_rows, grad_rows, kStride);
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m) {
-      accumulate<T>(first_sums[m], ds_tiles[m], q);
-      accumulate<T>(second_sums[m], weights[m], grad);
+      accumulate<T>(first_sums[m], ds_tiles[m], q_by_rows);
+      accumulate<T>(second_sums[m], weights[m], grad_by_rows);
     }
   }
 };

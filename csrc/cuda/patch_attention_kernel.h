@@ -34,27 +34,29 @@ struct Attention {
     }
   }
 
-  // `keys` of them: the rest of the chunk is zeros, and of tiles beyond the last key anything.
+  // `keys` of them: the rest of the chunk is zeros, and of tiles beyond the last key anything. WHOLE: all, known as
+  // such when compiling, so that loads and products of different tiles overlap.
+  template <bool WHOLE>
   MVIT_DEVICE void attend(Shared key_rows, Shared value_rows, int keys, float factor) {
     float scores[TILES][kKeyTiles][2][4];
     MVIT_UNROLL
     for (int n = 0; n < kKeyTiles; ++n) {
+      const bool exists = WHOLE || 16 * n < keys;
       MVIT_UNROLL
-      for (int m = 0; m < TILES; ++m)
-        for (int i = 0; i < 8; ++i) scores[m][n][i / 4][i % 4] = 16 * n < keys ? 0 : -INFINITY;
-      if (16 * n >= keys) continue;
-      Rows16<kGroups> tile;
-      load_tile<false>(tile, key_rows + 16 * n * kStride, kStride);
+      for (int i = 0; i < 8 * TILES; ++i) scores[i / 8][n][i / 4 % 2][i % 4] = exists ? 0 : -INFINITY;
+      if (!exists) continue;
+      RightRows16<kGroups> tile;
+      load_right(tile, key_rows + 16 * n * kStride, kStride);
       MVIT_UNROLL
       for (int m = 0; m < TILES; ++m) multiply<T>(scores[m][n], queries[m], tile);
-      if (16 * n + 16 > keys) mask(scores, n, keys);
+      if (!WHOLE && 16 * n + 16 > keys) mask(scores, n, keys);
     }
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m)
       for (int r = 0; r < 2; ++r) weigh(scores[m], m, r, factor);
     MVIT_UNROLL
     for (int n = 0; n < kKeyTiles; ++n) {
-      if (16 * n >= keys) continue;
+      if (!WHOLE && 16 * n >= keys) continue;
       Rows16<kGroups> tile;
       load_tile<true>(tile, value_rows + 16 * n * kStride, kStride);
       MVIT_UNROLL
@@ -96,9 +98,7 @@ struct Attention {
   }
 
   // Queries from `first` on.
-  MVIT_DEVICE void finish(const Tokens& out, float* logsumexp, int first, const PatchAttentionShape& shape,
-                          float factor) {
-    constexpr float kLn2 = 0.69314718f;
+  MVIT_DEVICE void finish(const Tokens& out, float* logsumexp, int first, const PatchAttentionShape& shape) {
     const int column = lane_index() % 4 * 2;
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m)
@@ -107,7 +107,7 @@ struct Attention {
         const int n = first + 16 * m + 8 * r + lane_index() / 4;
         char* row = out.at(n);
         if (n < shape.tokens && column == 0)
-          store_global(logsumexp + n, (largest[m][r] * factor + log2_approximate(all)) * kLn2);
+          store_global(logsumexp + n, fmaf(largest[m][r], fabsf(shape.scale), logf(all)));
         MVIT_UNROLL
         for (int g = 0; g < kGroups; ++g)
           if (n < shape.tokens && 8 * g + column < shape.head_dim)
@@ -118,7 +118,7 @@ struct Attention {
 };
 
 template <typename T, int D, int TILES>
-MVIT_KERNEL(32 * kBlockWarps, D <= 8 ? 4 : 3)
+MVIT_KERNEL(32 * kBlockWarps, D == 32 || D == 40 ? 2 : 3)
 patch_attention_kernel(const PatchAttentionForward args, const PatchAttentionPlan plan) {
   constexpr Shared kStride = shared_row_bytes(D);
   constexpr float kLog2E = 1.44269504f;
@@ -159,14 +159,17 @@ patch_attention_kernel(const PatchAttentionForward args, const PatchAttentionPla
   for (int chunk = 0; chunk * plan.chunk < shape.tokens; ++chunk) {
     copy_chunk(chunk + 1);
     const Shared slot = slots + chunk % plan.slots * slot_bytes;
-    const int left = shape.tokens - chunk * plan.chunk, count = left < plan.chunk ? left : plan.chunk;
-    if (warp_first < tokens) attention.attend(slot, slot + values_after, count, factor);
+    const int left = shape.tokens - chunk * plan.chunk;
+    if (warp_first < tokens && left >= kChunk)
+      attention.template attend<true>(slot, slot + values_after, kChunk, factor);
+    else if (warp_first < tokens)
+      attention.template attend<false>(slot, slot + values_after, left, factor);
     wait_copies<0>();
     sync_threads();  // the next chunk is there for all warps, and all are done with this one
   }
   if (warp_first < tokens) {
     float* logsumexp = args.logsumexp + static_cast<int64_t>(group.strand) * shape.tokens;
-    attention.finish(tokens_of(args.out, shape, group.strand), logsumexp, warp_first, shape, factor);
+    attention.finish(tokens_of(args.out, shape, group.strand), logsumexp, warp_first, shape);
   }
 }
 

@@ -23,7 +23,7 @@ class Arguments {
  public:
   Arguments(const char* op, const Tensor& x) : op_(op), x_(x) {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, op,
-                    ": the CUDA kernels take float16 and bfloat16");
+                    ": the CUDA kernels take bfloat16 and float16");
     STD_TORCH_CHECK(x.dim() > 0, op, ": x has no axes; (..., channels) is wanted");
     const auto sizes = x.sizes();
     for (int64_t axis = 0; axis + 1 < x.dim(); ++axis) count_ *= sizes[axis];

@@ -118,28 +118,33 @@ MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, in
 }
 
 // sums (16 · TILES rows × 16 · COLUMNS) += left · rightᵀ over `depth` columns (a multiple of 8) in shared memory.
-// Column tiles from `columns` on are left out.
+// Column tiles from `columns` on are left out; where there are none, loads and products of different tiles overlap.
 template <typename T, int TILES, int COLUMNS>
 MVIT_DEVICE void multiply_shared(float (&sums)[TILES][COLUMNS][2][4], Shared left, Shared left_stride, Shared right,
                                  Shared right_stride, Shared right_step, int depth, int columns) {
-  const auto step = [&](auto groups, int k) {
+  const auto step = [&](auto groups, auto all, int k) {
     constexpr int GROUPS = decltype(groups)::value;
     Rows16<GROUPS> rows[TILES];
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m) load_tile<false>(rows[m], left + 16 * m * left_stride + 2 * k, left_stride);
     MVIT_UNROLL
     for (int n = 0; n < COLUMNS; ++n) {
-      if (n >= columns) continue;
-      Rows16<GROUPS> tile;
-      load_tile<false>(tile, right + n * right_step + 2 * k, right_stride);
+      if (!decltype(all)::value && n >= columns) continue;
+      RightRows16<GROUPS> tile;
+      load_right(tile, right + n * right_step + 2 * k, right_stride);
       MVIT_UNROLL
       for (int m = 0; m < TILES; ++m) multiply<T>(sums[m][n], rows[m], tile);
     }
   };
   int k = 0;
-  MVIT_ROLLED
-  for (; k + 16 <= depth; k += 16) step(std::integral_constant<int, 2>{}, k);
-  if (k < depth) step(std::integral_constant<int, 1>{}, k);
+  if (columns >= COLUMNS) {
+    MVIT_ROLLED
+    for (; k + 16 <= depth; k += 16) step(std::integral_constant<int, 2>{}, std::true_type{}, k);
+  } else {
+    MVIT_ROLLED
+    for (; k + 16 <= depth; k += 16) step(std::integral_constant<int, 2>{}, std::false_type{}, k);
+  }
+  if (k < depth) step(std::integral_constant<int, 1>{}, std::false_type{}, k);
 }
 
 // x · sigmoid(x). For bfloat16 by one hyperbolic tangent, whose error of 2^-11 is an eighth of what rounding adds.

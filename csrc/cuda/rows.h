@@ -74,7 +74,7 @@ inline RowProductPlan plan_row_product(int64_t count, int channels, int out_chan
 }
 
 // The MLP's block has 64 rows, the hidden values of 64 channels at a time, and what of both weights belongs to these.
-constexpr int kMlpRows = 64, kMlpWarps = 8, kHiddenTile = 64;
+constexpr int kMlpRows = 64, kMlpWarps = 8, kMlpColumnParts = 4, kHiddenTile = 64;
 
 inline int row_mlp_shared_bytes(int channels) {
   return (kMlpRows + kHiddenTile) * shared_row_bytes(channels) +

@@ -7,11 +7,13 @@
 
 namespace mvit {
 
-// 16 rows × 8 · GROUPS columns, 8 × 8 matrices by group of columns and half of the rows. As it lies, a tile is the left
-// operand of a product over its columns, and each half is the right operand (8 columns of a result, one a row).
-// Transposed, each group is the right operand of a product over its rows.
+// 16 rows × 8 · GROUPS columns of them as 8 × 8 matrices, in the order in which products want them in neighbouring
+// registers: by group of columns and half of the rows as a left operand of a product over the columns, or, transposed,
+// as a right operand of one over the rows; by half and group as a right operand of a product over the columns.
 template <int GROUPS>
 using Rows16 = uint32_t[GROUPS][2];
+template <int GROUPS>
+using RightRows16 = uint32_t[2][GROUPS];
 
 // `at`: the place of the tile's first element, and `stride` bytes from row to row.
 template <bool TRANSPOSED, int GROUPS>
@@ -36,19 +38,36 @@ MVIT_DEVICE void load_tile(Rows16<GROUPS>& tile, Shared at, Shared stride) {
   }
 }
 
+template <int GROUPS>
+MVIT_DEVICE void load_right(RightRows16<GROUPS>& tile, Shared at, Shared stride) {
+  const int lane = lane_index();
+  const Shared row = at + (lane % 8 + lane / 16 * 8) * stride + 16 * (lane / 8 % 2);
+  MVIT_UNROLL
+  for (int group = 0; group + 1 < GROUPS; group += 2) {
+    uint32_t r[4];
+    load_matrices(r, row + 16 * group);
+    tile[0][group] = r[0], tile[0][group + 1] = r[1], tile[1][group] = r[2], tile[1][group + 1] = r[3];
+  }
+  if constexpr (GROUPS % 2 == 1) {
+    uint32_t r[2];
+    load_matrices(r, at + lane % 16 * stride + 16 * (GROUPS - 1));
+    tile[0][GROUPS - 1] = r[0], tile[1][GROUPS - 1] = r[1];
+  }
+}
+
 // sums (16 × 16, as two halves of 8 columns) += left · rightᵀ, over the columns of both.
 template <typename T, int GROUPS>
-MVIT_DEVICE void multiply(float (&sums)[2][4], const Rows16<GROUPS>& left, const Rows16<GROUPS>& right) {
+MVIT_DEVICE void multiply(float (&sums)[2][4], const Rows16<GROUPS>& left, const RightRows16<GROUPS>& right) {
   MVIT_UNROLL
   for (int half = 0; half < 2; ++half) {
     MVIT_UNROLL
     for (int g = 0; g + 1 < GROUPS; g += 2) {
       const uint32_t a[4] = {left[g][0], left[g][1], left[g + 1][0], left[g + 1][1]};
-      const uint32_t b[2] = {right[g][half], right[g + 1][half]};
+      const uint32_t b[2] = {right[half][g], right[half][g + 1]};
       mma<T>(sums[half], a, b);
     }
     if constexpr (GROUPS % 2 == 1) {
-      const uint32_t a[2] = {left[GROUPS - 1][0], left[GROUPS - 1][1]}, b[1] = {right[GROUPS - 1][half]};
+      const uint32_t a[2] = {left[GROUPS - 1][0], left[GROUPS - 1][1]}, b[1] = {right[half][GROUPS - 1]};
       mma<T>(sums[half], a, b);
     }
   }

@@ -72,4 +72,6 @@ Tensor transformer(const Tensor& x_argument, const Tensor& packed, int64_t versi
 }  // namespace
 }  // namespace mvit
 
-STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CUDA, m) { m.impl("transformer_packed.cuda", TORCH_BOX(&mvit::transformer)); }
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, MVIT_DISPATCH_KEY, m) {
+  m.impl("transformer_packed.cuda", TORCH_BOX(&mvit::transformer));
+}

@@ -19,7 +19,7 @@ constexpr int kMostWarps = 8;     // 255 registers a thread
 
 // Weights stream through shared memory in chunks, each of which is in memory as the kernel reads it. A layer's chunks are
 //
-//   for each head: `kv_parts` of key and value, then query;  then `proj_parts` of the out-projection;
+//   for each head: `kv_parts` of key and value, then query, or all in one;  then `proj_parts` of the out-projection;
 //   then for each 32 hidden units, of fc1 and fc2.
 //
 // Matrices are in fragments (see fragments.h) of 16 × 8 elements for 16 × 8 products. Widths are padded to 16, head dims
@@ -47,6 +47,11 @@ struct TransformerLayout {
   constexpr int kv_chunk() const { return kv_chunk(kv_parts()); }
   constexpr int q_matrix() const { return padded() * head() * 2; }
   constexpr int q_chunk() const { return q_matrix() + head() * 8; }
+  // Whether key, value and query of a head are one chunk: products with narrow rows are over before the next chunk is there,
+  // but attention is not.
+  constexpr bool joint() const { return kv_parts() == 1 && kv_chunk() + q_chunk() <= 26624; }
+  constexpr int head_chunk() const { return kv_chunk() + (joint() ? q_chunk() : 0); }  // the first of a head
+
   constexpr int proj_tile() const { return kHeads * head() * 16 * 2 + 16 * 4; }
   constexpr int proj_parts() const {
     int parts = 1;
@@ -58,7 +63,7 @@ struct TransformerLayout {
 
   constexpr int slot() const {
     int most = mlp_chunk();
-    for (int bytes : {kv_chunk(), q_chunk(), proj_chunk()}) most = bytes > most ? bytes : most;
+    for (int bytes : {head_chunk(), q_chunk(), proj_chunk()}) most = bytes > most ? bytes : most;
     return (most + 127) / 128 * 128;
   }
   constexpr int64_t layer_bytes(int64_t hidden_chunks) const {

@@ -2,18 +2,15 @@
 // Launches of the transformer kernel, for the files that compile it for rows of one width each.
 #pragma once
 
+#include "launch.h"
 #include "transformer_kernel.h"
 
 namespace mvit {
 
 template <typename T, int WIDTH, int HEAD_DIM, int M>
 int launch_transformer(const TransformerArgs& args, CUstream_st* stream) {
-  const auto kernel = transformer_kernel<T, WIDTH, HEAD_DIM, M>;
   const int bytes = TransformerLayout{WIDTH, HEAD_DIM}.shared_bytes(args.warps * 16 * M);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<args.blocks(), args.warps * 32, bytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch(transformer_kernel<T, WIDTH, HEAD_DIM, M>, dim3(args.blocks()), 32 * args.warps, bytes, stream, args);
 }
 
 // Heads are a quarter of the rows, or 8 as in Kornia. Warps of 32 rows take rows up to 192 wide, beyond which they have not

@@ -48,6 +48,7 @@ def _load() -> str:
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def device() -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a block may have: the least of the GPUs here. Without one, an
     H100's, for the questions that are asked all the same."""

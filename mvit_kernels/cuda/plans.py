@@ -45,7 +45,9 @@ class Layout:
     def shared_bytes(self, rows: int) -> int:
         """What a block of so many rows has in shared memory: rows, their means and deviations, key and value of a
         head, and two chunks."""
-        slot = max(self.mlp_chunk, self.kv_chunk, self.q_chunk, self.proj_chunk)
+        joint = self.kv_parts == 1 and self.kv_chunk + self.q_chunk <= 26624
+        head_chunk = self.kv_chunk + (self.q_chunk if joint else 0)
+        slot = max(self.mlp_chunk, head_chunk, self.q_chunk, self.proj_chunk)
         value_stride = 16 * (self.head // 8 | 1)
         return rows * (2 * self.padded + 8 + 2 * self.head + value_stride) + 2 * (-(-slot // 128) * 128)
 

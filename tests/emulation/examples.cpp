@@ -88,7 +88,8 @@ MVIT_KERNEL(kThreads, 1) touch(const uint32_t* in, uint32_t* out, int64_t fault)
 }
 
 // One matrix through ldmatrix, as it is or transposed. Fault 1: no barrier between the stores and it.
-MVIT_KERNEL(kThreads, 1) matrices(const uint16_t* in, uint32_t* out, int64_t transposed, int64_t stride, int64_t fault) {
+MVIT_KERNEL(kThreads, 1)
+matrices(const uint16_t* in, uint32_t* out, int64_t transposed, int64_t stride, int64_t fault) {
   const int i = thread_index(), warp = warp_index(), lane = lane_index();
   store_shared(stride * i, load_global<Words4>(in + 8 * i));  // 8 rows of 16 bytes for each of 8 matrices
   if (fault == 0) sync_threads();
