@@ -56,9 +56,10 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
 
     Batch norms are folded into their convolutions (in float64), SiLU and the residual additions of inverted residuals
     are fused, and everything runs channels-last inside, whatever the layout of the input. On the CPU, in float32 and
-    bfloat16, whole chains of frozen layers are one native call with packed weights (`mvit_kernels.nn.network`). The
-    model's own modules around that (pooling, heads, ``features_only``, Hugging Face's output classes) stay. What cannot
-    be frozen stays as it was, layer by layer, and is listed in ``fast.freeze_report``.
+    bfloat16, whole chains of frozen layers are one native call with packed weights (`mvit_kernels.nn.network`); on a
+    GPU, in bfloat16 and float16, a block's transformer has its weights packed for the CUDA kernel that runs it in one
+    launch. The model's own modules around that (pooling, heads, ``features_only``, Hugging Face's output classes) stay.
+    What cannot be frozen stays as it was, layer by layer, and is listed in ``fast.freeze_report``.
 
     A frozen model follows ``load_state_dict``, ``to`` and the replacement of modules inside; a change of a buffer in
     place it does not see. Two threads may run one frozen model at once.

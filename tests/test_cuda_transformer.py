@@ -13,9 +13,9 @@ import sys
 
 import pytest
 import torch
-from _cases import LAYOUTS, call, convert, lay_out, make, structured
+from _cases import LAYOUTS, Recorder, call, convert, lay_out, make, structured
 from _cuda import run, serving_cpu_tensors
-from _emulation import Driver, EmulationFault
+from _emulation import Driver, EmulationFault, load_operators
 from _oracle import sequences
 from _tolerance import assert_close_as_pytorch
 
@@ -23,6 +23,7 @@ import mvit_kernels
 from mvit_kernels import _library, backends, cuda
 from mvit_kernels.cuda import packing, plans, transformer
 from mvit_kernels.nn import MobileViT
+from mvit_kernels.nn.functional import transformer_on_map
 from mvit_kernels.ops.transformer import flatten, stack_call
 
 OP = "transformer"
@@ -533,6 +534,27 @@ def test_a_frozen_model(emulated, monkeypatch):
     assert [launch[:3] for launch in emulated] == [(64, 16, 16), (80, 20, 4), (96, 24, 1)]
     assert len(transformer._packed) == before + 3
     assert_close_as_pytorch("logits", logits, usual, truth)
+
+
+def test_few_sequences_go_operator_by_operator(emulated, monkeypatch):
+    """Where one launch would leave most of a GPU idle, and the operators have kernels of their own."""
+    load_operators()
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
+    tensors, settings = make(OP, dict(shape=(1, 16, 16, 64), heads=4, patch=(2, 2), layers=1))
+    low = structured(OP, convert(tensors, torch.bfloat16))
+    x = low.pop("x").permute(0, 3, 1, 2)
+    found = {}
+    for processors in (132, 8):
+        monkeypatch.setattr(cuda, "device", lambda processors=processors: (processors, 232_448))
+        with torch.no_grad(), Recorder() as recorder:
+            found[processors] = transformer_on_map(x, **low, **settings), recorder.ours()
+    operators = ["layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp"]
+    assert found[132][1] == [f"{name}.cuda" for name in operators]
+    assert found[8][1][0] == "transformer.cuda" and len(emulated) == 1
+    truth = call(OP, convert(convert(tensors, torch.bfloat16), torch.float64), settings, "oracle").permute(0, 3, 1, 2)
+    usual = call(OP, convert(tensors, torch.bfloat16), settings, "usual").permute(0, 3, 1, 2)
+    for ours, _ in found.values():
+        assert_close_as_pytorch("by operators", ours, usual, truth)
 
 
 # ----------------------------------------------------------------------------------------------------- the library

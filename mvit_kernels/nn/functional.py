@@ -101,7 +101,7 @@ def transformer_on_map(
         )
 
     at_once = dropout is None and backends.serves("transformer", stack, backend)
-    if at_once and stack.device_type == "cuda" and not cuda.in_one_launch(stack):
+    if at_once and stack.device_type == cuda.DEVICE_TYPE and not cuda.in_one_launch(stack):
         at_once = attention_by() == "reference"  # no operator's own kernel is there to be faster
     if at_once:
         rows = transformer(
