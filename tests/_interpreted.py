@@ -165,7 +165,8 @@ def test_keys_after_the_last_weigh_nothing(tokens):
 def test_torch_knows_the_operators(operator):
     check_registration(operator, NARROW[operator], backend="triton")
     check_autocast(operator, NARROW[operator], "triton")
-    check_gradients_one_by_one(operator, NARROW[operator], "triton")
+    if operator != "transformer_layer":  # fourteen layers; its autograd function is tested by the path "raw"
+        check_gradients_one_by_one(operator, NARROW[operator], "triton")
     check_same_bits(operator, NARROW[operator], "triton")
 
 

@@ -9,6 +9,7 @@ needs no GPU runs in Triton's interpreter as well, at the same shapes where thos
 """
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -238,6 +239,8 @@ def test_another_device_than_the_current_one():
 
 
 def enough_memory(gigabytes):
+    gc.collect()
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gigabytes:
         pytest.skip(f"{free:.0f} GB of GPU memory are free, and {gigabytes} are needed")

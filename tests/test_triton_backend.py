@@ -258,7 +258,7 @@ def test_in_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2400,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

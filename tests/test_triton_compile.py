@@ -80,7 +80,8 @@ AGAIN = [
     *((100, 192, name, "") for name in ("_mlp", "patch_attention._forward", "_backward_whole")),
     *((120, 240, name, "") for name in ("_mlp", "_normed_product")),
     (120, 240, "_norm_backward", "DROP=1"),
-    *((90, 240, name, "") for name in ("_sum_parts", "short.forward", "short.backward")),
+    *((90, 240, name, "") for name in ("short.forward", "short.backward")),
+    (90, 64, "_sum_parts", ""),
 ]
 
 

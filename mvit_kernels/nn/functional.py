@@ -63,7 +63,8 @@ def transformer_on_map(
             cvnets.
         layers, final_norm, num_heads, patch_size, eps, backend: as in `mvit_kernels.transformer`.
         dropout: the live dropout of each layer while training, or None. On the reference backend the draws are made in
-            sequence order, as the usual implementations make them: with the same seed, they are the same.
+            sequence order, as the usual implementations make them: with the same seed, they are the same. A kernel of
+            the whole layer computes its masks from a seed that PyTorch's generator draws (`mvit_kernels.dropout`).
 
     Returns:
         (B, d, H, W), in x's memory format and dtype (autocast's dtype where that is on).

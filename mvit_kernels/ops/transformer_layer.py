@@ -77,7 +77,7 @@ def transformer_layer(
         value if "norm" in name else checks.cast(x.dtype, value)[0]
         for name, value in zip(layer._fields, layer, strict=True)
     ]
-    probabilities = (dropout.projection, dropout.path1, dropout.mlp, dropout.path2)
+    probabilities = tuple(float(p) for p in (dropout.projection, dropout.path1, dropout.mlp, dropout.path2))
     if not any(probabilities):
         seed = None
     elif seed is None:

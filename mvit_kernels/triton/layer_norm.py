@@ -115,7 +115,7 @@ def _backward(
         tl.store(bias_sums + at + columns, bias_totals[c], mask=columns < K)
 
 
-_TILE = (32, 64, 4)  # rows, widest chunk of columns, warps
+_TILE = (32, 64, 8)  # rows, widest chunk of columns, warps; 4 warps spill 8 to 248 bytes from 144 columns on
 _TILE_WIDE = (16, 64, 8)  # of more than 256 columns
 _PARTS = 264  # two for each SM of a large GPU; a constant, so that the same rows give the same bits everywhere
 
