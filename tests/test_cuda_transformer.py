@@ -335,6 +335,15 @@ def test_packed_once_and_again_when_a_weight_changes():
     assert not torch.equal(kept(other, None), kept(other, final_norm))
 
 
+def test_packed_in_inference_mode_and_changed_outside():
+    layers, final_norm = packable()
+    with torch.inference_mode():
+        first = kept(layers, final_norm)
+    before = first.clone()
+    layers[0].fc1_weight.mul_(2)
+    assert kept(layers, final_norm) is first and not torch.equal(first, before)
+
+
 def test_packed_weights_live_as_long_as_the_weights():
     layers, final_norm = packable()
     before = len(transformer._packed)

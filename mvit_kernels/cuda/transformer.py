@@ -62,7 +62,8 @@ def packed_weights(
 
 def _pack(weights, final_norm, num_heads, dtype) -> Tensor:
     layers = [TransformerLayerWeights(*weights[i : i + _FIELDS]) for i in range(0, len(weights), _FIELDS)]
-    with torch.no_grad():
+    # Also of a call in inference mode: what is kept is written anew outside of it too, which its tensors do not allow.
+    with torch.inference_mode(False), torch.no_grad():
         return pack_transformer(layers, final_norm, num_heads=num_heads, dtype=dtype)
 
 
