@@ -105,7 +105,7 @@ def test_attention(sizes, dtype):
 
 
 def test_programs_of_several_blocks_of_rows(monkeypatch):
-    """As from 8448 rows on, where a LayerNorm's backward has no more programs."""
+    """As from 4224 rows on, where a LayerNorm's backward has no more programs."""
     monkeypatch.setattr(importlib.import_module("mvit_kernels.triton.layer_norm"), "_PARTS", 2)
     for rows in (64, 65, 100, 130):
         check("layer_norm", dict(shape=(rows, 24)), path="triton")

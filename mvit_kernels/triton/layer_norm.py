@@ -115,14 +115,14 @@ def _backward(
         tl.store(bias_sums + at + columns, bias_totals[c], mask=columns < K)
 
 
-_TILE = (32, 64, 8)  # rows, widest chunk of columns, warps; 4 warps spill 8 to 248 bytes from 144 columns on
-_TILE_WIDE = (16, 64, 8)  # of more than 256 columns
+_TILE = (16, 64, 8)  # rows, widest chunk of columns, warps; 32 rows spill 8 to 72 bytes from 144 columns on
+_TILE_240 = (8, 64, 8)  # of more than 192 columns: 16 rows of 240 spill 8 bytes on 10.0
 _PARTS = 264  # two for each SM of a large GPU; a constant, so that the same rows give the same bits everywhere
 
 
 @lru_cache(maxsize=4096)
 def _plan(kernel, device, dtype, norm_dtype, K):
-    BM, widest, warps = _TILE_WIDE if K > 256 else _TILE
+    BM, widest, warps = _TILE_240 if K > 192 else _TILE
     return Plan(kernel, (K, BM, *chunked(K, widest)), num_warps=warps, num_stages=1), BM
 
 
