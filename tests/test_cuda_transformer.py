@@ -217,6 +217,7 @@ REPORTED = {
     "the wait for copies": (WAITS, "    sync_threads();\n    const Shared ready"),
     "a wait that is one group short": (WAITS, WAITS.replace("0", "1")),
     "a slot that is still read": ("here = SLOT - here;", "here = 0;"),
+    "the barrier behind keys and values": ("          sync_threads();  // keys and values are there\n", ""),
     "a chunk that is too short": ("i < bytes; i += threads * 16", "i < bytes - 16; i += threads * 16"),
     "a step too many": ("step < args.tokens; step += ROWS", "step < args.tokens + ROWS; step += ROWS"),
     "rows past the sequence": ("|| token >= args.tokens) return nullptr", ") return nullptr"),

@@ -47,8 +47,8 @@ struct TransformerLayout {
   constexpr int kv_chunk() const { return kv_chunk(kv_parts()); }
   constexpr int q_matrix() const { return padded() * head() * 2; }
   constexpr int q_chunk() const { return q_matrix() + head() * 8; }
-  // Whether key, value and query of a head are one chunk: products with narrow rows are over before the next chunk is there,
-  // but attention is not.
+  // Whether key, value and query of a head are one chunk: products with narrow rows are over before the next chunk is
+  // there, but attention is not.
   constexpr bool joint() const { return kv_parts() == 1 && kv_chunk() + q_chunk() <= 26624; }
   constexpr int head_chunk() const { return kv_chunk() + (joint() ? q_chunk() : 0); }  // the first of a head
 
@@ -78,8 +78,8 @@ struct TransformerLayout {
   constexpr int value_stride() const { return (head() / 8 | 1) * 16; }
   constexpr int key_stride() const { return head() * 2; }
 
-  // Shared memory: the ring's two slots, then for each 16 rows of the block the rows themselves in A fragments, their means
-  // and 1 / σ, keys in fragments, and values. So all places are a tile's begin and a constant: registers are scarce.
+  // Shared memory: the ring's two slots, then for each 16 rows of the block the rows themselves in A fragments, their
+  // means and 1 / σ, keys in fragments, and values. So all places are a tile's begin and a constant: registers are scarce.
   constexpr int norms() const { return 16 * padded() * 2; }
   constexpr int keys() const { return norms() + 16 * 8; }
   constexpr int values() const { return keys() + 16 * key_stride(); }
@@ -144,7 +144,8 @@ inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t ima
   return args;
 }
 
-// The kernels: for rows of a width, of `half` or bfloat16; null for one that is not compiled. A launch returns a cudaError_t.
+// The kernels: for rows of a width, of `half` or bfloat16; null for one that is not compiled. A launch returns a
+// cudaError_t.
 using TransformerLaunch = int(const TransformerArgs& args, CUstream_st* stream);
 template <int WIDTH>
 TransformerLaunch* find_transformer(int64_t head_dim, int64_t tiles, bool half);

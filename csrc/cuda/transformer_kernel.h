@@ -134,7 +134,8 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
   }
 
   // A step's scores, less the references of their rows.
-  MVIT_DEVICE void score(float (&s)[M][2 * M][4], const Tile (&query)[M][HEAD], Shared tiles, const float (&reference)[M][2]) const {
+  MVIT_DEVICE void score(float (&s)[M][2 * M][4], const Tile (&query)[M][HEAD], Shared tiles,
+                         const float (&reference)[M][2]) const {
     const int lane = lane_index();
     MVIT_UNROLL
     for (int n = 0; n < 2 * M; ++n) {
@@ -241,7 +242,8 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
     }
     MVIT_UNROLL
     for (int m = 0; m < M; ++m) {
-      const float scale[2] = {reciprocal_approximate(sum_of_row(sum[m][0])), reciprocal_approximate(sum_of_row(sum[m][1]))};
+      const float scale[2] = {reciprocal_approximate(sum_of_row(sum[m][0])),
+                              reciprocal_approximate(sum_of_row(sum[m][1]))};
       MVIT_UNROLL
       for (int n = 0; n < HEAD; ++n) {
         MVIT_UNROLL
@@ -299,7 +301,8 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
     }
     MVIT_ROLLED
     for (int part = 0; part < layout.proj_parts(); ++part) {
-      const Shared chunk = ring.advance(part + 1 < layout.proj_parts() ? layout.proj_chunk() : layout.mlp_chunk(), threads);
+      const int bytes_of_next = part + 1 < layout.proj_parts() ? layout.proj_chunk() : layout.mlp_chunk();
+      const Shared chunk = ring.advance(bytes_of_next, threads);
       MVIT_ROLLED
       for (int tile = 0; tile < layout.proj_tiles(); ++tile)
         project(attended, part * layout.proj_tiles() + tile, chunk + tile * layout.proj_tile());

@@ -13,8 +13,8 @@ int launch_transformer(const TransformerArgs& args, CUstream_st* stream) {
   return launch(transformer_kernel<T, WIDTH, HEAD_DIM, M>, dim3(args.blocks()), 32 * args.warps, bytes, stream, args);
 }
 
-// Heads are a quarter of the rows, or 8 as in Kornia. Warps of 32 rows take rows up to 192 wide, beyond which they have not
-// the registers; warps of 16 take all, but up to 192 only where sequences are that short.
+// Heads are a quarter of the rows, or 8 as in Kornia. Warps of 32 rows take rows up to 192 wide, beyond which they have
+// not the registers; warps of 16 take all, but up to 192 only where sequences are that short.
 template <int WIDTH>
 TransformerLaunch* find_transformer(int64_t head_dim, int64_t tiles, bool half) {
   constexpr int most_tiles = WIDTH <= 192 ? 2 : 1;

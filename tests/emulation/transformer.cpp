@@ -9,7 +9,8 @@ using namespace mvit;
 template <typename T, int WIDTH, int HEAD_DIM, int M>
 std::string launch(uint64_t seed, const TransformerArgs& args) {
   const uint32_t bytes = TransformerLayout{WIDTH, HEAD_DIM}.shared_bytes(args.warps * 16 * M);
-  return emulation::emulate(seed, args.blocks(), 1, args.warps * 32, bytes, transformer_kernel<T, WIDTH, HEAD_DIM, M>, args);
+  const auto kernel = transformer_kernel<T, WIDTH, HEAD_DIM, M>;
+  return emulation::emulate(seed, args.blocks(), 1, args.warps * 32, bytes, kernel, args);
 }
 
 struct Instance {
@@ -37,8 +38,8 @@ const Instance instances[] = {
 
 extern "C" {
 
-const char* forward(uint64_t seed, void* x, void* out, const unsigned char* packed, int64_t half, int64_t images, int64_t height,
-                    int64_t width, int64_t d, int64_t head_dim, int64_t patch_height, int64_t patch_width, int64_t layers,
+const char* forward(uint64_t seed, void* x, void* out, const unsigned char* packed, int64_t half, int64_t images,
+                    int64_t height, int64_t width, int64_t d, int64_t head_dim, int64_t patch_height, int64_t patch_width, int64_t layers,
                     int64_t hidden, int64_t final_norm, double eps, int64_t tiles, int64_t sequences_of_a_block) {
   TransformerArgs args = transformer_args({tiles, sequences_of_a_block}, images, height, width, patch_height, patch_width,
                                           layers, hidden, final_norm, eps);
