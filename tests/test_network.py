@@ -403,6 +403,18 @@ def test_bfloat16_takes_pairs_only_where_all_widths_are_even():
         assert bool(conv._network.program[1]) is expected
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_long_sums_are_as_exact_as_pytorchs(seed):
+    """Nine times 320 channels, the fusion of S's last block, beside the convolution that PyTorch runs unfrozen."""
+    draw = Draw(seed)
+    conv, x = draw.conv(320, 160, 3, act=False), draw(1, 320, 8, 8)
+    truth, pytorch = (
+        nn.functional.conv2d(x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), padding=1)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_close_as_pytorch("fusion", native(conv, x), pytorch, truth)
+
+
 def test_the_library_checks_a_program_for_itself():
     module, draw = chain()
     x = draw(1, 3, 32, 32)
