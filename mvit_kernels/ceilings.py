@@ -6,9 +6,11 @@ Example:
     >>> ceilings.gflop_per_s, ceilings.gb_per_s
     (210.4, 31.2)
 
-The rate of products is that of the fastest large square ``torch.mm`` of the dtype (oneDNN's, MKL's and cuBLAS's best
-case), on random numbers: zeros run faster. The bandwidth is that of a copy far larger than the caches, bytes read plus
-bytes written. Both by the 20th percentile of the times: what the machine can do, which its other users only slow.
+The rate of products is that of the fastest large square ``torch.mm`` of the dtype (MKL's and cuBLAS's best case), or
+on the CPU of a dense 3 × 3 convolution (oneDNN's), on random numbers: zeros run faster. MKL gives AMD's processors
+half of their rate in float32: on two cores of a Zen 5 219 GFLOP/s where the convolution has 500, and multiplications
+in registers 553. The bandwidth is that of a copy far larger than the caches, bytes read plus bytes written. Both by
+the 20th percentile of the times: what the machine can do, which its other users only slow.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from .timing import Timing, interleave
 
 # Sides of the matrices, and elements of the copy; the largest product takes 36 ms on two cores and 1.5 ms on an H100.
 SQUARES = {"cpu": (1024, 1536), "cuda": (4096, 8192)}
+CONVOLUTION = (256, 56)  # channels in and out, and the side of the map
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
 SECONDS = {"cpu": 0.6, "cuda": 0.3}
 
@@ -70,6 +73,13 @@ def measure(dtype: torch.dtype, device: str | torch.device = "cpu", *, seconds: 
         name = f"product of {side} × {side}"
         calls[name] = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
         work[name] = Work(2 * side**3 / 1e9, 0.0)
+    if kind == "cpu":
+        channels, side = CONVOLUTION
+        x = torch.randn(1, channels, side, side).to(dtype, memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3).to(dtype, memory_format=torch.channels_last)
+        name = f"product of a 3 × 3 convolution of {channels} channels"
+        calls[name] = functools.partial(torch.nn.functional.conv2d, x, weight)
+        work[name] = Work(2 * 9 * channels**2 * (side - 2) ** 2 / 1e9, 0.0)
     source = torch.ones(COPY_BYTES[kind] // 4, device=device)
     target = torch.zeros_like(source)
     name = f"copy of {source.nbytes / 2**20:.0f} MiB"
