@@ -43,7 +43,7 @@ COMPILED = {
     "cuda": ("compile_channels_last", "compile_reduce_overhead", "compile_max_autotune", "compile_accelerated"),
 }
 USUALLY = {"cpu": 40.0, "cuda": 40.0}  # seconds that a network takes to be compiled
-MEMORY_SECONDS = 240.0  # that must be left for measuring the memory too
+MEMORY_SECONDS = 40.0  # a peer, that must be left for measuring the memory too
 MOBILE_RUNS = 100
 MOBILE_BASELINE, MOBILE_PX = "mobilenetv2_100", 224
 MOBILE_NAMES = (MOBILE_BASELINE, "mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
@@ -171,9 +171,9 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
     if setting.compiled:
         # As many as the budget has room for: each may take what the longest one took.
         peers += possible[: max(1, int(context.left / 10 / USUALLY[context.device]))]
-    # Built once more for it, which takes longer than to time them.
-    weighed = context.left > MEMORY_SECONDS and setting.batch <= 8 and not setting.stage
     cheap = [name for name in peers if not PEERS[name].lazy]
+    # Built once more for it, which takes longer than to time them.
+    weighed = context.left > MEMORY_SECONDS * len(cheap) and setting.batch <= 8 and not setting.stage
     results = compare(
         subject,
         peers,
