@@ -13,6 +13,7 @@ A *path* is a way to the operator's values: ``reference`` (the public function o
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mvit_kernels
 from mvit_kernels import backends
 from mvit_kernels._library import BACKENDS, raw
+from mvit_kernels.rounding import RoundedArithmetic
 
 DIFFERENTIABLE = (
     "layer_norm",
@@ -328,17 +330,38 @@ def evaluate(
     tensors: Tensors,
     gradients: bool | tuple[str, ...],
     layout: str = "contiguous",
+    arithmetic: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008  (it has no state)
 ) -> dict[str, Tensor]:
-    """The result, and the gradients of all tensors or of those named, for the same seeded gradient of the result."""
+    """The result, and the gradients of all tensors or of those named, for the same seeded gradient of the result; both
+    are computed inside of `arithmetic`."""
     wanted = [name for name, t in tensors.items() if t is not None and (gradients is True or name in (gradients or ()))]
     leaves = {name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
-    out = function(leaves)
+    with arithmetic:
+        out = function(leaves)
     results = {"out": out.detach()}
     if wanted:  # the gradient of the result is exact in every dtype
         grad_out = lay_out(Draw(99)(*out.shape).to(torch.bfloat16).to(out.device, out.dtype), layout)[0]
-        grads = torch.autograd.grad(out, [leaves[name] for name in wanted], grad_out)
+        with arithmetic:
+            grads = torch.autograd.grad(out, [leaves[name] for name in wanted], grad_out)
         results.update({f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)})
     return results
+
+
+def carefully(
+    function: Callable[[Tensors], Tensor],
+    tensors: Tensors,
+    gradients: bool | tuple[str, ...],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+) -> Callable[[str, int], Tensor]:
+    """Samples of what careful arithmetic in `dtype` makes of `evaluate`'s results, by name and seed; `tensors` are
+    float64."""
+
+    @functools.cache
+    def results(seed: int) -> dict[str, Tensor]:
+        return evaluate(function, tensors, gradients, layout, RoundedArithmetic(dtype, seed))
+
+    return lambda name, seed: results(seed)[name]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ All arguments are plain literals, so that a failing case can be pasted into a sh
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from _cases import (
     Tensors,
     backward_arguments,
     call,
+    carefully,
     convert,
     device_of,
     differentiable,
@@ -35,7 +37,7 @@ from _cases import (
     raw_arguments,
     structured,
 )
-from _tolerance import assert_close_over_draws
+from _tolerance import Compared, assert_close_over_draws
 from torch import Tensor
 
 import mvit_kernels
@@ -80,15 +82,13 @@ def check(
     A backend that refuses the case has to say so, and the automatic choice has to serve it all the same.
     """
 
-    def draw(seed: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    def draw(seed: int) -> dict[str, Compared]:
         return _draw(operator, sizes, dtype, path, layout, norm_dtype, gradients, seed)
 
     assert_close_over_draws(draw, seed)
 
 
-def _draw(
-    operator, sizes, dtype, path, layout, norm_dtype, gradients, seed
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def _draw(operator, sizes, dtype, path, layout, norm_dtype, gradients, seed) -> dict[str, Compared]:
     where = f"{operator} by {path}"
     gradients = gradients and differentiable(operator, path)
     tensors64, settings = make(operator, sizes, seed)
@@ -121,10 +121,18 @@ def _draw(
             f"{where}: {name} or what lies around it was written"
         )
     as_usual = convert(tensors, torch.float32) if dtype == "float64" else tensors
-    usual = evaluate(lambda t: call(operator, t, settings, "usual"), as_usual, gradients, layout)
+
+    def in_pytorch(t: Tensors) -> Tensor:
+        return call(operator, t, settings, "usual")
+
+    usual = evaluate(in_pytorch, as_usual, gradients, layout)
     doubles = convert(tensors, torch.float64)
     truth = evaluate(lambda t: call(operator, t, settings, "oracle"), doubles, gradients, layout)
-    return {f"{where}: {name}": (value, usual[name], truth[name]) for name, value in ours.items()}
+    careful = carefully(in_pytorch, doubles, gradients, as_usual["qkv" if operator == "patch_attention" else "x"].dtype)
+    return {
+        f"{where}: {name}": Compared(value, usual[name], truth[name], functools.partial(careful, name))
+        for name, value in ours.items()
+    }
 
 
 def check_autocast(operator: str, sizes: dict[str, Any], path: str = "reference") -> None:

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from _cases import LAYOUTS, lay_out, poisoned
 from _oracle import depthwise, resize
-from _tolerance import DRAWS, assert_close_as_pytorch, assert_close_over_draws
+from _tolerance import DRAWS, Compared, assert_close_as_pytorch, assert_close_over_draws
+
+from mvit_kernels.rounding import RUNS, careful_error
 
 TRUTH = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 
@@ -46,7 +48,7 @@ def test_one_unlucky_draw_passes_and_a_habit_does_not():
     def draw(habit):
         def of(seed):
             pytorch = (TRUTH + (1e-3 if seed else 1e-6)).float()  # lucky the first time
-            return {"out": ((TRUTH + habit).float(), pytorch, TRUTH)}
+            return {"out": Compared((TRUTH + habit).float(), pytorch, TRUTH)}
 
         return of
 
@@ -55,6 +57,45 @@ def test_one_unlucky_draw_passes_and_a_habit_does_not():
         assert_close_over_draws(draw(3e-3))
     with pytest.raises(AssertionError, match="nan"):
         assert_close_over_draws(draw(float("nan")))
+
+
+def test_careful_arithmetic_decides_where_pytorch_is_too_exact_or_garbage():
+    """Off by 1e-5 as careful arithmetic is: right beside a PyTorch that is exact, and beside one that gives 1e36."""
+
+    def careful(seed):
+        return TRUTH + torch.tensor([1e-5, 0.0, -1e-5], dtype=torch.float64)
+
+    ours = (TRUTH + torch.tensor([0.0, 1e-5, 0.0])).float()
+    for pytorch in (TRUTH.float(), TRUTH.float() * 1e36, TRUTH.float() * torch.nan):
+        assert_close_as_pytorch("ours", ours, pytorch, TRUTH, careful)
+        with pytest.raises(AssertionError, match="careful arithmetic's"):
+            assert_close_as_pytorch("far", (TRUTH + 9e-5).float(), pytorch, TRUTH, careful)
+        with pytest.raises(AssertionError):
+            assert_close_as_pytorch("nan", ours * torch.nan, pytorch, TRUTH, careful)
+    with pytest.raises(AssertionError, match="nan"):  # a garbage that hides nothing: it goes to the draws
+        assert_close_over_draws(lambda seed: {"x": Compared(ours * torch.nan, TRUTH.float(), TRUTH, careful)})
+    garbage = TRUTH.float() * 1e36
+    with pytest.raises(AssertionError, match="careful arithmetic's"):
+        assert_close_over_draws(lambda seed: {"x": Compared((TRUTH + 9e-5).float(), garbage, TRUTH, careful)})
+
+
+@pytest.mark.parametrize("values", [1, 3, 16, 256])
+def test_careful_arithmetic_hardly_ever_misses(values):
+    """A right operator's errors are at most 1.3 times the careful ones (test_exactness.py); normal errors, drawn as
+    `assert_close_over_draws` draws them and without its bands, and PyTorch exact, exceed the rule in none of a million
+    draws, or of what 2^26 errors are enough for."""
+    generator = torch.Generator().manual_seed(values)
+    sample = DRAWS * values
+    trials = min(1_000_000, 2**26 // ((RUNS + 1) * sample))
+    misses = 0
+    for _ in range(10):
+        careful = torch.randn(trials // 10, RUNS * sample, generator=generator)
+        expected = torch.maximum(careful.abs().amax(1), 4 * careful.square().mean(1).sqrt())
+        ours = 1.3 * torch.randn(trials // 10, sample, generator=generator).abs().amax(1)
+        misses += (ours > 2 * expected).sum().item()
+    assert misses == 0
+    errors = careful[0].reshape(RUNS, sample).double()
+    assert careful_error(list(errors), torch.zeros(sample).double()) == pytest.approx(expected[0].item())
 
 
 def test_poison():

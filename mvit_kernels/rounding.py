@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The error that careful arithmetic in a dtype makes, on any machine: a float64 run with random rounding errors.
+
+Example:
+    >>> with RoundedArithmetic(torch.float32, seed=0):
+    ...     sample = model(images.double())  # a model in float64
+    >>> careful_error([sample], truth)       # the largest error that careful float32 code would make
+
+PyTorch's own error says how exact its libraries are on one machine: MKL on Intel sums products three to four times as
+exactly as on AMD. This is the yardstick that stays where it is. It is Monte Carlo arithmetic (Parker 1997) with the
+errors of probabilistic analysis (Higham & Mary 2019, doi:10.1137/18M1226312): every operator of PyTorch is followed
+into its elementary operations, and each result gets an independent random error of the size of a rounding. So errors
+travel through a whole network, forward and backward, as real ones do, and no formula is wanted for any model.
+
+With u = 0.425 · eps / 2, the root mean square of a rounding relative to its value, the variances are
+
+- u² · y² for an elementary operation with the result y;
+- u² · (2 · S² + Q · log₂ K) for a sum S of K values whose squares sum to Q, added up in pairs;
+- u² · (S² · (L² / K + K / L) / 3 + Q · (L + K / L) / 2) for a sum of K products with the squares' sum Q, added up in
+  blocks of L = 64 and then the blocks. (Partial sums drift to S and walk at random: their squares sum to S² · K / 3 and
+  to Q · K / 2 in one chain.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .backends import use_backend
+
+aten = torch.ops.aten
+
+# Of an error that is uniform in half a unit of the last place, over mantissas that are even in the logarithm.
+ROOT_MEAN_SQUARE = math.sqrt(1 / 3 * 3 / (8 * math.log(2)))
+BLOCK = 64
+RUNS = 8  # samples for `careful_error`: with eight draws of one value, 64 errors
+
+# Pointwise, and exact.
+EXACT = {aten.abs, aten.clamp, aten.clamp_min, aten.clone, aten.maximum, aten.minimum, aten.neg, aten.relu, aten.where}
+# Not pointwise, and rounded like it: a few products each.
+ROUNDED = {aten._adaptive_avg_pool2d, aten.avg_pool2d}
+# Followed into their elementary operations.
+COMPOSED = {
+    aten.addmm,
+    aten.baddbmm,
+    aten.native_batch_norm,
+    aten.native_batch_norm_backward,
+    aten.native_layer_norm,
+    aten.native_layer_norm_backward,
+    aten.silu_backward,
+    aten._softmax,
+    aten._softmax_backward_data,
+    aten.var_mean,
+}
+# Of their results the first is in the dtype, and the statistics beside it are in float32.
+WITH_STATISTICS = {aten.native_batch_norm, aten.native_layer_norm}
+
+
+class RoundedArithmetic:
+    """Inside, what PyTorch computes in float64, backward passes included, is off by random rounding errors: results of
+    operators by those of `dtype`, the steps inside of them by float32's. Our operators are their references.
+
+    Args:
+        dtype: float32, bfloat16 or float16. (Float64's errors are float32's, 2⁻²⁹ times as large.)
+        seed: of the errors.
+
+    It may be entered again, and goes on with other errors.
+    """
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self._mode = _Errors(dtype, seed)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        # The plain attention is made of operators that can be followed.
+        for context in (use_backend("reference"), sdpa_kernel(SDPBackend.MATH), self._mode):
+            self._stack.enter_context(context)
+
+    def __exit__(self, *exception) -> None:
+        self._stack.__exit__(*exception)
+
+
+def careful_error(samples: Sequence[Tensor], truth: Tensor) -> float:
+    """The largest error to expect of careful arithmetic: the largest of the samples, or four times their root mean
+    square where that is more, as it is where there are few values.
+
+    Args:
+        samples: `RUNS` results under `RoundedArithmetic`, each with a seed of its own.
+        truth: the float64 result.
+    """
+    if truth.numel() == 0:
+        return 0.0
+    errors = torch.stack([sample.detach() - truth.detach() for sample in samples])
+    return max(errors.abs().max().item(), 4 * errors.square().mean().sqrt().item())
+
+
+class _Errors(TorchDispatchMode):
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.generators: dict[torch.device, torch.Generator] = {}
+        self.unit = ROOT_MEAN_SQUARE * torch.finfo(dtype).eps / 2
+        self.inner_unit = ROOT_MEAN_SQUARE * torch.finfo(torch.float32).eps / 2
+        self.depth = 0  # inside an operator that is followed
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet in COMPOSED:
+            self.depth += 1
+            try:
+                with self:
+                    results = torch._decomp.decomposition_table[func](*args, **kwargs)
+            finally:
+                self.depth -= 1
+        elif packet in FOLLOWED:
+            results = FOLLOWED[packet](self, func, *args, **kwargs)
+        else:
+            results = func(*args, **kwargs)
+            if packet in EXACT or not (torch.Tag.pointwise in func.tags or packet in ROUNDED):
+                return results
+        unit = self.inner_unit if self.depth else self.unit
+        rounded = results if isinstance(results, tuple | list) else (results,)
+        for value in rounded[:1] if packet in WITH_STATISTICS else rounded:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value.mul_(1 + unit * self._random(value))
+        return results
+
+    def _random(self, like: Tensor) -> Tensor:
+        generator = self.generators.get(like.device)
+        if generator is None:
+            generator = self.generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
+        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+    def _off(self, total: Tensor, variance: Tensor) -> Tensor:
+        return total + self.inner_unit * variance.sqrt() * self._random(total)
+
+    def _sum(self, func, x: Tensor, *args, **kwargs) -> Tensor:
+        total = func(x, *args, **kwargs)
+        if not x.is_floating_point():
+            return total
+        count = x.numel() / max(total.numel(), 1)
+        squares = func(x * x, *args, **kwargs)
+        if func._overloadpacket is aten.mean:
+            squares = squares / count
+        return self._off(total, 2 * total * total + squares * math.log2(max(count, 1)))
+
+    def _products(self, total: Tensor | None, squares: Tensor | None, count: int) -> Tensor | None:
+        if total is None:
+            return None
+        block = min(count, BLOCK)
+        blocks = count / max(block, 1)
+        drift, walk = (block * block / max(count, 1) + blocks) / 3, (block + blocks) / 2
+        return self._off(total, drift * total * total + walk * squares)
+
+    def _mm(self, func, a: Tensor, b: Tensor) -> Tensor:
+        return self._products(func(a, b), func(a * a, b * b), a.shape[-1])
+
+    def _convolution(self, func, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor:
+        squares = func(x * x, weight * weight, None, *geometry)
+        y = self._products(func(x, weight, None, *geometry), squares, weight[0].numel())
+        return y if bias is None else y + bias.reshape(-1, *[1] * (x.dim() - 2))
+
+    def _convolution_backward(self, func, grad: Tensor, x: Tensor, weight: Tensor, *rest) -> tuple[Tensor | None, ...]:
+        totals = func(grad, x, weight, *rest)
+        squares = func(grad * grad, x * x, weight * weight, *rest)
+        positions = grad.numel() // max(grad.shape[1], 1)
+        counts = (weight.shape[0] * weight[0, 0].numel() // rest[-2], positions, positions)
+        return tuple(map(self._products, totals, squares, counts))
+
+    def _resize(self, func, x: Tensor, size: list[int] | None, align_corners: bool, *scales) -> Tensor:
+        if size is None:  # by factors, in one list
+            size = [int(old * factor) for old, factor in zip(x.shape[2:], scales[0], strict=True)]
+        return aten.upsample_bilinear2d(x, size, align_corners, *self._drifting(size, x.shape[2:]))
+
+    def _resize_backward(
+        self, func, grad: Tensor, size: list[int], input_size: list[int], align_corners: bool, *scales: float | None
+    ) -> Tensor:
+        return func(grad, size, input_size, align_corners, *self._drifting(size, input_size[2:]))
+
+    def _drifting(self, size: Sequence[int], of: Sequence[int]) -> list[float]:
+        """A resize's scales with the error of their rounding, and of the coordinates' that grows as theirs does: over
+        20 pixels that is 20 times an ordinary error."""
+        errors = (2 * self.inner_unit * self._random(torch.empty(2, dtype=torch.float64))).tolist()
+        return [new / old * (1 + error) for new, old, error in zip(size, of, errors, strict=True)]
+
+
+FOLLOWED = {
+    aten.sum: _Errors._sum,
+    aten.mean: _Errors._sum,
+    aten.mm: _Errors._mm,
+    aten.bmm: _Errors._mm,
+    aten.mv: _Errors._mm,
+    aten.dot: _Errors._mm,
+    aten.convolution: _Errors._convolution,
+    aten.convolution_backward: _Errors._convolution_backward,
+    aten.upsample_bilinear2d: _Errors._resize,
+    aten.upsample_bilinear2d_backward: _Errors._resize_backward,
+}
