@@ -19,7 +19,7 @@ PY := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report lint format \
+.PHONY: help demo test test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report lint format \
 	build setup clean
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; it takes a GPU'
 	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in its interpreter (minutes)'
 	@echo 'make test-emulated  the same on the CUDA kernels, their source run on the CPU (a minute)'
+	@echo 'make test-elsewhere  the tests that measure errors beside a PyTorch that works as on other x86 machines (minutes)'
 	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
 	@echo 'make report   the README'"'"'s figures and plots from the results that are there'
@@ -71,6 +72,17 @@ test-interpreted: setup
 test-emulated: setup
 	@MVIT_KERNELS_EMULATED=1 $(PY) -m pytest -q tests/test_linear_residual.py tests/test_layer_norm_linear.py \
 		tests/test_layer_norm_mlp.py tests/test_patch_attention.py tests/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
+
+# PyTorch's libraries held down: without AMX, as on machines with AVX2, and with SSE4.2. What errors are measured against
+# differs fourfold between them; what is right on one is right on all.
+NO_AMX := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
+AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+AS_SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
+
+test-elsewhere: build
+	@for settings in '$(NO_AMX)' '$(AS_AVX2)' '$(AS_SSE)'; do echo "--- $$settings"; \
+	env $$settings $(PY) -m pytest -q $$($(PY) -c 'import xdist; print("-n auto --dist loadfile")' 2>/dev/null) \
+		$$(grep -lE '_tolerance|_checks|verify' tests/test_*.py | grep -vE 'test_(cuda|gpu|triton|emulation)') $(PYTEST_ARGS) || exit 1; done
 
 gate: setup
 	@TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) tests/_triton_gate.py

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import signal
 import threading
 import time
@@ -32,6 +33,7 @@ from .device_clock import Replay, capture
 from .peers import PEERS, Form, Subject, call_of, channels_last, check_peers, eager
 from .profiling import launches
 from .results import Row, row
+from .rounding import RoundedArithmetic
 from .timing import THREADS_ASLEEP, Timing, interleave, synchronize
 from .verification import GRADIENT, ErrorRow, error_rows, named_outputs
 
@@ -123,6 +125,12 @@ def prepare(
     if not all(torch.isfinite(value).all() for value in truth.values()):
         raise ValueError("the model's output is not finite in float64 either; mend its weights or the images")
 
+    @functools.cache
+    def careful(seed: int) -> dict[str, Tensor]:
+        with RoundedArithmetic(subject.dtype, seed):
+            return _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
+
+    yardsticks = (own, truth, None if subject.dtype == torch.float64 else careful)
     results: dict[str, Result] = {}
     forms: dict[str, Form] = {}
     for name in names:
@@ -130,7 +138,7 @@ def prepare(
         form, result = build_and_check(
             name,
             lambda name=name: PEERS[name].build(subject),
-            lambda form: worst_row(_outputs(form, subject), own, truth),
+            lambda form: worst_row(_outputs(form, subject), *yardsticks),
             build_seconds,
         )
         if result.row is not None and result.row.ok and PEERS[name].lazy:
@@ -245,13 +253,19 @@ def _add_peak_memory(subject: Subject, names: list[str], results: dict[str, Resu
             results[name] = result._replace(peak_mb=peak)
 
 
-def worst_row(outputs: dict[str, Tensor], own: list[dict[str, Tensor]], truth: dict[str, Tensor]) -> ErrorRow:
+def worst_row(
+    outputs: dict[str, Tensor],
+    own: list[dict[str, Tensor]],
+    truth: dict[str, Tensor],
+    careful: Callable[[int], dict[str, Tensor]] | None = None,
+) -> ErrorRow:
     """The tolerance rule on every tensor of a candidate: the row with the largest error for what it is allowed.
 
     Args:
         outputs: the candidate's, by name; gradients by ``GRADIENT`` and the parameter's name.
         own: PyTorch's own results in the same dtype, one dict for each memory format.
         truth: the float64 results.
+        careful: as of `verification.error_rows`.
 
     Raises:
         ValueError: the candidate has no such output, or one of another shape.
@@ -259,7 +273,7 @@ def worst_row(outputs: dict[str, Tensor], own: list[dict[str, Tensor]], truth: d
     if outputs.keys() != truth.keys():
         odd = sorted(outputs.keys() ^ truth.keys())
         raise ValueError(f"its outputs and gradients are not the model's own: {', '.join(odd[:3])} on one side only")
-    rows = error_rows(outputs, own, truth)
+    rows = error_rows(outputs, own, truth, careful)
     return max(rows, key=lambda row: (not row.ok, row.error / row.allowed if row.allowed else row.error))
 
 

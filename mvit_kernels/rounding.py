@@ -71,6 +71,9 @@ class RoundedArithmetic:
         seed: of the errors.
 
     It may be entered again, and goes on with other errors.
+
+    Raises:
+        ValueError: `dtype` is float64.
     """
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
@@ -103,6 +106,10 @@ def careful_error(samples: Sequence[Tensor], truth: Tensor) -> float:
 class _Errors(TorchDispatchMode):
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         super().__init__()
+        if dtype == torch.float64:
+            raise ValueError(
+                "RoundedArithmetic: dtype is float64, whose errors cannot be told in float64; take float32's"
+            )
         self.seed = seed
         self.generators: dict[torch.device, torch.Generator] = {}
         self.unit = ROOT_MEAN_SQUARE * torch.finfo(dtype).eps / 2

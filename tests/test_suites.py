@@ -155,7 +155,7 @@ def test_bad_luck_with_one_draw_is_no_error(monkeypatch):
     lucky, other = (ErrorRow("output", e, p, 2 * (p + unit), 1.0) for e, p in ((5e-6, 1e-6), (3e-6, 4e-6)))
     together = operators._together([lucky, other], unit)
     assert not lucky.ok and other.ok and together.ok
-    assert together == ("output", 5e-6, 4e-6, 2 * (4e-6 + unit), 1.0)
+    assert together == ErrorRow("output", 5e-6, 4e-6, 2 * (4e-6 + unit), 1.0)
 
     seeds, rows = [], iter([[lucky], *[[other]] * 7])
     monkeypatch.setattr(operators, "_rows", lambda *_: next(rows))

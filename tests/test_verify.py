@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import mvit_kernels
+from mvit_kernels import verification
 from mvit_kernels.nn import functional
 from mvit_kernels.verification import error_row
 
@@ -76,6 +77,31 @@ def test_the_rule():
     assert error_row("x", torch.empty(0), [torch.empty(0)], torch.empty(0).double()).ok
     with pytest.raises(ValueError, match="has shape"):
         error_row("x", torch.empty(3), [torch.empty(2)], truth)
+
+
+def test_careful_arithmetic_decides_where_pytorch_does_not():
+    """A PyTorch that is exact by luck, and one that gives garbage: what is as careful as the dtype allows is right."""
+    truth = torch.tensor([1.0, -4.0], dtype=torch.float64)
+
+    def careful(seed):
+        return truth + 1e-4
+
+    for pytorch in (truth.float(), truth.float() * 1e30, truth.float() * torch.nan):
+        near, far = (error_row("x", (truth + off).float(), [pytorch], truth, careful=careful) for off in (1e-4, 1e-3))
+        assert near.ok and not far.ok
+        assert near.careful_error == pytest.approx(4e-4)  # of few values, four times their root mean square
+    assert error_row("x", truth.float(), [truth.float()], truth, careful=None).careful_error is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_models_are_as_exact_as_careful_arithmetic(dtype, monkeypatch):
+    """Which is then asked of every block, and finds PyTorch's own error within three times its own."""
+    monkeypatch.setattr(verification, "PLAUSIBLE_BANDS", 0)
+    model = mvit_kernels.accelerate(_models.build("timm")).to(dtype)
+    report = mvit_kernels.verify(model, _models.images(1, 64, 64).to(dtype))
+    assert report.ok, f"\n{report}"
+    for row in report.rows:
+        assert row.careful_error / 3 < row.pytorch_error < 3 * row.careful_error, row
 
 
 def test_keyword_examples():

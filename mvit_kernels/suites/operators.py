@@ -29,6 +29,7 @@ from ..comparison import Result, build_and_check, measure, rows_of
 from ..device_clock import Replay, capture, sets_beyond_cache
 from ..origin import environment
 from ..results import Row
+from ..rounding import RoundedArithmetic
 from ..verification import GRADIENT, ErrorRow, error_row
 from ._case import Case, Context
 from .operands import VARIANTS, Operands, Stage, operands, stages
@@ -278,10 +279,24 @@ def check(
 def _rows(case: Operands, training: bool, own, truth, function) -> list[ErrorRow]:
     cotangent = torch.randn(truth["output"].shape, generator=torch.Generator().manual_seed(1))
     outputs = _outputs(case, function, case.tensors, cotangent.to(own[0]["output"]), training)
-    return [error_row(name, outputs[name], [o[name] for o in own], truth[name]) for name in truth]
+    wide = tuple(t.double() for t in case.tensors)
+
+    @functools.cache
+    def careful(seed: int) -> dict[str, Tensor]:
+        with RoundedArithmetic(outputs["output"].dtype, seed):
+            return _outputs(case, case.plain, wide, cotangent.to(own[0]["output"]).double(), training)
+
+    return [
+        error_row(
+            name, outputs[name], [o[name] for o in own], truth[name], careful=lambda s, name=name: careful(s)[name]
+        )
+        for name in truth
+    ]
 
 
 def _together(rows: Sequence[ErrorRow], unit: float) -> ErrorRow:
     """One tensor's errors over several draws as those of all of them in one."""
     error, pytorch, scale = (max(row[column] for row in rows) for column in (1, 2, 4))
-    return ErrorRow(rows[0].name, error, pytorch, 2 * (pytorch + unit * scale), scale)
+    careful = max((row.careful_error for row in rows if row.careful_error is not None), default=None)
+    allowed = max(2 * (pytorch + unit * scale), *(row.allowed for row in rows))
+    return ErrorRow(rows[0].name, error, pytorch, allowed, scale, careful)
