@@ -123,9 +123,29 @@ def inverted_residual(
 ) -> Tensor:
     """project(silu(depthwise(silu(expand(x))))), plus x (MobileNetV2's block, arXiv:1801.04381, batch norms folded)."""
     y = F.silu(F.linear(x, expand_weight, expand_bias)).permute(0, 3, 1, 2)
-    y = F.conv2d(y, depthwise_weight, depthwise_bias, stride, dilation, dilation, groups=y.shape[1])
+    geometry = ((stride, stride), (dilation, dilation), (dilation, dilation), y.shape[1])
+    one_column = is_one_column(y, depthwise_weight, *geometry)
+    y = F.conv2d(F.pad(y, (0, stride)) if one_column else y, depthwise_weight, depthwise_bias, *geometry)
+    y = y[..., :1] if one_column else y
     y = F.linear(F.silu(y).permute(0, 2, 3, 1), project_weight, project_bias)
     return x + y if residual else y
+
+
+def is_one_column(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> bool:
+    """Whether a convolution is of the kind that PyTorch gets wrong: dense, strided, in bfloat16 on the CPU, and with a
+    result of one column. With AMX, torch 2.13's oneDNN then multiplies memory that nobody wrote, and gives 1e36 or NaN.
+    A second column, thrown away afterwards, cures it."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or stride[1] == 1 or groups > 1:
+        return False
+    reach = dilation[1] * (weight.shape[3] - 1) + 1
+    return x.shape[3] + 2 * padding[1] - reach < stride[1]
 
 
 def transformer_layer(

@@ -442,6 +442,26 @@ def test_pytorch_gets_no_one_column_convolution_that_it_would_get_wrong(stride, 
             y = composed(conv, x)
             assert y.shape == truth.shape and y.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(y.double(), truth, rtol=0.01, atol=0.01)
+    if stride == 3:
+        return
+    # An inverted residual of one hidden channel has a depthwise convolution of that kind.
+    block = draw.inverted(8, 1, 8, stride=stride, dilation=dilation).bfloat16()
+    x = draw(2, 8, 25, 1).bfloat16()
+    truth = composed(copy.deepcopy(block).double(), x.double())
+    weights = [getattr(block, part) for part in ("expand", "depthwise", "project")]
+    flat = [t for w in weights for t in (w.weight if w is block.depthwise else w.weight.flatten(1), w.bias)]
+    for _ in range(3):
+        unwritten = [torch.full((2**size,), torch.nan) for size in range(6, 18) for _ in range(3)]
+        del unwritten
+        rows = mvit_kernels.inverted_residual(
+            x.permute(0, 2, 3, 1),
+            *flat,
+            stride=stride,
+            dilation=dilation,
+            residual=block.residual,
+            backend="reference",
+        )
+        torch.testing.assert_close(rows.permute(0, 3, 1, 2).double(), truth, rtol=0.01, atol=0.01)
 
 
 def test_the_library_checks_a_program_for_itself():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends, cuda
+from .. import backends, cuda, reference
 from ..ops import TransformerLayerWeights, inverted_residual
 from ..ops.inverted_residual import inverted_residual_call
 from .functional import transformer_on_map
@@ -153,7 +153,9 @@ class FrozenConv2d(Frozen):
 
     def composed(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.to(self.weight.dtype).contiguous(memory_format=torch.channels_last)
-        if residual is None and self._is_one_wide(x):
+        if residual is None and reference.is_one_column(
+            x, self.weight, self.stride, self.padding, self.dilation, self.groups
+        ):
             wider = F.pad(x, (0, self.stride[1])).contiguous(memory_format=torch.channels_last)
             return self.composed(wider)[..., :1].contiguous(memory_format=torch.channels_last)
         if _onednn_serves(x):
@@ -162,14 +164,6 @@ class FrozenConv2d(Frozen):
         if residual is not None:
             return y + residual
         return F.silu(y) if self.activation else y
-
-    def _is_one_wide(self, x: Tensor) -> bool:
-        """Whether the result is one column in bfloat16 on the CPU: with AMX, torch 2.13's oneDNN then lets a strided
-        dense convolution multiply memory that nobody wrote, and 1e36 or NaN comes out. A second column cures it."""
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or self.stride[1] == 1 or self.groups > 1:
-            return False
-        reach = self.dilation[1] * (self.weight.shape[3] - 1) + 1
-        return x.shape[3] + 2 * self.padding[1] - reach < self.stride[1]
 
     def _onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         geometry = (self.padding, self.stride, self.dilation, self.groups)
