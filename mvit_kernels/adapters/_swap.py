@@ -119,7 +119,7 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
 def _scriptable(fast: Callable, original: FunctionType) -> FunctionType:
     """`fast`, which TorchScript takes for `original`: scripting compiles the library's own forward.
 
-    `torch.jit.script` looks only at ``__wrapped__`` for the source and at ``__globals__`` for the names in it. (Its hook
+    `torch.jit.script` looks at ``__wrapped__`` for the source and at ``__globals__`` for the names in it. (Its hook
     ``__prepare_scriptable__`` would not do: what that returns also replaces the block in the model being scripted.)
     """
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """MobileViT-XXS, -XS and -S: the network of Mehta & Rastegari, "MobileViT" (ICLR 2022), table 4."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx writes a forward's annotations into its graph, and cannot strings.
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -69,8 +69,8 @@ class MobileViT(nn.Module):
         device, dtype: where the parameters are made, and in what they are kept.
 
     Shapes: `(B, in_channels, H, W)` with any H, W >= 32 to `(B, features, ceil(H / 32), ceil(W / 32))`, 32 being
-    the output stride, or to `(B, num_classes)`. Maps that do not divide into patches are resized inside the block, as published.
-    Images have the parameters' dtype (float32, float64, bfloat16, float16), or any under autocast.
+    the output stride, or to `(B, num_classes)`. Maps that do not divide into patches are resized inside the block,
+    as published. Images have the parameters' dtype (float32, float64, bfloat16, float16), or any under autocast.
 
     The blocks run on this package's operators from birth, as if `mvit_kernels.accelerate` had been called;
     `mvit_kernels.restore` returns them to plain PyTorch, and `torch.jit.script` compiles the plain PyTorch.
@@ -86,8 +86,8 @@ class MobileViT(nn.Module):
 
     Raises:
         ValueError: an unknown mode or output stride, a patch that is not of positive integers, a count or
-            probability out of range; when called, images that are not `(B, in_channels, H, W)` with H, W >= 32, or that lie on
-            another device than the parameters.
+            probability out of range; when called, images that are not `(B, in_channels, H, W)` with H, W >= 32,
+            or that lie on another device than the parameters.
         TypeError: when called, images of integers, or of another dtype than the parameters outside autocast.
     """
 
@@ -129,7 +129,7 @@ class MobileViT(nn.Module):
             self.stages = _build_stages(variant, patch_size, dropout, output_stride, drop_path)
             self.final_conv = ConvNormAct(variant.channels[-1], variant.features)
             self.classifier = nn.Linear(variant.features, num_classes) if num_classes else nn.Identity()
-        self.feature_info: list[dict[str, Any]] = [
+        self.feature_info = [
             {"num_chs": channels, "reduction": min(2 ** (stage + 1), output_stride), "module": f"stages.{stage}"}
             for stage, channels in enumerate(variant.channels)
         ]

@@ -4,7 +4,7 @@
 Needs timm, and is imported only by `mvit_kernels.nn.register_timm_models`.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx writes a forward's annotations into its graph, and cannot strings.
 
 from typing import Any
 
@@ -101,7 +101,7 @@ class TimmMobileViT(MobileViT):
         The last map is the network's, or with `stop_early` the last of those asked for.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"MobileViT.forward_intermediates: output_fmt={output_fmt!r}; maps are 'NCHW'")
+            raise ValueError(f"MobileViT.forward_intermediates: output_fmt='{output_fmt}'; maps are 'NCHW'")
         if not torch.jit.is_scripting():
             self._check_images(x)
         wanted, last = feature_take_indices(self.num_maps, indices)
