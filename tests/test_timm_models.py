@@ -13,8 +13,7 @@ import timm.optim
 import torch
 from _checks import one_thread  # noqa: F401 (a fixture)
 from _models import assert_same, blocks, fast_calls, sensible
-from timm.layers import create_feature_extractor, get_graph_node_names
-from timm.models import group_parameters, load_checkpoint
+from timm.models import create_feature_extractor, get_graph_node_names, group_parameters, load_checkpoint
 from torch import nn
 
 from mvit_kernels import MobileViT, convert_state_dict, freeze, report, use_backend

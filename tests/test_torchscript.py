@@ -14,7 +14,7 @@ import timm
 import torch
 from _checks import one_thread  # noqa: F401 (a fixture)
 from _models import LIBRARIES, accelerated, assert_same, blocks, fast_calls
-from timm.layers import create_feature_extractor, get_graph_node_names
+from timm.models import create_feature_extractor, get_graph_node_names
 from torch import nn
 
 from mvit_kernels import MobileViT, freeze, report, restore
