@@ -182,7 +182,7 @@ class MobileViT(nn.Module):
         """
         self._check_images(x)
         count = len(self.feature_info)
-        wanted = range(count) if indices is None else [_feature_index(index, count) for index in indices]
+        wanted = range(count) if indices is None else [feature_index(index, count) for index in indices]
         maps = self._maps_until(max(wanted, default=-1), x)
         return [maps[index] for index in wanted]
 
@@ -320,7 +320,8 @@ def _check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"MobileViT: {name}={value!r} is not a count; give an integer of {least} or more")
 
 
-def _feature_index(index: int, count: int) -> int:
+def feature_index(index: int, count: int) -> int:
+    """An index from the front, of one that may count from the end; ValueError where there is no such map."""
     if not -count <= index < count:
-        raise ValueError(f"MobileViT.feature_maps: there is no map {index}; take {-count} to {count - 1}")
+        raise ValueError(f"MobileViT: there is no map {index}; take {-count} to {count - 1}")
     return index % count

@@ -17,12 +17,12 @@ from timm.models import (
     register_notrace_module,
     resolve_pretrained_cfg,
 )
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from ..checkpoints import convert_state_dict
 from .block import MobileViTBlock
-from .mobilevit import MobileViT
+from .mobilevit import MobileViT, feature_index
 
 __all__ = ["TimmMobileViT"]
 
@@ -104,7 +104,8 @@ class TimmMobileViT(MobileViT):
             raise ValueError(f"MobileViT.forward_intermediates: output_fmt='{output_fmt}'; maps are 'NCHW'")
         if not torch.jit.is_scripting():
             self._check_images(x)
-        wanted, last = feature_take_indices(self.num_maps, indices)
+        wanted = self._take(indices)
+        last = max(wanted)
         maps = self._maps_until(last if stop_early or intermediates_only else self.num_maps - 1, x)
         intermediates = [maps[index] for index in wanted]
         if intermediates_only:
@@ -115,7 +116,8 @@ class TimmMobileViT(MobileViT):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the layers beyond the last of `indices`, and the classifier; return the indices used."""
-        wanted, last = feature_take_indices(self.num_maps, indices)
+        wanted = self._take(indices)
+        last = max(wanted)
         ends_early = last < self.num_maps - 1
         self.stages = self.stages[: last + 1]
         if ends_early:
@@ -138,6 +140,16 @@ class TimmMobileViT(MobileViT):
         """The names of the layers, by depth, for timm's layer-wise learning rate decay."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_conv", (99999,))]}
+
+    def _take(self, indices: int | list[int] | None) -> list[int]:
+        """Which maps, of all that there are; in the order asked for, as `feature_info` has them."""
+        if indices is None:
+            indices = self.num_maps
+        if isinstance(indices, int):
+            if not 0 < indices <= self.num_maps:
+                raise ValueError(f"MobileViT: there are no last {indices} maps; take 1 to {self.num_maps}")
+            return list(range(self.num_maps - indices, self.num_maps))
+        return [feature_index(index, self.num_maps) for index in indices]
 
     def _set_pool(self, global_pool: str, num_classes: int) -> None:
         if num_classes and not global_pool:
@@ -185,7 +197,8 @@ def _create(mode: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         variant,
         pretrained,
         pretrained_filter_fn=_as_own,
-        feature_cfg={"feature_cls": _Features, "flatten_sequential": True, "out_indices": (0, 1, 2, 3, 4)},
+        # By the modules' names, timm's other extractors find a stage within the Sequential of all stages.
+        feature_cfg={"flatten_sequential": True} if kwargs.get("feature_cls") else {"feature_cls": _Features},
         mode=mode,
         **kwargs,
     )
