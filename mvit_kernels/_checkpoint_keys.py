@@ -7,6 +7,8 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ._text import some
+
 LAYOUTS = ("own", "timm", "huggingface", "cvnets")
 
 # The key table. A row: what it is, then its name in
@@ -168,9 +170,3 @@ def _bare(key: str) -> str:
         key = key.removeprefix(p)
     # timm's features_only makes stages_0 of stages.0.
     return f"stages.{key[7:]}" if key.startswith("stages_") else key
-
-
-def some(items: Iterable[object], most: int = 4) -> str:
-    """The first few, and how many more there are."""
-    items = list(items)
-    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checkpoint_keys import LAYOUTS, Keys, is_counter, network, read_keys, some
+from ._checkpoint_keys import LAYOUTS, Keys, is_counter, network, read_keys
+from ._text import some
 
 __all__ = ["convert_state_dict", "load_checkpoint"]
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ._text import some_lines
 from .adapters import adapter_of, restore
 from .adapters._block import Refusal, layer_weights
 from .adapters._convolutions import freeze_convolutions, freeze_inverted_residuals, with_hooks
@@ -40,8 +41,9 @@ class FreezeReport(NamedTuple):
             f"{len(self.blocks)} MobileViT blocks, {len(self.inverted_residuals)} inverted residuals and "
             f"{len(self.convolutions)} convolutions frozen"
         ]
-        lines += [f"  {name} stays as it was: {reason}" for name, reason in self.left]
-        lines += [f"  {name} runs part by part: {reason}" for name, reason in self.composed]
+        left = (f"  {name} stays as it was: {reason}" for name, reason in self.left)
+        composed = (f"  {name} runs part by part: {reason}" for name, reason in self.composed)
+        lines += some_lines(left, "freeze_report.left") + some_lines(composed, "freeze_report.composed")
         return "\n".join(lines)
 
 

@@ -76,7 +76,7 @@ def _assert_first_declined(model: nn.Module, words: tuple[str, ...]) -> None:
     text = "; ".join(first.reasons)
     assert all(word in text for word in words), text
     line = str(report).splitlines()[1]
-    assert first.name in line and text in line
+    assert first.name in line and "; ".join(first.reasons[:4]) in line
 
 
 class LoRA(nn.Module):

@@ -1,30 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package's own MobileViT: the network, its two paths, its errors, and its life under timm."""
+"""The package's own MobileViT: the network, its two paths, and its errors."""
 
 from __future__ import annotations
 
 import copy
 import math
 import pickle
-import subprocess
-import sys
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 from mvit_kernels import accelerate, report, restore, use_backend
-from mvit_kernels.nn import (
-    InvertedResidual,
-    MobileViT,
-    MobileViTBlock,
-    TransformerLayer,
-    register_timm_models,
-)
+from mvit_kernels.nn import InvertedResidual, MobileViT, MobileViTBlock, TransformerLayer
 from mvit_kernels.nn.layers import make_divisible
-
-register_timm_models()
 
 
 def set_fused(model: nn.Module, fused: bool) -> nn.Module:
@@ -331,78 +320,3 @@ def test_refused_arguments(make, message):
 def test_refused_images(images, error, message):
     with pytest.raises(error, match=message):
         MobileViT("xxs")(images)
-
-
-# -- timm
-
-
-def test_timm_creates_it():
-    model = timm.create_model("mvit_kernels_mobilevit_xxs", num_classes=5, in_chans=4, drop_rate=0.2).eval()
-    assert isinstance(model, MobileViT)
-    assert model.classifier_dropout == 0.2
-    assert model(torch.rand(1, 4, 64, 64)).shape == (1, 5)
-    assert model.get_classifier() is model.classifier
-    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 256, 256)
-    assert len(timm.list_models("mvit_kernels_mobilevit_*")) == 3
-    counted = timm.create_model("mvit_kernels_mobilevit_s")
-    assert sum(p.numel() for p in counted.parameters()) == 5_578_632
-
-
-def test_timm_pooling():
-    x = torch.rand(2, 3, 64, 64)
-    pooled = timm.create_model("mvit_kernels_mobilevit_xxs", num_classes=0).eval()
-    assert pooled(x).shape == (2, 320)
-    as_map = timm.create_model("mvit_kernels_mobilevit_xxs", num_classes=0, global_pool="")
-    assert as_map(x).shape == (2, 320, 2, 2)
-    pooled.reset_classifier(6)
-    assert pooled(x).shape == (2, 6)
-    with pytest.raises(ValueError, match="nothing to classify"):
-        timm.create_model("mvit_kernels_mobilevit_xxs", global_pool="")
-    with pytest.raises(ValueError, match="global_pool='max' is unknown"):
-        timm.create_model("mvit_kernels_mobilevit_xxs", global_pool="max")
-    with pytest.raises(ValueError, match="no weights of its own"):
-        timm.create_model("mvit_kernels_mobilevit_xxs", pretrained=True)
-
-
-@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3, 4), (1, 3), (2, -1), 2])
-def test_timm_features_only(out_indices):
-    x = torch.rand(1, 3, 64, 96)
-    features = timm.create_model("mvit_kernels_mobilevit_xxs", features_only=True, out_indices=out_indices)
-    maps = features(x)
-    wanted = [4, 5] if out_indices == 2 else list(out_indices)
-    every = [16, 24, 48, 64, 80, 320]
-    assert [y.shape[1] for y in maps] == features.feature_info.channels() == [every[index] for index in wanted]
-    assert [96 // y.shape[3] for y in maps] == features.feature_info.reduction()
-    sum(y.sum() for y in maps).backward()
-    assert all(p.grad is not None for p in features.parameters())  # what is not needed is gone
-
-
-def test_timm_forward_intermediates():
-    model = timm.create_model("mvit_kernels_mobilevit_xxs", num_classes=3).eval()
-    x = torch.rand(1, 3, 64, 64)
-    last, maps = model.forward_intermediates(x, indices=[0, 2])
-    assert torch.equal(last, model.forward_features(x))
-    assert [y.shape[1] for y in maps] == [16, 48]
-    assert len(model.forward_intermediates(x, intermediates_only=True)) == 6
-    with pytest.raises(ValueError, match="output_fmt='NLC'"):
-        model.forward_intermediates(x, output_fmt="NLC")
-
-
-PREPARE = "from mvit_kernels._third_party import prepare_torchvision; prepare_torchvision()"
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        f"{PREPARE}; import timm; import mvit_kernels.nn",
-        f"{PREPARE}; import mvit_kernels.nn as nn; nn.register_timm_models(); nn.register_timm_models(); import timm",
-        "import mvit_kernels.nn, sys; assert 'timm' not in sys.modules; sys.exit()",
-    ],
-    ids=["timm first", "called", "timm untouched"],
-)
-def test_timm_registration_in_a_fresh_process(script):
-    script += "\nassert timm.create_model('mvit_kernels_mobilevit_xxs', num_classes=2).num_classes == 2"
-    run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:timm", "-c", script], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr

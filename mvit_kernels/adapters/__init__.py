@@ -24,6 +24,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .. import backends
+from .._text import some, some_lines
 from ..nn.frozen import FrozenMobileViTBlock
 from . import cvnets, huggingface, kornia, own, timm
 from ._block import Refusal
@@ -61,14 +62,15 @@ class AccelerationReport(NamedTuple):
     def __str__(self) -> str:
         if not self.blocks:
             return f"no MobileViT block found; known are those of {', '.join(a.NAME for a in ADAPTERS)}"
-        lines = [f"{len(self.accelerated)} of {len(self.blocks)} MobileViT blocks accelerated"]
+        lines = []
         width = max(len(block.name) for block in self.blocks)
         for block in self.blocks:
             state = "accelerated" if block.accelerated else "as it was"
             if block.reasons:
-                state = "declined: " + "; ".join(block.reasons)
+                state = "declined: " + some(block.reasons, joint="; ")
             lines.append(f"  {block.name or '(the model itself)':<{width}}  {block.library}  {state}")
-        return "\n".join(lines)
+        head = f"{len(self.accelerated)} of {len(self.blocks)} MobileViT blocks accelerated"
+        return "\n".join([head, *some_lines(lines, "report(model).blocks")])
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
@@ -120,7 +122,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
         blocks = tuple(BlockReport(name, adapter.NAME, False, tuple(reasons)) for name, adapter, reasons in declined)
         raise ValueError(f"accelerate(strict=True): {AccelerationReport(blocks)}. The model is unchanged.")
     for name, adapter, reasons in declined:
-        logger.warning("accelerate: %s (%s) stays as it is: %s", name, adapter.NAME, "; ".join(reasons))
+        logger.warning("accelerate: %s (%s) stays as it is: %s", name, adapter.NAME, some(reasons, joint="; "))
     if not found:
         logger.warning("accelerate: %s", AccelerationReport(()))
     for _, block, adapter, reasons in found:

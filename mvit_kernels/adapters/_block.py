@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._text import some
 from ..nn.functional import LayerDropout, transformer_on_map
 from ..ops import TransformerLayerWeights
 
@@ -71,7 +72,7 @@ class Refusal(Exception):
         return self.args[1]
 
     def __str__(self) -> str:
-        return "; ".join(self.reasons)
+        return some(self.reasons, joint="; ")
 
 
 def original_class(block: nn.Module) -> type[nn.Module]:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import copyreg
+import functools
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -102,7 +104,7 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
         return original.forward(self, *args, **kwargs)
 
     namespace = {
-        "forward": forward,
+        "forward": _scriptable(forward, original.forward),
         "__reduce_ex__": _reduce,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -112,6 +114,20 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
     }
     cls = _classes[original] = type(original.__name__, (original,), namespace)
     return cls
+
+
+def _scriptable(fast: Callable, original: FunctionType) -> FunctionType:
+    """`fast`, which TorchScript takes for `original`: scripting compiles the library's own forward.
+
+    `torch.jit.script` looks at ``__wrapped__`` for the source and at ``__globals__`` for the names in it. (Its hook
+    ``__prepare_scriptable__`` would not do: what that returns also replaces the block in the model being scripted.)
+    """
+
+    def forward(self, *args, **kwargs):
+        return fast(self, *args, **kwargs)
+
+    forward = FunctionType(forward.__code__, original.__globals__, "forward", closure=forward.__closure__)
+    return functools.update_wrapper(forward, original)
 
 
 def _parts(block: nn.Module, adapter: ModuleType) -> BlockParts | None:

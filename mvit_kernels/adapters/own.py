@@ -40,4 +40,6 @@ def _layer(look: Inspector, path: str) -> LayerModules:
         fc2=look.linear(f"{path}.fc2"),
         projection_dropout=look.dropout(f"{path}.dropout"),
         mlp_dropout=look.dropout(f"{path}.dropout"),
+        path1=look.dropout(f"{path}.drop_path", also="DropPath"),
+        path2=look.dropout(f"{path}.drop_path", also="DropPath"),
     )

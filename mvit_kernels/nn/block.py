@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import _checks as checks
-from .layers import ConvNormAct
+from .layers import ConvNormAct, DropPath
 
 __all__ = ["MobileViTBlock", "TransformerLayer"]
 
@@ -32,16 +32,24 @@ class TransformerLayer(nn.Module):
         dropout: probability of dropping an element after `proj` and after `fc2`, in training. Neither the
             attention weights nor the hidden layer are dropped, as in every published configuration.
         eps: epsilon of both layer norms.
+        drop_path: probability of dropping a sequence's whole branch, in training (`DropPath`).
 
     `qkv` maps d to 3d: all heads' queries, then all keys, then all values, each `num_heads x head_dim`.
     `forward` takes sequences, `(S, N, d)`, to the same; an accelerated block reads the parameters instead.
 
     Raises:
-        ValueError: `dim` is not a multiple of `num_heads`, or `dropout` is outside [0, 1].
+        ValueError: `dim` is not a multiple of `num_heads`, or `dropout` or `drop_path` is outside [0, 1].
     """
 
     def __init__(
-        self, dim: int, *, num_heads: int = 4, mlp_ratio: float = 2.0, dropout: float = 0.0, eps: float = 1e-5
+        self,
+        dim: int,
+        *,
+        num_heads: int = 4,
+        mlp_ratio: float = 2.0,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -54,6 +62,7 @@ class TransformerLayer(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.num_heads = num_heads
         self.dropout = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -66,8 +75,8 @@ class TransformerLayer(nn.Module):
         qkv = self.qkv(self.norm1(x)).reshape(sequences, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(sequences, tokens, dim)
-        x = x + self.dropout(self.proj(heads))
-        return x + self.dropout(self.fc2(F.silu(self.fc1(self.norm2(x)))))
+        x = x + self.drop_path(self.dropout(self.proj(heads)))
+        return x + self.drop_path(self.dropout(self.fc2(F.silu(self.fc1(self.norm2(x))))))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
@@ -91,7 +100,8 @@ class MobileViTBlock(nn.Module):
         dim: width d of the transformer.
         depth: number of layers L, 1 or more.
         patch_size: (height, width) of a patch, or one number for both.
-        num_heads, mlp_ratio, dropout, eps: see `TransformerLayer`; `eps` is the last norm's too.
+        num_heads, mlp_ratio, dropout, eps, drop_path: see `TransformerLayer`; `eps` is the last norm's too.
+        dilation: of `conv_local`.
 
     Shapes: `(B, C, H, W)` to the same, any H, W >= 1; float32, float64, bfloat16 or float16.
 
@@ -110,15 +120,19 @@ class MobileViTBlock(nn.Module):
         mlp_ratio: float = 2.0,
         dropout: float = 0.0,
         eps: float = 1e-5,
+        drop_path: float = 0.0,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"MobileViTBlock: depth={depth}; a block has at least one transformer layer")
         self.patch_size = checks.patch("MobileViTBlock", patch_size)
-        self.conv_local = ConvNormAct(channels, channels, 3)
+        self.conv_local = ConvNormAct(channels, channels, 3, dilation=dilation)
         self.conv_in = nn.Conv2d(channels, dim, 1, bias=False)
         self.transformer = nn.ModuleList(
-            TransformerLayer(dim, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, eps=eps)
+            TransformerLayer(
+                dim, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, eps=eps, drop_path=drop_path
+            )
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=eps)

@@ -45,6 +45,12 @@ class Frozen(nn.Module):
             )
         return super().train(False)
 
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f"{type(self).__name__} is frozen, and its native calls are nothing that TorchScript compiles; use "
+            "torch.jit.trace, or torch.jit.script the model that freeze() was given"
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         if network_allowed(x):
             network = self.native()

@@ -165,7 +165,7 @@ def _attention_half(rows, layer, num_heads, patch_size, eps, drop, backend) -> T
         rows, layer.norm1_weight, layer.norm1_bias, layer.qkv_weight, layer.qkv_bias, eps=eps, backend=backend
     )
     if drop.attention:
-        scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+        scale = float(qkv.shape[-1] // (3 * num_heads)) ** -0.5  # torch.jit.trace has tensors for sizes
         attended = reference.patch_attention(qkv, num_heads, patch_size, scale, drop.attention)
     else:
         attended = patch_attention(qkv, num_heads=num_heads, patch_size=patch_size, backend=backend)

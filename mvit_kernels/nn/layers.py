@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolutional layers of MobileViT: convolution + batch norm + SiLU, and MobileNetV2's block."""
+"""The convolutional layers of MobileViT: convolution + batch norm + SiLU, MobileNetV2's block; and stochastic depth."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-__all__ = ["ConvNormAct", "InvertedResidual", "make_divisible"]
+__all__ = ["ConvNormAct", "DropPath", "InvertedResidual", "make_divisible"]
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -66,6 +66,34 @@ class ConvNormAct(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: in training a residual branch is dropped with probability `drop_prob`, else scaled up.
+
+    Example:
+        >>> DropPath(0.1)(torch.rand(8, 256, 64)).shape
+        torch.Size([8, 256, 64])
+
+    One draw for each entry of the first axis: an image, or in a transformer a sequence. What is kept is divided by
+    `1 - drop_prob`, so that its mean stays. Huang et al. 2016, arXiv:1603.09382.
+    """
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= drop_prob <= 1.0:
+            raise ValueError(f"DropPath: drop_prob={drop_prob} is no probability; give 0 <= drop_prob <= 1")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.drop_prob
+        mask = x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(keep)
+        return x * (mask.div_(keep) if keep > 0.0 else mask)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}"
+
+
 class InvertedResidual(nn.Module):
     """MobileNetV2's block: expand 1x1, depthwise 3x3, project 1x1; the input is added where shapes allow it.
 
@@ -75,7 +103,8 @@ class InvertedResidual(nn.Module):
 
     Every convolution has a batch norm, the first two a SiLU. The hidden width is
     `make_divisible(in_channels * expand_ratio)`, and `self.residual` says whether the input is added
-    (stride 1 and as many channels out as in). MobileViT paper, section 3 and table 4; Sandler et al. 2018.
+    (stride 1 and as many channels out as in); where it is, training drops the rest with probability `drop_path`.
+    MobileViT paper, section 3 and table 4; Sandler et al. 2018.
 
     Shapes: `(B, in_channels, H, W)` to `(B, out_channels, ceil(H / stride), ceil(W / stride))`.
     """
@@ -88,6 +117,7 @@ class InvertedResidual(nn.Module):
         stride: int = 1,
         expand_ratio: float = 4.0,
         dilation: int = 1,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         hidden = make_divisible(in_channels * expand_ratio)
@@ -95,7 +125,8 @@ class InvertedResidual(nn.Module):
         self.expand = ConvNormAct(in_channels, hidden)
         self.depthwise = ConvNormAct(hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden)
         self.project = ConvNormAct(hidden, out_channels, activation=False)
+        self.drop_path = DropPath(drop_path if self.residual else 0.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.residual else y
+        return x + self.drop_path(y) if self.residual else y

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """MobileViT-XXS, -XS and -S: the network of Mehta & Rastegari, "MobileViT" (ICLR 2022), table 4."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx writes a forward's annotations into its graph, and cannot strings.
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .block import MobileViTBlock
@@ -30,7 +31,9 @@ _VARIANTS = {
 }
 _STEM_CHANNELS = 16
 _DEPTHS = (2, 4, 3)  # transformer layers of stages 3, 4, 5
+_BLOCKS = 10  # inverted residuals and MobileViT blocks, all stages together
 _STRIDE = 32  # of the whole network: stem and stages 2 to 5 halve the map
+_OUTPUT_STRIDES = (8, 16, 32)
 
 
 class MobileViT(nn.Module):
@@ -59,26 +62,32 @@ class MobileViT(nn.Module):
             the MLP. The paper trains xs and s with 0.1 and xxs with 0.05; 0 here, so that nothing random
             happens unasked.
         classifier_dropout: before the last linear layer while training; the paper's recipe has 0.1.
+        output_stride: of the last map to the image: 32, or 8 or 16, and then the stages that would go
+            beyond are dilated instead, as for segmentation.
+        drop_path: stochastic depth while training: the probability of dropping a residual branch, from 0 in the
+            first block rising linearly to this in the last (`DropPath`).
+        device, dtype: where the parameters are made, and in what they are kept.
 
-    Shapes: `(B, in_channels, H, W)` with any H, W >= 32 to `(B, features, ceil(H / 32), ceil(W / 32))`, or to
-    `(B, num_classes)`. Maps that do not divide into patches are resized inside the block, as published.
-    Images have the parameters' dtype (float32, float64, bfloat16, float16), or any under autocast.
+    Shapes: `(B, in_channels, H, W)` with any H, W >= 32 to `(B, features, ceil(H / 32), ceil(W / 32))`, 32 being
+    the output stride, or to `(B, num_classes)`. Maps that do not divide into patches are resized inside the block,
+    as published. Images have the parameters' dtype (float32, float64, bfloat16, float16), or any under autocast.
 
     The blocks run on this package's operators from birth, as if `mvit_kernels.accelerate` had been called;
-    `mvit_kernels.restore` returns them to plain PyTorch.
+    `mvit_kernels.restore` returns them to plain PyTorch, and `torch.jit.script` compiles the plain PyTorch.
 
     Initial values, as is usual for these networks: convolutions Kaiming normal over fan-out, linear weights
     from a normal of standard deviation 0.02 truncated at two, biases 0, norms 1 and 0.
 
     Attributes:
         num_features: channels of the last map.
+        head_hidden_size: features that the classifier reads.
         feature_info: what `feature_maps` can give: a list of dicts with `num_chs` (channels), `reduction`
             (stride to the image) and `module` (name of the submodule the map comes from).
 
     Raises:
-        ValueError: an unknown mode, a patch that is not of positive integers, a count or probability out of
-            range; when called, images that are not `(B, in_channels, H, W)` with H, W >= 32, or that lie on
-            another device than the parameters.
+        ValueError: an unknown mode or output stride, a patch that is not of positive integers, a count or
+            probability out of range; when called, images that are not `(B, in_channels, H, W)` with H, W >= 32,
+            or that lie on another device than the parameters.
         TypeError: when called, images of integers, or of another dtype than the parameters outside autocast.
     """
 
@@ -90,13 +99,20 @@ class MobileViT(nn.Module):
         patch_size: int | tuple[int, int] = (2, 2),
         dropout: float = 0.0,
         classifier_dropout: float = 0.0,
+        output_stride: int = _STRIDE,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if mode not in _VARIANTS:
             raise ValueError(f"MobileViT: mode={mode!r} is unknown; choose one of {list(_VARIANTS)}")
         _check_count("in_channels", in_channels, 1)
         _check_count("num_classes", num_classes, 0)
-        for name, probability in (("dropout", dropout), ("classifier_dropout", classifier_dropout)):
+        if output_stride not in _OUTPUT_STRIDES:
+            raise ValueError(f"MobileViT: output_stride={output_stride!r} is unknown; choose one of {_OUTPUT_STRIDES}")
+        probabilities = {"dropout": dropout, "classifier_dropout": classifier_dropout, "drop_path": drop_path}
+        for name, probability in probabilities.items():
             if not 0.0 <= probability <= 1.0:
                 raise ValueError(f"MobileViT: {name}={probability} is no probability; give 0 <= {name} <= 1")
 
@@ -104,20 +120,22 @@ class MobileViT(nn.Module):
         self.mode = mode
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.num_features = variant.features
+        self.num_features = self.head_hidden_size = variant.features
         self.classifier_dropout = classifier_dropout
         self.grad_checkpointing = False
 
-        self.stem = ConvNormAct(in_channels, _STEM_CHANNELS, 3, stride=2)
-        self.stages = _build_stages(variant, patch_size, dropout)
-        self.final_conv = ConvNormAct(variant.channels[-1], variant.features)
-        self.classifier = nn.Linear(variant.features, num_classes) if num_classes else nn.Identity()
-        self.feature_info: list[dict[str, Any]] = [
-            {"num_chs": channels, "reduction": 2 ** (stage + 1), "module": f"stages.{stage}"}
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            self.stem = ConvNormAct(in_channels, _STEM_CHANNELS, 3, stride=2)
+            self.stages = _build_stages(variant, patch_size, dropout, output_stride, drop_path)
+            self.final_conv = ConvNormAct(variant.channels[-1], variant.features)
+            self.classifier = nn.Linear(variant.features, num_classes) if num_classes else nn.Identity()
+        self.feature_info = [
+            {"num_chs": channels, "reduction": min(2 ** (stage + 1), output_stride), "module": f"stages.{stage}"}
             for stage, channels in enumerate(variant.channels)
         ]
-        self.feature_info.append({"num_chs": variant.features, "reduction": _STRIDE, "module": "final_conv"})
+        self.feature_info.append({"num_chs": variant.features, "reduction": output_stride, "module": "final_conv"})
         self.apply(_initialise)
+        self.to(dtype=dtype)
         _accelerate(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -126,7 +144,15 @@ class MobileViT(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images to the last map, `(B, num_features, ceil(H / 32), ceil(W / 32))`, whatever `num_classes`."""
-        return self.feature_maps(x, [-1])[0]
+        if not torch.jit.is_scripting():
+            self._check_images(x)
+        x = self.stem(x)
+        if not torch.jit.is_scripting() and self._recomputes():
+            for stage in self.stages:
+                x = checkpoint(stage, x, use_reentrant=False)
+        else:
+            x = self.stages(x)  # at once: frozen stages are one native call
+        return self.final_conv(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The last map to logits; with `pre_logits`, or without a classifier, to pooled features `(B, C)`."""
@@ -156,18 +182,28 @@ class MobileViT(nn.Module):
         """
         self._check_images(x)
         count = len(self.feature_info)
-        wanted = range(count) if indices is None else [_feature_index(index, count) for index in indices]
-        maps: dict[int, torch.Tensor] = {}
-        x = self.stem(x)
-        for index in range(max(wanted, default=-1) + 1):
-            module = self.stages[index] if index < len(self.stages) else self.final_conv
-            # Checkpointing frees what a stage keeps inside; the last convolution alone keeps too little.
-            if self.grad_checkpointing and self.training and index < len(self.stages):
-                x = checkpoint(module, x, use_reentrant=False)
-            else:
-                x = module(x)
-            maps[index] = x
+        wanted = range(count) if indices is None else [feature_index(index, count) for index in indices]
+        maps = self._maps_until(max(wanted, default=-1), x)
         return [maps[index] for index in wanted]
+
+    def _maps_until(self, last: int, x: torch.Tensor) -> list[torch.Tensor]:
+        """The maps from the first to that of index `last`, and nothing computed beyond; TorchScript compiles it."""
+        maps: list[torch.Tensor] = []
+        x = self.stem(x)
+        for index, stage in enumerate(self.stages):
+            if index <= last:
+                if not torch.jit.is_scripting() and self._recomputes():
+                    x = checkpoint(stage, x, use_reentrant=False)
+                else:
+                    x = stage(x)
+                maps.append(x)
+        if last >= len(self.stages):
+            maps.append(self.final_conv(x))
+        return maps
+
+    def _recomputes(self) -> bool:
+        """Whether backward recomputes the stages: that frees what they keep inside (the rest keeps too little)."""
+        return self.grad_checkpointing and self.training
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training keep only the map between two stages, and recompute what is inside them in backward."""
@@ -182,10 +218,12 @@ class MobileViT(nn.Module):
         _check_count("num_classes", num_classes, 0)
         like = next(self.parameters())
         self.num_classes = num_classes
-        self.classifier = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.classifier = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         self.classifier.apply(_initialise).to(device=like.device, dtype=like.dtype).train(self.training)
 
     def _check_images(self, x: torch.Tensor) -> None:
+        if isinstance(x, fx.Proxy):  # torch.fx traces what is computed; there is no image yet
+            return
         wanted = f"MobileViT: images must be (B, {self.in_channels}, H, W)"
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{wanted}, a tensor; got {type(x).__name__}. Stack the images into one tensor")
@@ -218,19 +256,45 @@ class MobileViT(nn.Module):
             )
 
 
-def _build_stages(variant: _Variant, patch_size: int | tuple[int, int], dropout: float) -> nn.Sequential:
-    """The five stages of table 4, each an `nn.Sequential`."""
+def _build_stages(
+    variant: _Variant, patch_size: int | tuple[int, int], dropout: float, output_stride: int, drop_path: float
+) -> nn.Sequential:
+    """The five stages of table 4, each an `nn.Sequential`. Where a stage may not halve the map, what comes after it is
+    dilated instead (Chen et al. 2017, arXiv:1706.05587, section 3.1); its own first convolution still reads the
+    neighbours that the previous stage's did, so that weights trained at stride 32 serve."""
     stages = nn.Sequential()
-    channels = _STEM_CHANNELS
+    channels, reduction, dilation = _STEM_CHANNELS, 2, 1
+    drop_paths = iter(torch.linspace(0.0, drop_path, _BLOCKS, device="cpu").tolist())
     for stage, out_channels in enumerate(variant.channels):
         blocks = nn.Sequential()
         for index in range(3 if stage == 1 else 1):
-            stride = 2 if stage > 0 and index == 0 else 1
-            blocks.append(InvertedResidual(channels, out_channels, stride=stride, expand_ratio=variant.expand_ratio))
+            stride, block_dilation = 1, dilation
+            if stage > 0 and index == 0:
+                if reduction < output_stride:
+                    stride, reduction = 2, 2 * reduction
+                else:
+                    dilation *= 2
+            blocks.append(
+                InvertedResidual(
+                    channels,
+                    out_channels,
+                    stride=stride,
+                    expand_ratio=variant.expand_ratio,
+                    dilation=block_dilation,
+                    drop_path=next(drop_paths),
+                )
+            )
             channels = out_channels
         if stage >= 2:
-            dim, depth = variant.dims[stage - 2], _DEPTHS[stage - 2]
-            block = MobileViTBlock(channels, dim=dim, depth=depth, patch_size=patch_size, dropout=dropout)
+            block = MobileViTBlock(
+                channels,
+                dim=variant.dims[stage - 2],
+                depth=_DEPTHS[stage - 2],
+                patch_size=patch_size,
+                dropout=dropout,
+                drop_path=next(drop_paths),
+                dilation=dilation,
+            )
             blocks.append(block)
         stages.append(blocks)
     return stages
@@ -256,7 +320,8 @@ def _check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"MobileViT: {name}={value!r} is not a count; give an integer of {least} or more")
 
 
-def _feature_index(index: int, count: int) -> int:
+def feature_index(index: int, count: int) -> int:
+    """An index from the front, of one that may count from the end; ValueError where there is no such map."""
     if not -count <= index < count:
-        raise ValueError(f"MobileViT.feature_maps: there is no map {index}; take {-count} to {count - 1}")
+        raise ValueError(f"MobileViT: there is no map {index}; take {-count} to {count - 1}")
     return index % count

@@ -4,15 +4,25 @@
 Needs timm, and is imported only by `mvit_kernels.nn.register_timm_models`.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx writes a forward's annotations into its graph, and cannot strings.
 
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import SelectAdaptivePool2d
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from .mobilevit import MobileViT
+from ..checkpoints import convert_state_dict
+from .block import MobileViTBlock
+from .mobilevit import MobileViT, feature_index
 
 __all__ = ["TimmMobileViT"]
 
@@ -30,10 +40,14 @@ class TimmMobileViT(MobileViT):
     map. `features_only` gives the five stages, and with 5 in `out_indices` the last convolution as well.
 
     Args:
-        mode, in_chans, num_classes: see `MobileViT`.
-        global_pool: "avg", or "" for the last map (then without classes).
+        mode, in_chans, num_classes, output_stride, device, dtype: see `MobileViT`.
+        global_pool: "avg", "max", "avgmax", "catavgmax", or "" for the last map (then without classes).
         drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth in the last block, `MobileViT`'s `drop_path`.
         proj_drop_rate: dropout inside transformer layers, `MobileViT`'s `dropout`.
+
+    Raises:
+        ValueError: `global_pool` is no pool of timm's, or "" with classes; else as `MobileViT`.
     """
 
     def __init__(
@@ -41,19 +55,37 @@ class TimmMobileViT(MobileViT):
         mode: str,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "avg",
+        global_pool: str | None = None,
+        output_stride: int = 32,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(mode, in_chans, num_classes, dropout=proj_drop_rate, classifier_dropout=drop_rate)
+        super().__init__(
+            mode,
+            in_chans,
+            num_classes,
+            dropout=proj_drop_rate,
+            classifier_dropout=drop_rate,
+            output_stride=output_stride,
+            drop_path=drop_path_rate,
+            device=device,
+            dtype=dtype,
+        )
         self.in_chans = in_chans
-        self._set_pool(global_pool)
+        self.num_maps = len(self.feature_info)
+        self._set_pool("avg" if global_pool is None else global_pool, num_classes)
+        if num_classes and self.head_hidden_size != self.num_features:
+            self.reset_classifier(num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return super().forward_head(x, pre_logits) if self.global_pool else x
+        x = nn.functional.dropout(self.pool(x), self.classifier_dropout, self.training)
+        return x if pre_logits else self.classifier(x)
 
     def forward_intermediates(
         self,
@@ -64,24 +96,35 @@ class TimmMobileViT(MobileViT):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """`feature_maps` timm's way: the last map, and those at `indices` (an int n: the last n)."""
+        """`feature_maps` timm's way: the last map, and those at `indices` (an int n: the last n).
+
+        The last map is the network's, or with `stop_early` the last of those asked for.
+        """
         if output_fmt != "NCHW":
-            raise ValueError(f"MobileViT.forward_intermediates: output_fmt={output_fmt!r}; maps are 'NCHW'")
+            raise ValueError(f"MobileViT.forward_intermediates: output_fmt='{output_fmt}'; maps are 'NCHW'")
+        if not torch.jit.is_scripting():
+            self._check_images(x)
         wanted = self._take(indices)
+        last = max(wanted)
+        maps = self._maps_until(last if stop_early or intermediates_only else self.num_maps - 1, x)
+        intermediates = [maps[index] for index in wanted]
         if intermediates_only:
-            return self.feature_maps(x, wanted)
-        *intermediates, last = self.feature_maps(x, [*wanted, -1])
-        return last, intermediates
+            return intermediates
+        return maps[-1], intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the layers beyond the last of `indices`, and the classifier; return the indices used."""
         wanted = self._take(indices)
-        ends_early = max(wanted) < len(self.feature_info) - 1
-        self.stages = self.stages[: max(wanted) + 1]
+        last = max(wanted)
+        ends_early = last < self.num_maps - 1
+        self.stages = self.stages[: last + 1]
         if ends_early:
             self.final_conv = nn.Identity()
+            self.num_features = self.feature_info[last]["num_chs"]
+            self.feature_info = self.feature_info[: last + 1]
+            self.num_maps = last + 1
         if prune_head or ends_early:
             self.reset_classifier(0, "")
         return wanted
@@ -90,34 +133,72 @@ class TimmMobileViT(MobileViT):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self._set_pool(self.global_pool if global_pool is None else global_pool, num_classes)
         super().reset_classifier(num_classes)
-        self._set_pool(self.global_pool if global_pool is None else global_pool)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The names of the layers, by depth, for timm's layer-wise learning rate decay."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_conv", (99999,))]}
 
     def _take(self, indices: int | list[int] | None) -> list[int]:
-        every = list(range(len(self.feature_info)))
+        """Which maps, of all that there are; in the order asked for, as `feature_info` has them."""
         if indices is None:
-            return every
-        return every[-indices:] if isinstance(indices, int) else [every[index] for index in indices]
+            indices = self.num_maps
+        if isinstance(indices, int):
+            if not 0 < indices <= self.num_maps:
+                raise ValueError(f"MobileViT: there are no last {indices} maps; take 1 to {self.num_maps}")
+            return list(range(self.num_maps - indices, self.num_maps))
+        return [feature_index(index, self.num_maps) for index in indices]
 
-    def _set_pool(self, global_pool: str) -> None:
-        if global_pool not in ("avg", ""):
-            raise ValueError(f"MobileViT: global_pool={global_pool!r} is unknown; choose 'avg' or ''")
-        if self.num_classes and not global_pool:
-            raise ValueError("MobileViT: global_pool='' leaves nothing to classify; give num_classes=0 too")
+    def _set_pool(self, global_pool: str, num_classes: int) -> None:
+        if num_classes and not global_pool:
+            raise ValueError(
+                "MobileViT: global_pool='' leaves nothing to classify; give num_classes=0 too, or a pool, such as 'avg'"
+            )
+        try:
+            self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        except AssertionError as error:
+            raise ValueError(
+                f"MobileViT: global_pool={global_pool!r} is unknown; choose 'avg', 'max', 'avgmax', 'catavgmax' or ''"
+            ) from error
         self.global_pool = global_pool
+        self.head_hidden_size = self.num_features * self.pool.feat_mult()
+
+
+class _Features(FeatureGetterNet):
+    """timm's `features_only` by `forward_intermediates`, which its gradient checkpointing reaches too."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)
+
+
+# To timm's FX tracer a block is one step, as timm's own is: its control flow depends on the map's size.
+register_notrace_module(MobileViTBlock)
+
+
+def _as_own(state_dict: dict[str, Any], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    return convert_state_dict(state_dict, to="own")
 
 
 def _create(mode: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    variant = f"mvit_kernels_mobilevit_{mode}"
     if pretrained:
-        raise ValueError(
-            f"mvit_kernels_mobilevit_{mode} has no weights of its own to download; create it without "
-            "pretrained and give mvit_kernels.load_checkpoint() a timm, Hugging Face or cvnets checkpoint"
-        )
+        source = {name: kwargs.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay")}
+        cfg = resolve_pretrained_cfg(variant, **source)
+        if not (cfg.has_weights or cfg.state_dict):
+            raise RuntimeError(
+                f"{variant} has no weights of its own to download; give pretrained_cfg_overlay={{'file': path}} with a "
+                "timm, Hugging Face, cvnets or own checkpoint, or create it without pretrained and call "
+                "mvit_kernels.load_checkpoint(model, path)"
+            )
     return build_model_with_cfg(
         TimmMobileViT,
-        f"mvit_kernels_mobilevit_{mode}",
+        variant,
         pretrained,
-        feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3, 4)},
+        pretrained_filter_fn=_as_own,
+        # By the modules' names, timm's other extractors find a stage within the Sequential of all stages.
+        feature_cfg={"flatten_sequential": True} if kwargs.get("feature_cls") else {"feature_cls": _Features},
         mode=mode,
         **kwargs,
     )
@@ -135,6 +216,9 @@ _CFG = {
     "std": (1.0, 1.0, 1.0),
     "first_conv": "stem.conv",
     "classifier": "classifier",
+    "license": "apache-2.0",
+    "paper_name": "MobileViT: Light-weight, General-purpose, and Mobile-friendly Vision Transformer",
+    "paper_ids": "arXiv:2110.02178",
 }
 default_cfgs = generate_default_cfgs({f"mvit_kernels_mobilevit_{mode}": _CFG for mode in ("xxs", "xs", "s")})
 

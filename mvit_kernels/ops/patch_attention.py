@@ -63,7 +63,7 @@ def patch_attention(
         )
     checks.whole_patches(OP, "qkv", height, width, patch_size)
     head_dim = channels // (3 * num_heads)
-    scale = float(head_dim**-0.5) if scale is None else scale  # float(): torch.jit.trace has tensors for sizes
+    scale = float(head_dim) ** -0.5 if scale is None else scale  # torch.jit.trace has tensors for sizes
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"{OP}: scale is {scale!r}; a finite number is wanted")
 
