@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import Tensor, nn
+
+    from ..checkpoints import Checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -138,9 +141,9 @@ def load(
     if pretrained and checkpoint is not None:
         raise ValueError("--pretrained and --checkpoint exclude each other: give one of the two")
     where = checked_device(device)
-    variant, state_dict = None, None
+    variant, weights = None, None
     if checkpoint is not None:
-        state_dict, variant, classes = _read_checkpoint(Path(checkpoint))
+        weights, variant, classes = _read_checkpoint(Path(checkpoint))
     name = name or f"own/{variant or 's'}"
     if checkpoint is not None and num_classes is None and not name.startswith("kornia/"):
         num_classes = classes
@@ -150,8 +153,8 @@ def load(
         model = build(num_classes).eval()
         if not report(model).blocks:
             raise ValueError(f"--model {name}: {report(model)}")
-        if state_dict is not None:
-            _load_state_dict(model, name, state_dict, Path(checkpoint))
+        if weights is not None:
+            _load_weights(model, name, weights, str(checkpoint))
         elif not pretrained:
             randomise(model)
     return model.to(where)
@@ -198,30 +201,34 @@ def checked_device(name: str) -> Any:
     return device
 
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], str | None, int]:
-    """The checkpoint's tensors, its variant where it is a known one, and its number of classes (0: none)."""
+def _read_checkpoint(path: Path) -> tuple[Checkpoint, str | None, int]:
+    """The checkpoint, its variant where it is a known one, and its number of classes (0: none)."""
     from .._checkpoint_keys import read_keys
-    from ..checkpoints import VARIANT_OF_WIDTH, read_state_dict
+    from ..checkpoints import VARIANT_OF_WIDTH, read_checkpoint
 
-    state_dict = read_state_dict(path, str(path))
+    checkpoint = read_checkpoint(path, str(path))
+    state_dict = checkpoint.state_dict
     if _is_kornia(state_dict):  # which fits no layout but its own
-        return state_dict, None, 0
-    keys = read_keys(state_dict, str(path)).found
+        return checkpoint, None, 0
+    keys = read_keys(state_dict, str(path))
+    found = keys.found
+    if keys.prefix:
+        print(f"{path}: the network's keys are those below {keys.prefix!r}", file=sys.stderr)
 
     def length(own_key: str) -> int:
-        return state_dict[keys[own_key][0]].numel() if own_key in keys else 0
+        return state_dict[found[own_key][0]].numel() if own_key in found else 0
 
-    return state_dict, VARIANT_OF_WIDTH.get(length("stages.4.1.norm.weight")), length("classifier.bias")
+    return checkpoint, VARIANT_OF_WIDTH.get(length("stages.4.1.norm.weight")), length("classifier.bias")
 
 
-def _load_state_dict(model: nn.Module, name: str, state_dict: dict[str, Tensor], path: Path) -> None:
-    from ..checkpoints import load_checkpoint
+def _load_weights(model: nn.Module, name: str, checkpoint: Checkpoint, path: str) -> None:
+    from ..checkpoints import load_into
 
-    if not (name.startswith("kornia/") and _is_kornia(state_dict)):
-        load_checkpoint(model, path)
+    if not (name.startswith("kornia/") and _is_kornia(checkpoint.state_dict)):
+        load_into(model, checkpoint, path)
         return
     try:
-        model.load_state_dict(state_dict)
+        model.load_state_dict(checkpoint.state_dict)
     except RuntimeError as error:
         raise ValueError(f"{path} is of Kornia's MobileViT, and does not fit {name}: take another variant") from error
 
