@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from mvit_kernels.cli import images, models
-from mvit_kernels.cli.classify import read_labels
 from mvit_kernels.nn import MobileViT
 
 LAND_USE = ["--size", "224", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
@@ -63,26 +62,14 @@ def test_classify_refuses(refused, weights, photo, tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     command = ["classify", photo, "--checkpoint", weights, "--size", "64"]
     assert "has 2 labels, and the model 5 classes" in refused(*command, "--labels", tmp_path / "names.txt")
+    (tmp_path / "background.txt").write_text("background\na\nb\nc\nd\ne\n")
+    assert "6 labels, and the model 5 classes" in (text := refused(*command, "--labels", tmp_path / "background.txt"))
+    assert "is the first one the background" in text
     assert "does not fit" in refused(*command, "--resize", "32")
     assert "std is" in refused(*command, "--std", "1,0,1")
     headless = tmp_path / "headless.pth"
     torch.save(MobileViT("xxs").state_dict(), headless)
     assert "has no classifier" in refused("classify", photo, "--checkpoint", headless, "--size", "64")
-
-
-@pytest.mark.parametrize("text", ['{"0": "a", "1": "b"}', '{"1": "b", "0": "a"}', ' ["a", "b"]', "a\nb\n", "a\r\nb"])
-def test_labels(tmp_path, text):
-    path = tmp_path / "labels"
-    path.write_bytes(text.encode())
-    assert read_labels(path) == {0: "a", 1: "b"}
-
-
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"a": "b"}', b'{"0": "a", "2": "b"}', b"[1, 2]", b"\xff\xfe"])
-def test_labels_that_are_none(tmp_path, data):
-    path = tmp_path / "labels"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="labels"):
-        read_labels(path)
 
 
 # ------------------------------------------------------------------------------------------------------- images

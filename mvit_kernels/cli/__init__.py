@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -68,9 +69,19 @@ def write_json(path: Path, data: Any) -> None:
     _write(path, to_json(data) + "\n")
 
 
-def to_json(data: Any) -> str:
-    """`data` as JSON. NaN and infinities, which JSON has not, become null."""
-    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+def print_json(data: Any) -> None:
+    """Print `data` as `to_json` has it; where the output's encoding has not all letters, in ASCII."""
+    text = to_json(data)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = to_json(data, ascii_only=True)
+    print(text)
+
+
+def to_json(data: Any, ascii_only: bool = False) -> str:
+    """`data` as JSON, all but ASCII escaped if asked. NaN and infinities, which JSON has not, become null."""
+    return json.dumps(_finite(data), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def _finite(data: Any) -> Any:
@@ -82,13 +93,14 @@ def _finite(data: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
+    data = text.encode("utf-8", "backslashreplace")  # names of files may have letters that no encoding has
     if _is_special(path):  # nothing to rename, and no half file to fear
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
