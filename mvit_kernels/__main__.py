@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
@@ -23,7 +24,7 @@ examples:
 
 MVIT_KERNELS_BACKEND asks for one backend everywhere; MVIT_KERNELS_DEBUG=1, as --debug, shows tracebacks.
 """
-_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # BackendError is a RuntimeError
+_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)  # BackendError is a RuntimeError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv or os.environ.get("MVIT_KERNELS_DEBUG", "0") not in ("", "0")
     try:
         args = build_parser().parse_args(argv)
+        if isinstance(getattr(args, "json", None), Path) and args.json == args.csv:
+            raise ValueError(f"--csv and --json both name {args.csv}; give two files")
         code = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe is caught
         return code

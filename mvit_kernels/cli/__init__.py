@@ -47,7 +47,7 @@ def output_file(text: str) -> Path:
     """An argument's type: a file to be written, whose folder must exist before any work is done."""
     path = Path(text)
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist; make it first")
     if not _is_special(path) and not os.access(path.parent, os.W_OK):
@@ -94,17 +94,20 @@ def _finite(data: Any) -> Any:
 
 def _write(path: Path, text: str) -> None:
     data = text.encode("utf-8", "backslashreplace")  # names of files may have letters that no encoding has
-    if _is_special(path):  # nothing to rename, and no half file to fear
-        path.write_bytes(data)
-        return
-    path = path.resolve()  # a link stays a link
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        if _is_special(path):  # nothing to rename, and no half file to fear
+            path.write_bytes(data)
+            return
+        path = path.resolve()  # a link stays a link
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _is_special(path: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import add_command, print_json
 from ._builders import is_huggingface
 from .labels import read_labels
-from .models import add_model_arguments, load_model, logits, positive
+from .models import add_model_arguments, check_size, load_model, logits, positive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import accelerate, freeze
     from .images import load_image, preprocess
 
+    check_size(args, len(args.images))
     labels = read_labels(args.labels) if args.labels else None
     bgr = is_huggingface(args.model) and args.pretrained if args.bgr is None else args.bgr
     # Every photo before the model: a broken one is reported at once, and nothing is half done.

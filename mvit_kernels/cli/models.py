@@ -55,13 +55,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: float32)")
     how.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     how.add_argument("--backend", choices=BACKENDS, default="auto", help="whose kernels must run (default: auto)")
-    how.add_argument("--threads", type=positive, metavar="N", help="on the CPU (default: PyTorch's choice)")
+    how.add_argument("--threads", type=thread_count, metavar="N", help="on the CPU (default: PyTorch's choice)")
 
 
 def positive(text: str) -> int:
     """An argument's type: a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more (below 2³¹)")
+    return int(text)
+
+
+def thread_count(text: str) -> int:
+    """An argument's type: 1 to 1024, beyond which the system refuses threads, and OpenMP ends the process."""
+    if positive(text) > 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} threads are too many; give 1 to 1024")
     return int(text)
 
 
@@ -83,8 +90,17 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     return model.to(getattr(torch, args.dtype))
 
 
-def check_size(args: argparse.Namespace) -> None:
-    """Raise ValueError where --size is one that the model itself cannot take."""
+def check_size(args: argparse.Namespace, images: int | None = None) -> None:
+    """Raise ValueError where --size is one that the model cannot take, or so many `images` (--batch) the memory."""
+    height, width = args.size
+    count = args.batch if images is None else images
+    gigabytes = count * 3 * height * width * 4 / 1e9
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 if hasattr(os, "sysconf") else gigabytes * 4
+    if gigabytes > memory / 4:  # Linux grants it, and kills who then writes to it
+        raise ValueError(
+            f"{count} × 3 × {height} × {width} pixels take {gigabytes:.3g} GB, and this machine has {memory:.3g}; "
+            f"give a smaller --size or {'--batch' if images is None else 'fewer images'}"
+        )
     if (args.model or "").startswith("kornia/") and any(side % 64 for side in args.size):
         raise ValueError(f"--model {args.model}: Kornia's takes multiples of 64 pixels only; give another --size")
 
@@ -144,7 +160,7 @@ def load(
     variant, weights = None, None
     if checkpoint is not None:
         weights, variant, classes = _read_checkpoint(Path(checkpoint))
-    name = name or f"own/{variant or 's'}"
+    name = f"own/{variant or 's'}" if name is None else name
     if checkpoint is not None and num_classes is None and not name.startswith("kornia/"):
         num_classes = classes
     build = builder(name, pretrained)
@@ -191,7 +207,9 @@ def checked_device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: no device has this name; give cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: no device has this name here; give cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not count:
