@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
@@ -22,7 +24,7 @@ examples:
 
 MVIT_KERNELS_BACKEND asks for one backend everywhere; MVIT_KERNELS_DEBUG=1, as --debug, shows tracebacks.
 """
-_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)  # BackendError is a RuntimeError
+_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)  # BackendError is a RuntimeError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,9 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 1 for a verification that failed, 2 for an error."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that its encoding has not must not cost the result
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in argv or os.environ.get("MVIT_KERNELS_DEBUG", "0") not in ("", "0")
     try:
         args = build_parser().parse_args(argv)
+        if isinstance(getattr(args, "json", None), Path) and args.json == args.csv:
+            raise ValueError(f"--csv and --json both name {args.csv}; give two files")
         code = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe is caught
         return code

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ._text import some
@@ -62,10 +64,15 @@ _IN_BLOCK = ("transformer.{j}.", "transformer.{j}.", "transformer.layer.{j}.", "
 _IN_LAYER = tuple(block + layer for block, layer in zip(_BLOCK, _IN_BLOCK, strict=True))
 _DEPTHS = {2: 2, 3: 4, 4: 3}  # transformer layers of stage s
 
-# What may stand before any of these names: the wrappers of DDP, torch.compile, Lightning and timm's
-# features_only, and the attribute in which a task model holds the network (mobilevit in Hugging Face, encoder
-# in cvnets).
-_PREFIXES = ("module.", "_orig_mod.", "model.", "mobilevit.", "encoder.")
+# Names that wrappers of modules put anywhere into a key: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_STAGE = re.compile(r"(^|\.)stages_(\d+)\.")  # in timm's features_only
+# Children of a training module that are no part of what it trains.
+_ASIDE = re.compile(r"(.*_)?(loss(es)?|criterion|metrics?|teacher|optimi[sz]er)(_.*)?", re.IGNORECASE)
+# Weights that are averaged over training: they are what was evaluated.
+AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)", re.IGNORECASE)
+_LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
+_V2 = re.compile(r"(attn\.|pre_norm_attn\.1\.)qkv_proj\.|attention\.qkv_proj\.convolution\.")
 
 
 def _sections() -> Iterator[tuple[tuple[str, ...], tuple[tuple[str, ...], ...], dict[str, int]]]:
@@ -112,61 +119,132 @@ def is_counter(own_key: str) -> bool:
     return own_key.endswith("num_batches_tracked")
 
 
+_STEMS = (*{f".{next(iter(network(layout).values()))[0]}" for layout in LAYOUTS}, ".conv1.0.weight")  # Kornia's
+
+
+def is_stem(key: object) -> bool:
+    """Whether this is the first key of a MobileViT, behind whatever prefix."""
+    return isinstance(key, str) and f".{_bare(key)}".endswith(_STEMS)
+
+
 class Keys(NamedTuple):
     """Where a state dict has the network."""
 
     layout: str
+    prefix: str  # what all the network's keys begin with, beside what the layout itself puts there
     found: dict[str, tuple[str, ...]]  # own key -> the state dict's keys that hold it
-    extra: list[str]  # the state dict's other keys: heads of other tasks
+    extra: list[str]  # other keys, which may be of the network's or of a head of another task
+    aside: list[str]  # other keys, which are not: losses, metrics, what stands beside a network with its classifier
 
 
 def read_keys(keys: Iterable[str], what: str) -> Keys:
-    """Find the layout of a state dict with these keys.
+    """Find the network among these keys: its layout, and the prefix below which it is.
 
     Raises:
-        ValueError: they are not the network from its stem up to some point, without a gap, in any layout.
+        ValueError: there is none from its stem up to some point, without a gap, in any layout; or two of them.
             `what` names the state dict in the message.
     """
-    actual: dict[str, str] = {}
+    keys = list(keys)
+    lora = [key for key in keys if _LORA.search(key)]
+    if lora:
+        raise ValueError(
+            f"{what} has adapters of PEFT, as {lora[0]}, beside or instead of the weights that they change; merge them "
+            "first: model.merge_and_unload().state_dict()"
+        )
+    bare: dict[str, str] = {}
     for key in keys:
-        bare = _bare(key)
-        if bare in actual:
-            raise ValueError(f"{what} has {actual[bare]!r} and {key!r}, which mean the same; remove one")
-        actual[bare] = key
-    if {"conv1.0.weight", "mv2.0.conv.0.weight"} <= actual.keys():
+        first = bare.setdefault(_bare(key), key)
+        if first != key:
+            raise ValueError(f"{what} has {first!r} and {key!r}, which mean the same; remove one")
+    _refuse_kornia(bare, what)
+    places = _places(bare)
+    if not places:
+        raise ValueError(
+            f"{what} is no MobileViT: the layouts {', '.join(LAYOUTS)} have none of its keys, {some(keys)}"
+        )
+    readings = [_read_at(bare, layout, prefix) for layout, prefix in places]
+    whole = [reading for reading, missing in readings if not missing]
+    if not whole:
+        keys, missing = readings[0]
+        count = sum(map(len, keys.found.values()))
+        raise ValueError(
+            f"{what} fits none of the layouts {', '.join(LAYOUTS)}. The nearest is {keys.layout}, with "
+            f"{count} of {sum(map(len, network(keys.layout).values()))} keys: {some(missing)} missing"
+            + (f"; in their place {some(keys.extra)}" if keys.extra else "")
+            + ("; by its attention it is a MobileViTv2, another network" if any(map(_V2.search, bare)) else "")
+        )
+    if len(whole) > 1:
+        whole = [reading for reading in whole if AVERAGED.search(reading.prefix)] or whole
+    if len(whole) > 1:
+        prefixes = [reading.prefix for reading in whole]
+        raise ValueError(
+            f"{what} has {len(whole)} MobileViTs, below {' and '.join(map(repr, prefixes))}; pass the keys of one, as "
+            f"{{key: value for key, value in state_dict.items() if key.startswith({prefixes[-1]!r})}}"
+        )
+    return whole[0]
+
+
+def _places(bare: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(layout, prefix) of what may be a network, the best first: those with half as many of its keys as the best."""
+    votes: Counter[tuple[str, str]] = Counter()
+    known = {layout: {name for names in network(layout).values() for name in names} for layout in LAYOUTS}
+    for key in bare:
+        tail, start = key, 0
+        while True:
+            votes.update((layout, key[:start]) for layout in LAYOUTS if tail in known[layout])
+            _, dot, tail = tail.partition(".")
+            if not dot:
+                break
+            start = len(key) - len(tail)
+    best: dict[str, tuple[int, str]] = {}  # of each prefix: how many, and the layout; the first of several
+    for layout in LAYOUTS:
+        for (other, prefix), count in votes.items():
+            if other == layout and count > best.get(prefix, (0, ""))[0]:
+                best[prefix] = (count, layout)
+    most = max((count for count, _ in best.values()), default=0)
+    order = sorted(best.items(), key=lambda item: -item[1][0])
+    return [(layout, prefix) for prefix, (count, layout) in order if 2 * count >= most]
+
+
+def _read_at(bare: Mapping[str, str], layout: str, prefix: str) -> tuple[Keys, list[str]]:
+    """The network below `prefix`, and the names that are missing in it."""
+    # The task models of Hugging Face have their classifier beside the network, which they call `mobilevit`.
+    owner = prefix.removesuffix("mobilevit.") if layout == "huggingface" else prefix
+    table = network(layout)
+
+    def key_of(name: str) -> str | None:
+        return bare.get(prefix + name) or (bare.get(owner + name) if name.startswith("classifier.") else None)
+
+    actual = {name: key for names in table.values() for name in names if (key := key_of(name)) is not None}
+    found = {own: tuple(actual[n] for n in names) for own, names in table.items() if all(n in actual for n in names)}
+    order = list(table)
+    upto = max(map(order.index, found), default=len(order)) + 1
+    missing = [name for own in order[:upto] for name in table[own] if name not in actual and not is_counter(own)]
+    extra, aside = [], []
+    taken = {key for names in found.values() for key in names}
+    has_classifier = "classifier.weight" in found
+    for name, key in bare.items():
+        if key not in taken:
+            outside = not name.startswith(owner)
+            child = name.removeprefix(owner).partition(".")[0]
+            (aside if (outside and has_classifier) or _ASIDE.fullmatch(child) else extra).append(key)
+    stem = table[order[0]][0]
+    as_saved = actual.get(stem, owner + stem).removesuffix(stem)
+    return Keys(layout, as_saved.removesuffix(prefix[len(owner) :]), found, extra, aside), missing
+
+
+def _refuse_kornia(bare: Mapping[str, str], what: str) -> None:
+    stem = "conv1.0.weight"
+    if any(key.endswith(stem) and f"{key.removesuffix(stem)}mv2.0.conv.0.weight" in bare for key in bare):
         raise ValueError(
             f"{what} is Kornia's MobileViT, another network (4 heads of 8 whatever the width, no qkv bias, "
             "wider MLPs, no final norm) that cannot be converted; load_state_dict() loads it into Kornia's"
         )
 
-    def matches(layout: str) -> int:
-        return sum(name in actual for names in network(layout).values() for name in names)
-
-    layout = max(LAYOUTS, key=matches)
-    table = network(layout)
-    found = {own: names for own, names in table.items() if all(name in actual for name in names)}
-    known = {name for names in found.values() for name in names}
-    extra = [key for bare, key in actual.items() if bare not in known]
-    if not found:
-        raise ValueError(
-            f"{what} is no MobileViT: the layouts {', '.join(LAYOUTS)} have none of its keys, {some(extra)}"
-        )
-    order = list(table)
-    upto = order.index(list(found)[-1]) + 1
-    missing = [name for own in order[:upto] for name in table[own] if name not in actual and not is_counter(own)]
-    if missing:
-        raise ValueError(
-            f"{what} fits none of the layouts {', '.join(LAYOUTS)}. The nearest is {layout}, with "
-            f"{matches(layout)} of {sum(map(len, table.values()))} keys: {some(missing)} missing"
-            + (f"; in their place {some(extra)}" if extra else "")
-        )
-    return Keys(layout, {own: tuple(actual[name] for name in names) for own, names in found.items()}, extra)
-
 
 def _bare(key: str) -> str:
-    """`key` without the prefixes of wrappers and task models."""
-    # Hugging Face's bare model has an encoder.layer of its own: that one is no prefix.
-    while not key.startswith("encoder.layer.") and (p := next(filter(key.startswith, _PREFIXES), None)):
-        key = key.removeprefix(p)
-    # timm's features_only makes stages_0 of stages.0.
-    return f"stages.{key[7:]}" if key.startswith("stages_") else key
+    """`key` without the names of wrappers, and with stages.0 for the stages_0 of timm's features_only."""
+    key = _WRAPPERS.sub("", key)
+    while key.startswith("module."):  # of DDP
+        key = key.removeprefix("module.")
+    return _STAGE.sub(r"\1stages.\2.", key)

@@ -7,16 +7,17 @@ written from there.
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ._checkpoint_keys import LAYOUTS, Keys, is_counter, network, read_keys
+from ._checkpoint_files import read_file
+from ._checkpoint_keys import AVERAGED, LAYOUTS, Keys, is_counter, is_stem, network, read_keys
 from ._text import some
 
 __all__ = ["convert_state_dict", "load_checkpoint"]
@@ -24,6 +25,7 @@ __all__ = ["convert_state_dict", "load_checkpoint"]
 Layout = Literal["own", "timm", "huggingface", "cvnets"]
 Model = TypeVar("Model", bound=nn.Module)
 
+logger = logging.getLogger("mvit_kernels")
 _LAST_OF_STAGES = "stages.4.1.conv_fusion.norm.bias"
 
 
@@ -37,8 +39,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], to: Layout) -> dict[str, T
 
     Args:
         state_dict: of a timm, Hugging Face, cvnets or own MobileViT of any width, with or without the
-            classifier; or a training checkpoint around one, as for `load_checkpoint`. Prefixes of DDP,
-            `torch.compile` and task models are taken off.
+            classifier; or a training checkpoint around one, as for `load_checkpoint`. What all keys begin with
+            is taken off.
         to: "own", "timm", "huggingface" or "cvnets". Hugging Face's keys come out as
             `MobileViTForImageClassification` has them if there is a classifier, else as the bare
             `MobileViTModel` has.
@@ -56,9 +58,10 @@ def convert_state_dict(state_dict: Mapping[str, Any], to: Layout) -> dict[str, T
     if to not in LAYOUTS:
         raise ValueError(f"convert_state_dict: to={to!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     what = "convert_state_dict: the state dict"
-    state_dict = _unwrap(state_dict, what)
+    state_dict, remarks = _unwrap(state_dict, what)
     keys = read_keys(state_dict, what)
     _refuse_extra(keys, what)
+    _tell(what, keys, keys.aside, remarks)
     if _LAST_OF_STAGES not in keys.found:
         raise ValueError(f"{what} ends at {list(keys.found)[-1]!r}; all five stages are wanted")
     table = network(to)
@@ -85,12 +88,17 @@ def load_checkpoint(
     Args:
         model: a timm, Hugging Face, cvnets or own MobileViT, accelerated or not, also under DDP,
             `torch.compile` or timm's `features_only`. It keeps its dtype and device.
-        path_or_state_dict: a file of `torch.save` (read with `weights_only=True`, never otherwise) or of
-            safetensors; or a state dict. Training checkpoints are unwrapped: averaged weights
-            (`state_dict_ema`, `model_ema`, …) if there are any, else `state_dict`, `model_state_dict` or
-            `model`.
+        path_or_state_dict: a file of `torch.save` (read with `weights_only=True`, never otherwise; objects that
+            training scripts save beside the weights become stand-ins that do nothing) or of safetensors; or a state
+            dict. Training checkpoints are unwrapped, wherever in them the network is: averaged weights
+            (`state_dict_ema`, `model_ema`, …) if there are any, else `state_dict`, `model_state_dict`, `model`, ….
         flip_stem_channels: reverse the stem's three input channels. Hugging Face's published weights expect
             BGR images, timm's and cvnets' RGB.
+
+    The keys of the checkpoint, and of the model, may all stand below one prefix, whatever it is: that of DDP,
+    `torch.compile`, a Lightning module (`net.`), a larger network (`backbone.`). What is beside a network with its
+    classifier (`loss.weight`, `teacher.`) is left aside, and a warning of the logger `mvit_kernels` names it, as it
+    names the place that was taken of several.
 
     A checkpoint may go further than the model: a classifier is dropped where the model has none
     (`num_classes=0`, Hugging Face's `MobileViTModel`), and so are layers beyond the last of a backbone. The
@@ -103,36 +111,54 @@ def load_checkpoint(
         FileNotFoundError, IsADirectoryError, PermissionError: the path.
         ImportError: a safetensors file, and safetensors is not installed.
         TypeError: neither a path nor a mapping of names to tensors; `model` is no module.
-        ValueError: a file that is empty, corrupt or holds more than tensors; keys, the checkpoint's or the
-            model's, that fit no layout; another variant, number of classes or of channels; a part of the
-            model that the checkpoint lacks; values that are not finite. All is checked first: after an error
-            the model is as it was.
+        ValueError: a file that is empty, corrupt (the archive's record that is damaged), holds more than tensors,
+            or is of another kind; keys, the checkpoint's or the model's, that fit no layout, or of two networks;
+            another variant, number of classes or of channels; a part of the model that the checkpoint lacks;
+            values that are not finite. All is checked first: after an error the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_checkpoint: model must be a torch.nn.Module; got {type(model).__name__}")
     if isinstance(path_or_state_dict, str | os.PathLike):
         path = Path(path_or_state_dict)
         what = f"load_checkpoint: {path}"
-        state_dict = read_state_dict(path, what)
+        checkpoint = read_checkpoint(path, what)
     else:
         what = "load_checkpoint: the checkpoint"
-        state_dict = _unwrap(path_or_state_dict, what)
+        checkpoint = _unwrap(path_or_state_dict, what)
+    load_into(model, checkpoint, what, flip_stem_channels)
+    return model
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint, what: str, flip_stem_channels: bool = False) -> None:
+    """`load_checkpoint` of what `read_checkpoint` has read."""
+    state_dict, remarks = checkpoint
     current = model.state_dict()
-    values = _fit(state_dict, current, type(model).__name__, flip_stem_channels, what)
+    source = read_keys(state_dict, what)
+    values = _fit(state_dict, source, current, type(model).__name__, flip_stem_channels, what)
     _check_values(values, current, what)
     model.load_state_dict(values)
-    return model
+    _tell(what, source, [key for key in source.aside if key not in values], remarks)
+
+
+def _tell(what: str, keys: Keys, aside: list[str], remarks: list[str]) -> None:
+    """What was chosen or left, as a warning; the plain taking off of a prefix as information."""
+    if keys.prefix:
+        logger.info("%s has the network's keys below %r", what, keys.prefix)
+    if aside:
+        remarks = [*remarks, f"has also {some(aside)}, which is left aside"]
+    for remark in remarks:
+        logger.warning("%s %s", what, remark)
 
 
 def _fit(
     state_dict: dict[str, Tensor],
+    source: Keys,
     current: Mapping[str, Tensor],
     model: str,
     flip_stem_channels: bool,
     what: str,
 ) -> dict[str, Tensor]:
     """A tensor of the checkpoint, in the right shape, for each key of the model's state dict `current`."""
-    source = read_keys(state_dict, what)
     target = read_keys(current, f"load_checkpoint: the model ({model})")
     own = _own_tensors(state_dict, source, what)
     if flip_stem_channels:
@@ -147,14 +173,18 @@ def _fit(
             values.update(_split(own[key], names, what))
         elif is_counter(key):
             values[names[0]] = torch.zeros((), dtype=torch.long)
-    heads = set(source.extra) & set(target.extra)  # of another task, in both, under the same names
+    beside = {*target.extra, *target.aside}
+    heads = beside.intersection(source.extra + source.aside)  # of another task, in both, under the same names
     values.update({key: state_dict[key] for key in heads})
     _refuse_extra(source._replace(extra=[key for key in source.extra if key not in heads]), what)
 
     lacking = [key for key in current if key not in values]
     if lacking:
-        if set(lacking) <= set(target.extra):
-            advice = "load the network alone, for instance load_checkpoint(model.mobilevit, ...)"
+        if beside.issuperset(lacking):
+            child = _where(current, target)
+            advice = (
+                f"load the network alone: load_checkpoint(model.{child}, ...)" if child else "take them off the model"
+            )
         else:
             advice = "build the model without a classifier (num_classes=0; Hugging Face: MobileViTModel)"
         raise ValueError(f"{what} has no {some(lacking)}, which the model ({model}) has; {advice}")
@@ -164,6 +194,12 @@ def _fit(
         advice = _shape_advice(own, _own_tensors(current, target, what))
         raise ValueError(f"{what} does not fit the model ({model}): {some(shapes, 3)}. {advice}")
     return values
+
+
+def _where(state_dict: Mapping[str, Tensor], keys: Keys) -> str:
+    """The attributes in which a model holds the network: what stands before its stem."""
+    own, names = next(iter(keys.found.items()))
+    return names[0].removesuffix(network(keys.layout)[own][0]).rstrip(".")
 
 
 def _own_tensors(state_dict: Mapping[str, Tensor], keys: Keys, what: str) -> dict[str, Tensor]:
@@ -240,71 +276,70 @@ def _check_values(values: dict[str, Tensor], current: Mapping[str, Tensor], what
         )
 
 
-# Where training scripts keep the state dict. Averaged weights come first: they are what was evaluated.
-_WRAPPERS = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model_state_dict", "ema"),
-    *("state_dict", "model_state_dict", "model"),
+# Where training scripts keep the state dict; the first of these that there is.
+_PLACES = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
+    *("params", "weights", "backbone", "encoder"),
 )
 
 
-def read_state_dict(path: Path, what: str) -> dict[str, Tensor]:
+class Checkpoint(NamedTuple):
+    """A state dict, and what is to be told of how it was found: nothing for a plain one."""
+
+    state_dict: dict[str, Tensor]
+    remarks: list[str]
+
+
+def read_checkpoint(path: Path, what: str) -> Checkpoint:
     """The state dict in a file, as `load_checkpoint` takes it, of any layout; `what` is what errors call it."""
-    return _unwrap(_read_file(path), what)
+    return _unwrap(read_file(path), what)
 
 
-def _unwrap(checkpoint: object, what: str) -> dict[str, Tensor]:
+def _unwrap(checkpoint: object, what: str) -> Checkpoint:
     """The state dict in a training checkpoint; all its values are tensors."""
-    while isinstance(checkpoint, Mapping):
-        inner = next((name for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)), None)
-        if inner is None:
-            break
-        checkpoint = checkpoint[inner]
     if not isinstance(checkpoint, Mapping):
         kind = type(checkpoint).__name__
         raise TypeError(f"{what} must be a state dict, names to tensors, or the path of one; got {kind}")
+    place, chosen, others = _choose(checkpoint, what)
     # torch.optim.swa_utils.AveragedModel keeps this count beside the weights.
-    state_dict = {key: value for key, value in checkpoint.items() if key != "n_averaged"}
+    state_dict = {key: value for key, value in chosen.items() if key != "n_averaged"}
     if not state_dict:
         raise ValueError(f"{what} is an empty state dict")
-    others = [repr(k) for k, v in state_dict.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
-    if others:
-        raise TypeError(f"{what} must hold names and tensors only; take {some(others)} out, or pass its state dict")
-    return state_dict
+    foreign = [repr(k) for k, v in state_dict.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if foreign:
+        raise TypeError(f"{what} must hold names and tensors only; take {some(foreign)} out, or pass its state dict")
+    remarks = [f"has the weights in {place!r}, which are taken, and in {some(map(repr, others))}"] if others else []
+    return Checkpoint(state_dict, remarks)
 
 
-def _read_file(path: Path) -> object:
-    """What the file holds, on the CPU. Nothing in the file is run."""
-    if path.is_dir():
-        raise IsADirectoryError(f"load_checkpoint: {path} is a directory; give the file inside it")
-    if not path.exists():
-        raise FileNotFoundError(f"load_checkpoint: there is no file {path}")
-    with path.open("rb") as file:
-        head = file.read(16)
-    if not head:
-        raise ValueError(f"load_checkpoint: {path} is empty (0 bytes); fetch it again")
-    if head.startswith(b"version https://"):
-        raise ValueError(f"load_checkpoint: {path} is a Git LFS pointer, not the weights; run 'git lfs pull'")
-    # safetensors: 8 bytes of header length, then the header in JSON. PyTorch's files start with PK or \x80.
-    is_safetensors = head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:1] not in (b"P", b"\x80"))
-    kind = "safetensors file" if is_safetensors else "file of torch.save"
-    try:
-        if is_safetensors:
-            return _safetensors().load_file(path, device="cpu")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (ImportError, OSError):
-        raise
-    except Exception as error:  # the parsers of both raise many kinds
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-            raise ValueError(
-                f"load_checkpoint: {path} holds Python objects besides tensors and is not read, since that "
-                "could run code; where it was made, save torch.save(model.state_dict(), path)"
-            ) from error
-        raise ValueError(f"load_checkpoint: {path} is corrupt or no {kind}; fetch or save it again") from error
+def _choose(checkpoint: Mapping[str, Any], what: str) -> tuple[str, Mapping[str, Any], list[str]]:
+    """The state dict below a training checkpoint: its place, itself, and the places of others that might be meant."""
+    found = dict(_state_dicts(checkpoint, ()))
+    networks = {place: each for place, each in found.items() if any(map(is_stem, each))} or found
+    if not networks:  # nothing that could be one, or one of no tensors: errors tell what is there
+        inner = next((name for name in _PLACES if isinstance(checkpoint.get(name), Mapping)), None)
+        return "", checkpoint if inner is None else checkpoint[inner], []
+
+    def rank(place: tuple[str, ...]) -> int:
+        if any(map(AVERAGED.search, place)):  # averaged weights are what was evaluated
+            return 0
+        return 1 + next((i for i, name in enumerate(_PLACES) if name in place), len(_PLACES))
+
+    places = sorted(networks, key=rank)
+    names = [".".join(place) for place in places]
+    if len(places) > 1 and rank(places[0]) in (rank(places[1]), 1 + len(_PLACES)):
+        raise ValueError(
+            f"{what} has several state dicts, in {some(map(repr, names))}; pass the one that you mean, as "
+            f"checkpoint{''.join(f'[{name!r}]' for name in places[0])}"
+        )
+    return names[0], networks[places[0]], names[1:]
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("load_checkpoint: to read safetensors, install it: pip install safetensors") from error
-    return safetensors.torch
+def _state_dicts(mapping: Mapping[str, Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+    """Every mapping of names to tensors in `mapping`, but for an optimizer's, and where it is."""
+    if any(isinstance(key, str) and isinstance(value, Tensor) for key, value in mapping.items()):
+        yield place, mapping
+    if len(place) < 5:
+        for key, value in mapping.items():
+            if isinstance(key, str) and isinstance(value, Mapping) and "optim" not in key.lower():
+                yield from _state_dicts(value, (*place, key))

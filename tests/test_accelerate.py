@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mvit_kernels
 from mvit_kernels import accelerate, report, restore
-from mvit_kernels._third_party import import_timm
+from mvit_kernels._third_party import import_timm, import_transformers
 from mvit_kernels.backends import BackendError
 
 X = _models.images(1, 64, 64).double()
@@ -122,6 +122,26 @@ def test_a_model_without_blocks(make, caplog):
     with pytest.raises(ValueError, match="no MobileViT block found.*timm, huggingface, kornia, cvnets, own.*unchanged"):
         accelerate(model, strict=True)
     assert classes(model) == untouched
+
+
+def test_the_later_networks_are_named():
+    """Their blocks are counted by class, in every message that finds no block, and beside blocks that are served."""
+    transformers = import_transformers()
+    v2 = import_timm().create_model("mobilevitv2_050")
+    huggingface = transformers.MobileViTV2Model(transformers.MobileViTV2Config(width_multiplier=0.5))
+    v3 = nn.Sequential(type("MobileViTBlockv3", (nn.Identity,), {})())
+    for model, words in (
+        (v2, "its 3 MobileVitV2Block are of MobileViTv2, another network (linear, separable attention"),
+        (huggingface, "its 3 MobileViTV2Layer are of MobileViTv2"),
+        (v3, "its 1 MobileViTBlockv3 are of MobileViTv3, another network (another fusion"),
+    ):
+        assert words in str(report(model))
+        with pytest.raises(ValueError) as caught:
+            accelerate(model, strict=True)
+        assert words in str(caught.value)
+    text = str(report(accelerate(nn.ModuleList([_models.build("timm"), v2]))))
+    assert text.startswith("3 of 3 MobileViT blocks accelerated") and "3 MobileVitV2Block" in text
+    assert report(accelerate(_models.build("timm"))).relatives == ()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from mvit_kernels.cli import images, models
-from mvit_kernels.cli.classify import read_labels
 from mvit_kernels.nn import MobileViT
 
 LAND_USE = ["--size", "224", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
@@ -63,26 +62,14 @@ def test_classify_refuses(refused, weights, photo, tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     command = ["classify", photo, "--checkpoint", weights, "--size", "64"]
     assert "has 2 labels, and the model 5 classes" in refused(*command, "--labels", tmp_path / "names.txt")
+    (tmp_path / "background.txt").write_text("background\na\nb\nc\nd\ne\n")
+    assert "6 labels, and the model 5 classes" in (text := refused(*command, "--labels", tmp_path / "background.txt"))
+    assert "is the first one the background" in text
     assert "does not fit" in refused(*command, "--resize", "32")
     assert "std is" in refused(*command, "--std", "1,0,1")
     headless = tmp_path / "headless.pth"
     torch.save(MobileViT("xxs").state_dict(), headless)
     assert "has no classifier" in refused("classify", photo, "--checkpoint", headless, "--size", "64")
-
-
-@pytest.mark.parametrize("text", ['{"0": "a", "1": "b"}', '{"1": "b", "0": "a"}', ' ["a", "b"]', "a\nb\n", "a\r\nb"])
-def test_labels(tmp_path, text):
-    path = tmp_path / "labels"
-    path.write_bytes(text.encode())
-    assert read_labels(path) == {0: "a", 1: "b"}
-
-
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"a": "b"}', b'{"0": "a", "2": "b"}', b"[1, 2]", b"\xff\xfe"])
-def test_labels_that_are_none(tmp_path, data):
-    path = tmp_path / "labels"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="labels"):
-        read_labels(path)
 
 
 # ------------------------------------------------------------------------------------------------------- images
@@ -125,8 +112,14 @@ def test_images_that_are_none(refused, weights, photo, tmp_path):
     for name, data in broken.items():
         (tmp_path / name).write_bytes(data)
     Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(tmp_path / "deep.png")
-    for name in (*broken, "deep.png"):
-        assert name in refused("classify", photo, tmp_path / name, "--checkpoint", weights)
+    Image.new("1", (13400, 13400)).save(tmp_path / "bomb.png")
+    for name, words in {
+        **dict.fromkeys(broken, "image"),
+        "empty.png": "is empty (0 bytes)",
+        "deep.png": "more than 8 bits a channel",
+        "bomb.png": "more than 179 megapixels",
+    }.items():
+        assert words in (text := refused("classify", photo, tmp_path / name, "--checkpoint", weights)) and name in text
     assert "is a folder" in refused("classify", tmp_path, "--checkpoint", weights)
 
 
@@ -136,6 +129,20 @@ def test_images_of_other_modes(tmp_path, mode):
     Image.new("RGB", (40, 40), (255, 255, 255)).convert(mode).save(path)
     x = images.preprocess(images.load_image(path), 32, 32)
     assert x.shape == (3, 32, 32) and x.min() > 0.99
+
+
+def test_images_load_without_warnings(tmp_path, recwarn):
+    """A palette with transparency, a photo of 90 megapixels, the first frame of an animation."""
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    pixels.convert("P").save(tmp_path / "palette.png", transparency=bytes(range(256)))
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "animation.gif", save_all=True, append_images=frames[1:])
+    expected = np.asarray(pixels.convert("P").convert("RGB"))
+    assert np.array_equal(np.asarray(images.load_image(tmp_path / "palette.png")), expected)
+    assert images.load_image(tmp_path / "large.png").size == (9500, 9500)
+    assert images.load_image(tmp_path / "animation.gif").getpixel((5, 5)) == (255, 0, 0)
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_sample_photos():

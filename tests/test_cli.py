@@ -73,7 +73,21 @@ def test_a_closed_pipe_is_no_error():
         (["verify", "--backend", "gpu"], "--backend: invalid choice: 'gpu'"),
         (["verify", "--csv", "/no/such/folder/x.csv"], "the folder /no/such/folder does not exist"),
         (["verify", "--json", "/"], "/ is a folder; name a file in it"),
+        (["verify", "--csv", ""], ". is a folder; name a file in it"),
+        (["verify", "--csv", "a", "--json", "a"], "--csv and --json both name a"),
         (["verify", "--device", "abacus"], "no device has this name"),
+        (["verify", "--device", "meta"], "no device has this name"),
+        (["verify", "--size", "10000000"], "--size or --batch"),
+        (["verify", "--batch", str(2**31 - 1)], "take 1.69e+06 GB, and this machine has"),
+        (["verify", "--batch", str(2**31)], "is no whole number of 1 or more"),
+        (["verify", "--threads", "1025"], "give 1 to 1024"),
+        (["verify", "--model", ""], "there is no model of this name"),
+        (["verify", "--model", "timm/"], "--model timm/: there is no model"),
+        (["bench", "--peers", ","], "--peers names no candidate"),
+        (["bench", "--peers", ""], "--peers names no candidate"),
+        (["bench", "--suite", ""], "unknown suite ''"),
+        (["bench", "--suite", "operators", "--results", __file__], "test_cli.py: File exists"),
+        (["profile", "--peers", ","], "--peers names no form"),
         (["verify", "--model", "own/xl"], "did you mean own/xs or own/xxs"),
         (["verify", "--model", "mobilvit_xs"], "did you mean mobilevit_xs"),
         (["verify", "--model", "mobilevit_xs.nowhere"], "nowhere"),
@@ -81,16 +95,18 @@ def test_a_closed_pipe_is_no_error():
         (["verify", "--model", "huggingface/l"], "did you mean huggingface/s"),
         (["verify", "--model", "quite_different"], "known are own/xxs, "),
         (["verify", "--model", "resnet18"], "no MobileViT block found"),
+        (["verify", "--model", "mobilevitv2_050"], "its 3 MobileVitV2Block are of MobileViTv2"),
         (["verify", "--model", "own/s", "--pretrained"], "no weights are published for own/s"),
         (["verify", "--model", "kornia/xs", "--size", "96"], "multiples of 64"),
         (["verify", "--checkpoint", "nowhere.pth"], "no file nowhere.pth"),
-        (["verify", "--checkpoint", __file__], "test_cli.py"),
+        (["verify", "--checkpoint", __file__], "test_cli.py is a text file"),
         (["verify", "--checkpoint", "a.pth", "--pretrained"], "exclude each other"),
         (["verify", "--image", "nowhere.jpg"], "there is no image nowhere.jpg"),
         (["verify", "--frozen", "--gradients"], "exclude each other"),
         (["classify", "cat.jpg"], "give --checkpoint FILE"),
         (["classify", "--checkpoint", "a.pth"], "IMAGE"),
         (["classify", "cat.jpg", "--checkpoint", "a.pth", "--mean", "1,2"], "'1,2' are no three numbers"),
+        (["classify", "cat.jpg", "--checkpoint", "a.pth", "--size", "10000000"], "--size or fewer images"),
         (["classify", "nowhere.jpg", "--checkpoint", "a.pth"], "there is no image nowhere.jpg"),
         (["classify", "nowhere.jpg", "--checkpoint", "a.pth", "--labels", "none.txt"], "none.txt: No such file"),
     ],
@@ -324,7 +340,7 @@ def test_an_error_leaves_the_old_file(monkeypatch, tmp_path):
     def fail(*_):
         raise OSError("disk full")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full.*a.csv"):
         patch.setattr(os, "replace", fail)
         cli.write_csv(path, [{"a": 1}])
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.csv"]

@@ -17,6 +17,8 @@ again when a block runs, since hooks, LoRA and parametrizations may come later.
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -32,6 +34,9 @@ from ._swap import derived_from_accelerated, global_hooks, is_accelerated, swap,
 
 ADAPTERS: tuple[ModuleType, ...] = (timm, huggingface, kornia, cvnets, own)
 BLOCK_OPERATORS = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
+# The blocks of the two later networks: timm's MobileVitV2Block, Hugging Face's MobileViTV2Layer, cvnets'
+# MobileViTBlockv2, MobileViTBlockv3 of its fork.
+_RELATIVE = re.compile(r"mobilevit_?v([23])_?(?:block|layer)|mobilevit_?block_?v([23])", re.IGNORECASE)
 logger = logging.getLogger("mvit_kernels")
 
 
@@ -45,9 +50,11 @@ class BlockReport(NamedTuple):
 
 
 class AccelerationReport(NamedTuple):
-    """Every MobileViT block found in a model; printable."""
+    """Every MobileViT block found in a model; printable. Of MobileViTv2's and v3's, which are others, the class and how
+    many there are."""
 
     blocks: tuple[BlockReport, ...]
+    relatives: tuple[tuple[str, int], ...] = ()
 
     @property
     def accelerated(self) -> tuple[BlockReport, ...]:
@@ -60,8 +67,10 @@ class AccelerationReport(NamedTuple):
         return tuple(block for block in self.blocks if block.reasons)
 
     def __str__(self) -> str:
+        others = [_about_relative(*each) for each in self.relatives]
         if not self.blocks:
-            return f"no MobileViT block found; known are those of {', '.join(a.NAME for a in ADAPTERS)}"
+            known = f"no MobileViT block found; known are those of {', '.join(a.NAME for a in ADAPTERS)}"
+            return "; ".join([known, *others])
         lines = []
         width = max(len(block.name) for block in self.blocks)
         for block in self.blocks:
@@ -70,7 +79,8 @@ class AccelerationReport(NamedTuple):
                 state = "declined: " + some(block.reasons, joint="; ")
             lines.append(f"  {block.name or '(the model itself)':<{width}}  {block.library}  {state}")
         head = f"{len(self.accelerated)} of {len(self.blocks)} MobileViT blocks accelerated"
-        return "\n".join([head, *some_lines(lines, "report(model).blocks")])
+        shown = [*some_lines(lines, "report(model).blocks"), *(f"  {line}" for line in others)]
+        return "\n".join([head, *shown])
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
@@ -120,11 +130,12 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     declined = [(name, adapter, reasons) for name, _, adapter, reasons in found if reasons]
     if strict and (declined or not found):
         blocks = tuple(BlockReport(name, adapter.NAME, False, tuple(reasons)) for name, adapter, reasons in declined)
-        raise ValueError(f"accelerate(strict=True): {AccelerationReport(blocks)}. The model is unchanged.")
+        found_instead = AccelerationReport(blocks, _relatives(model))
+        raise ValueError(f"accelerate(strict=True): {found_instead}. The model is unchanged.")
     for name, adapter, reasons in declined:
         logger.warning("accelerate: %s (%s) stays as it is: %s", name, adapter.NAME, some(reasons, joint="; "))
     if not found:
-        logger.warning("accelerate: %s", AccelerationReport(()))
+        logger.warning("accelerate: %s", AccelerationReport((), _relatives(model)))
     for _, block, adapter, reasons in found:
         if not reasons:
             swap(block, adapter, backend)
@@ -166,7 +177,19 @@ def report(model: nn.Module) -> AccelerationReport:
     for name, block, adapter, reasons in _find(model):
         reasons = reasons + global_hooks()
         blocks.append(BlockReport(name, adapter.NAME, is_accelerated(block) and not reasons, tuple(reasons)))
-    return AccelerationReport(tuple(blocks))
+    return AccelerationReport(tuple(blocks), _relatives(model))
+
+
+def _relatives(model: nn.Module) -> tuple[tuple[str, int], ...]:
+    """The classes of MobileViTv2's and v3's blocks in `model`, and how many there are of each."""
+    names = (type(module).__name__ for module in model.modules())
+    return tuple(Counter(name for name in names if _RELATIVE.match(name)).items())
+
+
+def _about_relative(name: str, count: int) -> str:
+    version = next(filter(None, _RELATIVE.match(name).groups()))
+    why = {"2": "linear, separable attention", "3": "another fusion of local and global features"}[version]
+    return f"its {count} {name} are of MobileViTv{version}, another network ({why}), and stay as they are"
 
 
 def adapter_of(module: nn.Module) -> ModuleType | None:

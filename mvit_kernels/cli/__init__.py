@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def output_file(text: str) -> Path:
     """An argument's type: a file to be written, whose folder must exist before any work is done."""
     path = Path(text)
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist; make it first")
     if not _is_special(path) and not os.access(path.parent, os.W_OK):
@@ -68,9 +69,19 @@ def write_json(path: Path, data: Any) -> None:
     _write(path, to_json(data) + "\n")
 
 
-def to_json(data: Any) -> str:
-    """`data` as JSON. NaN and infinities, which JSON has not, become null."""
-    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+def print_json(data: Any) -> None:
+    """Print `data` as `to_json` has it; where the output's encoding has not all letters, in ASCII."""
+    text = to_json(data)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = to_json(data, ascii_only=True)
+    print(text)
+
+
+def to_json(data: Any, ascii_only: bool = False) -> str:
+    """`data` as JSON, all but ASCII escaped if asked. NaN and infinities, which JSON has not, become null."""
+    return json.dumps(_finite(data), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def _finite(data: Any) -> Any:
@@ -82,17 +93,21 @@ def _finite(data: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    if _is_special(path):  # nothing to rename, and no half file to fear
-        path.write_text(text, encoding="utf-8")
-        return
-    path = path.resolve()  # a link stays a link
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    data = text.encode("utf-8", "backslashreplace")  # names of files may have letters that no encoding has
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        if _is_special(path):  # nothing to rename, and no half file to fear
+            path.write_bytes(data)
+            return
+        path = path.resolve()  # a link stays a link
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _is_special(path: Path) -> bool:

@@ -20,7 +20,7 @@ Build = Callable[["int | None"], "nn.Module"]  # given the number of classes: 0 
 
 def is_huggingface(name: str | None) -> bool:
     """Whether `name` is a model of Hugging Face transformers."""
-    library, slash, _ = (name or "own").partition("/")
+    library, slash, _ = (name or "").partition("/")
     return bool(slash) and library not in ("own", "timm", "kornia")
 
 
@@ -31,7 +31,7 @@ def builder(name: str, pretrained: bool) -> Build:
         return _huggingface(name, pretrained)
     if library in VARIANTS and not slash:
         library, variant = "own", library
-    if library not in ("own", "kornia"):
+    if library not in ("own", "kornia") and (variant or not slash):
         return _timm(variant if library == "timm" and slash else name, pretrained)
     if variant not in VARIANTS:
         raise _unknown(name)

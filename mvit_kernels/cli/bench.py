@@ -89,7 +89,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _run_suites(args) if args.suite else _run_model(args)
+    return _run_model(args) if args.suite is None else _run_suites(args)
 
 
 def _run_suites(args: argparse.Namespace) -> int:
@@ -113,6 +113,7 @@ def _run_suites(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     folder = args.results or Path("benchmarks", "results", folder_name(environment(device)))
+    folder.mkdir(parents=True, exist_ok=True)  # before any work is done
     start = time.perf_counter()
 
     def progress(line: str) -> None:
@@ -129,7 +130,11 @@ def _run_model(args: argparse.Namespace) -> int:
     from ..origin import environment
     from ..peers import PEERS, Subject, check_peers
 
-    peers = args.peers or ",".join(n for n in _PEERS.split(",") if not (args.train and n == "frozen"))
+    peers = args.peers
+    if peers is None:
+        peers = ",".join(n for n in _PEERS.split(",") if not (args.train and n == "frozen"))
+    if not peers.strip(","):
+        raise ValueError("--peers names no candidate; see bench --help for those there are")
     peers = check_peers(filter(None, peers.split(",")), args.train)
     if args.threads:
         torch.set_num_threads(args.threads)

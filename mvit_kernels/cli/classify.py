@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import add_command, to_json
+from . import add_command, print_json
 from ._builders import is_huggingface
-from .models import add_model_arguments, load_model, logits, positive
+from .labels import read_labels
+from .models import add_model_arguments, check_size, load_model, logits, positive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,7 +52,10 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     )
     result = parser.add_argument_group("result")
     result.add_argument(
-        "--labels", type=Path, metavar="FILE", help="names: JSON, index to name or a list; or one a line"
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names: JSON (a list, index to name, name to index, a config.json), CSV, or text, one a line",
     )
     result.add_argument("--topk", type=positive, metavar="K", default=5, help="how many classes (default: 5)")
     result.add_argument("--json", action="store_true", help="as JSON")
@@ -67,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import accelerate, freeze
     from .images import load_image, preprocess
 
+    check_size(args, len(args.images))
     labels = read_labels(args.labels) if args.labels else None
     bgr = is_huggingface(args.model) and args.pretrained if args.bgr is None else args.bgr
     # Every photo before the model: a broken one is reported at once, and nothing is half done.
@@ -79,9 +83,11 @@ def run(args: argparse.Namespace) -> int:
         model = freeze(model)
     probabilities = _probabilities(model, photos.to(getattr(torch, args.dtype)), args.batch, args.device)
     if labels is not None and len(labels) != probabilities.shape[1]:
+        classes = probabilities.shape[1]
+        background = " (is the first one the background, which TensorFlow's lists begin with?)"
         raise ValueError(
-            f"{args.labels} has {len(labels)} labels, and the model {probabilities.shape[1]} classes; "
-            "give the labels that belong to the model"
+            f"{args.labels} has {len(labels)} labels, and the model {classes} classes; give the labels that belong to "
+            f"the model{background if len(labels) == classes + 1 else ''}"
         )
 
     results = []
@@ -92,36 +98,11 @@ def run(args: argparse.Namespace) -> int:
             for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ]
         results.append({"image": path, "predictions": predictions})
-    print(to_json(results) if args.json else "\n".join(map(_text, results)))
-    return 0
-
-
-def read_labels(path: Path) -> dict[int, str]:
-    """Class index -> name, from JSON (an object of index to name, or a list) or from text, one name a line.
-
-    Raises:
-        ValueError: the file is neither, or its indices are not 0, 1, 2, …
-        OSError: it cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text in UTF-8; labels are JSON, or one name a line") from None
-    if not text.lstrip().startswith(("{", "[")):
-        names: Any = text.rstrip().splitlines()
+    if args.json:
+        print_json(results)
     else:
-        try:
-            names = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is no valid JSON: {error}") from None
-    if isinstance(names, Sequence):
-        names = dict(enumerate(names))
-    keys = {str(key) for key in names}
-    if not names or keys != {str(index) for index in range(len(names))}:
-        raise ValueError(f"{path} does not name the classes 0, 1, 2, … one by one; its keys begin {sorted(keys)[:3]}")
-    if not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{path} has names that are no text; index to name is wanted, or a list of names")
-    return {int(index): name for index, name in names.items()}
+        print("\n".join(map(_text, results)))
+    return 0
 
 
 def _names(model: nn.Module, labels: dict[int, str] | None, pretrained: bool) -> Mapping[int, str]:

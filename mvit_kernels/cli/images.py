@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +18,16 @@ if TYPE_CHECKING:
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image in the file, upright and in RGB.
+    """The image in the file, upright and in RGB; of an animation its first frame.
 
     Example:
         >>> preprocess(load_image("cat.jpg"), 256).shape
         torch.Size([3, 256, 256])
 
     Raises:
-        FileNotFoundError, IsADirectoryError: the path.
-        ValueError: the file is no image, is damaged, or has more than 8 bits a channel.
+        FileNotFoundError, IsADirectoryError, PermissionError: the path.
+        ValueError: the file is no image, is empty or damaged, has more than 8 bits a channel, or more pixels than
+            Pillow reads.
         ImportError: Pillow is not installed.
     """
     pil = _pillow()
@@ -34,18 +36,30 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise IsADirectoryError(f"{path} is a folder; give the images in it")
     if not path.exists():
         raise FileNotFoundError(f"there is no image {path}")
+    if path.stat().st_size == 0 and path.is_file():
+        raise ValueError(f"{path} is empty (0 bytes), and no image")
     try:
-        with pil.open(path) as image:
-            image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pil.DecompressionBombWarning)  # of half as much as is refused
+            with pil.open(path) as image:
+                image.load()
     except pil.UnidentifiedImageError:
         raise ValueError(f"{path} is no image of a kind that Pillow {pil.__version__} reads") from None
+    except pil.DecompressionBombError:
+        most = f"{2 * pil.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
+        raise ValueError(f"{path} has more than {most}, the most that Pillow reads; make it smaller first") from None
     except Exception as error:  # Pillow's decoders raise many kinds
+        if isinstance(error, OSError) and error.errno is not None:  # the file's, not the image's
+            raise
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     if image.mode.startswith(("I", "F")):  # which convert() would cut off at 255
         raise ValueError(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
     from PIL import ImageOps
 
-    return ImageOps.exif_transpose(image).convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if "transparency" in image.info:  # of a palette, say: left straight to RGB, Pillow warns
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def preprocess(

@@ -10,7 +10,7 @@ import os
 import platform
 from typing import Any
 
-from . import add_command, to_json
+from . import add_command, print_json
 
 _PACKAGES = ("torch", "triton", "numpy", "timm", "transformers", "kornia")
 _INSTRUCTION_SETS = "avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 avx512_vnni avx512_fp16 amx_bf16"
@@ -32,7 +32,10 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     info = gather()
-    print(to_json(info) if args.json else _text(info))
+    if args.json:
+        print_json(info)
+    else:
+        print(_text(info))
     return 0
 
 
@@ -120,7 +123,7 @@ def _libraries() -> dict[str, Any]:
 
     path = LIBRARY_DIRECTORY / "build_info.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"all": {"built": False, "reason": f"there is no {path}"}}
     except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import Tensor, nn
+
+    from ..checkpoints import Checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -52,13 +55,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: float32)")
     how.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     how.add_argument("--backend", choices=BACKENDS, default="auto", help="whose kernels must run (default: auto)")
-    how.add_argument("--threads", type=positive, metavar="N", help="on the CPU (default: PyTorch's choice)")
+    how.add_argument("--threads", type=thread_count, metavar="N", help="on the CPU (default: PyTorch's choice)")
 
 
 def positive(text: str) -> int:
     """An argument's type: a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more (below 2³¹)")
+    return int(text)
+
+
+def thread_count(text: str) -> int:
+    """An argument's type: 1 to 1024, beyond which the system refuses threads, and OpenMP ends the process."""
+    if positive(text) > 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} threads are too many; give 1 to 1024")
     return int(text)
 
 
@@ -80,8 +90,17 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     return model.to(getattr(torch, args.dtype))
 
 
-def check_size(args: argparse.Namespace) -> None:
-    """Raise ValueError where --size is one that the model itself cannot take."""
+def check_size(args: argparse.Namespace, images: int | None = None) -> None:
+    """Raise ValueError where --size is one that the model cannot take, or so many `images` (--batch) the memory."""
+    height, width = args.size
+    count = args.batch if images is None else images
+    gigabytes = count * 3 * height * width * 4 / 1e9
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 if hasattr(os, "sysconf") else gigabytes * 4
+    if gigabytes > memory / 4:  # Linux grants it, and kills who then writes to it
+        raise ValueError(
+            f"{count} × 3 × {height} × {width} pixels take {gigabytes:.3g} GB, and this machine has {memory:.3g}; "
+            f"give a smaller --size or {'--batch' if images is None else 'fewer images'}"
+        )
     if (args.model or "").startswith("kornia/") and any(side % 64 for side in args.size):
         raise ValueError(f"--model {args.model}: Kornia's takes multiples of 64 pixels only; give another --size")
 
@@ -138,10 +157,10 @@ def load(
     if pretrained and checkpoint is not None:
         raise ValueError("--pretrained and --checkpoint exclude each other: give one of the two")
     where = checked_device(device)
-    variant, state_dict = None, None
+    variant, weights = None, None
     if checkpoint is not None:
-        state_dict, variant, classes = _read_checkpoint(Path(checkpoint))
-    name = name or f"own/{variant or 's'}"
+        weights, variant, classes = _read_checkpoint(Path(checkpoint))
+    name = f"own/{variant or 's'}" if name is None else name
     if checkpoint is not None and num_classes is None and not name.startswith("kornia/"):
         num_classes = classes
     build = builder(name, pretrained)
@@ -150,8 +169,8 @@ def load(
         model = build(num_classes).eval()
         if not report(model).blocks:
             raise ValueError(f"--model {name}: {report(model)}")
-        if state_dict is not None:
-            _load_state_dict(model, name, state_dict, Path(checkpoint))
+        if weights is not None:
+            _load_weights(model, name, weights, str(checkpoint))
         elif not pretrained:
             randomise(model)
     return model.to(where)
@@ -188,7 +207,9 @@ def checked_device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: no device has this name; give cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: no device has this name here; give cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not count:
@@ -198,30 +219,34 @@ def checked_device(name: str) -> Any:
     return device
 
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], str | None, int]:
-    """The checkpoint's tensors, its variant where it is a known one, and its number of classes (0: none)."""
+def _read_checkpoint(path: Path) -> tuple[Checkpoint, str | None, int]:
+    """The checkpoint, its variant where it is a known one, and its number of classes (0: none)."""
     from .._checkpoint_keys import read_keys
-    from ..checkpoints import VARIANT_OF_WIDTH, read_state_dict
+    from ..checkpoints import VARIANT_OF_WIDTH, read_checkpoint
 
-    state_dict = read_state_dict(path, str(path))
+    checkpoint = read_checkpoint(path, str(path))
+    state_dict = checkpoint.state_dict
     if _is_kornia(state_dict):  # which fits no layout but its own
-        return state_dict, None, 0
-    keys = read_keys(state_dict, str(path)).found
+        return checkpoint, None, 0
+    keys = read_keys(state_dict, str(path))
+    found = keys.found
+    if keys.prefix:
+        print(f"{path}: the network's keys are those below {keys.prefix!r}", file=sys.stderr)
 
     def length(own_key: str) -> int:
-        return state_dict[keys[own_key][0]].numel() if own_key in keys else 0
+        return state_dict[found[own_key][0]].numel() if own_key in found else 0
 
-    return state_dict, VARIANT_OF_WIDTH.get(length("stages.4.1.norm.weight")), length("classifier.bias")
+    return checkpoint, VARIANT_OF_WIDTH.get(length("stages.4.1.norm.weight")), length("classifier.bias")
 
 
-def _load_state_dict(model: nn.Module, name: str, state_dict: dict[str, Tensor], path: Path) -> None:
-    from ..checkpoints import load_checkpoint
+def _load_weights(model: nn.Module, name: str, checkpoint: Checkpoint, path: str) -> None:
+    from ..checkpoints import load_into
 
-    if not (name.startswith("kornia/") and _is_kornia(state_dict)):
-        load_checkpoint(model, path)
+    if not (name.startswith("kornia/") and _is_kornia(checkpoint.state_dict)):
+        load_into(model, checkpoint, path)
         return
     try:
-        model.load_state_dict(state_dict)
+        model.load_state_dict(checkpoint.state_dict)
     except RuntimeError as error:
         raise ValueError(f"{path} is of Kornia's MobileViT, and does not fit {name}: take another variant") from error
 
