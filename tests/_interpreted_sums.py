@@ -41,10 +41,9 @@ LONG = [  # the terms of the longest sum in a result
     ("linear_residual", dict(shape=(2048, 17), n=16), "gradient of weight", 2048),
     ("layer_norm_linear", dict(shape=(24, 240), n=40), "out", 240),
     ("layer_norm_linear", dict(shape=(16, 192), n=576), "gradient of x", 576),
-    ("layer_norm_linear", dict(shape=(16, 240), n=720), "gradient of x", 720),
-    ("layer_norm_linear", dict(shape=(16, 240), n=480, activation="silu"), "gradient of x", 480),
+    ("layer_norm_linear", dict(shape=(16, 40), n=720, activation="silu"), "gradient of x", 720),
     ("layer_norm_linear", dict(shape=(2048, 17), n=16), "gradient of weight", 2048),
-    ("layer_norm_mlp", dict(shape=(16, 96), hidden=480), "gradient of x", 480),
+    ("layer_norm_mlp", dict(shape=(16, 40), hidden=480), "gradient of x", 480),
     ("layer_norm_mlp", dict(shape=(2048, 17), hidden=16), "gradient of fc1_weight", 2048),
     ("patch_attention", dict(shape=(1, 16, 16), heads=1, head_dim=16, patch=(1, 1)), "gradient of qkv", 256),
 ]

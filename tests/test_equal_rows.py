@@ -63,10 +63,12 @@ def test_rows_of_one_column_take_no_gradient_through_the_norm(operator, path, dt
     """x's gradient is 0, and with a residual the gradient of the result."""
     if not takes(path, dtype) or not differentiable(operator, path):
         return
+    if layout != "contiguous" and path in ("triton", "cuda"):  # which refuse strides
+        return
     for value in VALUES:
         tensors, settings = made(operator, 1, dtype, layout, value)
         x = tensors["x"].detach().requires_grad_()
-        out = call(operator, {**tensors, "x": x}, settings, path if layout != "sliced" or path == "raw" else None)
+        out = call(operator, {**tensors, "x": x}, settings, path)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
         grad_x, *_ = torch.autograd.grad(out, [x], grad)
         expected = grad if operator in ("layer_norm_mlp", "transformer_layer") else torch.zeros_like(grad_x)
