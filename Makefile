@@ -65,7 +65,8 @@ sanitize-gpu: setup
 	@$(PY) -m pytest -q -rs tests/_under_compute_sanitizer.py $(PYTEST_ARGS)
 
 test-interpreted: setup
-	@TRITON_INTERPRET=1 $(PY) -m pytest -q tests/_interpreted.py tests/test_linear_residual.py tests/test_layer_norm_linear.py \
+	@TRITON_INTERPRET=1 $(PY) -m pytest -q tests/_interpreted.py tests/_interpreted_sums.py \
+		tests/test_equal_rows.py tests/test_leaves.py tests/test_linear_residual.py tests/test_layer_norm_linear.py \
 		tests/test_layer_norm_mlp.py tests/test_patch_attention.py tests/test_layer_norm.py \
 		tests/test_transformer_layer.py tests/test_gpu.py -k "triton or interpreted or gpu" $(PYTEST_ARGS)
 

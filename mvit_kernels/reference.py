@@ -85,6 +85,8 @@ def patch_attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ) v inside each patch-position sequence; `dropout` on the attention weights."""
     q, k, v = _split_heads(qkv, num_heads, patch_size)
+    if scale <= 0:  # PyTorch's fused attention on a GPU takes the largest score before it scales, and gives NaN
+        q, scale = (-q, -scale) if scale else (0 * q, 1.0)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     return _merge_heads(out, (qkv.shape[1], qkv.shape[2]), patch_size)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter, made right where it is not: bfloat16, and TF32.
+"""Triton's interpreter, made right where it is not: bfloat16, TF32 and the order of float32 sums.
 
 As it comes, ``tl.dot`` multiplies bfloat16's bit patterns as if they were integers, other arithmetic on them does so
-too, and float32 → bfloat16 cuts off instead of rounding to nearest even; TF32 products are float32's. Here bfloat16
-operands of a product become float32 first, conversions round as the GPU's do, and TF32 operands lose their last
-thirteen bits as there.
+too, and float32 → bfloat16 cuts off instead of rounding to nearest even; TF32 products are float32's, and float32's
+are NumPy's, whose sums are several. Here bfloat16 operands of a product become float32 first, conversions round as the
+GPU's do, TF32 operands lose their last thirteen bits as there, and a float32 product is one chain of FMAs.
 """
 
 import numpy as np
@@ -33,6 +33,15 @@ def _operand(handle, input_precision) -> np.ndarray:
     return handle.data
 
 
+def _one_chain(a: np.ndarray, b: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """d + a · b in float32 as Triton compiles it: for each element one FMA after the other, from d on. (The products
+    are exact in float64; rounding them and the sum there first is seen once in 2²⁹ elements.)"""
+    a, b, total = a.astype(np.float64), b.astype(np.float64), d
+    for k in range(a.shape[-1]):
+        total = (a[..., k, None] * b[..., k, None, :] + total).astype(np.float32)
+    return total
+
+
 def repair() -> None:
     """Patch the interpreter, for this process."""
     builder = interpreter.InterpreterBuilder
@@ -52,6 +61,8 @@ def repair() -> None:
         return cast_impl(self, src, dst_type)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if a.dtype.scalar == tl.float32 and "IEEE" in str(input_precision):
+            return interpreter.TensorHandle(_one_chain(a.data, b.data, d.data), tl.float32)
         product = np.matmul(_operand(a, input_precision), _operand(b, input_precision), dtype=d.data.dtype)
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 

@@ -131,13 +131,26 @@ def tile(launch) -> str:
     return " ".join([*shown, f"warps={launch.plan.num_warps}", f"stages={launch.plan.num_stages}"])
 
 
-def build(launch, arch: int) -> dict[str, object]:
-    """Compile; what came out."""
+def compiled_for(launch, arch: int):
+    """What Triton compiles for the launch, with its ``asm`` of all stages."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     ast, options = source(launch)
-    compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def float32_operations(ptx: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """By the register that it defines, each float32 operation and its operands."""
+    found = re.findall(r"^\s*(?:@\S+ )?([a-z]+)\S*\.f32\s+(%\w+), (.*);", ptx, re.MULTILINE)
+    return {register: (name, tuple(operands.split(", "))) for name, register, operands in found}
+
+
+def build(launch, arch: int) -> dict[str, object]:
+    """Compile; what came out."""
+    import triton
+
+    compiled = compiled_for(launch, arch)
     ptx = compiled.asm["ptx"]
     kinds = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

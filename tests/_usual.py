@@ -7,10 +7,13 @@ dropout is here too: sequences are unfolded, so its random draws are the ones th
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from _oracle import branch_factors
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -45,7 +48,9 @@ def attention(x: Tensor, num_heads: int, scale: float, dropout: float = 0.0) -> 
     """(S, N, 3·inner) -> (S, N, inner)."""
     s, n, channels = x.shape
     q, k, v = x.reshape(s, n, 3, num_heads, channels // (3 * num_heads)).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    # By a scale of 0 or less the fused kernels of a GPU make NaN; the plain products are right everywhere.
+    with sdpa_kernel(SDPBackend.MATH) if scale <= 0 else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2).reshape(s, n, channels // 3)
 
 

@@ -68,6 +68,21 @@ def test_scale(scale, dtype, path):
     check(OP, {**SMALL, "scale": scale}, dtype=dtype, path=path)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_pytorch_is_never_asked_for_a_scale_that_is_not_positive(scale, monkeypatch):
+    """Its fused attention on a GPU gives NaN there."""
+    asked, attention = [], F.scaled_dot_product_attention
+
+    def watched(*arguments, scale, **more):
+        asked.append(scale)
+        return attention(*arguments, scale=scale, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    tensors, settings = make(OP, {**SMALL, "scale": scale})
+    call(OP, convert(tensors, torch.bfloat16), settings, "reference")
+    assert asked and min(asked) > 0
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_scores_that_overflow_without_the_maximum_taken_out(dtype, path):

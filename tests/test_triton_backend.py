@@ -250,11 +250,12 @@ def test_kinds_of_calls_share_no_plan():
 # ------------------------------------------------------------------------------------------------------ the interpreter
 
 
-def test_in_the_interpreter():
-    """`_interpreted`, in a process of its own."""
+@pytest.mark.parametrize("file", ["_interpreted.py", "_interpreted_sums.py"])
+def test_in_the_interpreter(file):
+    """Each in a process of its own."""
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS / "_interpreted.py"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS / file],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         capture_output=True,
         text=True,

@@ -10,7 +10,18 @@ launch today; a few of its rows, the largest tiles of each kernel, are compiled 
 import csv
 
 import pytest
-from _triton_gate import ARCHITECTURES, SHARED_LIMIT, TABLE, build, describe, different, stage
+import torch
+from _triton_gate import (
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    TABLE,
+    build,
+    compiled_for,
+    describe,
+    different,
+    float32_operations,
+    stage,
+)
 
 from mvit_kernels import triton as backend
 
@@ -88,8 +99,6 @@ AGAIN = [
 @pytest.mark.parametrize("arch, d, name, has", AGAIN)
 def test_compiled_again(arch, d, name, has, monkeypatch):
     """By the rules; and by the same Triton, the same as in the table."""
-    import torch
-
     cache = TABLE.parents[2] / "build" / "triton"  # a second run compiles nothing that did not change
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     launches = stage(d, 64, torch.bfloat16, "highest", arch, 0.1)
@@ -102,3 +111,82 @@ def test_compiled_again(arch, d, name, has, monkeypatch):
     assert committed, "run `make gate`"
     if row["triton"] == committed[0]["triton"]:
         assert row in committed, f"{row} is not what {TABLE.name} has: run `make gate` and look at its diff"
+
+
+# ----------------------------------------------------------------------------------------------- how float32 is rounded
+
+
+def operations_of(arch, monkeypatch, kernel, launch):
+    """The float32 operations of the kernel of this name among those that `launch`, with the kernels' modules, has."""
+    from mvit_kernels.triton import layer_norm, layer_norm_linear, layer_norm_mlp, linear_residual
+    from mvit_kernels.triton._launch import watching
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(TABLE.parents[2] / "build" / "triton"))
+    with watching(arch) as launches:
+        launch(layer_norm, layer_norm_linear, layer_norm_mlp, linear_residual)
+    (found,) = [each for each in launches if each.plan.kernel.fn.__name__ == kernel]
+    return float32_operations(compiled_for(found, arch).asm["ptx"])
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("d, dtype", [(1, torch.float32), (24, torch.bfloat16)])
+@pytest.mark.parametrize("kernel", ["_backward", "_norm_backward"])
+def test_a_mean_is_subtracted_from_rounded_products(kernel, d, dtype, arch, monkeypatch):
+    """In rows of one column the gradient of x is g · γ less its mean, itself: 0. Of g · γ − mean the compiler makes one
+    fma, with the product in full, unless it is kept from it: 1e-5 on an H200, and in no interpreter."""
+
+    def launch(layer_norm, layer_norm_linear, *_):
+        x, norm, rows = empty(5, d, dtype=dtype), empty(d), empty(5)
+        if kernel == "_backward":
+            layer_norm.backward(x, x, rows, rows, norm)
+        else:
+            weight = empty(8, d, dtype=dtype)
+            layer_norm_linear.backward(empty(5, 8, dtype=dtype), x, rows, rows, norm, norm, weight, None, "")
+
+    operations = operations_of(arch, monkeypatch, kernel, launch)
+    kinds = [kind for kind, _ in operations.values()]
+    assert "sub" in kinds and "fma" in kinds
+
+    def kind_of(register):
+        return operations.get(register, ("",))[0]
+
+    for register, (kind, operands) in operations.items():
+        if kind == "fma":
+            assert kind_of(operands[2]) != "neg", f"{register}: a product in full, less a rounded number"
+        if kind == "sub":
+            assert "mul" not in map(kind_of, operands), f"{register}: ptxas may make an fma of it"
+
+
+@pytest.mark.parametrize("kernel", ["_product", "_normed_product", "_norm_backward", "_mlp", "_hidden"])
+def test_float32_products_are_summed_in_blocks(kernel, monkeypatch):
+    """Each step of a long product starts a chain of its own, from 0; Triton would make one of them all."""
+
+    def launch(_, layer_norm_linear, layer_norm_mlp, linear_residual):
+        x, norm, rows, weight = empty(5, 96), empty(96), empty(5), empty(96, 96)
+        if kernel == "_product":
+            linear_residual.forward(x, weight, None, x)
+        elif kernel == "_normed_product":
+            layer_norm_linear.forward(x, norm, norm, weight, None, 1e-5, "")
+        elif kernel == "_norm_backward":
+            layer_norm_linear.backward(x, x, rows, rows, norm, norm, weight, None, "")
+        elif kernel == "_mlp":
+            layer_norm_mlp.forward(x, norm, norm, weight, norm, weight, norm, 1e-5)
+        else:
+            layer_norm_mlp.backward(x, x, rows, rows, norm, norm, weight, norm, weight)
+
+    operations = operations_of(90, monkeypatch, kernel, launch)
+    sums = {register: operands[2] for register, (kind, operands) in operations.items() if kind == "fma"}
+    followed = set(sums.values())
+    longest = 0
+    for last in sums.keys() - followed:
+        terms, at = 0, last
+        while at in sums:
+            terms, at = terms + 1, sums[at]
+        if terms >= 16:
+            longest = max(longest, terms)
+            assert at == "0f00000000", f"a chain of {terms} products goes on from {at}"
+    assert 16 <= longest <= 32

@@ -73,11 +73,11 @@ def _norm_backward(
         xhat = (
             _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]
         ) * sigma[:, None]
-        scaled = products[c] * _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)[None, :]
+        gamma = _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)
+        scaled = _rows.rounded_product(products[c], gamma[None, :])
         plain += scaled
         projected += scaled * xhat
-    plain_mean = tl.sum(plain, axis=1) * (1.0 / K)
-    projected_mean = tl.sum(projected, axis=1) * (1.0 / K)
+    plain_mean, projected_mean = _rows.row_mean(plain, K), _rows.row_mean(projected, K)
     if PATH:
         kept = row_factor(seed, first_row, path_threshold, path_scale, BRANCH, H, W, PH, PW, BM)
     for c in tl.static_range(NC):
@@ -85,7 +85,8 @@ def _norm_backward(
         xhat = (
             _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]
         ) * sigma[:, None]
-        scaled = products[c] * _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)[None, :]
+        gamma = _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)
+        scaled = _rows.rounded_product(products[c], gamma[None, :])
         dx = (scaled - plain_mean[:, None] - xhat * projected_mean[:, None]) * sigma[:, None]
         if grad_residual is not None:
             dx += _rows.load(grad_residual + offset * K, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(
@@ -200,6 +201,9 @@ def _product_part(
             rstd += offset
         product = tl.zeros([BN, BK], tl.float32)
         grads = tl.zeros([BM, BN], tl.float32)  # added up over its rows once, after the loop
+        TOGETHER: tl.constexpr = 32 * BM  # in float32, 20,000 rows are sums of 32, of 32 of these, and of 20
+        if PRECISION == "ieee":
+            recent, recent_grads = tl.zeros_like(product), tl.zeros_like(grads)
         for m in range(0, end, BM):
             rows = tl.arange(0, BM)
             left = end - m
@@ -211,10 +215,19 @@ def _product_part(
                 operand = ((operand.to(tl.float32) - mu[:, None]) * sigma[:, None]).to(x.dtype.element_ty)
                 mean += BM
                 rstd += BM
-            product = tl.dot(tl.trans(g), operand, product, input_precision=PRECISION)
-            grads += g.to(tl.float32)
+            if PRECISION == "ieee":
+                recent = _rows.add_product(tl.trans(g), operand, recent, PRECISION)
+                recent_grads += g
+                if m % TOGETHER == TOGETHER - BM:
+                    product, grads = product + recent, grads + recent_grads
+                    recent, recent_grads = tl.zeros_like(product), tl.zeros_like(grads)
+            else:
+                product = tl.dot(tl.trans(g), operand, product, input_precision=PRECISION)
+                grads += g.to(tl.float32)
             grad += BM * N
             x += BM * K
+        if PRECISION == "ieee":
+            product, grads = product + recent, grads + recent_grads
         bias_sum = tl.sum(grads, axis=0)
         if k_tile == 0:
             tl.store(bias_sums + part.to(tl.int64) * N + ns, bias_sum, mask=ns < N)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import ceil_div, next_power_of_2
+from ._rows import add_product
 
 
 class Geometry(NamedTuple):
@@ -118,16 +119,16 @@ def product(a, b, D1: tl.constexpr, PRECISION: tl.constexpr):
     """a bᵀ, rows by rows."""
     s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     if D1 > 0:
-        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision=PRECISION)
+        s = add_product(a[1], tl.trans(b[1]), s, PRECISION)
     return s
 
 
 @triton.jit
 def weigh(p, rows, sums, D1: tl.constexpr, PRECISION: tl.constexpr):
     """sums + p · rows, part by part."""
-    results = (tl.dot(p, rows[0], sums[0], input_precision=PRECISION),)
+    results = (add_product(p, rows[0], sums[0], PRECISION),)
     if D1 > 0:
-        results = results + (tl.dot(p, rows[1], sums[1], input_precision=PRECISION),)
+        results = results + (add_product(p, rows[1], sums[1], PRECISION),)
     return results
 
 

@@ -66,49 +66,55 @@ def load_rows(base, rows, end, K: tl.constexpr, KC: tl.constexpr, NC: tl.constex
 
 
 @triton.jit
-def centred(x, mean, c: tl.constexpr, K: tl.constexpr, KC: tl.constexpr):
-    """x − mean in float32, 0 in the columns after the last: without that, padding would count as −mean each."""
-    difference = x.to(tl.float32) - mean[:, None]
-    if (c + 1) * KC > K:
-        columns = c * KC + tl.arange(0, KC)
+def centred(x, first, shift, columns, K: tl.constexpr, CHECK: tl.constexpr):
+    """x − first − shift in float32, 0 in the columns after the last: without that, padding would count as −mean
+    each."""
+    difference = (x.to(tl.float32) - first[:, None]) - shift[:, None]
+    if CHECK:
         difference = tl.where((columns < K)[None, :], difference, 0.0)
     return difference
 
 
 @triton.jit
-def statistics(chunks, eps, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
+def statistics(base, chunks, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
     """Mean and 1/sqrt(variance + eps) of each row, in two passes over registers: E[x²] − E[x]² cancels where
-    |mean| ≫ σ. Chunks are added up before columns are: a shorter sum, and nearer to PyTorch's own error at a mean of
-    1000 (1.4 times it, instead of 1.8)."""
-    total = chunks[0].to(tl.float32)
+    |mean| ≫ σ. Sums are of differences from the row's first element: so the mean of equal values is that value, to the
+    last bit (a sum of 144 times 7.1, over 144, is not 7.1, and 1/σ makes 316 times the difference of it), and the
+    variance knows a mean of 1e5 as exactly as one of 0. Chunks are added up before columns are: a shorter sum."""
+    first = tl.load(base + rows * K, mask=rows < end, other=0.0).to(tl.float32)
+    shift = tl.zeros_like(first)
+    total = centred(chunks[0], first, shift, tl.arange(0, KC), K, KC > K)
     for c in tl.static_range(1, NC):
-        total += chunks[c].to(tl.float32)
-    mean = tl.sum(total, axis=1) * (1.0 / K)
-    difference = centred(chunks[0], mean, 0, K, KC)
+        total += centred(chunks[c], first, shift, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
+    shift = tl.sum(total, axis=1) * (1.0 / K)
+    difference = centred(chunks[0], first, shift, tl.arange(0, KC), K, KC > K)
     squares = difference * difference
     for c in tl.static_range(1, NC):
-        difference = centred(chunks[c], mean, c, K, KC)
+        difference = centred(chunks[c], first, shift, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
         squares += difference * difference
     variance = tl.sum(squares, axis=1) * (1.0 / K)
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    return first + shift, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
 
 @triton.jit
 def statistics_of_long_rows(base, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, BM: tl.constexpr):
     """`statistics` of rows that are read chunk by chunk, twice; the second time from cache."""
+    first = tl.load(base + rows * K, mask=rows < end, other=0.0).to(tl.float32)
+    shift = tl.zeros_like(first)
     total = tl.zeros([BM, KC], tl.float32)
     for k in range(0, K, KC):
         columns = k + tl.arange(0, KC)
-        total += load(base, rows, columns, end, K, K, 1, True, K % KC != 0).to(tl.float32)
-    mean = tl.sum(total, axis=1) * (1.0 / K)
+        x = load(base, rows, columns, end, K, K, 1, True, K % KC != 0)
+        total += centred(x, first, shift, columns, K, K % KC != 0)
+    shift = tl.sum(total, axis=1) * (1.0 / K)
     squares = tl.zeros([BM, KC], tl.float32)
     for k in range(0, K, KC):
         columns = k + tl.arange(0, KC)
-        x = load(base, rows, columns, end, K, K, 1, True, K % KC != 0).to(tl.float32)
-        difference = tl.where((columns < K)[None, :], x - mean[:, None], 0.0)
+        x = load(base, rows, columns, end, K, K, 1, True, K % KC != 0)
+        difference = centred(x, first, shift, columns, K, K % KC != 0)
         squares += difference * difference
     variance = tl.sum(squares, axis=1) * (1.0 / K)
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    return first + shift, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
 
 @triton.jit
@@ -128,6 +134,35 @@ def normalized_rows(chunks, mean, rstd, norm_weight, norm_bias, K: tl.constexpr,
         columns = c * KC + tl.arange(0, KC)
         results = results + (normalized(chunks[c], mean, rstd, norm_weight, norm_bias, columns, K, (c + 1) * KC > K),)
     return results
+
+
+@triton.jit
+def rounded_product(a, b):
+    """a · b, rounded wherever it goes. Of a plain product whose mean is taken and subtracted the compiler makes
+    fma(a, b, −mean), with the product in full: the gradient of x in rows of one column, which is 0, was the rounding
+    error of a · b over σ, 1e-5. An fma with 0 is the rounded product by definition, and takes no part in another."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def row_mean(rows, K: tl.constexpr):
+    """The mean of K columns, rounded right: 1/K alone is off for 74 of the widths up to 512, as in 61 · (1/61) < 1,
+    where x's gradient from Σ LN(x) would not be 0."""
+    total = tl.sum(rows, axis=1)
+    mean = total * (1.0 / K)
+    return tl.fma(tl.fma(-mean, K, total), 1.0 / K, mean)
+
+
+@triton.jit
+def add_product(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a · b. In float32 the product is summed by itself and then added: of K terms in steps of 16 no chain is
+    longer than 16 + K/16. One chain over all of them, as tl.dot would go on with `sums`, is three times as far off at
+    K = 576 (its error grows with K, and not with K^(3/4)). The addition is an fma because of a plain one Triton would
+    make that chain. Tensor cores add up in steps of their own, and their operands' rounding is far larger."""
+    if PRECISION == "ieee":
+        return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, sums)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit
@@ -169,7 +204,7 @@ def row_product(
         for c in tl.static_range(NC):
             columns = first + c * NB + tl.arange(0, NB)
             w = load(weight, ks, columns, K, N, STRIDE_K, STRIDE_N, K % BK != 0, N % (NC * NB) != 0)
-            updated = updated + (tl.dot(tile, w, accumulators[c], input_precision=PRECISION),)
+            updated = updated + (add_product(tile, w, accumulators[c], PRECISION),)
         accumulators = updated
     return accumulators
 

@@ -36,8 +36,9 @@ def _forward(
     first_row = tl.program_id(0) * BM
     offset = first_row.to(tl.int64)
     rows, end = tl.arange(0, BM), M - first_row
-    chunks = _rows.load_rows(x + offset * K, rows, end, K, KC, NC)
-    mu, sigma = _rows.statistics(chunks, eps, K, KC, NC)
+    x += offset * K
+    chunks = _rows.load_rows(x, rows, end, K, KC, NC)
+    mu, sigma = _rows.statistics(x, chunks, rows, end, eps, K, KC, NC)
     tl.store(mean + offset + rows, mu, mask=rows < end)
     tl.store(rstd + offset + rows, sigma, mask=rows < end)
     results = _rows.normalized_rows(chunks, mu, sigma, norm_weight, norm_bias, K, KC, NC)
@@ -89,18 +90,19 @@ def _backward(
             columns = c * KC + tl.arange(0, KC)
             g = grads[c].to(tl.float32)
             xhat = (chunks[c].to(tl.float32) - mu[:, None]) * sigma[:, None]
-            scaled = g * _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)[None, :]
+            weight = _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)
+            scaled = _rows.rounded_product(g, weight[None, :])
             plain += scaled
             projected += scaled * xhat
             more_weight = more_weight + (weight_totals[c] + tl.sum(g * xhat, axis=0),)
             more_bias = more_bias + (bias_totals[c] + tl.sum(g, axis=0),)
         weight_totals, bias_totals = more_weight, more_bias
-        plain_mean = tl.sum(plain, axis=1) * (1.0 / K)
-        projected_mean = tl.sum(projected, axis=1) * (1.0 / K)
+        plain_mean, projected_mean = _rows.row_mean(plain, K), _rows.row_mean(projected, K)
         for c in tl.static_range(NC):
             columns = c * KC + tl.arange(0, KC)
             xhat = (chunks[c].to(tl.float32) - mu[:, None]) * sigma[:, None]
-            scaled = grads[c].to(tl.float32) * _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)[None, :]
+            weight = _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)
+            scaled = _rows.rounded_product(grads[c].to(tl.float32), weight[None, :])
             dx = (scaled - plain_mean[:, None] - xhat * projected_mean[:, None]) * sigma[:, None]
             _rows.store(grad_x, dx, rows, columns, left, K, K, (c + 1) * KC > K)
         grad_out += BM * K

@@ -57,7 +57,7 @@ def _normed_product(
         sigma = tl.load(rstd + offset + rows, mask=rows < end, other=0.0)
     else:
         if RESIDENT:
-            mu, sigma = _rows.statistics(chunks, eps, K, KC, NC)
+            mu, sigma = _rows.statistics(x, chunks, rows, end, eps, K, KC, NC)
         else:
             mu, sigma = _rows.statistics_of_long_rows(x, rows, end, eps, K, KC, BM)
         if tl.program_id(1) == 0:
@@ -72,14 +72,14 @@ def _normed_product(
             for c in tl.static_range(NC):
                 ks = c * KC + tl.arange(0, KC)
                 w = _rows.load(weight, ks, columns, K, N, 1, K, (c + 1) * KC > K, N % BN != 0)
-                y = tl.dot(operands[c], w, y, input_precision=PRECISION)
+                y = _rows.add_product(operands[c], w, y, PRECISION)
         else:
             for k in range(0, K, KC):
                 ks = k + tl.arange(0, KC)
                 chunk = _rows.load(x, rows, ks, end, K, K, 1, True, K % KC != 0)
                 operand = _rows.normalized(chunk, mu, sigma, norm_weight, norm_bias, ks, K, K % KC != 0)
                 w = _rows.load(weight, ks, columns, K, N, 1, K, K % KC != 0, N % BN != 0)
-                y = tl.dot(operand, w, y, input_precision=PRECISION)
+                y = _rows.add_product(operand, w, y, PRECISION)
         if bias is not None:
             y += _rows.load_vector(bias, columns, N, N % BN != 0)[None, :]
         if grad_out is not None:

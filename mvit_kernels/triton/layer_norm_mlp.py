@@ -61,7 +61,7 @@ def _mlp(
     rows, end = tl.arange(0, BM), M - first_row
     x += offset * K
     chunks = _rows.load_rows(x, rows, end, K, KC, NC)
-    mu, sigma = _rows.statistics(chunks, eps, K, KC, NC)
+    mu, sigma = _rows.statistics(x, chunks, rows, end, eps, K, KC, NC)
     tl.store(mean + offset + rows, mu, mask=rows < end)
     tl.store(rstd + offset + rows, sigma, mask=rows < end)
     operands = _rows.normalized_rows(chunks, mu, sigma, norm_weight, norm_bias, K, KC, NC)
@@ -73,14 +73,14 @@ def _mlp(
         for c in tl.static_range(NC):
             ks = c * KC + tl.arange(0, KC)
             w = _rows.load(fc1_weight, ks, hs, K, HIDDEN, 1, K, (c + 1) * KC > K, CHECK_H)
-            hidden = tl.dot(operands[c], w, hidden, input_precision=PRECISION)
+            hidden = _rows.add_product(operands[c], w, hidden, PRECISION)
         hidden += _rows.load_vector(fc1_bias, hs, HIDDEN, CHECK_H)[None, :]
         active = (hidden * _rows.sigmoid(hidden)).to(x.dtype.element_ty)
         updated = ()
         for c in tl.static_range(NC):
             ks = c * KC + tl.arange(0, KC)
             w = _rows.load(fc2_weight, hs, ks, HIDDEN, K, 1, HIDDEN, CHECK_H, (c + 1) * KC > K)
-            updated = updated + (tl.dot(active, w, accumulators[c], input_precision=PRECISION),)
+            updated = updated + (_rows.add_product(active, w, accumulators[c], PRECISION),)
         accumulators = updated
     if PATH:
         kept = row_factor(seed, first_row, path_threshold, path_scale, BRANCH, H, W, PH, PW, BM)
@@ -134,10 +134,10 @@ def _hidden(
         chunk = _rows.load(x, rows, ks, end, K, K, 1, True, CHECK_K)
         operand = _rows.normalized(chunk, mu, sigma, norm_weight, norm_bias, ks, K, CHECK_K)
         w1 = _rows.load(fc1_weight, ks, hs, K, HIDDEN, 1, K, CHECK_K, CHECK_H)
-        t = tl.dot(operand, w1, t, input_precision=PRECISION)
+        t = _rows.add_product(operand, w1, t, PRECISION)
         g = _rows.load(grad_out, rows, ks, end, K, K, 1, True, CHECK_K)
         w2 = _rows.load(fc2_weight, ks, hs, K, HIDDEN, HIDDEN, 1, CHECK_K, CHECK_H)
-        grad = tl.dot(g, w2, grad, input_precision=PRECISION)
+        grad = _rows.add_product(g, w2, grad, PRECISION)
     t += _rows.load_vector(fc1_bias, hs, HIDDEN, CHECK_H)[None, :]
     _rows.store(hidden + offset * HIDDEN, t * _rows.sigmoid(t), rows, hs, end, HIDDEN, HIDDEN, CHECK_H)
     _rows.store(grad_hidden + offset * HIDDEN, _rows.silu_backward(grad, t), rows, hs, end, HIDDEN, HIDDEN, CHECK_H)
@@ -147,7 +147,7 @@ def _hidden(
 _TILES = {
     "half": (64, 32, 64, 8, 2),
     "tf32": (32, 16, 64, 8, 2),
-    "ieee": (16, 16, 64, 8, 1),
+    "ieee": (16, 16, 32, 8, 1),  # chunks are fc1's sums as well, which are to be short
 }
 _TILE_WIDE = (16, 16, 64, 8, 1)  # of more than 256 columns
 _TILE_240 = (32, 32, 64, 8, 2)  # 64 rows of 256 columns spill 112 bytes where products are mma.sync's
