@@ -13,10 +13,14 @@ from _declined import LoRA, assert_declined, evaluated, replaced
 from _models import accelerated, assert_same, blocks, fast_calls
 from torch import nn
 
-from mvit_kernels import accelerate, report
+from mvit_kernels import accelerate, freeze, report, verify
 
 X = _models.images(1, 64, 64).double()
 LAYER = "global_rep.0"
+GENERATIONS = {
+    "0.1": {"unit": _cvnets.ConvLayer, "norm": _cvnets.PlainLayerNorm},
+    "0.3": {"unit": _cvnets.ConvLayer2d, "norm": _cvnets.LayerNorm},
+}
 
 
 # ------------------------------------------------------------------------------------------------- the stand-in itself
@@ -35,6 +39,20 @@ def test_the_stand_in_has_cvnets_keys():
     photos, labels = _data.land_use_photos()
     for candidate in (model, accelerated(model)):
         assert torch.equal(evaluated(candidate, photos).argmax(1), labels)
+
+
+@pytest.mark.parametrize("options", GENERATIONS.values(), ids=GENERATIONS)
+def test_every_generation_is_accelerated_and_freezes(options):
+    """The convolutional unit has another name, and layers of its own, since 0.3."""
+    model = _models.build("cvnets", **options)
+    assert any(type(module) is options["unit"] for module in model.modules())
+    frozen = freeze(model)
+    found = frozen.freeze_report
+    assert (len(found.blocks), len(found.inverted_residuals), len(found.convolutions)) == (3, 7, 35)
+    assert found.left == found.composed == ()
+    for fast, reference in ((frozen, model), (accelerated(model), None)):
+        verification = verify(fast, _models.images(1, 64, 96), reference=reference)
+        assert verification.ok, f"\n{verification}"
 
 
 # ------------------------------------------------------------------------------------------------------------- refusal

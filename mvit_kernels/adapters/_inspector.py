@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .._plain import is_identity, is_plain, is_silu
 from ._block import BlockParts, LayerModules, Refusal, Seen, has_hooks, original_class
 
 
@@ -90,13 +91,14 @@ class Inspector:
 
     def silu(self, path: str) -> None:
         module = self.get(path)
-        known = type(module).__name__ in ("SiLU", "SiLUActivation", "Swish")
-        if not known or module._parameters:  # a Swish with a learned slope
+        if not is_silu(module):
             self._refuse(path, module, "only SiLU is fused")
 
     def dropout(self, path: str, also: str = "") -> nn.Module | None:
         module = self.get(path)
-        if type(module).__name__ in ("Dropout", "Identity", also):
+        if is_identity(module) or type(module) is nn.Dropout or self._is_own(module, also):
+            return module
+        if self._is_own(module, "Dropout") or is_plain(module, nn.Dropout):
             return module
         return self._refuse(path, module, "only Dropout is known there")
 
