@@ -131,8 +131,12 @@ def settle(module: nn.Module) -> None:
         else:
             remove_spectral_norm(module, hook.name)
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # Not remove_parametrizations: it takes the property from a class that the copied model has too.
+        values = {name: getattr(module, name).detach() for name in module.parametrizations}
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 # -- whole models, whatever else they hold

@@ -145,7 +145,7 @@ def _fit(
         if key in own:
             values.update(_split(own[key], names, what))
         elif is_counter(key):
-            values[names[0]] = torch.zeros((), dtype=torch.long)
+            values[names[0]] = torch.zeros((), dtype=torch.long, device="cpu")
     heads = set(source.extra) & set(target.extra)  # of another task, in both, under the same names
     values.update({key: state_dict[key] for key in heads})
     _refuse_extra(source._replace(extra=[key for key in source.extra if key not in heads]), what)

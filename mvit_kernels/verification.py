@@ -193,7 +193,7 @@ def _gradients(model: nn.Module, example: Any, dtype: torch.dtype, reverse: bool
     outputs = named_outputs(_call(model, example, dtype))
     if reverse:
         outputs = {name: value.flip(0) for name, value in outputs.items()}
-    generator = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     loss = 0.0
     for value in outputs.values():
         cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .._plain import does_nothing, is_own, is_plain, is_silu
 from ..nn.frozen import FrozenConv2d, FrozenInvertedResidual
 from ._folding import activation_of, fold, hooked, is_norm, norm_reason
-from .._plain import does_nothing, is_own, is_plain, is_silu
 
 # package, class names, and where the convolution, the norm and the activation are (timm's batch norm carries its own);
 # norm and activation may be missing, as in the 1×1 convolution into the transformer

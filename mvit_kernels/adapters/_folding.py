@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._plain import does_nothing, is_own, is_plain, is_silu, tensor_reason
 from ..nn.frozen import FrozenConv2d
 from ._block import has_hooks
-from .._plain import does_nothing, is_own, is_plain, is_silu, tensor_reason
 
 _WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")  # timm's
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
