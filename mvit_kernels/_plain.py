@@ -9,7 +9,8 @@ overrides nothing of it, such as cvnets' ``Conv2d``; or exactly a class of a lib
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,34 @@ def settle(module: nn.Module) -> None:
         del module.parametrizations
         for name, value in values.items():
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+# -- classes whose source was not read
+
+
+def alike(module: nn.Module, other: nn.Module, channels: int, sizes: Iterable[tuple[int, int]]) -> bool:
+    """Whether both map random maps to the same, in evaluation and float64: how vendored copies of a library's classes
+    are known, beside their names. Neither is changed, nor are anybody's hooks called."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        ours, theirs = (_to_try(each) for each in (module, other))
+        device = next((value.device for value in (*theirs.parameters(), *theirs.buffers())), torch.device("cpu"))
+        with torch.no_grad():
+            for size in sizes:
+                x = torch.randn((1, channels, *size), generator=generator, dtype=torch.float64, device="cpu").to(device)
+                expected = theirs(x)
+                if not (ours(x) - expected).abs().max() <= 1e-9 * expected.abs().max():  # nor if on meta: it raises
+                    return False
+    except Exception:  # whatever somebody's class raises: it is not the one that we know
+        return False
+    return True
+
+
+def _to_try(module: nn.Module) -> nn.Module:
+    copied = cast_floats(copy_of(module), torch.float64).eval()
+    for part in copied.modules():
+        part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict(parametrising_hooks(part))
+    return copied
 
 
 # -- whole models, whatever else they hold

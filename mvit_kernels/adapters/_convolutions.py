@@ -2,7 +2,8 @@
 """The convolutional units of the libraries and their inverted residuals, frozen in place, for `freeze`.
 
 A unit is convolution, batch norm and activation, one after another. It is known by exactly its library's class, whose
-forward was read, and may hold nothing else that computes. What is not known stays as it was, with the reason.
+forward was read, and may hold nothing else that computes; cvnets' code is copied under many names, and such a copy is
+tried. What is not known stays as it was, with the reason.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
-from .._plain import does_nothing, is_own, is_plain, is_silu
+from .._plain import alike, cast_floats, copy_of, does_nothing, is_own, is_plain, is_silu
 from ..nn.frozen import FrozenConv2d, FrozenInvertedResidual
 from ._folding import activation_of, fold, hooked, is_norm, norm_reason
 
@@ -38,13 +40,14 @@ INVERTED_RESIDUALS = (
         "cvnets",
         "InvertedResidual",
         *("block.exp_1x1", "block.conv_3x3", "block.red_1x1"),
-        lambda block: block.use_res_connect,
+        lambda block: getattr(block, "use_res_connect", False),
     ),
     ("mvit_kernels", "InvertedResidual", "expand", "depthwise", "project", lambda block: block.residual),
     ("kornia", "MV2Block", "conv.0", "conv.3", "conv.6", lambda block: block.use_res_connect),
 )
 
 FURTHER = "it has further modules"
+TRIED = ((7, 6), (4, 9))  # the maps on which a copy of cvnets' classes is tried
 
 
 def freeze_convolutions(model: nn.Module) -> Iterator[tuple[str, str | None]]:
@@ -53,10 +56,9 @@ def freeze_convolutions(model: nn.Module) -> Iterator[tuple[str, str | None]]:
     Bare convolutions become one too: the 1×1 into the transformer, and the one of a unit that cannot be folded."""
     refused: list[str] = []
     for name, module in list(model.named_modules()):
-        unit = _unit(module)
-        if unit is None:
+        frozen = _folded_unit(module)
+        if frozen is None:
             continue
-        frozen = _fold_unit(module, *unit)
         if isinstance(frozen, str):
             refused.append(f"{name}.")
             yield name, frozen
@@ -81,12 +83,16 @@ def freeze_inverted_residuals(model: nn.Module) -> Iterator[tuple[str, str | Non
     """Put `FrozenInvertedResidual` in place of blocks whose three units are frozen; yield as `freeze_convolutions`."""
     for name, module in list(model.named_modules()):
         for package, cls, *paths, adds_input in INVERTED_RESIDUALS:
-            units = [_submodule(module, path) for path in paths] if is_own(module, package, cls) else [None]
+            units = [_submodule(module, path) for path in paths] if _may_be(module, package, cls) else [None]
             if any(unit is None for unit in units):
                 continue
             reason = _inverted_residual_reason(module, units)
             if reason is None:
-                replace(model, module, FrozenInvertedResidual(*units, residual=bool(adds_input(module))))
+                frozen = FrozenInvertedResidual(*units, residual=bool(adds_input(module)))
+                if is_own(module, package, cls) or alike(frozen, module, frozen.in_channels, TRIED):
+                    replace(model, module, frozen)
+                else:
+                    reason = f"it is somebody's {cls}, which computes something else"
             yield name, reason
             break
 
@@ -123,21 +129,32 @@ def _submodule(module: nn.Module | None, path: str) -> nn.Module | None:
     return module
 
 
-def _unit(module: nn.Module) -> tuple[nn.Module, nn.Module | None, nn.Module | None] | None:
-    """Convolution, norm and activation of a library's unit; None of anything else."""
-    for package, classes, conv, norm, activation in UNITS:
-        if is_own(module, package, *classes) and _submodule(module, conv) is not None:
-            norm, activation = (_submodule(module, path) if path else None for path in (norm, activation))
-            return _submodule(module, conv), None if does_nothing(norm) else norm, activation
+def _may_be(module: nn.Module, package: str, *classes: str) -> bool:
+    """Whether `module` is one of a library's `classes`, or has its name and may be a copy of cvnets' code."""
+    return is_own(module, package, *classes) or (package == "cvnets" and type(module).__name__ in classes)
+
+
+def _folded_unit(unit: nn.Module) -> FrozenConv2d | str | None:
+    """A library's unit folded, or why it cannot be; None of anything else."""
+    for package, classes, *paths in UNITS:
+        if not _may_be(unit, package, *classes) or _submodule(unit, paths[0]) is None:
+            continue
+        frozen = _fold_parts(unit, paths)
+        if isinstance(frozen, str) or is_own(unit, package, *classes):
+            return frozen
+        exact = cast_floats(copy_of(unit), torch.float64)  # or the fold's rounding would show
+        if alike(_fold_parts(exact, paths), exact, frozen.in_channels, TRIED):
+            return frozen
+        return f"it is somebody's {type(unit).__name__}, which computes something else"
     return None
 
 
-def _fold_unit(
-    unit: nn.Module, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None
-) -> FrozenConv2d | str:
-    inside = [module for module in unit.modules() if module is not unit]
+def _fold_parts(unit: nn.Module, paths: list[str]) -> FrozenConv2d | str:
+    conv, norm, activation = (_submodule(unit, path) if path else None for path in paths)
+    norm = None if does_nothing(norm) else norm
     steps = [module for module in (conv, norm, activation) if module is not None]
-    return hooked(*inside) or _others_reason(unit, steps) or fold(conv, norm, activation)
+    reason = hooked(*(module for module in unit.modules() if module is not unit)) or _others_reason(unit, steps)
+    return reason or fold(conv, norm, activation)
 
 
 def _others_reason(owner: nn.Module, steps: list[nn.Module]) -> str | None:
