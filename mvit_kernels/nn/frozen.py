@@ -56,7 +56,7 @@ class Frozen(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         """Refuse what PyTorch's convolution refuses too: floats are cast to the weights' dtype, but integers are an
-        image that nobody scaled, and of complex numbers a cast drops half. (0.1 µs.)"""
+        image that nobody scaled, and of complex numbers a cast drops half. (0.2 µs.)"""
         if not isinstance(x, Tensor):
             raise TypeError(f"{type(self).__name__}: x is {type(x).__name__}; a torch.Tensor is wanted")
         if x.dtype not in DTYPES:
