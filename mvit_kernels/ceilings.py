@@ -75,8 +75,8 @@ def measure(dtype: torch.dtype, device: str | torch.device = "cpu", *, seconds: 
         work[name] = Work(2 * side**3 / 1e9, 0.0)
     if kind == "cpu":
         channels, side = CONVOLUTION
-        x = torch.randn(1, channels, side, side).to(dtype, memory_format=torch.channels_last)
-        weight = torch.randn(channels, channels, 3, 3).to(dtype, memory_format=torch.channels_last)
+        x = torch.randn(1, channels, side, side, device="cpu").to(dtype, memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3, device="cpu").to(dtype, memory_format=torch.channels_last)
         name = f"product of a 3 × 3 convolution of {channels} channels"
         calls[name] = functools.partial(torch.nn.functional.conv2d, x, weight)
         work[name] = Work(2 * 9 * channels**2 * (side - 2) ** 2 / 1e9, 0.0)

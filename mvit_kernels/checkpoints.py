@@ -172,7 +172,7 @@ def _fit(
         if key in own:
             values.update(_split(own[key], names, what))
         elif is_counter(key):
-            values[names[0]] = torch.zeros((), dtype=torch.long)
+            values[names[0]] = torch.zeros((), dtype=torch.long, device="cpu")
     beside = {*target.extra, *target.aside}
     heads = beside.intersection(source.extra + source.aside)  # of another task, in both, under the same names
     values.update({key: state_dict[key] for key in heads})

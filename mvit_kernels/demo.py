@@ -117,7 +117,7 @@ def _threads() -> int:
     slice each: a forward of 60 ms was seen to take two seconds on two threads, and 100 ms on one.
     """
     usual = torch.get_num_threads()
-    x, weight = torch.rand(1024, 192), torch.rand(384, 192)
+    x, weight = torch.rand(1024, 192, device="cpu"), torch.rand(384, 192, device="cpu")
 
     def layers(count: int) -> None:
         torch.set_num_threads(count)

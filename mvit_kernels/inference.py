@@ -7,24 +7,24 @@ convolution and batch norm fold together, transformers have nothing like it. Her
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ._plain import DTYPES, cast_floats, copy_of, is_identity, is_plain, settle, tensor_reason, weight_reasons
 from ._text import some_lines
 from .adapters import adapter_of, restore
-from .adapters._block import Refusal, layer_weights
-from .adapters._convolutions import freeze_convolutions, freeze_inverted_residuals, with_hooks
+from .adapters._block import BlockParts, Refusal, layer_weights
+from .adapters._convolutions import freeze_convolutions, freeze_inverted_residuals, replace
+from .adapters._folding import is_norm
 from .adapters._swap import backend_of
 from .nn.frozen import Frozen, FrozenMobileViTBlock, FrozenSequential
 from .nn.network import Network
 from .ops import TransformerLayerWeights
 
 logger = logging.getLogger("mvit_kernels")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class FreezeReport(NamedTuple):
@@ -35,6 +35,7 @@ class FreezeReport(NamedTuple):
     convolutions: tuple[str, ...]  # all folded ones, also those inside the former two
     left: tuple[tuple[str, str], ...]  # what stays as it was, and why
     composed: tuple[tuple[str, str], ...] = ()  # what is frozen but runs part by part on the CPU, and why
+    unhooked: tuple[str, ...] = ()  # what has lost its state-dict hooks; others go on being called
 
     def __str__(self) -> str:
         lines = [
@@ -43,7 +44,9 @@ class FreezeReport(NamedTuple):
         ]
         left = (f"  {name} stays as it was: {reason}" for name, reason in self.left)
         composed = (f"  {name} runs part by part: {reason}" for name, reason in self.composed)
+        unhooked = (f"  {name} lost its state-dict hooks: a frozen one has other keys" for name in self.unhooked)
         lines += some_lines(left, "freeze_report.left") + some_lines(composed, "freeze_report.composed")
+        lines += some_lines(unhooked, "freeze_report.unhooked")
         return "\n".join(lines)
 
 
@@ -61,70 +64,106 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     bfloat16, whole chains of frozen layers are one native call with packed weights (`mvit_kernels.nn.network`); on a
     GPU, in bfloat16 and float16, a block's transformer has its weights packed for the CUDA kernel that runs it in one
     launch. The model's own modules around that (pooling, heads, ``features_only``, Hugging Face's output classes) stay.
-    What cannot be frozen stays as it was, layer by layer, and is listed in ``fast.freeze_report``.
+    What cannot be frozen stays as it was, layer by layer, and is listed in ``fast.freeze_report``; so is what only looks
+    foldable, such as a batch norm with a forward of its own. Weights that pruning, weight norm or spectral norm compute
+    are frozen as evaluation computes them. Hooks on what is replaced go on being called, forward and backward ones;
+    state-dict hooks do not, and are listed.
 
     A frozen model follows ``load_state_dict``, ``to`` and the replacement of modules inside; a change of a buffer in
-    place it does not see. Two threads may run one frozen model at once.
+    place it does not see. Two threads may run one frozen model at once. It takes floats of any width, and raises a
+    TypeError on integers and complex numbers, which a cast would silently misread. Keep it with ``torch.save(fast,
+    path)``, or its ``state_dict()`` (safetensors too) for a model frozen alike; ``save_pretrained`` raises, since
+    ``from_pretrained`` could not read it.
 
     Args:
         model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. Its ``state_dict`` afterwards
             is the frozen one's own: load checkpoints before freezing.
-        dtype: float32, bfloat16, float16 or float64 for all weights; inputs are cast, outputs come in it. None keeps
-            the model's.
+        dtype: float32, bfloat16, float16 or float64 for all weights of these four dtypes; inputs are cast, outputs come
+            in it. None keeps the model's.
 
     Returns:
         A new model in evaluation mode, without parameters that need a gradient. ``train()`` on it raises.
 
     Raises:
         TypeError: `model` is no ``nn.Module``, or `dtype` no floating dtype.
-        ValueError: the model has weights or batch norm statistics that are not finite, or variances below zero.
+        ValueError: a convolution, a batch norm or a MobileViT block has values that are not finite, or variances below
+            zero.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model is {type(model).__name__}; a torch.nn.Module is wanted")
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"freeze: dtype is {dtype!r}; float32, bfloat16, float16 or float64 is wanted")
-    _check_finite(model)
 
     # A holder, so that the model itself may be a block or a unit.
     holder = nn.Module()
-    holder.model = copy.deepcopy(model).eval().requires_grad_(False)
-    backends = {_name_in_model(name): backend_of(module) for name, module in holder.named_modules()}
+    holder.model = copy_of(model).eval().requires_grad_(False)
+    backends = {module: backend_of(module) for module in holder.modules()}
     restore(holder)
+    names = {module: _name_in_model(name) for name, module in holder.named_modules()}
+    _settle_and_check(holder)
     if dtype == torch.float64:
-        holder.double()  # before folding: a fold that went through float32 would keep its rounding
+        cast_floats(holder, dtype)  # before folding: a fold that went through float32 would keep its rounding
     left: list[tuple[str, str]] = []
     convolutions = _collect(freeze_convolutions(holder), left)
     inverted_residuals = _collect(freeze_inverted_residuals(holder), left)
     blocks = _freeze_blocks(holder, backends, left)
     _join_sequentials(holder)
     if dtype is not None:
-        holder.to(dtype)
-    # Dense weights that stay the library's own follow the layout of the maps.
-    holder.to(memory_format=torch.channels_last).eval()
+        cast_floats(holder, dtype)
+    holder.eval()
 
     frozen = holder.model
-    on_cpu = all(value.device.type == "cpu" for value in holder.buffers())
-    composed = [(_name_in_model(name), reason) for name, reason in _pack(holder, "")] if on_cpu else []
-    for block in holder.modules():
-        if isinstance(block, FrozenMobileViTBlock):
-            block.pack()
-    report = FreezeReport(tuple(blocks), tuple(inverted_residuals), tuple(convolutions), tuple(left), tuple(composed))
+    composed = [(_name_in_model(name), reason) for name, reason in _pack(holder, "", set())]
+    for module in holder.modules():
+        if isinstance(module, FrozenMobileViTBlock):
+            module.pack()
+        if hasattr(module, "save_pretrained") and any(isinstance(part, Frozen) for part in module.modules()):
+            module.save_pretrained = _refuse_save_pretrained
+    kept = set(holder.modules())
+    unhooked = [name for module, name in names.items() if module not in kept and _has_state_dict_hooks(module)]
+    report = FreezeReport(*map(tuple, (blocks, inverted_residuals, convolutions, left, composed, unhooked)))
     frozen.freeze_report = report
     logger.info("freeze: %s", report)
     return frozen
 
 
-def _check_finite(model: nn.Module) -> None:
-    """A fold of values that are not finite would hide where they came from."""
-    for name, value in model.state_dict().items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+def _settle_and_check(holder: nn.Module) -> None:
+    """Make the computed weights of what will be frozen plain, and refuse broken ones: a fold of values that are not
+    finite would hide where they came from. Whatever else the model holds is its own business."""
+    blocks = [module for module in holder.modules() if adapter_of(module) is not None]
+    inside = {part for block in blocks for part in block.modules()}
+    for name, module in holder.named_modules():
+        if module not in inside and not isinstance(module, nn.Conv2d) and not is_norm(module):
             continue
-        if not torch.isfinite(value).all():
-            raise ValueError(
-                f"freeze: {name} has values that are not finite; mend or reload the weights before freezing"
-            )
-        if name.endswith("running_var") and (value < 0).any():
-            raise ValueError(f"freeze: {name} has negative variances; mend or reload the weights before freezing")
+        settle(module)
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for own_name, value in tensors:
+            if value.device.type == "meta" or tensor_reason(own_name, value) is not None:
+                continue
+            full_name = _name_in_model(f"{name}.{own_name}")
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"freeze: {full_name} has values that are not finite; mend or reload the weights before freezing"
+                )
+            if own_name == "running_var" and (value < 0).any():
+                raise ValueError(
+                    f"freeze: {full_name} has negative variances; mend or reload the weights before freezing"
+                )
+
+
+def _has_state_dict_hooks(module: nn.Module) -> bool:
+    """Whether somebody's hooks are called when `module` is saved or loaded; spectral norm's own are PyTorch's."""
+    kinds = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    hooks = [hook for kind in kinds for hook in module.__dict__.get(kind, {}).values()]
+    return any(not getattr(getattr(hook, "hook", hook), "__module__", "").startswith("torch.") for hook in hooks)
+
+
+def _refuse_save_pretrained(*args, **kwargs) -> None:
+    raise RuntimeError(
+        "save_pretrained: this model is frozen; from_pretrained would build an unfrozen one, find none of its weights "
+        "here, and leave it with random ones. Save the model that freeze() was given and freeze it again after "
+        "loading; or keep the frozen one with torch.save(model, path), or as state_dict() for a model frozen alike"
+    )
 
 
 def _name_in_model(name: str) -> str:
@@ -142,69 +181,99 @@ def _collect(steps, left: list[tuple[str, str]]) -> list[str]:
     return done
 
 
-def _freeze_blocks(holder: nn.Module, backends: dict[str, str | None], left: list[tuple[str, str]]) -> list[str]:
+def _freeze_blocks(holder: nn.Module, backends: dict[nn.Module, str | None], left: list[tuple[str, str]]) -> list[str]:
     """Put `FrozenMobileViTBlock` in place of every MobileViT block; declined ones run as they are."""
     done = []
-    for owner_name, owner in list(holder.named_modules()):
-        for child_name, block in list(owner._modules.items()):
-            adapter = adapter_of(block) if block is not None else None
-            if adapter is None:
-                continue
-            name = _name_in_model(f"{owner_name}.{child_name}".removeprefix("."))
-            try:
-                parts = adapter.parts(block)
-            except Refusal as refusal:
-                left.append((name, str(refusal)))
-                continue
-            takes = getattr(adapter, "takes", None)
-            with torch.no_grad():
-                layers = [TransformerLayerWeights(*map(_own, layer_weights(layer))) for layer in parts.layers]
-            norm = parts.final_norm
-            frozen = FrozenMobileViTBlock(
-                downsampling=parts.downsampling,
-                before=parts.before,
-                layers=layers,
-                final_norm=None if norm is None else (_own(norm.weight), _own(norm.bias)),
-                after=parts.after,
-                fusion=parts.fusion,
-                input_first=parts.input_first,
-                num_heads=parts.num_heads,
-                patch_size=parts.patch_size,
-                eps=parts.eps,
-                fallback=None if takes is None else block,
-                takes=takes,
-                backend=backends[name],
-            )
-            owner._modules[child_name] = with_hooks(frozen, block)
-            done.append(name)
+    for full_name, block in list(holder.named_modules()):
+        adapter, name = adapter_of(block), _name_in_model(full_name)
+        if adapter is None:
+            continue
+        try:
+            parts = adapter.parts(block)
+            reasons = weight_reasons(block, set(parts.seen.modules))
+            if reasons:
+                raise Refusal(reasons, parts.seen)
+        except Refusal as refusal:
+            left.append((name, str(refusal)))
+            continue
+        takes = getattr(adapter, "takes", None)
+        with torch.no_grad():
+            layers = [TransformerLayerWeights(*map(_own, layer_weights(layer))) for layer in parts.layers]
+        norm = parts.final_norm
+        frozen = FrozenMobileViTBlock(
+            downsampling=parts.downsampling,
+            before=parts.before,
+            layers=layers,
+            final_norm=None if norm is None else (_own(norm.weight), _own(norm.bias)),
+            after=parts.after,
+            fusion=parts.fusion,
+            input_first=parts.input_first,
+            num_heads=parts.num_heads,
+            patch_size=parts.patch_size,
+            eps=parts.eps,
+            fallback=None if takes is None else block,
+            takes=takes,
+            tied=() if takes is None else _tied(parts),
+            backend=backends[block],
+        )
+        replace(holder, block, frozen)
+        done.append(name)
     return done
+
+
+def _tied(parts: BlockParts) -> list[tuple[nn.Module, str, str]]:
+    """Where the library's block keeps what `FrozenMobileViTBlock` has as buffers."""
+    tied = []
+    for index, layer in enumerate(parts.layers):
+        (qkv,) = layer.qkv  # as Kornia and cvnets have it, whose blocks serve some calls themselves
+        modules = {
+            "norm1": layer.norm1,
+            "qkv": qkv,
+            "proj": layer.proj,
+            "norm2": layer.norm2,
+            "fc1": layer.fc1,
+            "fc2": layer.fc2,
+        }
+        for field in TransformerLayerWeights._fields:
+            module, _, name = field.rpartition("_")
+            tied.append((modules[module], name, f"layer{index}_{field}"))
+    if parts.final_norm is not None:
+        tied += [(parts.final_norm, name, f"final_norm_{name}") for name in ("weight", "bias")]
+    return tied
 
 
 def _join_sequentials(holder: nn.Module) -> None:
     """Put `FrozenSequential` in place of every Sequential of nothing but frozen modules, the innermost first."""
-    for owner in reversed(list(holder.modules())):
-        for name, child in list(owner._modules.items()):
-            if type(child) is nn.Sequential and all(isinstance(m, (Frozen, nn.Identity)) for m in child):
-                joined = FrozenSequential()
-                joined._modules.update(child._modules)
-                owner._modules[name] = with_hooks(joined, child)
+    for module in reversed(list(holder.modules())):
+        if type(module) is not nn.Sequential or not is_plain(module, nn.Sequential):
+            continue
+        frozen = [isinstance(child, Frozen) for child in module]
+        if any(frozen) and all(done or is_identity(child) for child, done in zip(module, frozen, strict=True)):
+            joined = FrozenSequential()
+            joined._modules.update(module._modules)
+            replace(holder, module, joined)
 
 
-def _pack(module: nn.Module, name: str) -> list[tuple[str, str]]:
-    """Make the native calls of everything frozen below `module`; (name, why not) where there can be none."""
-    reasons = []
+def _pack(module: nn.Module, name: str, seen: set[nn.Module]) -> list[tuple[str, str]]:
+    """Make the native calls of everything frozen on the CPU below `module`; (name, why not) where there can be none."""
+    if module in seen:
+        return []
+    seen.add(module)
     if isinstance(module, Frozen):
+        if any(value.device.type != "cpu" for value in module.buffers()):
+            return []
         network = module.native()
         if isinstance(network, Network):
             return []
         if not isinstance(module, FrozenSequential):
             return [(name, str(network))]
-    for child_name, child in module._modules.items():
+    reasons = []
+    for child_name, child in list(module._modules.items()):
         if child is not None:
-            reasons += _pack(child, f"{name}.{child_name}".removeprefix("."))
+            reasons += _pack(child, f"{name}.{child_name}".removeprefix("."), seen)
     return reasons
 
 
 def _own(value: torch.Tensor | None) -> torch.Tensor | None:
     """A parameter's value as a plain tensor, to be a buffer."""
-    return None if value is None else value.detach()
+    return None if value is None else value.detach().contiguous()

@@ -159,7 +159,7 @@ def call_of(form: Form, subject: Subject, reverse: bool = False) -> Callable[[],
         for name, value in outputs.items():
             if name not in cotangents:
                 generator = torch.Generator().manual_seed(0)
-                cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+                cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
                 cotangents[name] = (cotangent.flip(0) if reverse else cotangent).to(value)
         torch.autograd.backward(list(outputs.values()), [cotangents[name] for name in outputs])
         if optimizer is not None:

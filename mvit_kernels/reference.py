@@ -147,7 +147,7 @@ def is_one_column(
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or stride[1] == 1 or groups > 1:
         return False
     reach = dilation[1] * (weight.shape[3] - 1) + 1
-    return x.shape[3] + 2 * padding[1] - reach < stride[1]
+    return x.shape[-1] + 2 * padding[1] - reach < stride[1]
 
 
 def transformer_layer(

@@ -19,14 +19,15 @@ own is more than a hundred times that, its result is garbage, and no yardstick.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from ._plain import DTYPES, cast_floats, copy_of
 from .adapters import named_blocks, restore
 from .nn.frozen import FrozenMobileViTBlock
 from .rounding import RUNS, RoundedArithmetic, careful_error
@@ -121,7 +122,8 @@ def verify(
 
     Args:
         model: an accelerated model, or a frozen one with its `reference`.
-        example: a batch of images (B, 3, H, W), or the model's keyword arguments as a dict.
+        example: a batch of images (B, 3, H, W), a list of images or whatever else the model takes as its one argument,
+            or its keyword arguments as a dict. Floats in it are cast to the model's dtype.
         reference: the model that is right by definition; `model` restored where None.
         gradients: also compare the gradients of every parameter, in training mode without dropout; batch norms use the
             batch's statistics, and their running ones are left alone.
@@ -148,27 +150,30 @@ def verify(
                 f"verify: the example is empty, of shape {tuple(value.shape)}; at least one image is wanted"
             )
 
-    pytorch = restore(copy.deepcopy(model if reference is None else reference))
-    truth = copy.deepcopy(pytorch).double()
-    dtype = next((p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), torch.float32)
-    if frozen:  # the same dtype for PyTorch's own path, so that the comparison is fair
-        pytorch = pytorch.to(dtype)
+    pytorch = restore(copy_of(model if reference is None else reference))
+    truth = cast_floats(copy_of(pytorch), torch.float64)
+    dtype = _dtype(model)
+    if frozen and dtype != _dtype(pytorch):  # the same for PyTorch's own path, so that the comparison is fair
+        pytorch = _casting(cast_floats(pytorch, dtype))
     run = _gradients if gradients else _outputs
-    fast = run(copy.deepcopy(model), example, dtype)
-    exact = run(copy.deepcopy(truth), example, torch.float64)
+    fast = run(copy_of(model), example, dtype)
+    with _Double():
+        exact = run(copy_of(truth), example, torch.float64)
     if not all(torch.isfinite(value).all() for value in exact.values()):
         raise ValueError("verify: the model's output is not finite in float64 either; mend its weights or the example")
-    own = [run(copy.deepcopy(pytorch), example, dtype)]
-    if gradients:
-        own.append(_gradients(copy.deepcopy(pytorch), example, dtype, reverse=True))
-    pytorch, laid_out = pytorch.to(memory_format=torch.channels_last), _channels_last(example)
-    own.append(run(copy.deepcopy(pytorch), laid_out, dtype))
-    if gradients:
+    reverse = gradients and _is_one_batch(example)
+    own = [run(copy_of(pytorch), example, dtype)]
+    if reverse:
+        own.append(_gradients(copy_of(pytorch), example, dtype, reverse=True))
+    laid_out = _map(_channels_last, example)
+    pytorch._apply(_channels_last)
+    own.append(run(copy_of(pytorch), laid_out, dtype))
+    if reverse:
         own.append(_gradients(pytorch, laid_out, dtype, reverse=True))
 
     def careful(seed: int) -> dict[str, Tensor]:
-        with RoundedArithmetic(dtype, seed):
-            return run(copy.deepcopy(truth), example, torch.float64)
+        with _Double(), RoundedArithmetic(dtype, seed):
+            return run(copy_of(truth), example, torch.float64)
 
     return VerificationReport(tuple(error_rows(fast, own, exact, None if dtype == torch.float64 else careful)))
 
@@ -224,12 +229,44 @@ def _gradients(model: nn.Module, example: Any, dtype: torch.dtype, reverse: bool
     generator = torch.Generator().manual_seed(0)
     loss = 0.0
     for value in outputs.values():
-        cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
         loss = loss + (value * cotangent.to(value)).sum()
     model.zero_grad()
     loss.backward()
     gradients = {GRADIENT + name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach() for name, value in outputs.items()} | gradients
+
+
+class _Double(TorchFunctionMode):
+    """What a float64 model asks for by name (``x.float()``, ``dtype=torch.float32``) is float64 too."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        args = [torch.float64 if _is_float(value) else value for value in args]
+        kwargs = {key: torch.float64 if _is_float(value) else value for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in DTYPES
+
+
+def _casting(model: nn.Module) -> nn.Module:
+    """`model` with modules that cast their input to their parameters' dtype, as frozen ones do."""
+    for module in model.modules():
+        weight = next(module.parameters(recurse=False), None)
+        if weight is not None and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+            dtype = weight.dtype
+            module.register_forward_pre_hook(lambda _, args, dtype=dtype: tuple(_cast(value, dtype) for value in args))
+    return model
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that a model computes in: its blocks', where it has any."""
+    modules = (*(module for _, module, _ in named_blocks(model)), model)
+    weights = (weight for module in modules for weight in (*module.parameters(), *module.buffers()))
+    return next((weight.dtype for weight in weights if weight.dtype in DTYPES), torch.float32)
 
 
 def _call(model: nn.Module, example: Any, dtype: torch.dtype) -> Any:
@@ -238,32 +275,43 @@ def _call(model: nn.Module, example: Any, dtype: torch.dtype) -> Any:
     return model(_cast(example, dtype))
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _reversed(value: Any) -> Any:
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` of every tensor in it, however nested."""
+    if isinstance(value, Tensor):
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: _reversed(item) for key, item in value.items()}
-    return value.flip(0) if isinstance(value, Tensor) and value.dim() else value
-
-
-def _channels_last(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _channels_last(item) for key, item in value.items()}
-    if isinstance(value, Tensor) and value.dim() == 4:
-        return value.contiguous(memory_format=torch.channels_last)
+        return {key: _map(function, item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(function, item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(function, item) for item in value)
     return value
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return _map(lambda tensor: tensor.to(dtype) if tensor.dtype in DTYPES else tensor, value)
+
+
+def _reversed(value: Any) -> Any:
+    return _map(lambda tensor: tensor.flip(0) if tensor.dim() else tensor, value)
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    if value.dim() != 4 or value.layout != torch.strided or type(value) not in (Tensor, nn.Parameter):
+        return value
+    return value.contiguous(memory_format=torch.channels_last)
+
+
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
+    tensors: list[Tensor] = []
+    _map(lambda tensor: tensors.append(tensor) or tensor, value)
+    return tensors
+
+
+def _is_one_batch(example: Any) -> bool:
+    """Whether images are the first axis of every tensor, and none is in a list: then their order can be reversed."""
+    values = example.values() if isinstance(example, Mapping) else [example]
+    return not any(isinstance(value, (list, tuple, Mapping)) and _tensors(value) for value in values)
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 """A stand-in for Apple's cvnets, which no package registry has: its module tree, names and behaviour, written anew.
 
 What the adapter and the checkpoint tables rely on is here: the classes' names and packages, the modules' names (so that
-the state dict has cvnets' keys), the attributes that the adapter reads, a tuple as input for video, and the LayerNorm
-of 0.3 and later, which takes any tensor whose axis 1 has the width of the norm for a channel-first one.
+the state dict has cvnets' keys), the attributes that the adapter reads, a tuple as input for video, and what changed
+with 0.3: the convolutional unit is called ``ConvLayer2d``, of subclasses of PyTorch's layers with nothing but an
+``__init__`` of their own, and the LayerNorm takes any tensor whose axis 1 has the width of the norm for a
+channel-first one.
 """
 
 from __future__ import annotations
@@ -102,14 +104,28 @@ class LinearLayer(nn.Module):
 
 
 @_in_package("cvnets.layers.conv_layer")
-class ConvLayer(nn.Module):
+class Conv2d(nn.Conv2d):
+    def __init__(self, *args, padding_mode: str = "zeros", **options) -> None:
+        super().__init__(*args, padding_mode=padding_mode, **options)
+
+
+@_in_package("cvnets.layers.normalization.batch_norm")
+class BatchNorm2d(nn.BatchNorm2d):
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+
+
+class _Unit(nn.Module):
+    conv_class: type[nn.Conv2d]
+    norm_class: type[nn.BatchNorm2d]
+
     def __init__(self, inp: int, out: int, kernel: int, stride: int = 1, groups: int = 1, norm=True, act=True) -> None:
         super().__init__()
         self.block = nn.Sequential()
-        conv = nn.Conv2d(inp, out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+        conv = self.conv_class(inp, out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
         self.block.add_module("conv", conv)
         if norm:
-            self.block.add_module("norm", nn.BatchNorm2d(out))
+            self.block.add_module("norm", self.norm_class(out))
         if act:
             self.block.add_module("act", Swish())
 
@@ -117,16 +133,26 @@ class ConvLayer(nn.Module):
         return self.block(x)
 
 
+@_in_package("cvnets.layers.conv_layer")
+class ConvLayer(_Unit):  # 0.1 and 0.2
+    conv_class, norm_class = nn.Conv2d, nn.BatchNorm2d
+
+
+@_in_package("cvnets.layers.conv_layer")
+class ConvLayer2d(_Unit):  # from 0.3 on
+    conv_class, norm_class = Conv2d, BatchNorm2d
+
+
 @_in_package("cvnets.modules.mobilenetv2")
 class InvertedResidual(nn.Module):
-    def __init__(self, inp: int, out: int, stride: int, expand_ratio: float) -> None:
+    def __init__(self, inp: int, out: int, stride: int, expand_ratio: float, unit=ConvLayer2d) -> None:
         super().__init__()
         hidden = int(inp * expand_ratio)
         self.use_res_connect = stride == 1 and inp == out
         self.block = nn.Sequential()
-        self.block.add_module("exp_1x1", ConvLayer(inp, hidden, 1))
-        self.block.add_module("conv_3x3", ConvLayer(hidden, hidden, 3, stride, hidden))
-        self.block.add_module("red_1x1", ConvLayer(hidden, out, 1, act=False))
+        self.block.add_module("exp_1x1", unit(inp, hidden, 1))
+        self.block.add_module("conv_3x3", unit(hidden, hidden, 3, stride, hidden))
+        self.block.add_module("red_1x1", unit(hidden, out, 1, act=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block(x) if self.use_res_connect else self.block(x)
@@ -189,17 +215,25 @@ class TransformerEncoder(nn.Module):
 @_in_package("cvnets.modules.mobilevit_block")
 class MobileViTBlock(nn.Module):
     def __init__(
-        self, channels: int, dim: int, depth: int, norm, fusion: bool = True, heads: int = 4, **dropouts
+        self,
+        channels: int,
+        dim: int,
+        depth: int,
+        norm,
+        fusion: bool = True,
+        heads: int = 4,
+        unit=ConvLayer2d,
+        **dropouts,
     ) -> None:
         super().__init__()
         rates = {"dropout": 0.0, "ffn_dropout": 0.0, "attn_dropout": 0.0, "path": 0.0} | dropouts
         self.local_rep = nn.Sequential()
-        self.local_rep.add_module("conv_3x3", ConvLayer(channels, channels, 3))
-        self.local_rep.add_module("conv_1x1", ConvLayer(channels, dim, 1, norm=False, act=False))
+        self.local_rep.add_module("conv_3x3", unit(channels, channels, 3))
+        self.local_rep.add_module("conv_1x1", unit(channels, dim, 1, norm=False, act=False))
         layers = [TransformerEncoder(dim, 2 * dim, heads, norm=norm, **rates) for _ in range(depth)]
         self.global_rep = nn.Sequential(*layers, norm(dim))
-        self.conv_proj = ConvLayer(dim, channels, 1)
-        self.fusion = ConvLayer(2 * channels, channels, 3) if fusion else None
+        self.conv_proj = unit(dim, channels, 1)
+        self.fusion = unit(2 * channels, channels, 3) if fusion else None
         self.patch_h = self.patch_w = 2
 
     def _unfold(self, x: Tensor) -> Tensor:
@@ -255,24 +289,25 @@ class MobileViT(nn.Module):
         variant: "xxs", "xs" or "s".
         num_classes: of the classifier.
         norm: `LayerNorm` (0.3 and later) or `PlainLayerNorm`.
+        unit: `ConvLayer2d` (0.3 and later) or `ConvLayer`.
         dropouts: dropout, ffn_dropout, attn_dropout and path of the transformers.
     """
 
-    def __init__(self, variant: str, num_classes: int = 1000, norm=LayerNorm, **dropouts: float) -> None:
+    def __init__(self, variant: str, num_classes: int = 1000, norm=LayerNorm, unit=ConvLayer2d, **dropouts) -> None:
         super().__init__()
         channels, dims, features, ratio = VARIANTS[variant]
-        self.conv_1 = ConvLayer(3, 16, 3, 2)
+        self.conv_1 = unit(3, 16, 3, 2)
         inp = 16
         for index, out in enumerate(channels):
             stride = 1 if index == 0 else 2
-            layer = [InvertedResidual(inp, out, stride, ratio)]
+            layer = [InvertedResidual(inp, out, stride, ratio, unit)]
             if index == 1:
-                layer += [InvertedResidual(out, out, 1, ratio) for _ in range(2)]
+                layer += [InvertedResidual(out, out, 1, ratio, unit) for _ in range(2)]
             elif index > 1:
-                layer.append(MobileViTBlock(out, dims[index - 2], (2, 4, 3)[index - 2], norm, **dropouts))
+                layer.append(MobileViTBlock(out, dims[index - 2], (2, 4, 3)[index - 2], norm, unit=unit, **dropouts))
             self.add_module(f"layer_{index + 1}", nn.Sequential(*layer))
             inp = out
-        self.conv_1x1_exp = ConvLayer(inp, features, 1)
+        self.conv_1x1_exp = unit(inp, features, 1)
         self.classifier = nn.Sequential()
         self.classifier.add_module("global_pool", GlobalPool())
         self.classifier.add_module("fc", nn.Linear(features, num_classes))

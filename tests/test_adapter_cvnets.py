@@ -13,10 +13,14 @@ from _declined import LoRA, assert_declined, evaluated, replaced
 from _models import accelerated, assert_same, blocks, fast_calls
 from torch import nn
 
-from mvit_kernels import accelerate, report
+from mvit_kernels import accelerate, freeze, report, verify
 
 X = _models.images(1, 64, 64).double()
 LAYER = "global_rep.0"
+GENERATIONS = {
+    "0.1": {"unit": _cvnets.ConvLayer, "norm": _cvnets.PlainLayerNorm},
+    "0.3": {"unit": _cvnets.ConvLayer2d, "norm": _cvnets.LayerNorm},
+}
 
 
 # ------------------------------------------------------------------------------------------------- the stand-in itself
@@ -35,6 +39,20 @@ def test_the_stand_in_has_cvnets_keys():
     photos, labels = _data.land_use_photos()
     for candidate in (model, accelerated(model)):
         assert torch.equal(evaluated(candidate, photos).argmax(1), labels)
+
+
+@pytest.mark.parametrize("options", GENERATIONS.values(), ids=GENERATIONS)
+def test_every_generation_is_accelerated_and_freezes(options):
+    """The convolutional unit has another name, and layers of its own, since 0.3."""
+    model = _models.build("cvnets", **options)
+    assert any(type(module) is options["unit"] for module in model.modules())
+    frozen = freeze(model)
+    found = frozen.freeze_report
+    assert (len(found.blocks), len(found.inverted_residuals), len(found.convolutions)) == (3, 7, 35)
+    assert found.left == found.composed == ()
+    for fast, reference in ((frozen, model), (accelerated(model), None)):
+        verification = verify(fast, _models.images(1, 64, 96), reference=reference)
+        assert verification.ok, f"\n{verification}"
 
 
 # ------------------------------------------------------------------------------------------------------------- refusal
@@ -116,6 +134,49 @@ def test_vendored_packages_and_linears_of_pytorch():
     with fast_calls() as calls:
         assert_same(evaluated(accelerated(model), X), evaluated(model, X))
     assert len(calls) == 3
+
+
+def _copied(model: nn.Module, **changed) -> nn.Module:
+    """cvnets' classes in somebody's ``model.py``; those of a name in `changed` with another forward."""
+    classes: dict[type, type] = {}
+    for module in model.modules():
+        cls = type(module)
+        if cls.__module__.startswith("cvnets."):
+            body = {"__module__": "model"} | ({"forward": changed[cls.__name__]} if cls.__name__ in changed else {})
+            module.__class__ = classes.setdefault(cls, type(cls.__name__, (cls,), body))
+    return model
+
+
+@pytest.mark.parametrize("options", GENERATIONS.values(), ids=GENERATIONS)
+def test_copies_in_another_package(options):
+    """Known by name, children and keys, and tried; nobody's hooks are called for that."""
+    model, calls = _copied(_models.build("cvnets", **options)), []
+    model.layer_1[0].block.register_forward_hook(lambda *_: calls.append(1))
+    model.layer_3[1].local_rep[0].register_forward_hook(lambda *_: calls.append(1))
+    frozen, ours = freeze(model), accelerated(model)
+    assert not calls
+    found = frozen.freeze_report
+    assert (len(found.blocks), len(found.inverted_residuals), len(found.convolutions)) == (3, 6, 35)
+    assert found.left == (("layer_1.0", "an inner module carries a hook"),)
+    for fast, reference in ((frozen, model), (ours, None)):
+        verification = verify(fast, _models.images(1, 64, 96), reference=reference)
+        assert verification.ok, f"\n{verification}"
+
+
+@pytest.mark.parametrize("name", ["MobileViTBlock", "ConvLayer2d", "InvertedResidual", "TransformerEncoder"])
+def test_copies_that_compute_something_else_are_left(name):
+    original = getattr(_cvnets, name).forward
+    model = _copied(_models.build("cvnets"), **{name: lambda self, x, *args: original(self, x, *args).sin()})
+    frozen = freeze(model)
+    found = frozen.freeze_report
+    served, inverted_residuals = (0, 7) if name in ("MobileViTBlock", "TransformerEncoder") else (3, 0)
+    assert (len(found.blocks), len(found.inverted_residuals)) == (served, inverted_residuals)
+    assert "computes something else" in str(found)
+    x = _models.images(1, 64, 96)
+    assert verify(frozen, x, reference=model).ok
+    ours = accelerate(copy.deepcopy(model))
+    assert len(report(ours).accelerated) == served
+    assert verify(ours, x).ok
 
 
 def test_without_fusion():

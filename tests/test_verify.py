@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import _models
 import pytest
@@ -110,6 +111,55 @@ def test_keyword_examples():
     report = mvit_kernels.verify(model, example)
     assert report.ok
     assert "output.logits" in {row.name for row in report.rows}
+
+
+class Wrapped(nn.Module):
+    """What people put around a network: it takes something else than one batch, and asks for float32 itself."""
+
+    def __init__(self, images) -> None:
+        super().__init__()
+        self.net, self.images = _models.build("timm"), images
+
+    def forward(self, x=None, **inputs):
+        return self.net(self.images(x if x is not None else inputs).float())
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+ONE, OTHER = _models.images(2, 64, 64)
+BYTES = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+WRAPPED = {
+    "a list of images": (torch.stack, [ONE, OTHER]),
+    "a list of batches": (torch.cat, [ONE[None], OTHER[None]]),
+    "a tuple": (lambda pair: torch.stack(pair), (ONE, OTHER)),
+    "a named tuple": (lambda pair: torch.stack((pair.left, pair.right)), Pair(ONE, OTHER)),
+    "nested": (lambda inputs: torch.stack(inputs["pair"][0]["images"]), {"pair": ({"images": [ONE, OTHER]}, 3)}),
+    "bytes": (lambda images: images.float() / 128 - 1, BYTES),
+    "a dtype by name": (lambda images: images.to(torch.float32) + torch.zeros(1, dtype=torch.float32), BYTES / 128 - 1),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_examples_of_any_kind(case):
+    images, example = WRAPPED[case]
+    model = Wrapped(images).eval()
+    candidates = [(mvit_kernels.freeze(model, dtype=dtype), model) for dtype in (None, torch.bfloat16, torch.float64)]
+    for candidate, reference in [*candidates, (mvit_kernels.accelerate(Wrapped(images).eval()), None)]:
+        report = mvit_kernels.verify(candidate, example, reference=reference)
+        assert report.ok, f"\n{report}"
+    assert mvit_kernels.verify(candidate, example, gradients=True).ok
+
+
+def test_the_truth_is_float64_throughout():
+    """A model's own ``.float()`` would round it: the error of PyTorch's path would be measured against a float32."""
+    model = mvit_kernels.accelerate(Wrapped(lambda x: x).eval())
+    images = _models.images(1, 64, 64)
+    (row,) = [row for row in mvit_kernels.verify(model, images).rows if row.name == "output"]
+    plain = mvit_kernels.verify(model.net, images).rows[-1]
+    assert row._replace(name="") == plain._replace(name="")
 
 
 @pytest.mark.parametrize(

@@ -194,14 +194,14 @@ def _about_relative(name: str, count: int) -> str:
 
 def adapter_of(module: nn.Module) -> ModuleType | None:
     """The adapter for which `module` is a MobileViT block: by its class, which is known by name and package without any
-    import, and its children."""
+    import, and its children; cvnets' also in another package."""
     for adapter in ADAPTERS:
         if all(child in module._modules for child in adapter.CHILDREN) and any(
             cls.__name__ == adapter.BLOCK and adapter.PACKAGE in cls.__module__.split(".")
             for cls in type(module).__mro__
         ):
             return adapter
-    return None
+    return cvnets if cvnets.may_be(module) else None
 
 
 def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType | None]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .._plain import is_identity, is_plain, is_silu
 from ._block import BlockParts, LayerModules, Refusal, Seen, has_hooks, original_class
 
 
@@ -20,7 +21,7 @@ class Inspector:
 
     Args:
         block: the library's block, accelerated or not.
-        package: the name that the library is imported by.
+        package: the name that the library is imported by; "" where its classes were copied to another one.
         name: of the block's class.
         bypassed: the block's children that the fast path does not call; all that is below them.
     """
@@ -57,7 +58,7 @@ class Inspector:
         module = self.get(path)
         if module is None or self._is_own(module, name):
             return module
-        return self._refuse(path, module, f"{self.package}'s {name} is wanted")
+        return self._refuse(path, module, f"{self.package or 'the library'}'s {name} is wanted")
 
     def sequence(self, path: str, cls: type[nn.Sequential] | type[nn.ModuleList], length: int | None = None) -> int:
         """A plain container; returns its length, 0 if it does not fit."""
@@ -90,13 +91,16 @@ class Inspector:
 
     def silu(self, path: str) -> None:
         module = self.get(path)
-        known = type(module).__name__ in ("SiLU", "SiLUActivation", "Swish")
-        if not known or module._parameters:  # a Swish with a learned slope
+        if not is_silu(module):
             self._refuse(path, module, "only SiLU is fused")
 
     def dropout(self, path: str, also: str = "") -> nn.Module | None:
         module = self.get(path)
-        if type(module).__name__ in ("Dropout", "Identity", also):
+        if is_identity(module) or type(module) is nn.Dropout or self._is_own(module, also):
+            return module
+        if not self.package and self._is_own(module, "Identity"):
+            return module
+        if self._is_own(module, "Dropout") or is_plain(module, nn.Dropout):
             return module
         return self._refuse(path, module, "only Dropout is known there")
 
@@ -209,7 +213,9 @@ class Inspector:
 
     def _is_own(self, module: nn.Module, name: str) -> bool:
         """Whether `module` is of exactly the library's class `name`, also where that is vendored (``x.cvnets.y``)."""
-        return type(module).__name__ == name and self.package in type(module).__module__.split(".")
+        return type(module).__name__ == name and (
+            not self.package or self.package in type(module).__module__.split(".")
+        )
 
     def _refuse(self, path: str, module: nn.Module | None, why: str) -> None:
         """Add the reason, unless `get` added that there is no such module."""

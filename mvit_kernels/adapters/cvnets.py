@@ -7,24 +7,77 @@ Two things are left to the block itself, call by call:
 - from 0.3 on, maps with as many patches as channels (S at 192 px, XXS at 128 px): cvnets' LayerNorm takes a
   (rows, N, d) tensor with N = d for a channel-first one and normalises over the patches. It moves logits by 5e-2; it
   is what those models compute, so it is kept.
+
+Its code is copied more often than its package is installed, into a ``model.py`` with a ``transformer.py`` beside it. A
+copy is known by the class's name, its children and its keys, and is then tried: on two random maps it must compute
+what the fast path does, in float64.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from ._block import BlockParts, LayerModules
+from .._plain import alike, copy_of
+from . import _block
+from ._block import BlockParts, LayerModules, Refusal, original_class
 from ._inspector import Inspector
 
 NAME = "cvnets"
 PACKAGE = "cvnets"
 BLOCK = "MobileViTBlock"
 CHILDREN = ("local_rep", "global_rep", "conv_proj")
+_tried: dict[tuple[type, ...], bool] = {}  # the classes of a copy's block and of all below its transformer
 
 
 def parts(block: nn.Module) -> BlockParts:
     """Where cvnets keeps what; raises `Refusal` with every reason against it."""
-    look = Inspector(block, PACKAGE, BLOCK, bypassed=("global_rep",))
+    if PACKAGE in original_class(block).__module__.split("."):
+        return _read(block, PACKAGE)
+    found = _read(block, "")
+    # A traced block was tried when it was accelerated.
+    if not torch.compiler.is_compiling() and not _is_cvnets(block, found):
+        reason = f"it is a {BLOCK} of {original_class(block).__module__}, which computes something else than cvnets'"
+        raise Refusal([reason], found.seen)
+    return found
+
+
+def may_be(block: nn.Module) -> bool:
+    """Whether `block` may be a copy of cvnets' in another package: by its class's name, its children and its keys."""
+    classes = [cls.__name__ for cls in type(block).__mro__]
+    return (
+        BLOCK in classes
+        and all(block._modules.get(child) is not None for child in CHILDREN)
+        and hasattr(block.global_rep, "0")
+        and {"pre_norm_mha", "pre_norm_ffn"} <= getattr(block.global_rep, "0")._modules.keys()
+    )
+
+
+def _is_cvnets(block: nn.Module, found: BlockParts) -> bool:
+    classes = (original_class(block), *(type(module) for module in found.seen.modules[1:]))
+    if classes not in _tried:
+        copied = copy_of(block)
+        copied.__class__ = original_class(block)  # not accelerated
+        channels = next(conv.in_channels for conv in copied.local_rep.modules() if hasattr(conv, "in_channels"))
+        ph, pw = found.patch_size
+        # 15 patches, and 6 after a resize: as many as channels no block has
+        _tried[classes] = alike(_Fast(copied), copied, channels, ((3 * ph, 5 * pw), (2 * ph + 1, pw + 1)))
+    return _tried[classes]
+
+
+class _Fast(nn.Module):
+    """A copy of cvnets' block as the fast path sees it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _block.forward(_read(self.block, ""), x, "reference")
+
+
+def _read(block: nn.Module, package: str) -> BlockParts:
+    look = Inspector(block, package, BLOCK, bypassed=("global_rep",))
     depth = max(look.sequence("global_rep", nn.Sequential) - 1, 0)
     return look.parts(
         layers=[_layer(look, f"global_rep.{index}") for index in range(depth)],

@@ -110,9 +110,9 @@ def preprocess(
     pixels = np.asarray(image.resize((width, height), resampling, box=(left, top, right, bottom)))
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().contiguous() / 255
     if mean is not None:
-        x -= torch.tensor(mean)[:, None, None]
+        x -= torch.tensor(mean, device="cpu")[:, None, None]
     if std is not None:
-        x /= torch.tensor(std)[:, None, None]
+        x /= torch.tensor(std, device="cpu")[:, None, None]
     return x.flip(0) if bgr else x
 
 

@@ -110,7 +110,7 @@ def random_images(args: argparse.Namespace) -> Tensor:
     import torch
 
     check_size(args)
-    images = torch.rand(args.batch, 3, *args.size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(args.batch, 3, *args.size, generator=torch.Generator().manual_seed(0), device="cpu")
     return images.to(device=args.device, dtype=getattr(torch, args.dtype))
 
 
@@ -267,7 +267,7 @@ def randomise(model: nn.Module) -> None:
                 module.bias.normal_(std=0.1)
             elif isinstance(module, nn.Linear):
                 module.weight.normal_(std=module.in_features**-0.5)
-    calibrate(model, [torch.rand(4, 3, 128, 128)])
+    calibrate(model, [torch.rand(4, 3, 128, 128, device="cpu")])
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import backends, cuda, reference
 from ..ops import TransformerLayerWeights, inverted_residual
+from ..ops._checks import DTYPES
 from ..ops.inverted_residual import inverted_residual_call
 from .functional import transformer_on_map
 from .network import Builder, Network, NotNative, Place, hooks_inside, links_of, network_allowed
@@ -52,11 +53,24 @@ class Frozen(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
         if network_allowed(x):
             network = self.native()
             if isinstance(network, Network) and network.serves(x):
                 return network(x)
         return self.composed(x)
+
+    def _check(self, x: Tensor) -> None:
+        """Refuse what PyTorch's convolution refuses too: floats are cast to the weights' dtype, but integers are an
+        image that nobody scaled, and of complex numbers a cast drops half. (0.2 µs.)"""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(self).__name__}: x is {type(x).__name__}; a torch.Tensor is wanted")
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{type(self).__name__}: x is {x.dtype}; float32, bfloat16, float16 or float64 is wanted. Bring it to "
+                "the range that the model was trained on first: an image of bytes by x.float() / 255, then its mean "
+                "and deviation"
+            )
 
     def native(self) -> Network | NotNative:
         """The native call as things are now, or why there is none."""
@@ -108,7 +122,11 @@ class FrozenSequential(Frozen, nn.Sequential):
 
     @property
     def in_channels(self) -> int:
-        return links_of(self)[0].in_channels
+        return self.links()[0].in_channels
+
+    def links(self) -> list[Frozen]:
+        """The frozen modules one after another, those of Sequentials inside included."""
+        return [link for child in self for link in links_of(child)]
 
     def composed(self, x: Tensor) -> Tensor:
         return nn.Sequential.forward(self, x)
@@ -153,17 +171,32 @@ class FrozenConv2d(Frozen):
     def in_channels(self) -> int:
         return self.weight.shape[1] * self.groups
 
+    # Around a bare convolution may be somebody's code that reads what nn.Conv2d has.
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return tuple(self.weight.shape[2:])
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(conv(x))``, or ``conv(x) + residual`` (then there is no activation)."""
-        return super().forward(x) if residual is None else self.composed(x, residual)
+        if residual is None:
+            return super().forward(x)
+        self._check(x)
+        return self.composed(x, residual)
 
     def composed(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = x.to(self.weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.weight.dtype)
+        if x.dim() == 4:  # nn.Conv2d takes an image without a batch too
+            x = x.contiguous(memory_format=torch.channels_last)
         if residual is None and reference.is_one_column(
             x, self.weight, self.stride, self.padding, self.dilation, self.groups
         ):
-            wider = F.pad(x, (0, self.stride[1])).contiguous(memory_format=torch.channels_last)
-            return self.composed(wider)[..., :1].contiguous(memory_format=torch.channels_last)
+            y = self.composed(F.pad(x, (0, self.stride[1])))[..., :1]
+            return y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
         if _onednn_serves(x):
             return self._onednn(x, residual)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -210,6 +243,16 @@ class FrozenConv2d(Frozen):
     def __getstate__(self):
         return {**super().__getstate__(), "_packed": None}
 
+    # A state dict is dense, as safetensors wants it; here a dense 3×3 convolution's weight is channels-last.
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._buffers["weight"] = self.weight.contiguous(memory_format=torch.channels_last)  # after assign=True
+
     def extra_repr(self) -> str:
         out, width, kh, kw = self.weight.shape
         return (
@@ -224,7 +267,7 @@ def _onednn_serves(x: Tensor) -> bool:
         return False
     if type(x) is not Tensor or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    if x.numel() == 0:
+    if x.dim() != 4 or x.numel() == 0:
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -274,7 +317,9 @@ class FrozenMobileViTBlock(Frozen):
         final_norm: (weight, bias) of the last LayerNorm, or None.
         num_heads, patch_size, eps, backend: as in `mvit_kernels.transformer`.
         fallback, takes: where ``takes(fallback, x)`` is false, the library's own block `fallback` serves the call (maps
-            on which Kornia raises and cvnets normalises otherwise).
+            on which Kornia raises and cvnets normalises otherwise, and a video's tuple). It is no module of this one,
+            whose weights it reads.
+        tied: where: a module of `fallback`, the name of a parameter there, and the name of the buffer here.
     """
 
     def __init__(
@@ -292,18 +337,41 @@ class FrozenMobileViTBlock(Frozen):
         eps: float,
         fallback: nn.Module | None = None,
         takes: Callable[[nn.Module, Tensor], bool] | None = None,
+        tied: Sequence[tuple[nn.Module, str, str]] = (),
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.downsampling = downsampling
         self.before, self.after, self.fusion = nn.Sequential(*before), nn.Sequential(*after), fusion
         self.input_first, self.num_heads, self.patch_size, self.eps = input_first, num_heads, patch_size, eps
-        self.fallback, self.takes, self.backend, self.num_layers = fallback, takes, backend, len(layers)
+        self.takes, self.backend, self.num_layers = takes, backend, len(layers)
         for index, layer in enumerate(layers):
             for name, value in layer._asdict().items():
                 self.register_buffer(f"layer{index}_{name}", value)
         for name, value in zip(("weight", "bias"), final_norm or (None, None), strict=True):
             self.register_buffer(f"final_norm_{name}", value)
+        self.__dict__["fallback"], self.tied = fallback, tuple(tied)
+        self._tie()
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.fallback is not None and (args or kwargs or not isinstance(x, Tensor)):
+            return self.fallback(x, *args, **kwargs)
+        return super().forward(x)
+
+    def _tie(self) -> None:
+        """Let the fallback read this module's buffers."""
+        for module, name, buffer in self.tied:
+            module._parameters.pop(name, None)
+            module._buffers[name] = self._buffers[buffer]
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self._tie()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._tie()  # after assign=True they are other tensors
 
     @property
     def in_channels(self) -> int:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, cpu
+from .._plain import does_nothing, is_plain
 
 if TYPE_CHECKING:
     from .frozen import Frozen, FrozenConv2d, FrozenInvertedResidual
@@ -148,11 +149,11 @@ class Builder:
         words = [VERSION, int(self.pairs), len(self.values), len(self.steps)]
         words += [word for value in self.values for word in value]
         words += [word for step in self.steps for word in (len(step) + 1, *step)]
-        return torch.tensor(words, dtype=torch.int64)
+        return torch.tensor(words, dtype=torch.int64, device="cpu")
 
     def weights(self) -> Tensor:
         """All of them in one stretch of bytes, each at a multiple of 64."""
-        stretch = torch.zeros(self._bytes, dtype=torch.uint8)
+        stretch = torch.zeros(self._bytes, dtype=torch.uint8, device="cpu")
         at = 0
         for part in self._parts:
             bytes_ = part.contiguous().flatten().view(torch.uint8)
@@ -273,10 +274,12 @@ def _hooked(modules: list[nn.Module]) -> bool:
 
 def links_of(module: nn.Module) -> list[Frozen]:
     """The frozen modules that calling `module` amounts to, one after another."""
-    if isinstance(module, nn.Sequential):
-        return [link for child in module for link in links_of(child)]
-    if isinstance(module, nn.Identity) or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training):
+    if does_nothing(module):
         return []
+    if hasattr(module, "links"):
+        return module.links()
+    if is_plain(module, nn.Sequential):
+        return [link for child in module for link in links_of(child)]
     if not hasattr(module, "emit"):
         raise NotNative(f"it contains a {type(module).__name__}")
     return [module]

@@ -205,7 +205,9 @@ def subject_of(setting: Setting, device: str) -> Subject:
         ImportError: the model's library is not installed.
     """
     model = load(setting.model, device=device)
-    images = torch.rand(setting.batch, 3, setting.size, setting.size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(
+        setting.batch, 3, setting.size, setting.size, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
     images = images.to(device)
     if setting.stage:
         model, images = _block(model, setting.stage, images)
@@ -282,5 +284,5 @@ def _mobile_subject(name: str, device: str) -> Subject:
         randomise(model)
     else:
         model, size = load(name), 256
-    images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
     return Subject(model.to(device), images.to(device))

@@ -123,7 +123,7 @@ def operands(operator: str, stage: Stage, *, seed: int = 0) -> Operands:
     d, tokens, map_shape = stage.width, stage.tokens, (stage.batch, stage.side, stage.side)
 
     def random(*shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        return torch.randn(shape, generator=generator) * std + mean
+        return torch.randn(shape, generator=generator, device="cpu") * std + mean
 
     def linear(out: int, width: int) -> tuple[Tensor, Tensor]:
         return random(out, width, std=width**-0.5), random(out, std=0.1)

@@ -231,7 +231,7 @@ def truth_of(case: Operands, training: bool) -> tuple[list[dict[str, Tensor]], d
     """PyTorch's own results in the case's dtype, with the batch in both orders, and the float64 results."""
     generator = torch.Generator().manual_seed(1)
     out = case.plain(*case.tensors).detach()
-    cotangent = torch.randn(out.shape, generator=generator).to(out)
+    cotangent = torch.randn(out.shape, generator=generator, device="cpu").to(out)
     own = [_outputs(case, case.plain, case.tensors, cotangent, training)]
     flipped = _outputs(case, case.plain, case.with_maps(lambda t: t.flip(0)), cotangent.flip(0), training)
     flipped["output"] = flipped["output"].flip(0)
@@ -277,7 +277,7 @@ def check(
 
 
 def _rows(case: Operands, training: bool, own, truth, function) -> list[ErrorRow]:
-    cotangent = torch.randn(truth["output"].shape, generator=torch.Generator().manual_seed(1))
+    cotangent = torch.randn(truth["output"].shape, generator=torch.Generator().manual_seed(1), device="cpu")
     outputs = _outputs(case, function, case.tensors, cotangent.to(own[0]["output"]), training)
     wide = tuple(t.double() for t in case.tensors)
 
