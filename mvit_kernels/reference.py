@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import register_reference
+from ._transforms import again, gradients, transform
 from .dropout import ATTENTION_BRANCH, MLP_BRANCH, LayerDropout, branch_factor, dropped
 
 # ---------------------------------------------------------------------------------------------- sequences and maps
@@ -85,8 +86,42 @@ def patch_attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ) v inside each patch-position sequence; `dropout` on the attention weights."""
     q, k, v = _split_heads(qkv, num_heads, patch_size)
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    if transform() and not dropout:  # PyTorch's fused attention has no tangents either
+        out = _attention(q, k, v, scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+        if out.requires_grad and not (dropout or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            out = _DifferentiableAgain.apply(out, q, k, v, scale)
     return _merge_heads(out, (qkv.shape[1], qkv.shape[2]), patch_size)
+
+
+def patch_attention_written_out(qkv: Tensor, num_heads: int, patch_size: tuple[int, int], scale: float) -> Tensor:
+    """`patch_attention` of nothing that lacks a derivative of some order or mode."""
+    out = _attention(*_split_heads(qkv, num_heads, patch_size), scale)
+    return _merge_heads(out, (qkv.shape[1], qkv.shape[2]), patch_size)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v, dtype = *(t.to(_wide(q.dtype)) for t in (q, k, v)), q.dtype
+    return (torch.softmax(scale * (q @ k.transpose(-1, -2)), -1) @ v).to(dtype)
+
+
+class _DifferentiableAgain(torch.autograd.Function):
+    """`out`, the result of PyTorch's fused attention, whose backward has no derivative: gradients that are to be
+    differentiated again go past it, and through `_attention`."""
+
+    @staticmethod
+    def forward(ctx, out, q, k, v, scale):
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v = ctx.saved_tensors
+        if not again():
+            return grad_out, None, None, None, None
+        return None, *gradients(_attention, grad_out, q, k, v, ctx.scale)
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -310,6 +345,11 @@ def _factor(x: Tensor, seed: Tensor | None, branch: int, probability, path, patc
     if not (probability or path):
         return 1.0
     return branch_factor(seed, branch, x.shape, probability, path, patch_size, path_scale).to(_wide(x.dtype))
+
+
+def transformer_layer_from_seed(x, *arguments) -> Tensor:
+    """The raw operator's result alone, its dropout computed from the seed, differentiable by PyTorch."""
+    return _transformer_layer(x, *arguments)[0]
 
 
 @register_reference("transformer_layer")

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .. import backends
+from .._transforms import is_shard, why_not
 from ..nn.frozen import FrozenMobileViTBlock
 from . import cvnets, huggingface, kornia, own, timm
 from ._block import Refusal
@@ -196,12 +197,15 @@ def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType 
 def _find(model: nn.Module) -> list[tuple[str, nn.Module, ModuleType, list[str]]]:
     """Every MobileViT block that is not frozen: its name, itself, its adapter, and the reasons against it."""
     found = []
+    by_fsdp = any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
     for name, module, adapter in named_blocks(model):
         if adapter is None:
             continue
         try:
-            adapter.parts(module)
-            found.append((name, module, adapter, []))
+            modules = adapter.parts(module).seen.modules[1:]
+            kinds = {type(value) for inner in modules for value in inner._parameters.values()}
+            reasons = [f"a parameter is {why_not(cls)}" for cls in kinds if is_shard(cls) and not by_fsdp]
+            found.append((name, module, adapter, reasons))
         except Refusal as refusal:
             found.append((name, module, adapter, refusal.reasons))
     return found

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, cpu
+from .._transforms import obstacle
 
 if TYPE_CHECKING:
     from .frozen import Frozen, FrozenConv2d, FrozenInvertedResidual
@@ -213,6 +216,8 @@ class Network:
         self.reads_rows = builder.steps[0][0] != COPY
         # What it would be wrong after a change of, and whose hooks it would not call.
         self._inner = [part for part in module.modules() if part is not module]
+        self._buffers = [part._buffers for part in module.modules() if part._buffers]
+        self._packed_from = tuple(chain.from_iterable(map(dict.values, self._buffers)))
         self._generations = [(part, part.generation) for part in module.modules() if hasattr(part, "generation")]
 
     def is_stale(self) -> bool:
@@ -220,8 +225,11 @@ class Network:
         return any(part.generation != generation for part, generation in self._generations)
 
     def serves(self, x: Tensor) -> bool:
-        """Whether no hook would be left out, and every block takes its map (Kornia raises on odd ones)."""
+        """Whether no hook would be left out, the weights are those that were packed (``torch.func.functional_call``
+        lends others), and every block takes its map (Kornia raises on odd ones)."""
         if _hooked(self._inner):
+            return False
+        if not all(map(is_, chain.from_iterable(map(dict.values, self._buffers)), self._packed_from)):
             return False
         if not self.takes:
             return True
@@ -247,14 +255,16 @@ class Network:
 
 
 def network_allowed(x: object) -> bool:
-    """Whether a native network may be called with x here and now: inference on the CPU, outside of any tracing."""
+    """Whether a native network may be called with x here and now: inference on the CPU, outside of any tracing and
+    transform."""
     return (
-        type(x) is Tensor
+        isinstance(x, Tensor)
         and x.device.type == "cpu"
         and x.dim() == 4
         and x.numel() > 0
         and not (x.requires_grad and torch.is_grad_enabled())
         and backends.requested() in (None, "cpu")
+        and not obstacle((x,))
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )

@@ -126,8 +126,7 @@ def stack_call(
             layer.proj_weight.shape[1] == inner and layer.fc1_weight.shape[0] == hidden for layer in layers
         ),
     }
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return Call(OP, x.device.type, dtype or x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()))
+    return checks.call(OP, x, tensors, dtype, **facts)
 
 
 def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool = True) -> list[Tensor]:
