@@ -19,10 +19,11 @@ from torch.autograd import forward_ad
 PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
+@torch.compiler.assume_constant_result  # torch.compile guards on both itself, and enters those that it traces
 def transform() -> str:
     """Why nothing but PyTorch's own operators may serve here and now: the transform that is active; "" if none is.
 
-    torch.compile folds it. Called eagerly it costs 0.1 µs.
+    It costs 0.1 µs.
     """
     if forward_ad._current_level >= 0:
         return "a level of forward-mode AD is open, in which only PyTorch's own operators have tangents"
