@@ -17,6 +17,9 @@ MobileViT: Mehta & Rastegari 2021, arXiv:2110.02178, section 3. Shapes are in ``
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,9 +39,12 @@ def to_sequences(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def to_map(sequences: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """(B·ph·pw, N, C) -> (B, H, W, C): the inverse of `to_sequences` (the paper's fold)."""
+    """(B·ph·pw, N, C) -> (B, H, W, C): the inverse of `to_sequences` (the paper's fold).
+
+    The batch is -1, since ONNX's exporter of traces takes the size that a tensor had after attention for a constant.
+    """
     (ph, pw), (h, w), c = patch_size, size, sequences.shape[-1]
-    x = sequences.reshape(sequences.shape[0] // (ph * pw), ph, pw, h // ph, w // pw, c).permute(0, 3, 1, 4, 2, 5)
+    x = sequences.reshape(-1, ph, pw, h // ph, w // pw, c).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(-1, h, w, c)
 
 
@@ -52,6 +58,15 @@ def _merge_heads(x: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) 
     return to_map(x.transpose(1, 2).flatten(2), size, patch_size)
 
 
+def constants(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes that the weights alone decide, as numbers also for ``torch.jit.trace``, which has tensors for sizes."""
+    if not torch.jit.is_tracing():
+        return tuple(sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that they are constants from then on
+        return tuple(int(size) for size in sizes)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and accumulation."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -62,9 +77,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last axis, in x's dtype, also where the affine parameters are kept in float32."""
+    width = constants(x.shape[-1:])
     if weight.dtype == x.dtype:
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
+        return F.layer_norm(x, width, weight, bias, eps)
+    return F.layer_norm(x.to(weight.dtype), width, weight, bias, eps).to(x.dtype)
 
 
 def layer_norm_linear(

@@ -85,7 +85,8 @@ def transformer_on_map(
     if 0 in x.shape[2:]:
         raise ValueError(f"{OP}: x is an empty map of {x.shape[2]} × {x.shape[3]} pixels")
     size = (x.shape[2], x.shape[3])
-    whole = (-(-size[0] // ph) * ph, -(-size[1] // pw) * pw)
+    # Not -(-size // ph): a trace keeps the division, and ONNX's of a negative number rounds towards 0.
+    whole = ((size[0] + ph - 1) // ph * ph, (size[1] + pw - 1) // pw * pw)
     channels_last = is_channels_last(x)
     if size != whole:
         x = F.interpolate(x, size=whole, mode="bilinear", align_corners=False)
