@@ -83,8 +83,14 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     DDP, FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions stay
     the model's own: put the model in ``torch.channels_last`` to spare their layout copies, or `freeze` it.
 
-    While a block cannot be served (a hook on an inner module, a LoRA layer, a hook on all modules) it runs as it was,
-    and says so once in the log; it is fast again as soon as that is gone. Wrap with ``fully_shard`` afterwards.
+    While a block cannot be served (a hook on an inner module, a LoRA layer, quantized weights, a hook on all modules) it
+    runs as it was, and says so once in the log; it is fast again as soon as that is gone. Wrap with ``fully_shard``
+    afterwards.
+
+    Kernels know no transforms: inside a level of forward-mode AD and under ``torch.func`` (``jvp``, ``vmap``, ``grad``,
+    …) the same steps are PyTorch's own operators. So are gradients with ``create_graph=True``, which can be
+    differentiated again. ``make_fx`` and other modes see the operators by name, and ``torch.utils.flop_counter`` counts
+    their products.
 
     Args:
         model: a model that contains blocks of timm, Hugging Face transformers, Kornia, cvnets or `mvit_kernels.nn`, or
@@ -99,7 +105,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     Raises:
         TypeError: `model` is no ``nn.Module``.
         ValueError: an unknown backend; with ``strict``, a declined block, or none found. The model is then unchanged.
-        BackendError: `backend` cannot run on the model's device at all, or lacks an operator that the blocks need.
+        BackendError: `backend` cannot run on the model's device at all, or lacks an operator that the blocks need; from
+            a call of the model, too, where it cannot serve that, under a transform for one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is {type(model).__name__}; a torch.nn.Module is wanted")

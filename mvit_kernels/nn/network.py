@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, cpu
+from .._flops import flop_formula, inverted_residual_flops, layer_flops
 from .._transforms import obstacle
 
 if TYPE_CHECKING:
@@ -252,6 +253,38 @@ class Network:
         if self.reads_rows:
             x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.mvit_kernels.network.cpu(x, self.weights, self.program).permute(0, 3, 1, 2)
+
+
+@flop_formula("network", get_raw=True)
+def _flops(x: Tensor, weights: Tensor, program: Tensor, out_val: Tensor) -> int:
+    """Of a program's products on a (B, C, H, W) input: what `Builder` wrote, step by step, each map's size with it."""
+    batch, _, *size = x.shape
+    words = program.tolist()
+    sizes, total = {0: tuple(size)}, 0
+    at = 4 + 2 * words[2]
+    for _ in range(words[3]):
+        length, kind, source, _, channels, target, _, out, *more = words[at : at + words[at]]
+        at += length
+        height, width = sizes[source]
+        if kind == CONVOLUTION:
+            kernel, stride = more[:2]
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+            total += 2 * batch * height * width * kernel * kernel * channels * out
+        elif kind == INVERTED_RESIDUAL:
+            hidden, stride = more[:2]
+            total += inverted_residual_flops((batch, height, width, channels), hidden, out, stride)
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        elif kind == TRANSFORMER:
+            _, inner, hidden, layers, *patch_size = more[:6]
+            rows, d = (batch, height, width, channels), channels
+            shapes = ((3 * inner, d), (d, inner), (hidden, d), (d, hidden))
+            total += layers * layer_flops(rows, *shapes, patch_size)
+        elif kind == TO_WHOLE_PATCHES:
+            height, width = -(-height // more[0]) * more[0], -(-width // more[1]) * more[1]
+        elif kind == TO_SIZE_OF:
+            height, width = sizes[more[0]]
+        sizes[target] = (height, width)
+    return total
 
 
 def network_allowed(x: object) -> bool:

@@ -27,7 +27,8 @@ def layer_norm(
         x: (..., d) float32, bfloat16, float16 or float64; any strides.
         norm_weight, norm_bias: (d,), in x's dtype or float32.
         eps: added to the variance, positive.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (..., d), in x's dtype, or in autocast's where that is on. PyTorch's own, on a GPU under autocast, reads and

@@ -38,7 +38,8 @@ def layer_norm_linear(
         bias: (n,) or None.
         eps: added to the variance (of d values, not d − 1), positive.
         activation: None or "silu".
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (..., n), in x's dtype, or in autocast's where that is on. Statistics and sums are in float32 or better.

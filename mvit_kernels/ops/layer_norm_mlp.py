@@ -38,7 +38,8 @@ def layer_norm_mlp(
         fc1_weight, fc1_bias: (hidden, d) and (hidden,), in x's dtype. MobileViT's hidden is 2·d, Kornia's 2·d or 4·d.
         fc2_weight, fc2_bias: (d, hidden) and (d,), in x's dtype.
         eps: added to the variance, positive.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (..., d), in x's dtype, or in autocast's where that is on.

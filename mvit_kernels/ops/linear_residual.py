@@ -29,7 +29,8 @@ def linear_residual(
         weight: (n, k), as ``nn.Linear`` keeps it, in x's dtype.
         bias: (n,) or None.
         residual: (..., n), the leading axes those of x (no broadcasting).
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (..., n), in x's dtype; under autocast all arguments and the result are in autocast's dtype.

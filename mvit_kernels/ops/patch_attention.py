@@ -42,7 +42,8 @@ def patch_attention(
         num_heads: heads; inner is a multiple of it.
         patch_size: (ph, pw), or one int for both.
         scale: of the scores; ``head_dim ** -0.5`` where None.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (B, H, W, inner), contiguous, in qkv's dtype, or in autocast's where that is on. Softmax is in float32 or

@@ -61,7 +61,8 @@ def transformer(
         final_norm: (weight, bias) of the LayerNorm after the last layer, or None (Kornia).
         num_heads, patch_size: as in `patch_attention`.
         eps: of every LayerNorm.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (B, H, W, d), in x's dtype, or in autocast's where that is on.

@@ -48,7 +48,8 @@ def transformer_layer(
         dropout: what is dropped, or None. It is always live: leave it out to evaluate.
         seed: (2,) int64 on x's device, what kernels compute the masks of dropout and drop-path from (see
             `mvit_kernels.dropout`); None draws one from PyTorch's generator. The reference lets PyTorch draw the masks.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (B, H, W, d), in x's dtype, or in autocast's where that is on.
