@@ -10,6 +10,8 @@ A backend other than the reference is a module of this package (``mvit_kernels.c
 - ``unavailable(device_type)``: the reasons why it cannot be used at all on this machine, an empty list if it can;
 - ``SUPPORTS``: operator name -> function from a `Call` to the reasons why not, an empty list if it can.
 
+An obstacle to all of them (a transform of PyTorch, a tensor subclass: `mvit_kernels._transforms`) is the call's own.
+
 The same two feed the automatic choice (the first backend in order of `PREFERENCE` without a reason against it), the
 error when a backend was asked for by name, the log, and ``mvit-kernels info``. The choice depends on devices, dtypes
 and shapes alone, so that ``torch.compile`` folds it.
@@ -52,6 +54,7 @@ class Call(NamedTuple):
     needs_grad: bool
     shape: tuple[int, ...]
     facts: tuple[tuple[str, Any], ...]
+    obstacle: str = ""  # why nothing but PyTorch's own operators can serve it
 
     def fact(self, name: str) -> Any:
         """The operator's own fact `name`."""
@@ -122,6 +125,8 @@ def reasons_against(backend: str, call: Call) -> list[str]:
     if backend == "reference":
         return []
     reasons = list(unavailable(backend, call.device_type))
+    if call.obstacle:
+        reasons.append(call.obstacle)
     if call.needs_grad and f"{call.operator}_backward" not in SCHEMAS:
         reasons.append(f"{call.operator} is for inference, and this call needs a gradient")
     if backend not in _MODULES:
@@ -140,7 +145,8 @@ def choose(call: Call, requested: str | None = None) -> str:
         BackendError: the backend that was asked for cannot serve the call.
     """
     requested = requested or _override
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # traced once, and symbolic sizes are not keys
+    # Traced once, and the symbolic sizes of a trace or of fake tensors are no keys.
+    if call.obstacle or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _choose(call, requested)
     key = (call, requested)
     chosen = _choices.get(key)

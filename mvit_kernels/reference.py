@@ -17,11 +17,15 @@ MobileViT: Mehta & Rastegari 2021, arXiv:2110.02178, section 3. Shapes are in ``
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import register_reference
+from ._transforms import again, gradients, transform
 from .dropout import ATTENTION_BRANCH, MLP_BRANCH, LayerDropout, branch_factor, dropped
 
 # ---------------------------------------------------------------------------------------------- sequences and maps
@@ -35,9 +39,12 @@ def to_sequences(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def to_map(sequences: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """(B·ph·pw, N, C) -> (B, H, W, C): the inverse of `to_sequences` (the paper's fold)."""
+    """(B·ph·pw, N, C) -> (B, H, W, C): the inverse of `to_sequences` (the paper's fold).
+
+    The batch is -1, since ONNX's exporter of traces takes the size that a tensor had after attention for a constant.
+    """
     (ph, pw), (h, w), c = patch_size, size, sequences.shape[-1]
-    x = sequences.reshape(sequences.shape[0] // (ph * pw), ph, pw, h // ph, w // pw, c).permute(0, 3, 1, 4, 2, 5)
+    x = sequences.reshape(-1, ph, pw, h // ph, w // pw, c).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(-1, h, w, c)
 
 
@@ -51,6 +58,15 @@ def _merge_heads(x: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) 
     return to_map(x.transpose(1, 2).flatten(2), size, patch_size)
 
 
+def constants(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes that the weights alone decide, as numbers also for ``torch.jit.trace``, which has tensors for sizes."""
+    if not torch.jit.is_tracing():
+        return tuple(sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that they are constants from then on
+        return tuple(int(size) for size in sizes)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and accumulation."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -61,9 +77,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last axis, in x's dtype, also where the affine parameters are kept in float32."""
+    width = constants(x.shape[-1:])
     if weight.dtype == x.dtype:
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
+        return F.layer_norm(x, width, weight, bias, eps)
+    return F.layer_norm(x.to(weight.dtype), width, weight, bias, eps).to(x.dtype)
 
 
 def layer_norm_linear(
@@ -87,8 +104,42 @@ def patch_attention(
     q, k, v = _split_heads(qkv, num_heads, patch_size)
     if scale <= 0:  # PyTorch's fused attention on a GPU takes the largest score before it scales, and gives NaN
         q, scale = (-q, -scale) if scale else (0 * q, 1.0)
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    if transform() and not dropout:  # PyTorch's fused attention has no tangents either
+        out = _attention(q, k, v, scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+        if out.requires_grad and not (dropout or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            out = _DifferentiableAgain.apply(out, q, k, v, scale)
     return _merge_heads(out, (qkv.shape[1], qkv.shape[2]), patch_size)
+
+
+def patch_attention_written_out(qkv: Tensor, num_heads: int, patch_size: tuple[int, int], scale: float) -> Tensor:
+    """`patch_attention` of nothing that lacks a derivative of some order or mode."""
+    out = _attention(*_split_heads(qkv, num_heads, patch_size), scale)
+    return _merge_heads(out, (qkv.shape[1], qkv.shape[2]), patch_size)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v, dtype = *(t.to(_wide(q.dtype)) for t in (q, k, v)), q.dtype
+    return (torch.softmax(scale * (q @ k.transpose(-1, -2)), -1) @ v).to(dtype)
+
+
+class _DifferentiableAgain(torch.autograd.Function):
+    """`out`, the result of PyTorch's fused attention, whose backward has no derivative: gradients that are to be
+    differentiated again go past it, and through `_attention`."""
+
+    @staticmethod
+    def forward(ctx, out, q, k, v, scale):
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v = ctx.saved_tensors
+        if not again():
+            return grad_out, None, None, None, None
+        return None, *gradients(_attention, grad_out, q, k, v, ctx.scale)
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -332,6 +383,11 @@ def _factor(x: Tensor, seed: Tensor | None, branch: int, probability, path, patc
     if not (probability or path):
         return 1.0
     return branch_factor(seed, branch, x.shape, probability, path, patch_size, path_scale).to(_wide(x.dtype))
+
+
+def transformer_layer_from_seed(x, *arguments) -> Tensor:
+    """The raw operator's result alone, its dropout computed from the seed, differentiable by PyTorch."""
+    return _transformer_layer(x, *arguments)[0]
 
 
 @register_reference("transformer_layer")

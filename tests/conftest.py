@@ -33,6 +33,16 @@ if (
 if os.environ.get("MVIT_KERNELS_EMULATED") == "1":  # the CUDA backend serves CPU tensors, and is a path as well
     import _emulated  # noqa: F401
 
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    """torch.distributed with one process."""
+    file = tmp_path_factory.mktemp("gloo") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 # The command line, for the files that run it.
 
 

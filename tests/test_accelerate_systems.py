@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import _models
+import onnxruntime
 import pytest
 import torch
 from _checks import one_thread  # noqa: F401 (a fixture)
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from mvit_kernels import accelerate, report, restore
+from mvit_kernels import accelerate, freeze, report, restore
 from mvit_kernels.backends import use_backend
 
 X = _models.images(1, 64, 64).double()
@@ -127,14 +128,6 @@ def test_gradients_for_each_image():
 
 
 # ----------------------------------------------------------------------------------------------- processes and threads
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory):
-    file = tmp_path_factory.mktemp("gloo") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("library", ["timm", "huggingface"])
@@ -313,6 +306,32 @@ def test_onnx():
     program = torch.onnx.export(model, (x,), dynamo=True)
     assert not [node for node in program.model.graph if "mvit" in node.domain]
     torch.testing.assert_close(program(x)[0], evaluated(model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("library, made", [("timm", accelerated), ("huggingface", accelerated), ("own", freeze)])
+def test_onnx_of_a_trace(library, made):
+    """The older exporter, at 224 px, where the last block's map of 7 × 7 is resized; the batch stays free."""
+    model = _models.build(library)
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = made(model)
+
+        def forward(self, x):
+            return _models.output(self.model(x))
+
+    file, axes = io.BytesIO(), {"x": {0: "batch"}, "y": {0: "batch"}}
+    names = dict(input_names=["x"], output_names=["y"], dynamic_axes=axes)
+    torch.onnx.export(Logits().eval(), (_models.images(1, 224, 224),), file, dynamo=False, **names)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x = _models.images(batch, 224, 224, seed=batch)
+        expected = evaluated(model, x)
+        (y,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_training_step_lowers_the_loss():

@@ -127,19 +127,6 @@ def test_a_backend_for_inference_leaves_training_to_the_reference(operator):
             evaluate(lambda t: call(operator, t, settings, NAME), tensors, True)
 
 
-@pytest.mark.parametrize("operator", DIFFERENTIABLE)
-def test_a_second_derivative_of_kernels_is_refused(operator):
-    """Their backward has no derivative of its own; silence would be a wrong gradient penalty."""
-    tensors, settings = make(operator, SIZES[operator])
-    first = next(iter(tensors))
-    tensors[first].requires_grad_()
-    with fake_backend([operator]):
-        out = call(operator, tensors, settings, None)
-        (gradient,) = torch.autograd.grad(out.square().sum(), tensors[first], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward()
-
-
 @pytest.mark.parametrize("operator", INFERENCE)
 def test_no_gradient_is_lost_where_a_kernel_has_none(operator):
     """Even if a backend forgets to say that it has no backward."""

@@ -27,6 +27,7 @@ from torch import nn
 
 from .. import backends
 from .._text import some, some_lines
+from .._transforms import is_shard, why_not
 from ..nn.frozen import FrozenMobileViTBlock
 from . import cvnets, huggingface, kornia, own, timm
 from ._block import Refusal
@@ -94,8 +95,14 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     DDP, FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions stay
     the model's own: put the model in ``torch.channels_last`` to spare their layout copies, or `freeze` it.
 
-    While a block cannot be served (a hook on an inner module, a LoRA layer, a hook on all modules) it runs as it was,
-    and says so once in the log; it is fast again as soon as that is gone. Wrap with ``fully_shard`` afterwards.
+    While a block cannot be served (a hook on an inner module, a LoRA layer, quantized weights, a hook on all modules) it
+    runs as it was, and says so once in the log; it is fast again as soon as that is gone. Wrap with ``fully_shard``
+    afterwards.
+
+    Kernels know no transforms: inside a level of forward-mode AD and under ``torch.func`` (``jvp``, ``vmap``, ``grad``,
+    …) the same steps are PyTorch's own operators. So are gradients with ``create_graph=True``, which can be
+    differentiated again. ``make_fx`` and other modes see the operators by name, and ``torch.utils.flop_counter`` counts
+    their products.
 
     Args:
         model: a model that contains blocks of timm, Hugging Face transformers, Kornia, cvnets or `mvit_kernels.nn`, or
@@ -110,7 +117,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     Raises:
         TypeError: `model` is no ``nn.Module``.
         ValueError: an unknown backend; with ``strict``, a declined block, or none found. The model is then unchanged.
-        BackendError: `backend` cannot run on the model's device at all, or lacks an operator that the blocks need.
+        BackendError: `backend` cannot run on the model's device at all, or lacks an operator that the blocks need; from
+            a call of the model, too, where it cannot serve that, under a transform for one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is {type(model).__name__}; a torch.nn.Module is wanted")
@@ -221,12 +229,15 @@ def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType 
 def _find(model: nn.Module) -> list[tuple[str, nn.Module, ModuleType, list[str]]]:
     """Every MobileViT block that is not frozen: its name, itself, its adapter, and the reasons against it."""
     found = []
+    by_fsdp = any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
     for name, module, adapter in named_blocks(model):
         if adapter is None:
             continue
         try:
-            adapter.parts(module)
-            found.append((name, module, adapter, []))
+            modules = adapter.parts(module).seen.modules[1:]
+            kinds = {type(value) for inner in modules for value in inner._parameters.values()}
+            reasons = [f"a parameter is {why_not(cls)}" for cls in kinds if is_shard(cls) and not by_fsdp]
+            found.append((name, module, adapter, reasons))
         except Refusal as refusal:
             found.append((name, module, adapter, refusal.reasons))
     return found

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._plain import is_identity, is_plain, is_silu
+from .._transforms import is_shard, overrides, why_not
 from ._block import BlockParts, LayerModules, Refusal, Seen, has_hooks, original_class
 
 
@@ -157,6 +159,8 @@ class Inspector:
                 self.reasons.append(f"{path} carries a hook, which would no longer be called; put it on the block")
             if path and "forward" in module.__dict__:
                 self.reasons.append(f"the forward of {path} was replaced on the instance")
+        if not torch.compiler.is_compiling():  # tracers put tensors of their own in place
+            self._subclasses()
         if not layers:
             self.reasons.append("it has no transformer layers")
         pair = isinstance(patch_size, tuple) and len(patch_size) == 2
@@ -190,6 +194,17 @@ class Inspector:
             eps=norms[0].eps,
             seen=seen,
         )
+
+    def _subclasses(self) -> None:
+        """A reason for each subclass of Tensor among the parameters; shards come whole when the block is called."""
+        found: dict[type, list[str]] = {}
+        for path, module in self._modules.items():
+            for name, value in module._parameters.items() if path else ():
+                if overrides(type(value)) and not is_shard(type(value)):
+                    found.setdefault(type(value), []).append(f"{path}.{name}")
+        for cls, names in found.items():
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            self.reasons.append(f"{names[0]}{more} is {why_not(cls)}")
 
     def _widths(self, index: int, layer: LayerModules, final_norm: nn.LayerNorm | None) -> None:
         d, inner = layer.norm1.normalized_shape[0], layer.proj.in_features

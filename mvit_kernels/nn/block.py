@@ -147,7 +147,7 @@ class MobileViTBlock(nn.Module):
         """Unfold into `(B * ph * pw, N, d)`, one sequence a place within the patch; layers; norm; fold."""
         batch, dim, height, width = x.shape
         ph, pw = self.patch_size
-        rows, columns = -(-height // ph), -(-width // pw)
+        rows, columns = (height + ph - 1) // ph, (width + pw - 1) // pw  # ONNX rounds -height // ph towards 0
         resized = (rows * ph, columns * pw) != (height, width)
         if resized:
             x = F.interpolate(x, size=(rows * ph, columns * pw), mode="bilinear", align_corners=False)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, cuda, reference
+from .._transforms import channels_last, obstacle
 from ..ops import TransformerLayerWeights, inverted_residual
 from ..ops._checks import DTYPES
 from ..ops.inverted_residual import inverted_residual_call
@@ -165,7 +166,7 @@ class FrozenConv2d(Frozen):
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.activation = activation
-        self._packed: Tensor | None = None
+        self._packed: tuple[Tensor, Tensor] | None = None  # the weight, and as oneDNN reorders it
 
     @property
     def in_channels(self) -> int:
@@ -191,13 +192,13 @@ class FrozenConv2d(Frozen):
     def composed(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.to(self.weight.dtype)
         if x.dim() == 4:  # nn.Conv2d takes an image without a batch too
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = channels_last(x)
         if residual is None and reference.is_one_column(
             x, self.weight, self.stride, self.padding, self.dilation, self.groups
         ):
             y = self.composed(F.pad(x, (0, self.stride[1])))[..., :1]
-            return y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
-        if _onednn_serves(x):
+            return channels_last(y) if x.dim() == 4 else y
+        if _onednn_serves(x, self.weight):
             return self._onednn(x, residual)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if residual is not None:
@@ -206,10 +207,10 @@ class FrozenConv2d(Frozen):
 
     def _onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         geometry = (self.padding, self.stride, self.dilation, self.groups)
-        packed = self._packed
-        if packed is None:
+        weight, packed = self._packed or (None, None)
+        if weight is not self.weight:  # torch.func.functional_call lends another
             packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
-            self._packed = packed
+            self._packed = (self.weight, packed)
         if residual is None:
             activation = "swish" if self.activation else "none"
             return torch.ops.mkldnn._convolution_pointwise(x, packed, self.bias, *geometry, activation, [], "")
@@ -261,11 +262,14 @@ class FrozenConv2d(Frozen):
         )
 
 
-def _onednn_serves(x: Tensor) -> bool:
-    """oneDNN's fused convolutions: CPU, float32 or (where the processor has it) bfloat16, outside of any tracing."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad:
+def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    """oneDNN's fused convolutions: CPU, float32 or (where the processor has it) bfloat16, outside of any tracing and of
+    modes that listen to operators, to count their FLOPs for one."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if type(x) is not Tensor or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    if x.requires_grad or weight.requires_grad or obstacle((x, weight)) or torch._C._len_torch_dispatch_stack():
+        return False
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if x.dim() != 4 or x.numel() == 0:
         return False
@@ -295,7 +299,7 @@ class FrozenInvertedResidual(Frozen):
 
     def composed(self, x: Tensor) -> Tensor:
         expand, depthwise, project = self.expand, self.depthwise, self.project
-        x = x.to(expand.weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = channels_last(x.to(expand.weight.dtype))
         rows = x.permute(0, 2, 3, 1)
         expand_weight, project_weight = expand.weight.flatten(1), project.weight.flatten(1)
         stride, dilation = depthwise.stride[0], depthwise.dilation[0]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, cuda, reference
+from .._transforms import again, is_channels_last
 from ..dropout import LayerDropout, draw_seeds, drop_path, dropped
 from ..ops import (
     TransformerLayerWeights,
@@ -84,8 +85,9 @@ def transformer_on_map(
     if 0 in x.shape[2:]:
         raise ValueError(f"{OP}: x is an empty map of {x.shape[2]} × {x.shape[3]} pixels")
     size = (x.shape[2], x.shape[3])
-    whole = (-(-size[0] // ph) * ph, -(-size[1] // pw) * pw)
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    # Not -(-size // ph): a trace keeps the division, and ONNX's of a negative number rounds towards 0.
+    whole = ((size[0] + ph - 1) // ph * ph, (size[1] + pw - 1) // pw * pw)
+    channels_last = is_channels_last(x)
     if size != whole:
         x = F.interpolate(x, size=whole, mode="bilinear", align_corners=False)
     if dropout is not None and not any(any(layer[:-1]) for layer in dropout):
@@ -96,10 +98,8 @@ def transformer_on_map(
     stack = stack_call(rows, layers, final_norm, num_heads, patch_size, dtype)
 
     def attention_by() -> str:
-        qkv_shape = (*rows.shape[:3], layers[0].qkv_weight.shape[0])
-        return backends.choose(
-            attention_call(x.device, dtype, qkv_shape, num_heads, patch_size, stack.needs_grad), backend
-        )
+        channels = layers[0].qkv_weight.shape[0]
+        return backends.choose(attention_call(stack, channels, num_heads, patch_size), backend)
 
     at_once = dropout is None and backends.serves("transformer", stack, backend)
     if at_once and stack.device_type == cuda.DEVICE_TYPE and not cuda.in_one_launch(stack):
@@ -220,8 +220,9 @@ class _CastTogether(torch.autograd.Function):
         return _cast_all(tensors, [dtype] * len(tensors))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        if again():
+            return None, *(g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         found = [(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True) if grad is not None]
         cast = iter(_cast_all(*zip(*found, strict=True)) if found else ())
         return None, *(None if grad is None else next(cast) for grad in grads)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, cpu
+from .._flops import flop_formula, inverted_residual_flops, layer_flops
 from .._plain import does_nothing, is_plain
+from .._transforms import obstacle
 
 if TYPE_CHECKING:
     from .frozen import Frozen, FrozenConv2d, FrozenInvertedResidual
@@ -214,6 +218,8 @@ class Network:
         self.reads_rows = builder.steps[0][0] != COPY
         # What it would be wrong after a change of, and whose hooks it would not call.
         self._inner = [part for part in module.modules() if part is not module]
+        self._buffers = [part._buffers for part in module.modules() if part._buffers]
+        self._packed_from = tuple(chain.from_iterable(map(dict.values, self._buffers)))
         self._generations = [(part, part.generation) for part in module.modules() if hasattr(part, "generation")]
 
     def is_stale(self) -> bool:
@@ -221,8 +227,11 @@ class Network:
         return any(part.generation != generation for part, generation in self._generations)
 
     def serves(self, x: Tensor) -> bool:
-        """Whether no hook would be left out, and every block takes its map (Kornia raises on odd ones)."""
+        """Whether no hook would be left out, the weights are those that were packed (``torch.func.functional_call``
+        lends others), and every block takes its map (Kornia raises on odd ones)."""
         if _hooked(self._inner):
+            return False
+        if not all(map(is_, chain.from_iterable(map(dict.values, self._buffers)), self._packed_from)):
             return False
         if not self.takes:
             return True
@@ -247,15 +256,49 @@ class Network:
         return torch.ops.mvit_kernels.network.cpu(x, self.weights, self.program).permute(0, 3, 1, 2)
 
 
+@flop_formula("network", get_raw=True)
+def _flops(x: Tensor, weights: Tensor, program: Tensor, out_val: Tensor) -> int:
+    """Of a program's products on a (B, C, H, W) input: what `Builder` wrote, step by step, each map's size with it."""
+    batch, _, *size = x.shape
+    words = program.tolist()
+    sizes, total = {0: tuple(size)}, 0
+    at = 4 + 2 * words[2]
+    for _ in range(words[3]):
+        length, kind, source, _, channels, target, _, out, *more = words[at : at + words[at]]
+        at += length
+        height, width = sizes[source]
+        if kind == CONVOLUTION:
+            kernel, stride = more[:2]
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+            total += 2 * batch * height * width * kernel * kernel * channels * out
+        elif kind == INVERTED_RESIDUAL:
+            hidden, stride = more[:2]
+            total += inverted_residual_flops((batch, height, width, channels), hidden, out, stride)
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        elif kind == TRANSFORMER:
+            _, inner, hidden, layers, *patch_size = more[:6]
+            rows, d = (batch, height, width, channels), channels
+            shapes = ((3 * inner, d), (d, inner), (hidden, d), (d, hidden))
+            total += layers * layer_flops(rows, *shapes, patch_size)
+        elif kind == TO_WHOLE_PATCHES:
+            height, width = -(-height // more[0]) * more[0], -(-width // more[1]) * more[1]
+        elif kind == TO_SIZE_OF:
+            height, width = sizes[more[0]]
+        sizes[target] = (height, width)
+    return total
+
+
 def network_allowed(x: object) -> bool:
-    """Whether a native network may be called with x here and now: inference on the CPU, outside of any tracing."""
+    """Whether a native network may be called with x here and now: inference on the CPU, outside of any tracing and
+    transform."""
     return (
-        type(x) is Tensor
+        isinstance(x, Tensor)
         and x.device.type == "cpu"
         and x.dim() == 4
         and x.numel() > 0
         and not (x.requires_grad and torch.is_grad_enabled())
         and backends.requested() in (None, "cpu")
+        and not obstacle((x,))
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators: one file each, with its checks, fake, autograd and public function."""
+"""The operators: one file each, with its checks, fake, autograd and public function.
 
+All of them are right under PyTorch's transforms (forward-mode AD, ``torch.func``), for tensor subclasses (quantized,
+distributed and fake weights) and differentiable again (``create_graph=True``): PyTorch's own operators serve those
+calls. A backend that was asked for by name raises `BackendError` instead.
+"""
+
+from .. import _flops  # noqa: F401 (registers itself)
 from .inverted_residual import inverted_residual
 from .layer_norm import layer_norm
 from .layer_norm_linear import layer_norm_linear

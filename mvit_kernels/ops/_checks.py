@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._transforms import obstacle
 from ..backends import Call
 
 OPTIONAL = ("bias", "qkv_bias")  # the arguments that may be None
@@ -105,10 +106,13 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
-def call(op: str, x: Tensor, tensors: Iterable[Tensor | None], **facts: Any) -> Call:
-    """The `Call` that backends judge; a gradient is needed if any of `tensors` needs one."""
+def call(op: str, x: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None, **facts: Any) -> Call:
+    """The `Call` that backends judge, for x (in `dtype` if given); `tensors` are all that could need a gradient, or be
+    an obstacle to kernels."""
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return Call(op, x.device.type, x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()))
+    return Call(
+        op, x.device.type, dtype or x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()), obstacle(tensors)
+    )
 
 
 def _article(noun: str) -> str:

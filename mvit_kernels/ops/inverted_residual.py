@@ -43,7 +43,8 @@ def inverted_residual(
         stride: 1 or 2, of the depthwise convolution.
         dilation: of the depthwise convolution, at least 1.
         residual: add x to the result; wants stride 1 and out = C.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (B, ceil(H / stride), ceil(W / stride), out), in x's dtype, or in autocast's where that is on.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from .._library import raw, register_fake
+from .._transforms import again, gradients, zeros_like_bias
 from ..backends import choose
 from . import _checks as checks
 
@@ -26,7 +27,8 @@ def layer_norm(
         x: (..., d) float32, bfloat16, float16 or float64; any strides.
         norm_weight, norm_bias: (d,), in x's dtype or float32.
         eps: added to the variance, positive.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (..., d), in x's dtype, or in autocast's where that is on. PyTorch's own, on a GPU under autocast, reads and
@@ -68,13 +70,16 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, backend, x, norm_weight, norm_bias, eps):
         out, mean, rstd = raw(OP, backend)(x, norm_weight, norm_bias, eps)
         ctx.save_for_backward(x, mean, rstd, norm_weight)
-        ctx.backend = backend
+        ctx.backend, ctx.eps = backend, eps
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        return None, *raw(f"{OP}_backward", ctx.backend)(grad_out, *ctx.saved_tensors), None
+        x, mean, rstd, norm_weight = ctx.saved_tensors
+        if again():
+            norm_bias = zeros_like_bias(norm_weight)
+            return None, *gradients(reference.layer_norm, grad_out, x, norm_weight, norm_bias, ctx.eps)
+        return None, *raw(f"{OP}_backward", ctx.backend)(grad_out, x, mean, rstd, norm_weight), None
 
 
 @register_fake(OP)

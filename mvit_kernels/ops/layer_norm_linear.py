@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from .._library import raw, register_fake
+from .._transforms import again, gradients
 from ..backends import choose
 from . import _checks as checks
 
@@ -37,7 +38,8 @@ def layer_norm_linear(
         bias: (n,) or None.
         eps: added to the variance (of d values, not d − 1), positive.
         activation: None or "silu".
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (..., n), in x's dtype, or in autocast's where that is on. Statistics and sums are in float32 or better.
@@ -93,13 +95,15 @@ class _LayerNormLinear(torch.autograd.Function):
     def forward(ctx, backend, x, norm_weight, norm_bias, weight, bias, eps, activation):
         out, mean, rstd = raw(OP, backend)(x, norm_weight, norm_bias, weight, bias, eps, activation)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
-        ctx.backend, ctx.activation = backend, activation
+        ctx.backend, ctx.eps, ctx.activation = backend, eps, activation
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         saved = ctx.saved_tensors  # once: gradient checkpointing hands each tensor out a single time
+        if again():
+            inputs = (saved[0], *saved[3:], ctx.eps, ctx.activation)
+            return None, *gradients(reference.layer_norm_linear, grad_out, *inputs)
         grads = raw(f"{OP}_backward", ctx.backend)(grad_out, *saved, ctx.activation)
         return None, *grads[:4], None if saved[-1] is None else grads[4], None, None
 

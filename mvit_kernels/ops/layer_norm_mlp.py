@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from .._library import raw, register_fake
+from .._transforms import again, gradients, zeros_like_bias
 from ..backends import choose
 from . import _checks as checks
 
@@ -37,7 +38,8 @@ def layer_norm_mlp(
         fc1_weight, fc1_bias: (hidden, d) and (hidden,), in x's dtype. MobileViT's hidden is 2·d, Kornia's 2·d or 4·d.
         fc2_weight, fc2_bias: (d, hidden) and (d,), in x's dtype.
         eps: added to the variance, positive.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (..., d), in x's dtype, or in autocast's where that is on.
@@ -105,13 +107,16 @@ class _LayerNormMLP(torch.autograd.Function):
     def forward(ctx, backend, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
         out, mean, rstd = raw(OP, backend)(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
-        ctx.backend = backend
+        ctx.backend, ctx.eps = backend, eps
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        return None, *raw(f"{OP}_backward", ctx.backend)(grad_out, *ctx.saved_tensors), None
+        saved = ctx.saved_tensors
+        if again():
+            inputs = (saved[0], *saved[3:], zeros_like_bias(saved[-1]), ctx.eps)
+            return None, *gradients(reference.layer_norm_mlp, grad_out, *inputs)
+        return None, *raw(f"{OP}_backward", ctx.backend)(grad_out, *saved), None
 
 
 @register_fake(OP)

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from .._library import raw, register_fake
+from .._transforms import again, gradients, zeros_like_bias
 from ..backends import choose
 from . import _checks as checks
 
@@ -27,7 +29,8 @@ def linear_residual(
         weight: (n, k), as ``nn.Linear`` keeps it, in x's dtype.
         bias: (n,) or None.
         residual: (..., n), the leading axes those of x (no broadcasting).
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (..., n), in x's dtype; under autocast all arguments and the result are in autocast's dtype.
@@ -80,9 +83,12 @@ class _LinearResidual(torch.autograd.Function):
         return raw(OP, backend)(x, weight, bias, residual)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        grad_x, grad_weight, grad_bias = raw(f"{OP}_backward", ctx.backend)(grad_out, *ctx.saved_tensors)
+        x, weight = ctx.saved_tensors
+        if again():
+            bias = zeros_like_bias(weight) if ctx.has_bias else None
+            return None, *gradients(F.linear, grad_out, x, weight, bias), grad_out
+        grad_x, grad_weight, grad_bias = raw(f"{OP}_backward", ctx.backend)(grad_out, x, weight)
         return None, grad_x, grad_weight, grad_bias if ctx.has_bias else None, grad_out
 
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._library import raw, register_fake
+from .._transforms import again, gradients
 from ..backends import Call, choose
 from . import _checks as checks
 
@@ -40,7 +42,8 @@ def patch_attention(
         num_heads: heads; inner is a multiple of it.
         patch_size: (ph, pw), or one int for both.
         scale: of the scores; ``head_dim ** -0.5`` where None.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (B, H, W, inner), contiguous, in qkv's dtype, or in autocast's where that is on. Softmax is in float32 or
@@ -70,34 +73,26 @@ def patch_attention(
     dtype = checks.autocast_dtype(qkv)
     if dtype is not None and qkv.dtype != dtype:
         qkv = qkv.to(dtype)
-    needs_grad = torch.is_grad_enabled() and qkv.requires_grad
-    call = attention_call(
-        qkv.device, qkv.dtype, tuple(qkv.shape), num_heads, patch_size, needs_grad, dense_rows=qkv.stride(-1) == 1
-    )
+    call = checks.call(OP, qkv, (qkv,), **_facts(channels, num_heads, patch_size, qkv.stride(-1) == 1))
     chosen = choose(call, backend)
     if chosen == "reference":
         return reference.patch_attention(qkv, num_heads, patch_size, scale)
     return apply(chosen, call.needs_grad, qkv, num_heads, patch_size, scale)
 
 
-def attention_call(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    num_heads: int,
-    patch_size: tuple[int, int],
-    needs_grad: bool,
-    *,
-    dense_rows: bool = True,
-) -> Call:
-    """The `Call` that backends judge, for a qkv of this shape; `dense_rows`: its channels are adjacent in memory."""
-    facts = {
+def attention_call(stack: Call, channels: int, num_heads: int, patch_size: tuple[int, int]) -> Call:
+    """The `Call` that backends judge, for the qkv, of so many channels, that a stack's layers will make."""
+    facts = _facts(channels, num_heads, patch_size, dense_rows=True)
+    return stack._replace(operator=OP, shape=(*stack.shape[:3], channels), facts=tuple(facts.items()))
+
+
+def _facts(channels: int, num_heads: int, patch_size: tuple[int, int], dense_rows: bool) -> dict[str, Any]:
+    return {
         "num_heads": num_heads,
-        "head_dim": shape[-1] // (3 * num_heads),
+        "head_dim": channels // (3 * num_heads),
         "patch_size": patch_size,
         "dense_rows": dense_rows,
     }
-    return Call(OP, device.type, dtype, needs_grad, shape, tuple(facts.items()))
 
 
 def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
@@ -116,9 +111,11 @@ class _PatchAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        grad_qkv = raw(f"{OP}_backward", ctx.backend)(grad_out, *ctx.saved_tensors, *ctx.constants)
+        saved = ctx.saved_tensors
+        if again():
+            return None, *gradients(reference.patch_attention_written_out, grad_out, saved[0], *ctx.constants)
+        grad_qkv = raw(f"{OP}_backward", ctx.backend)(grad_out, *saved, *ctx.constants)
         return None, grad_qkv, None, None, None
 
 

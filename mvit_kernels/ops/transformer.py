@@ -61,7 +61,8 @@ def transformer(
         final_norm: (weight, bias) of the LayerNorm after the last layer, or None (Kornia).
         num_heads, patch_size: as in `patch_attention`.
         eps: of every LayerNorm.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (B, H, W, d), in x's dtype, or in autocast's where that is on.
@@ -126,8 +127,7 @@ def stack_call(
             layer.proj_weight.shape[1] == inner and layer.fc1_weight.shape[0] == hidden for layer in layers
         ),
     }
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return Call(OP, x.device.type, dtype or x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()))
+    return checks.call(OP, x, tensors, dtype, **facts)
 
 
 def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool = True) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .._library import raw, register_fake
+from .._transforms import again, gradients, zeros_like_bias
 from ..backends import Call, choose
 from ..dropout import LayerDropout, draw_seeds
 from . import _checks as checks
@@ -47,7 +48,8 @@ def transformer_layer(
         dropout: what is dropped, or None. It is always live: leave it out to evaluate.
         seed: (2,) int64 on x's device, what kernels compute the masks of dropout and drop-path from (see
             `mvit_kernels.dropout`); None draws one from PyTorch's generator. The reference lets PyTorch draw the masks.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`.
+        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
+            PyTorch's transforms and for tensor subclasses is PyTorch itself.
 
     Returns:
         (B, H, W, d), in x's dtype, or in autocast's where that is on.
@@ -104,8 +106,7 @@ def layer_call(
         "contiguous": x.is_contiguous(),
         "inner_dropout": bool(dropout.attention or dropout.activation),
     }
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *layer))
-    return Call(OP, x.device.type, dtype or x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()))
+    return checks.call(OP, x, (x, *layer), dtype, **facts)
 
 
 def _checked(dropout: LayerDropout | None, seed: Tensor | None, x: Tensor) -> LayerDropout:
@@ -140,17 +141,24 @@ class _TransformerLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, x, *arguments):
-        n1w, n1b, qkv_weight, qkv_bias, proj_weight, _, n2w, n2b, fc1_weight, fc1_bias, fc2_weight, _ = arguments[:12]
+        n1w, n1b, qkv_weight, qkv_bias, proj_weight, proj_bias, n2w, n2b, fc1_weight, fc1_bias, fc2_weight, _ = (
+            arguments[:12]
+        )
         out, *kept = raw(OP, backend)(x, *arguments)
         weights = (n1w, n1b, qkv_weight, qkv_bias, proj_weight, n2w, n2b, fc1_weight, fc1_bias, fc2_weight)
-        ctx.save_for_backward(x, *kept, *weights, arguments[12])
+        ctx.save_for_backward(x, *kept, *weights, arguments[12], proj_bias)  # the last for `again` alone
         ctx.backend, ctx.has_qkv_bias, ctx.settings = backend, qkv_bias is not None, arguments[13:]
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        grads = list(raw(f"{OP}_backward", ctx.backend)(grad_out, *ctx.saved_tensors, *ctx.settings))
+        *saved, proj_bias = ctx.saved_tensors
+        if again():
+            x, weights, seed = saved[0], saved[8:18], saved[18]
+            layer = (*weights[:5], proj_bias, *weights[5:], zeros_like_bias(weights[-1]))
+            formula = reference.transformer_layer_from_seed
+            return None, *gradients(formula, grad_out, x, *layer, seed, *ctx.settings)
+        grads = list(raw(f"{OP}_backward", ctx.backend)(grad_out, *saved, *ctx.settings))
         if not ctx.has_qkv_bias:
             grads[4] = None
         return None, *grads, *[None] * 6
