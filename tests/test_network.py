@@ -413,30 +413,3 @@ def test_long_sums_are_as_exact_as_pytorchs(seed):
         for dtype in (torch.float64, torch.float32)
     )
     assert_close_as_pytorch("fusion", native(conv, x), pytorch, truth)
-
-
-def test_the_library_checks_a_program_for_itself():
-    module, draw = chain()
-    x = draw(1, 3, 32, 32)
-    native(module, x)
-    weights, program = module._network.weights, module._network.program
-    call = torch.ops.mvit_kernels.network.cpu
-    changes = {0: "no program of version", 3: "ends in the middle"}
-    for word, says in changes.items():
-        wrong = program.clone()
-        wrong[word] += 1
-        with pytest.raises(RuntimeError, match=says):
-            call(x, weights, wrong)
-    for length in range(len(program)):
-        with pytest.raises(RuntimeError, match="no program of version|the program ends|has not the words"):
-            call(x, weights, program[:length].clone())
-    first_step = 4 + 2 * int(program[2])
-    for kind in (-1, 6):
-        wrong = program.clone()
-        wrong[first_step + 1] = kind
-        with pytest.raises(RuntimeError, match=f"of kind {kind} "):
-            call(x, weights, wrong)
-    with pytest.raises(RuntimeError, match="3, H, W"):
-        call(x[:, :2], weights, program)
-    with pytest.raises(RuntimeError, match="float32 or bfloat16"):
-        call(x.double(), weights, program)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators: one file each, with its checks, fake, autograd and public function."""
 
+from . import native  # noqa: F401  (it registers fakes)
 from .inverted_residual import inverted_residual
 from .layer_norm import layer_norm
 from .layer_norm_linear import layer_norm_linear
