@@ -93,7 +93,8 @@ NATIVE_SCHEMAS = {
     "Tensor project, Tensor project_bias) -> Tensor",
     # What `transformer.cuda` calls, with weights and plan of mvit_kernels.cuda.transformer's making.
     "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "
-    "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) -> Tensor",
+    "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) "
+    "-> Tensor",
 }
 for _name, _schema in NATIVE_SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
@@ -126,7 +127,9 @@ def _on_one_device(name: str, function: Callable) -> Callable:
 
     @functools.wraps(function)
     def fake(*arguments):
-        flat = [t for a in arguments for t in (a if isinstance(a, list | tuple) else (a,)) if isinstance(t, torch.Tensor)]
+        flat = [
+            t for a in arguments for t in (a if isinstance(a, list | tuple) else (a,)) if isinstance(t, torch.Tensor)
+        ]
         for other in flat[1:]:
             if other.device != flat[0].device:
                 raise ValueError(

@@ -251,14 +251,22 @@ def test_what_cannot_be_packed():
         with pytest.raises(RuntimeError, match="pack_convolution: "):
             pack.pack_convolution.cpu(*arguments)
     for at, value in enumerate(inverted):
-        for other in (value[:-1].clone(), value.double(), value[:0], value.new_zeros(()), value.repeat_interleave(2, -1)):
+        for other in (
+            value[:-1].clone(),
+            value.double(),
+            value[:0],
+            value.new_zeros(()),
+            value.repeat_interleave(2, -1),
+        ):
             with pytest.raises(RuntimeError, match="pack_inverted_residual: "):
                 pack.pack_inverted_residual.cpu(*inverted[:at], other, *inverted[at + 1 :])
 
 
 def test_every_raw_operator_has_a_fake():
     names = [f"{name}.{backend}" for name in SCHEMAS for backend in ("reference", "cpu", "triton", "cuda")]
-    defined = {name.removeprefix("mvit_kernels::") for name in torch._C._dispatch_get_all_op_names() if "mvit_k" in name}
+    defined = {
+        name.removeprefix("mvit_kernels::") for name in torch._C._dispatch_get_all_op_names() if "mvit_k" in name
+    }
     assert defined == {*names, *NATIVE_SCHEMAS}
     for name in defined:
         assert torch._library.simple_registry.singleton.find(f"mvit_kernels::{name}").fake_impl.kernel is not None, name
