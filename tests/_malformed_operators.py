@@ -9,22 +9,24 @@ from collections.abc import Callable
 import torch
 from _malformed_arguments import Call, T, Weights, Words, network
 
-from mvit_kernels import cpu
+from mvit_kernels import cpu, reference  # noqa: F401  (its raw operators)
 from mvit_kernels._library import SCHEMAS
 
 HUGE = (2**31 - 1, 2**31, 2**33 + 1, 2**40, 2**62, 2**63 - 1)
 
 
 class Sizes:
-    """Draws sizes: usual ones, and where `wild` also 0 and the huge."""
+    """Draws sizes: usual ones (multiples of 8, where `eights` and there are such), where `wild` also 0 and the huge."""
 
-    def __init__(self, r: random.Random, wild: bool) -> None:
-        self.r, self.wild = r, wild
+    def __init__(self, r: random.Random, wild: bool, eights: bool) -> None:
+        self.r, self.wild, self.eights = r, wild, eights
 
     def __call__(self, *usual: int) -> int:
         if self.wild and self.r.random() < 0.15:
             return self.r.choice((0, 0, 0, 1, self.r.choice(HUGE), 3, 17))
-        return self.r.choice(usual)
+        return (
+            self.r.choice([size for size in usual if size % 8 == 0] or usual) if self.eights else self.r.choice(usual)
+        )
 
 
 def _rows(s: Sizes, dtype: str) -> tuple[tuple[int, ...], int, Callable[..., T]]:
@@ -209,4 +211,6 @@ def dtypes_of(operator: str, backend: str) -> tuple[str, ...]:
 
 def well_formed(operator: str, backend: str, r: random.Random, wild: bool = False) -> Call:
     make = {**FRONTS, **NATIVE}[operator]
-    return Call(operator, backend, tuple(make(Sizes(r, wild), r.choice(dtypes_of(operator, backend)))))
+    return Call(
+        operator, backend, tuple(make(Sizes(r, wild, eights=backend == "cuda"), r.choice(dtypes_of(operator, backend))))
+    )
