@@ -12,6 +12,7 @@ statistics are float32, or float64 for float64 inputs.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -83,19 +84,20 @@ for _name, _schema in SCHEMAS.items():
 
 
 # What frozen models run on the CPU is no operator with several backends but a list of steps and their packed weights,
-# of mvit_kernels.nn.network's making.
-_library.define("network.cpu(Tensor x, Tensor weights, Tensor program) -> Tensor")
-_library.define("pack_convolution.cpu(Tensor weight, Tensor bias) -> Tensor")
-_library.define(
-    "pack_inverted_residual.cpu(Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
-    "Tensor project, Tensor project_bias) -> Tensor"
-)
-
-# What `transformer.cuda` calls, with weights and plan of mvit_kernels.cuda.transformer's making.
-_library.define(
-    "transformer_packed.cuda(Tensor x, Tensor packed, int version, int num_layers, int head_dim, int hidden_features, "
-    "bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) -> Tensor"
-)
+# of mvit_kernels.nn.network's making: x (B, C, H, W) -> (B, H', W', out_channels), each side halved so many times,
+# rounding up.
+NATIVE_SCHEMAS = {
+    "network.cpu": "(Tensor x, Tensor weights, Tensor program, int out_channels, int halvings) -> Tensor",
+    "pack_convolution.cpu": "(Tensor weight, Tensor bias) -> Tensor",
+    "pack_inverted_residual.cpu": "(Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
+    "Tensor project, Tensor project_bias) -> Tensor",
+    # What `transformer.cuda` calls, with weights and plan of mvit_kernels.cuda.transformer's making.
+    "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "
+    "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) "
+    "-> Tensor",
+}
+for _name, _schema in NATIVE_SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
 
 
 def register_fake(name: str) -> Callable[[Callable], Callable]:
@@ -103,10 +105,40 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
 
     def register(function: Callable) -> Callable:
         for backend in BACKENDS:
-            torch.library.register_fake(f"mvit_kernels::{name}.{backend}", function, lib=_library)
+            register_native_fake(f"{name}.{backend}")(function)
         return function
 
     return register
+
+
+def register_native_fake(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as the fake of the one raw operator ``mvit_kernels::<name>``."""
+
+    def register(function: Callable) -> Callable:
+        torch.library.register_fake(f"mvit_kernels::{name}", _on_one_device(name, function), lib=_library)
+        return function
+
+    return register
+
+
+def _on_one_device(name: str, function: Callable) -> Callable:
+    """The fake, for tensors of one device. A call with a meta tensor among others comes here too, and what the fake
+    makes like the others would be a result that nothing was ever written to."""
+
+    @functools.wraps(function)
+    def fake(*arguments):
+        flat = [
+            t for a in arguments for t in (a if isinstance(a, list | tuple) else (a,)) if isinstance(t, torch.Tensor)
+        ]
+        for other in flat[1:]:
+            if other.device != flat[0].device:
+                raise ValueError(
+                    f"mvit_kernels::{name}: tensors are on {flat[0].device} and {other.device}; move all to one device "
+                    "with .to(device)"
+                )
+        return function(*arguments)
+
+    return fake
 
 
 def register_reference(name: str) -> Callable[[Callable], Callable]:

@@ -196,6 +196,8 @@ def _describe(call: Call) -> str:
 
 def _log_once(message: str) -> None:
     if message not in _logged:
+        if len(_logged) > 4096:  # reasons tell sizes: these too must not grow without end
+            _logged.clear()
         _logged.add(message)
         logger.info(message)
 

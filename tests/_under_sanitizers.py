@@ -34,6 +34,17 @@ def test_every_operator_under_the_sanitizers(sanitized):
     assert "portable: frozen networks" in done.stdout
 
 
+@pytest.mark.parametrize("isa", ["", "portable"])  # the best that there is, and the one that has other vectors
+def test_malformed_calls_under_the_sanitizers(sanitized, isa):
+    """None reads or writes beside a tensor, or counts beyond what a number holds."""
+    options = sanitized["ASAN_OPTIONS"] + ":max_allocation_size_mb=1024"  # as without the sanitizers: see _malformed.py
+    variables = {**sanitized, "ASAN_OPTIONS": options, "MVIT_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(_sanitized.ROOT / "tests" / "_malformed.py"), "--count", "10000"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-8000:]
+    assert "10000 calls of cpu" in done.stdout and " 0 ended the process" in done.stdout
+
+
 def test_the_sanitizers_see_a_write_behind_a_tensor(sanitized):
     """They are at work: the library that was built for them stops a process that writes one float too far."""
     code = "import ctypes, torch, mvit_kernels.cpu as c; assert c.instruction_set(); x = torch.empty(5); "

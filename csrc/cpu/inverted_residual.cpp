@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "isa.h"
+#include "scratch.h"
 #include "tensors.h"
 #include "weights.h"
 
@@ -32,7 +33,7 @@ InvertedResidualShape shape_of(const Tensor& x, const Tensor& expand_weight, con
   shape.residual = residual;
   STD_TORCH_CHECK(!residual || (stride == 1 && shape.out_channels == shape.in_channels),
                   "inverted_residual: residual wants stride 1 and as many channels out as in");
-  return shape;
+  return shape.with_least_dilation();
 }
 
 // Strips of the output's rows that an image is cut into so that all threads have the same work: none where there are
@@ -74,22 +75,24 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& expand_weight, 
                                         read.matrix(project_weight, shape.out_channels, shape.hidden),
                                         read.vector(project_bias, shape.out_channels)};
   if (images == 0 || shape.out_channels == 0) return out;
-  void* packed = shared_scratch(kernels.packed_bytes(shape));
-  kernels.pack(shape, weights, packed);
+  STD_TORCH_CHECK(shape.has_scratch(), "inverted_residual: ", shape.hidden, " hidden channels of ", shape.in_height, " x ",
+                  shape.in_width, " pixels at a dilation of ", dilation, " are more than there is memory for");
+  const Scratch packed(kernels.packed_bytes(shape), ScratchUse::shared);
+  kernels.pack(shape, weights, packed.data());
 
   const InvertedResidualArgs args{
       shape,
       {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)},
       {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)},
-      packed};
+      packed.data()};
   const int64_t strips = strips_of_an_image(shape, images), rows = shape.out_height();
   const std::size_t scratch_bytes = kernels.scratch_bytes(shape);
   parallel_for(images * strips, flops_of(shape) / static_cast<double>(strips), [&](int64_t begin, int64_t end) {
-    void* memory = scratch(scratch_bytes);
+    const Scratch memory(scratch_bytes);
     while (begin < end) {  // adjacent strips of an image are one call
       const int64_t image = begin / strips, last = std::min(end, (image + 1) * strips);
       kernels.run(args, image, (begin - image * strips) * rows / strips, (last - image * strips) * rows / strips,
-                  memory);
+                  memory.data());
       begin = last;
     }
   });

@@ -17,6 +17,21 @@ struct InvertedResidualShape {
 
   int64_t out_height() const { return (in_height - 1) / stride + 1; }
   int64_t out_width() const { return (in_width - 1) / stride + 1; }
+
+  // The same with the least dilation: further than the map is wide and high, all taps but the middle one see zeros, and
+  // scratch grows with the distance.
+  InvertedResidualShape with_least_dilation() const {
+    InvertedResidualShape shape = *this;
+    const int64_t side = in_height > in_width ? in_height : in_width;
+    if (dilation > side) shape.dilation = side;
+    return shape;
+  }
+
+  // Whether scratch, the rows of all hidden channels that the filter sees at once, is a number of bytes.
+  bool has_scratch() const {
+    const double reach = 2.0 * static_cast<double>(dilation) + 32, row = static_cast<double>(in_width) + reach;
+    return reach * row * static_cast<double>(hidden) < 0x1p48 && row * static_cast<double>(in_channels) < 0x1p48;
+  }
 };
 
 // Contiguous: expand (hidden, in), depthwise (hidden, 3, 3) and project (out, hidden) of the arithmetic's dtype.

@@ -29,6 +29,7 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, std::optional<Tens
   args.bias = bias ? read.values(*bias, out_channels) : nullptr;
 
   Tensor out = new_rows(x, out_channels, x.scalar_type());
+  if (out_channels == 0) return out;  // of any number of rows
   args.out = output_rows(out, out_channels);
   const auto& kernels = MVIT_KERNELS_WITH_BF16_PAIRS(linear_residual);
   run_forward(kernels.forward[static_cast<int>(arithmetic)], args, 2.0 * static_cast<double>(channels * out_channels));

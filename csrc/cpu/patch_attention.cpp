@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "scratch.h"
 #include "tensors.h"
 
 namespace mvit {
@@ -32,7 +33,7 @@ PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::ve
   STD_TORCH_CHECK(qkv.size(1) % patch[0] == 0 && qkv.size(2) % patch[1] == 0, "patch_attention: a map of ", qkv.size(1),
                   " x ", qkv.size(2), " does not divide into patches of ", patch[0], " x ", patch[1]);
   const int64_t channels = qkv.size(3);
-  STD_TORCH_CHECK(num_heads > 0 && num_heads <= channels && channels % (3 * num_heads) == 0, "patch_attention: ",
+  STD_TORCH_CHECK(num_heads > 0 && num_heads <= channels / 3 && channels % (3 * num_heads) == 0, "patch_attention: ",
                   channels, " channels are not q, k and v of ", num_heads, " heads");
   PatchAttentionShape shape;
   shape.images = qkv.size(0);
@@ -43,6 +44,7 @@ PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::ve
   shape.heads = num_heads;
   shape.head_dim = channels / (3 * num_heads);
   shape.scale = scale;
+  product("patch_attention", "places in a patch, of all heads and images", {patch[0], patch[1], num_heads, shape.images});
   return shape;
 }
 
@@ -86,19 +88,21 @@ std::tuple<Tensor, Tensor> patch_attention(const Tensor& qkv_argument, int64_t n
   const Tensor logsumexp =
       new_empty(qkv, {shape.images, shape.positions(), shape.heads, shape.tokens()}, statistics_type(dtype));
 
+  if (out.numel() == 0) return {out, logsumexp};  // of no images or no rows, and the other sizes any
+
   const PatchAttentionForward args{shape, input_map(qkv), output_map(out), logsumexp.mutable_data_ptr()};
   const std::size_t bytes = scratch_bytes(kernels.forward_scratch[type](shape), dtype);
   // Threads share out parts of 64 queries, so that one image's few strands keep many cores busy; consecutive parts of a
   // strand are one call, which packs the strand's keys and values once.
   constexpr int64_t part = 64;
   const int64_t tokens = shape.tokens(), parts = (tokens + part - 1) / part;
-  parallel_for(shape.strands() * parts, shape.score_flops(2) * static_cast<double>(std::min(part, tokens) * tokens),
+  parallel_for(shape.strands() * parts, shape.score_flops(2) * static_cast<double>(std::min(part, tokens)) * static_cast<double>(tokens),
                [&](int64_t begin, int64_t end) {
-                 void* memory = scratch(bytes);
+                 const Scratch memory(bytes);
                  while (begin < end) {
                    const int64_t strand = begin / parts, last = std::min(end, (strand + 1) * parts);
                    kernels.forward[type](args, strand, (begin - strand * parts) * part,
-                                         std::min(tokens, (last - strand * parts) * part), memory);
+                                         std::min(tokens, (last - strand * parts) * part), memory.data());
                    begin = last;
                  }
                });
@@ -113,7 +117,7 @@ Tensor patch_attention_backward(const Tensor& grad_out_argument, const Tensor& q
   const auto type = static_cast<int>(dtype);
   check_like("grad_out", grad_out_argument, qkv_argument, shape.inner());
   check_like("out", out_argument, qkv_argument, shape.inner());
-  STD_TORCH_CHECK(logsumexp_argument.numel() == shape.strands() * shape.tokens() && logsumexp_argument.is_cpu() &&
+  STD_TORCH_CHECK(logsumexp_argument.numel() == product("patch_attention", "scores", {shape.strands(), shape.tokens()}) && logsumexp_argument.is_cpu() &&
                       logsumexp_argument.scalar_type() == statistics_type(dtype),
                   "patch_attention: logsumexp is not the one that the forward operator returned");
   const PatchAttentionKernels& kernels = MVIT_KERNELS_FOR_THIS_CPU(patch_attention);
@@ -122,15 +126,15 @@ Tensor patch_attention_backward(const Tensor& grad_out_argument, const Tensor& q
   const Tensor logsumexp = logsumexp_argument.is_contiguous() ? logsumexp_argument : contiguous(logsumexp_argument);
   const Tensor grad_qkv =
       new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)}, qkv.scalar_type());
+  if (grad_qkv.numel() == 0) return grad_qkv;
 
   const PatchAttentionBackward args{
       shape, input_map(grad_out), input_map(qkv), input_map(out), output_map(grad_qkv), logsumexp.const_data_ptr()};
   const std::size_t bytes = scratch_bytes(kernels.backward_scratch[type](shape), dtype);
-  const int64_t tokens = shape.tokens();
-  const int64_t strands = tokens == 0 ? 0 : shape.strands();  // a map of no rows has strands, of nothing
-  parallel_for(strands, shape.score_flops(5) * static_cast<double>(tokens * tokens), [&](int64_t begin, int64_t end) {
-    void* memory = scratch(bytes);
-    for (int64_t strand = begin; strand < end; ++strand) kernels.backward[type](args, strand, memory);
+  const double tokens = static_cast<double>(shape.tokens());
+  parallel_for(shape.strands(), shape.score_flops(5) * tokens * tokens, [&](int64_t begin, int64_t end) {
+    const Scratch memory(bytes);
+    for (int64_t strand = begin; strand < end; ++strand) kernels.backward[type](args, strand, memory.data());
   });
   return grad_qkv;
 }

@@ -10,6 +10,7 @@
 
 #include "isa.h"
 #include "rows.h"
+#include "scratch.h"
 #include "tensors.h"
 #include "weights.h"
 
@@ -72,7 +73,7 @@ inline int64_t row_count(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() > 0, op, ": x has no axes; (..., channels) is wanted");
   int64_t count = 1;
   const auto sizes = x.sizes();
-  for (std::size_t axis = 0; axis + 1 < sizes.size(); ++axis) count *= sizes[axis];
+  for (std::size_t axis = 0; axis + 1 < sizes.size(); ++axis) count = product(op, "rows of x", {count, sizes[axis]});
   return count;
 }
 
@@ -159,19 +160,21 @@ inline void fill_with_zeros(const Tensor& tensor) {
   const std::size_t bytes = tensor.scalar_type() == ScalarType::Double     ? 8
                             : tensor.scalar_type() == ScalarType::BFloat16 ? 2
                                                                            : 4;
-  std::memset(tensor.mutable_data_ptr(), 0, bytes * static_cast<std::size_t>(tensor.numel()));
+  const auto count = static_cast<std::size_t>(tensor.numel());
+  if (count > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes * count);  // else there is no memory: a null pointer
 }
 
 // ---- threads --------------------------------------------------------------------------------------------------------
 
 template <typename Args>
 void run_forward(const RowForward<Args>& kernels, const Args& args, double flops_of_a_row) {
+  if (args.count == 0) return;  // then widths may be any numbers
   const std::size_t bytes = kernels.scratch_bytes(args);
   const int64_t blocks = (args.count + kBlockRows - 1) / kBlockRows;
   parallel_for(blocks, flops_of_a_row * static_cast<double>(std::min(kBlockRows, args.count)),
                [&](int64_t begin, int64_t end) {
-                 void* memory = scratch(bytes);
-                 for (int64_t block = begin; block < end; ++block) kernels.block(args, block, memory);
+                 const Scratch memory(bytes);
+                 for (int64_t block = begin; block < end; ++block) kernels.block(args, block, memory.data());
                });
 }
 
@@ -182,7 +185,8 @@ void run_backward(const RowBackward<Args>& kernels, const Args& args, double flo
   const int64_t group = kernels.group_rows;
   const int64_t capacity = std::min(args.count, (8 * threads * kBlockRows + group - 1) / group * group);
   const std::size_t bytes = kernels.scratch_bytes(args);
-  void* shared = shared_scratch(kernels.shared_bytes(args, capacity));
+  const Scratch shared_memory(kernels.shared_bytes(args, capacity), ScratchUse::shared);
+  void* const shared = shared_memory.data();
   kernels.prepare(args, capacity, shared);
   const int64_t tiles = kernels.tiles(args);
   for (int64_t begin = 0; begin < args.count; begin += capacity) {
@@ -191,8 +195,8 @@ void run_backward(const RowBackward<Args>& kernels, const Args& args, double flo
     const double flops = flops_of_a_row * static_cast<double>(step.rows) / 2;  // of the blocks, and of the tiles
     const int64_t blocks = (step.rows + kBlockRows - 1) / kBlockRows;
     parallel_for(blocks, flops / static_cast<double>(blocks), [&](int64_t first, int64_t last) {
-      void* memory = scratch(bytes);
-      for (int64_t block = first; block < last; ++block) kernels.block(args, step, block, shared, memory);
+      const Scratch memory(bytes);
+      for (int64_t block = first; block < last; ++block) kernels.block(args, step, block, shared, memory.data());
     });
     parallel_for(tiles, flops / static_cast<double>(tiles), [&](int64_t first, int64_t last) {
       for (int64_t tile = first; tile < last; ++tile) kernels.tile(args, step, tile, shared);

@@ -9,8 +9,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
-#include <memory>
-#include <new>
 
 namespace mvit {
 
@@ -33,33 +31,13 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
   return new_empty(like, sizes.begin(), static_cast<int64_t>(sizes.size()), type);
 }
 
-// Memory of the calling thread that may be used until the next call of the same function by the same thread; it grows, is
-// kept (fresh pages cost more than the kernels), and is aligned to a cache line. Its contents are undefined.
-// scratch() is for one piece of work on one thread; shared_scratch() is for the thread that gives out work, for what the
-// threads share meanwhile; and a network's workspace lasts over many of either.
-enum class ScratchUse { one_thread, shared, network };
-
-template <ScratchUse>
-void* kept_memory(std::size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local std::size_t size = 0;
-#ifdef __SANITIZE_ADDRESS__
-  size = 0;  // new memory each time, which ends where the caller said, so that a step beyond is seen
-#endif
-  if (size < bytes) {
-    memory.reset();
-    size = 0;
-    memory.reset(::operator new(bytes, std::align_val_t(64)));
-    size = bytes;
-  }
-  return memory.get();
+// The product of sizes, which may be too large to be a number: a tensor without elements has any sizes.
+inline int64_t product(const char* op, const char* of_what, std::initializer_list<int64_t> factors) {
+  int64_t result = 1;
+  for (const int64_t factor : factors)
+    STD_TORCH_CHECK(!__builtin_mul_overflow(result, factor, &result), op, ": ", of_what, " are too many to be counted");
+  return result;
 }
-
-inline void* scratch(std::size_t bytes) { return kept_memory<ScratchUse::one_thread>(bytes); }
-inline void* shared_scratch(std::size_t bytes) { return kept_memory<ScratchUse::shared>(bytes); }
 
 // body(begin, end) over parts of [0, items) on PyTorch's own threads, so that torch.set_num_threads is obeyed. A thread
 // gets at least so many items that they take `flops_per_item` × items >= 2^18 operations, about 2 µs of one core: less

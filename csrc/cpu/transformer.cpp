@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "scratch.h"
 #include "tensors.h"
 #include "weights.h"
 
@@ -50,7 +51,8 @@ void run_transformer(const TransformerKernels& kernels, const TransformerArgs& a
 
   if (threads == 1 || units % threads == 0 || units >= 4 * threads) {  // a thread takes whole units: nothing to wait for
     const auto whole_units = [&](int64_t begin, int64_t end) {
-      char* memory = static_cast<char*>(scratch(unit_bytes + step_bytes));
+      const Scratch scratch(unit_bytes + step_bytes);
+      char* const memory = scratch.data();
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t blocks = blocks_of(kernels, shape, size_of(unit));
         for (int64_t step = 0; step < steps; ++step)
@@ -64,15 +66,17 @@ void run_transformer(const TransformerKernels& kernels, const TransformerArgs& a
   }
 
   // More threads than units: all work on the blocks of one step, then on those of the next.
-  char* memory = static_cast<char*>(shared_scratch(unit_bytes * static_cast<std::size_t>(units)));
+  const Scratch shared(unit_bytes * static_cast<std::size_t>(units), ScratchUse::shared);
+  char* const memory = shared.data();
   const int64_t unit_blocks = blocks_of(kernels, shape, group);
   for (int64_t step = 0; step < steps; ++step)
     parallel_for(units * unit_blocks, flops_of_a_block(shape) / 2, [&](int64_t begin, int64_t end) {
-      void* step_memory = scratch(step_bytes);
+      const Scratch scratch(step_bytes);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t unit = i / unit_blocks, block = i % unit_blocks;
         if (block < blocks_of(kernels, shape, size_of(unit)))
-          kernels.step(args, step, unit * group, size_of(unit), block, memory + unit * unit_bytes, step_memory);
+          kernels.step(args, step, unit * group, size_of(unit), block, memory + unit * unit_bytes,
+                       scratch.data());
       }
     });
 }
@@ -106,10 +110,10 @@ Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::o
   shape.width = x.size(3);
   shape.heads = num_heads;
   const int64_t rows = weights[2].dim() == 2 ? weights[2].size(0) : 0;
-  STD_TORCH_CHECK(num_heads > 0 && rows > 0 && rows % (3 * num_heads) == 0, "transformer: ", rows,
+  STD_TORCH_CHECK(num_heads > 0 && num_heads <= rows / 3 && rows % (3 * num_heads) == 0, "transformer: ", rows,
                   " rows of qkv_weight are not q, k and v of ", num_heads, " heads");
   shape.head_dim = rows / (3 * num_heads);
-  shape.hidden = weights[8].size(0);
+  shape.hidden = weights[8].dim() == 2 ? weights[8].size(0) : 0;
   shape.layers = static_cast<int64_t>(weights.size() / kTensorsOfALayer);
   shape.eps = static_cast<float>(eps);
 
@@ -127,11 +131,13 @@ Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::o
                       read.vector(w[9], hidden), read.matrix(w[10], d, hidden), read.vector(w[11], d)});
   }
   args.layers = layers.data();
+  STD_TORCH_CHECK(final_norm_weight.has_value() == final_norm_bias.has_value(),
+                  "transformer: one of final_norm_weight and final_norm_bias without the other");
   if (final_norm_weight) {
-    STD_TORCH_CHECK(final_norm_bias.has_value(), "transformer: final_norm_weight without final_norm_bias");
     args.final_norm_weight = read.vector(*final_norm_weight, d);
     args.final_norm_bias = read.vector(*final_norm_bias, d);
   }
+  if (out.numel() == 0) return out;  // of no images, rows or channels, and the other sizes any
   args.in = {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
   args.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
   const TransformerKernels& kernels =

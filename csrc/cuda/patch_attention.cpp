@@ -12,6 +12,14 @@ namespace {
 
 constexpr const char* kOp = "patch_attention";
 
+// Of a sequence; sizes of a map without elements may have no product.
+int64_t tokens_of(int64_t rows, int64_t columns) {
+  int64_t tokens = 0;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(rows, columns, &tokens), kOp, ": ", rows, " x ", columns,
+                  " tokens are too many for the CUDA kernels");
+  return tokens;
+}
+
 PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::vector<int64_t>& patch, double scale) {
   STD_TORCH_CHECK(qkv.dim() == 4, kOp, ": qkv must be (B, H, W, 3 * inner), not of ", qkv.dim(), " axes");
   STD_TORCH_CHECK(qkv.scalar_type() == ScalarType::Half || qkv.scalar_type() == ScalarType::BFloat16, kOp,
@@ -20,10 +28,13 @@ PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::ve
   STD_TORCH_CHECK(qkv.size(1) % patch[0] == 0 && qkv.size(2) % patch[1] == 0, kOp, ": a map of ", qkv.size(1), " x ",
                   qkv.size(2), " does not divide into patches of ", patch[0], " x ", patch[1]);
   const int64_t channels = qkv.size(3);
-  STD_TORCH_CHECK(num_heads > 0 && num_heads <= channels && channels % (3 * num_heads) == 0, kOp, ": ", channels,
+  STD_TORCH_CHECK(num_heads > 0 && num_heads <= channels / 3 && channels % (3 * num_heads) == 0, kOp, ": ", channels,
                   " channels are not q, k and v of ", num_heads, " heads");
-  const int64_t head_dim = channels / (3 * num_heads), tokens = qkv.size(1) / patch[0] * (qkv.size(2) / patch[1]);
-  const int64_t strands = qkv.size(0) * patch[0] * patch[1] * num_heads;
+  const int64_t head_dim = channels / (3 * num_heads), tokens = tokens_of(qkv.size(1) / patch[0], qkv.size(2) / patch[1]);
+  int64_t strands = num_heads;  // a map without elements may have any of these sizes
+  for (const int64_t factor : {patch[0], patch[1], qkv.size(0)})
+    STD_TORCH_CHECK(!__builtin_mul_overflow(strands, factor, &strands), kOp, ": heads of sequences of patches of ", patch[0],
+                    " x ", patch[1], " are too many for the CUDA kernels");
   STD_TORCH_CHECK(head_dim % 2 == 0 && head_dim <= kMostHeadDim, kOp,
                   ": the CUDA kernels take heads of even widths up to ", kMostHeadDim, ", not of ", head_dim);
   STD_TORCH_CHECK(tokens < kMostTokens && strands <= INT32_MAX, kOp, ": ", strands, " heads of sequences of ", tokens,

@@ -26,8 +26,9 @@ class Arguments {
                     ": the CUDA kernels take bfloat16 and float16");
     STD_TORCH_CHECK(x.dim() > 0, op, ": x has no axes; (..., channels) is wanted");
     const auto sizes = x.sizes();
-    for (int64_t axis = 0; axis + 1 < x.dim(); ++axis) count_ *= sizes[axis];
-    STD_TORCH_CHECK(count_ < kMostRows, op, ": ", count_, " rows are too many for the CUDA kernels");
+    for (int64_t axis = 0; axis + 1 < x.dim(); ++axis)
+      STD_TORCH_CHECK(!__builtin_mul_overflow(count_, sizes[axis], &count_) && count_ < kMostRows, op, ": x has too many ",
+                      "rows for the CUDA kernels, which take fewer than ", kMostRows);
     channels("x", x.size(-1));
   }
 

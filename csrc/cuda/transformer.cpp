@@ -44,12 +44,13 @@ Tensor transformer(const Tensor& x_argument, const Tensor& packed, int64_t versi
   STD_TORCH_CHECK(version == kTransformerVersion, "transformer: the weights were packed by version ", version,
                   " of the order, and the library reads version ", kTransformerVersion, ": build it again");
   const int64_t images = x_argument.size(0), height = x_argument.size(1), width = x_argument.size(2);
-  const int64_t d = x_argument.size(3), tokens = height / patch[0] * (width / patch[1]);
+  const int64_t d = x_argument.size(3);
   TransformerLaunch* launch = kernel_of(d, head_dim, tiles, type == ScalarType::Half);
   STD_TORCH_CHECK(launch != nullptr, "transformer: no kernel for rows of ", d, ", heads of ", head_dim, " and warps of ",
                   16 * tiles, " rows");
   const TransformerLayout layout{static_cast<int>(d), static_cast<int>(head_dim)};
-  STD_TORCH_CHECK(layers > 0 && hidden > 0 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+  constexpr int64_t most = 1 << 20;  // of layers and hidden units: their bytes are a number
+  STD_TORCH_CHECK(layers > 0 && layers < most && hidden > 0 && hidden < most && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                       packed.get_device_index() == x_argument.get_device_index() &&
                       packed.numel() == layout.packed_bytes(layers, (hidden + kHiddenChunk - 1) / kHiddenChunk),
                   "transformer: the packed weights are not those of ", layers, " layers with ", hidden, " hidden units");
@@ -57,11 +58,15 @@ Tensor transformer(const Tensor& x_argument, const Tensor& packed, int64_t versi
   const Device device(x_argument);
   const Tensor x = reads_directly(x_argument) ? x_argument : torch::stable::contiguous(torch::stable::clone(x_argument));
   Tensor out = torch::stable::new_empty(x, {images, height, width, d}, type);
-  if (images == 0 || tokens == 0) return out;
+  if (images == 0 || height == 0 || width == 0) return out;
+  const int64_t tokens = height / patch[0] * (width / patch[1]);
+  STD_TORCH_CHECK(sequences_of_a_block > 0 && sequences_of_a_block <= kMostWarps && tokens <= kMostWarps * 16 * tiles &&
+                      images * patch[0] * patch[1] < (int64_t{1} << 31),
+                  "transformer: ", sequences_of_a_block, " sequences of ", tokens, " tokens are no block");
   TransformerArgs args = transformer_args({tiles, sequences_of_a_block}, images, height, width, patch[0], patch[1], layers,
                                           hidden, final_norm, eps);
-  STD_TORCH_CHECK(sequences_of_a_block > 0 && args.warps <= kMostWarps && images * patch[0] * patch[1] < (int64_t{1} << 31),
-                  "transformer: ", sequences_of_a_block, " sequences of ", tokens, " tokens are no block");
+  STD_TORCH_CHECK(args.warps <= kMostWarps, "transformer: ", sequences_of_a_block, " sequences of ", tokens,
+                  " tokens are no block");
   args.in = {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
   args.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
   args.weights = static_cast<const unsigned char*>(packed.const_data_ptr());

@@ -214,6 +214,7 @@ class Network:
         self.dtype = weight.dtype
         builder = _build(module, self.dtype, self.dtype == torch.bfloat16 and cpu.multiplies_bf16_pairs())
         self.program, self.weights = builder.program(), builder.weights()
+        self.out_channels, self.halvings = builder.values[-1][0], builder.halvings[-1]
         self.takes, self._taken = builder.takes, {}
         self.reads_rows = builder.steps[0][0] != COPY
         # What it would be wrong after a change of, and whose hooks it would not call.
@@ -238,6 +239,8 @@ class Network:
         size = (x.shape[2], x.shape[3])
         taken = self._taken.get(size)
         if taken is None:
+            if len(self._taken) > 4096:  # a size a call must not grow without end
+                self._taken.clear()
             taken = self._taken[size] = all(
                 block.takes(
                     block.fallback,
@@ -253,7 +256,8 @@ class Network:
             x = x.to(self.dtype)
         if self.reads_rows:
             x = x.contiguous(memory_format=torch.channels_last)
-        return torch.ops.mvit_kernels.network.cpu(x, self.weights, self.program).permute(0, 3, 1, 2)
+        rows = torch.ops.mvit_kernels.network.cpu(x, self.weights, self.program, self.out_channels, self.halvings)
+        return rows.permute(0, 3, 1, 2)
 
 
 @flop_formula("network", get_raw=True)

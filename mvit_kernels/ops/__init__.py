@@ -7,6 +7,7 @@ calls. A backend that was asked for by name raises `BackendError` instead.
 """
 
 from .. import _flops  # noqa: F401 (registers itself)
+from . import native  # noqa: F401 (it registers fakes)
 from .inverted_residual import inverted_residual
 from .layer_norm import layer_norm
 from .layer_norm_linear import layer_norm_linear

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// pack_convolution.cpu and pack_inverted_residual.cpu: a frozen network's weights as its kernels read them.
+#include "convolution.h"
+#include "inverted_residual.h"
+#include "isa.h"
+#include "tensors.h"
+
+namespace mvit {
+namespace {
+
+Tensor bytes_like(const Tensor& tensor, std::size_t size) {
+  return new_empty(tensor, {static_cast<int64_t>(size)}, ScalarType::Byte);
+}
+
+// Of rows × columns, or of these and axes of the one element that a 1 × 1 kernel has.
+bool is_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+  return (tensor.dim() == 2 || (tensor.dim() == 4 && tensor.size(2) == 1 && tensor.size(3) == 1)) &&
+         tensor.size(0) == rows && tensor.size(1) == columns && rows > 0 && columns > 0;
+}
+
+bool is_packable(const Tensor& tensor, ScalarType type) {
+  return tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous();
+}
+
+bool is_bias(const Tensor& tensor, int64_t size) {
+  return tensor.dim() == 1 && tensor.size(0) == size && is_packable(tensor, ScalarType::Float);
+}
+
+// The dtype of matrices: bfloat16 for products of pairs, else float32.
+ScalarType matrices_of(const char* op, const Tensor& weight, bool has_pairs) {
+  const ScalarType type = weight.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op,
+                  ": weights must be of float32 or bfloat16");
+  STD_TORCH_CHECK(type == ScalarType::Float || has_pairs, op, ": there are no products of bfloat16 pairs here");
+  return type;
+}
+
+const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+Tensor pack_convolution(const Tensor& weight, const Tensor& bias) {
+  constexpr const char* kOp = "pack_convolution";
+  const ConvolutionTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(convolution);
+  const ScalarType type = matrices_of(kOp, weight, table.pairs.pack != nullptr);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) > 0 &&
+                      (weight.size(2) == 1 || weight.size(2) == 3) && weight.size(3) == weight.size(2) &&
+                      is_packable(weight, type),
+                  kOp, ": weight must be (out, in, k, k), contiguous, with a k of 1 or 3");
+  STD_TORCH_CHECK(is_bias(bias, weight.size(0)), kOp, ": bias must be (", weight.size(0), ",), contiguous, of float32");
+  const ConvolutionKernels& kernels = type == ScalarType::BFloat16 ? table.pairs : table.single;
+  const ConvolutionShape shape{1, 1, weight.size(1), weight.size(0), weight.size(2), 1, 1, false};
+  const Tensor packed = bytes_like(weight, kernels.packed_bytes(shape));
+  kernels.pack(shape, weight.const_data_ptr(), floats(bias), packed.mutable_data_ptr());
+  return packed;
+}
+
+Tensor pack_inverted_residual(const Tensor& expand, const Tensor& expand_bias, const Tensor& depthwise,
+                              const Tensor& depthwise_bias, const Tensor& project, const Tensor& project_bias) {
+  constexpr const char* kOp = "pack_inverted_residual";
+  const InvertedResidualTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(inverted_residual);
+  const ScalarType type = matrices_of(kOp, expand, table.pairs.pack != nullptr);
+  STD_TORCH_CHECK(expand.dim() >= 2 && project.dim() >= 2, kOp, ": expand and project must be matrices");
+  const int64_t hidden = expand.size(0), in = expand.size(1), out = project.size(0);
+  STD_TORCH_CHECK(is_matrix(expand, hidden, in) && is_packable(expand, type), kOp,
+                  ": expand must be (hidden, in), contiguous");
+  STD_TORCH_CHECK(depthwise.dim() == 4 && depthwise.size(0) == hidden && depthwise.size(1) == 1 &&
+                      depthwise.size(2) == 3 && depthwise.size(3) == 3 && is_packable(depthwise, type),
+                  kOp, ": depthwise must be (", hidden, ", 1, 3, 3), contiguous, of expand's dtype");
+  STD_TORCH_CHECK(is_matrix(project, out, hidden) && is_packable(project, type), kOp, ": project must be (out, ", hidden,
+                  "), contiguous, of expand's dtype");
+  STD_TORCH_CHECK(is_bias(expand_bias, hidden) && is_bias(depthwise_bias, hidden) && is_bias(project_bias, out), kOp,
+                  ": biases must be (", hidden, ",), (", hidden, ",) and (", out, ",), contiguous, of float32");
+  const InvertedResidualKernels& kernels = type == ScalarType::BFloat16 ? table.pairs : table.single;
+  const InvertedResidualShape shape{1, 1, in, hidden, out, 1, 1, false};
+  const Tensor packed = bytes_like(expand, kernels.packed_bytes(shape));
+  kernels.pack(shape,
+               {expand.const_data_ptr(), floats(expand_bias), depthwise.const_data_ptr(), floats(depthwise_bias),
+                project.const_data_ptr(), floats(project_bias)},
+               packed.mutable_data_ptr());
+  return packed;
+}
+
+}  // namespace
+}  // namespace mvit
+
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
+  m.impl("pack_convolution.cpu", TORCH_BOX(&mvit::pack_convolution));
+  m.impl("pack_inverted_residual.cpu", TORCH_BOX(&mvit::pack_inverted_residual));
+}

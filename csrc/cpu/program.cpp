@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "program.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "isa.h"
+
+namespace mvit {
+namespace {
+
+constexpr int64_t kVersion = 1;
+constexpr int64_t kStepWords = 8;  // its own length, kind, source and target
+// Of channels, hidden units, borders, dilations and patches: products of two and a kernel's nine taps are numbers.
+constexpr int64_t kMost = int64_t{1} << 24;
+constexpr int64_t kMostSide = int64_t{1} << 31;
+constexpr double kMostBytes = 0x1p44;  // of a map
+
+bool is_size(int64_t n) { return n > 0 && n <= kMost; }
+
+int64_t round_up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+bool is_resize(Kind kind) { return kind == kToWholePatches || kind == kToSizeOf; }
+
+bool overlap(const Place& a, const Place& b) {
+  return a.offset < b.offset + b.channels && b.offset < a.offset + a.channels;
+}
+
+// Says which step is wrong.
+struct StepCheck {
+  int64_t index;
+  const Step& step;
+
+  void operator()(bool holds, const char* what) const {
+    STD_TORCH_CHECK(holds, "network: step ", index, " of the program, of kind ", static_cast<int64_t>(step.kind), ", ", what);
+  }
+};
+
+// Whether `more` words beyond those of every step are what a step of its kind reads.
+bool has_its_words(const Step& step, int64_t more) {
+  switch (step.kind) {
+    case kCopy:
+      return more == 0;
+    case kConvolution:
+    case kInvertedResidual:
+      return more == 5;
+    case kTransformer:
+      return more >= kTransformerWords + kLayerWords && (more - kTransformerWords) % kLayerWords == 0 &&
+             step.words[3] == (more - kTransformerWords) / kLayerWords;
+    case kToWholePatches:
+      return more == 2;
+    case kToSizeOf:
+      return more == 1;
+  }
+  return false;
+}
+
+// All that can be said of a step without the sizes of maps.
+void check_step(const Program& program, const Step& step, const StepCheck& require) {
+  const int64_t* w = step.words;
+  const Value &source = program.at(step.source.value), &target = program.at(step.target.value);
+  require(step.target.value != 0 && step.source.value != program.last(), "writes the input or reads the output");
+  const bool even = !program.pairs || step.source.channels % 2 == 0;
+  switch (step.kind) {
+    case kCopy:
+      require(step.target.channels >= step.source.channels, "copies more channels than there is room for");
+      break;
+    case kConvolution:
+      require((w[0] == 1 || w[0] == 3) && (w[1] == 1 || w[1] == 2) && is_size(w[2]) && even,
+              "has a kernel, stride, dilation or number of channels that there is not");
+      require(w[0] == 1 || source.border >= w[2], "reads a border that is not there");
+      break;
+    case kInvertedResidual:
+      require(is_size(w[0]) && (w[1] == 1 || w[1] == 2) && is_size(w[2]) && even,
+              "has hidden channels, a stride, dilation or number of channels that there are not");
+      require(w[3] == 0 || (w[1] == 1 && step.source.channels == step.target.channels),
+              "has a residual of another shape");
+      break;
+    case kTransformer:
+      require(is_size(w[0]) && is_size(w[1]) && w[1] % w[0] == 0 && is_size(w[2]) && is_size(w[4]) && is_size(w[5]),
+              "has heads, widths or a patch that there are not");
+      require(!program.pairs || (even && w[1] / w[0] % 2 == 0 && w[2] % 2 == 0), "has pairs of an odd width");
+      require(step.source.channels == step.target.channels, "has two widths");
+      break;
+    case kToWholePatches:
+    case kToSizeOf:
+      require(step.source.channels == source.channels && step.target.channels == target.channels &&
+                  source.channels == target.channels && source.border == 0 && target.border == 0,
+              "resizes a part of a map, or one with a border");
+      if (step.kind == kToWholePatches) require(is_size(w[0]) && is_size(w[1]), "has no patch");
+      if (step.kind == kToSizeOf) require(w[0] >= 0 && w[0] <= program.last(), "takes the size of what there is not");
+      break;
+  }
+}
+
+}  // namespace
+
+const ConvolutionKernels& Program::convolution_kernels() const {
+  const ConvolutionTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(convolution);
+  return pairs ? table.pairs : table.single;
+}
+
+const InvertedResidualKernels& Program::inverted_residual_kernels() const {
+  const InvertedResidualTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(inverted_residual);
+  return pairs ? table.pairs : table.single;
+}
+
+const TransformerKernels& Program::transformer_kernels() const {
+  const TransformerTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(transformer);
+  return pairs ? table.pairs : table.single;
+}
+
+ConvolutionShape convolution_shape(const Program& program, const Step& step) {
+  const Value& source = program.at(step.source.value);
+  return {source.height, source.width,  step.source.channels, step.target.channels,
+          step.words[0], step.words[1], step.words[2],        step.words[3] != 0};
+}
+
+InvertedResidualShape inverted_residual_shape(const Program& program, const Step& step) {
+  const Value& source = program.at(step.source.value);
+  const InvertedResidualShape shape{source.height,        source.width,  step.source.channels, step.words[0],
+                                    step.target.channels, step.words[1], step.words[2],        step.words[3] != 0};
+  return shape.with_least_dilation();
+}
+
+TransformerShape transformer_shape(const Program& program, const Step& step) {
+  const Value& source = program.at(step.source.value);
+  const int64_t* w = step.words;
+  double eps;
+  std::memcpy(&eps, w + 6, sizeof eps);
+  TransformerShape shape{};
+  shape.images = 1;
+  shape.patch_height = w[4];
+  shape.patch_width = w[5];
+  shape.patch_rows = source.height / w[4];
+  shape.patch_columns = source.width / w[5];
+  shape.width = step.source.channels;
+  shape.heads = w[0];
+  shape.head_dim = w[1] / w[0];
+  shape.hidden = w[2];
+  shape.layers = w[3];
+  shape.eps = static_cast<float>(eps);
+  return shape;
+}
+
+Program parse_program(const Tensor& words) {
+  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Long && words.is_cpu() && words.dim() == 1 && words.is_contiguous(),
+                  "network: the program must be one stretch of int64 on the CPU");
+  const auto* word = static_cast<const int64_t*>(words.const_data_ptr());
+  const int64_t* const end = word + words.numel();
+  STD_TORCH_CHECK(words.numel() > 4 && word[0] == kVersion, "network: this is no program of version ", kVersion);
+  Program program;
+  program.pairs = word[1] != 0;
+  const int64_t values = word[2], steps = word[3];
+  word += 4;
+  STD_TORCH_CHECK(values > 1 && values <= (end - word) / 2, "network: the program ends before its steps");
+  program.values.reserve(static_cast<std::size_t>(values));
+  for (int64_t i = 0; i < values; ++i, word += 2) {
+    STD_TORCH_CHECK(is_size(word[0]) && word[1] >= 0 && word[1] <= kMost && (word[1] == 0 || (i > 0 && i + 1 < values)),
+                    "network: value ", i, " of the program has ", word[0], " channels and a border of ", word[1]);
+    program.values.push_back({word[0], word[1]});
+  }
+  const auto place = [&](const int64_t* p) {
+    STD_TORCH_CHECK(p[0] >= 0 && p[0] < values && p[1] >= 0 && p[2] > 0 && p[1] <= kMost && p[2] <= kMost &&
+                        p[1] + p[2] <= program.at(p[0]).channels,
+                    "network: a step of the program reads or writes what there is not");
+    return Place{p[0], p[1], p[2]};
+  };
+  STD_TORCH_CHECK(steps > 0 && steps <= (end - word) / kStepWords, "network: the program ends in the middle of a step");
+  program.steps.reserve(static_cast<std::size_t>(steps));
+  for (int64_t i = 0; i < steps; ++i) {
+    STD_TORCH_CHECK(end - word >= kStepWords && word[0] >= kStepWords && word[0] <= end - word,
+                    "network: the program ends in the middle of a step");
+    const Step step{static_cast<Kind>(word[1]), place(word + 2), place(word + 5), word + kStepWords, false};
+    STD_TORCH_CHECK(has_its_words(step, word[0] - kStepWords), "network: step ", i, " of the program is of kind ", word[1],
+                    " and has not the words of one");
+    check_step(program, step, {i, step});
+    program.steps.push_back(step);
+    word += word[0];
+  }
+  STD_TORCH_CHECK(word == end, "network: the program goes on after its steps");
+  return program;
+}
+
+void lay_out(Program& program, const Tensor& x) {
+  auto& values = program.values;
+  values[0].height = x.size(2);
+  values[0].width = x.size(3);
+  STD_TORCH_CHECK(values[0].height < kMostSide && values[0].width < kMostSide, "network: x is too large a map");
+  for (std::size_t i = 0; i < values.size(); ++i) values[i].storage = static_cast<int64_t>(i);
+  const auto storage = [&](int64_t value) -> Value& { return program.at(program.at(value).storage); };
+  // Whether x and the result are as all kernels but copies and resizes read and write them: of the arithmetic's dtype.
+  const bool same_type = (x.scalar_type() == ScalarType::BFloat16) == program.pairs;
+  const bool has_rows = x.size(1) == 1 || x.stride(1) == 1;
+  for (std::size_t i = 0; i < program.steps.size(); ++i) {
+    Step& step = program.steps[i];
+    const StepCheck require{static_cast<int64_t>(i), step};
+    const Value& source = program.at(step.source.value);
+    Value& target = program.at(step.target.value);
+    int64_t h = source.height, w = source.width;
+    require(h > 0, "reads what no step wrote");
+    if (step.kind == kConvolution || step.kind == kInvertedResidual) {
+      const int64_t stride = step.words[1];
+      h = (h - 1) / stride + 1;
+      w = (w - 1) / stride + 1;
+    } else if (step.kind == kTransformer) {
+      require(h % step.words[4] == 0 && w % step.words[5] == 0, "has a map that does not divide into patches");
+    } else if (step.kind == kToWholePatches) {
+      h = round_up_to(h, step.words[0]);
+      w = round_up_to(w, step.words[1]);
+    } else if (step.kind == kToSizeOf) {
+      const Value& like = program.at(step.words[0]);
+      h = like.height;
+      w = like.width;
+      require(h > 0, "takes the size of what no step wrote");
+    }
+    require(target.height == 0 || (target.height == h && target.width == w && !is_resize(step.kind)),
+            "writes a map in another size than the step before it");
+    const bool from_x = source.storage == 0;
+    require(!from_x || has_rows || step.kind == kCopy, "reads rows of x, whose channels are not adjacent");
+    require(same_type || step.kind == kCopy || is_resize(step.kind) || !(from_x || step.target.value == program.last()),
+            "wants x in the dtype of the weights");
+    if (is_resize(step.kind) && h == source.height && w == source.width && step.target.value != program.last())
+      target.storage = source.storage;  // nothing to resize: another name
+    else
+      require(target.storage != 0 && (source.storage != target.storage || !overlap(step.source, step.target) ||
+                                      (step.kind == kTransformer && step.source.offset == step.target.offset)),
+              "writes what it reads");
+    target.height = h;
+    target.width = w;
+    const double border = 2.0 * static_cast<double>(target.border);
+    require((static_cast<double>(h) + border) * (static_cast<double>(w) + border) * static_cast<double>(target.channels) <
+                kMostBytes,
+            "writes a map that is too large");
+    if (step.kind == kInvertedResidual)
+      require(inverted_residual_shape(program, step).has_scratch(), "has more hidden rows than there is memory for");
+    const int now = static_cast<int>(i);
+    step.clears_border = target.border > 0 && storage(step.target.value).first_step < 0;
+    for (Value* value : {&storage(step.source.value), &storage(step.target.value)}) {
+      if (value->first_step < 0) value->first_step = now;
+      value->last_step = now;
+    }
+  }
+  STD_TORCH_CHECK(values.back().height > 0, "network: no step of the program writes the result");
+
+  // First fit: the lowest place that nothing alive at the same time has.
+  const std::size_t element = program.element();
+  std::vector<const Value*> placed;
+  for (std::size_t i = 1; i + 1 < values.size(); ++i) {
+    Value& value = values[i];
+    if (value.storage != static_cast<int64_t>(i) || value.first_step < 0) continue;
+    const std::size_t size = value.bytes(element) + 64;  // vectors are read a little past the end
+    value.offset = 0;
+    for (const Value* other : placed) {  // in order of their offsets
+      if (other->last_step < value.first_step || other->first_step > value.last_step) continue;
+      if (value.offset + size <= other->offset) break;
+      value.offset = std::max(value.offset, (other->offset + other->bytes(element) + 64 + 63) / 64 * 64);
+    }
+    program.workspace = std::max(program.workspace, value.offset + size);
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), &value,
+                                   [](const Value* a, const Value* b) { return a->offset < b->offset; }),
+                  &value);
+  }
+}
+
+void check_weights(const Program& program, const Tensor& weights) {
+  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Byte && weights.is_cpu() && weights.dim() == 1 &&
+                      weights.is_contiguous() && reinterpret_cast<uintptr_t>(weights.const_data_ptr()) % 64 == 0,
+                  "network: the weights must be one stretch of bytes on the CPU, at a multiple of 64");
+  const auto all = static_cast<std::size_t>(weights.numel());
+  for (std::size_t i = 0; i < program.steps.size(); ++i) {
+    const Step& step = program.steps[i];
+    const int64_t* w = step.words;
+    const StepCheck require{static_cast<int64_t>(i), step};
+    const auto has = [&](int64_t at, std::size_t bytes) {
+      require(at >= 0 && at % 64 == 0 && bytes <= all && static_cast<std::size_t>(at) <= all - bytes,
+              "has weights where there are none");
+    };
+    if (step.kind == kConvolution) {
+      has(w[4], program.convolution_kernels().packed_bytes(convolution_shape(program, step)));
+    } else if (step.kind == kInvertedResidual) {
+      has(w[4], program.inverted_residual_kernels().packed_bytes(inverted_residual_shape(program, step)));
+    } else if (step.kind == kTransformer) {
+      const auto d = static_cast<std::size_t>(step.source.channels), inner = static_cast<std::size_t>(w[1]),
+                 hidden = static_cast<std::size_t>(w[2]), element = program.element(), wide = sizeof(float);
+      require((w[7] < 0) == (w[8] < 0), "has half a norm");
+      for (int64_t norm = 7; norm < 9; ++norm)
+        if (w[norm] >= 0) has(w[norm], wide * d);
+      const std::size_t bytes[kLayerWords] = {
+          wide * d, wide * d, element * 3 * inner * d, wide * 3 * inner, element * d * inner, wide * d,
+          wide * d, wide * d, element * hidden * d,    wide * hidden,    element * d * hidden, wide * d};
+      for (int64_t layer = 0; layer < w[3]; ++layer)
+        for (int64_t part = 0; part < kLayerWords; ++part) {
+          const int64_t at = w[kTransformerWords + kLayerWords * layer + part];
+          if (part != kQkvBias || at >= 0) has(at, bytes[part]);
+        }
+    }
+  }
+}
+
+}  // namespace mvit

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fakes of the raw operators that have one backend and no public function: what frozen networks run on the CPU
+(`mvit_kernels.nn.network`), and what ``transformer.cuda`` launches."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import cpu
+from .._library import register_native_fake
+
+# Elements of a vector of float32, in which csrc/cpu packs.
+LANES = {"avx512bf16": 16, "avx512": 16, "avx2": 8, "portable": 4}
+
+
+@register_native_fake("network.cpu")
+def _network(x, weights, program, out_channels, halvings):
+    b, _, h, w = x.shape
+    return x.new_empty((b, _halved(h, halvings), _halved(w, halvings), out_channels))
+
+
+def _halved(side, times):
+    return (side - 1) // 2**times + 1
+
+
+@register_native_fake("pack_convolution.cpu")
+def _pack_convolution(weight, bias):
+    out, width, kernel, _ = weight.shape
+    return weight.new_empty(_panels(weight, out, kernel * kernel * width) + _vector(out), dtype=torch.uint8)
+
+
+@register_native_fake("pack_inverted_residual.cpu")
+def _pack_inverted_residual(expand, expand_bias, depthwise, depthwise_bias, project, project_bias):
+    hidden, width, out = *expand.shape[:2], project.shape[0]
+    panels = _panels(expand, hidden, width) + _panels(project, out, hidden)
+    taps = _aligned(9 * 4 * _whole_vectors(hidden))
+    return expand.new_empty(panels + taps + 2 * _vector(hidden) + _vector(out), dtype=torch.uint8)
+
+
+# Bytes as csrc/cpu/convolution_kernel.h and inverted_residual_kernel.h count them: each piece at a multiple of 64.
+
+
+def _panels(weight, columns, depth):
+    """Of a matrix: elements of four bytes, a float32 number or a pair of bfloat16."""
+    rows = (depth + 1) // 2 if weight.dtype == torch.bfloat16 else depth
+    return _aligned(4 * _whole_vectors(columns) * rows)
+
+
+def _vector(size):
+    return _aligned(4 * _whole_vectors(size))
+
+
+def _whole_vectors(count):
+    lanes = LANES[cpu.instruction_set()]
+    return (count + lanes - 1) // lanes * lanes
+
+
+def _aligned(size):
+    return (size + 63) // 64 * 64
+
+
+@register_native_fake("transformer_packed.cuda")
+def _transformer_packed(x, packed, *settings):
+    return x.new_empty(x.shape)
