@@ -29,7 +29,8 @@ OPERATORS = (
     "inverted_residual",
     "transformer",
 )
-FILES = (*(HERE / f"test_{name}.py" for name in (*OPERATORS, "network", "cpu_backend", "cpu_rows")), Path(__file__))
+CPU_FILES = ("cpu_backend", "cpu_rows", "cpu_exactness", "cpu_reach")
+FILES = (*(HERE / f"test_{name}.py" for name in (*OPERATORS, "network", *CPU_FILES)), Path(__file__))
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
@@ -77,9 +78,7 @@ def test_every_kernel_on(isa):
         return  # the tests in this very process run them
     # Beside the one in use, avx512 differs in bfloat16 alone.
     dtypes = " and (bfloat16 or dtype1)" if (isa, _isa_in_use()) == ("avx512", "avx512bf16") else ""
-    where = (
-        f"((cpu and not test_cpu_backend and not test_cpu_rows) or test_kernels or test_network){dtypes} or in_use_is"
-    )
+    where = f"((cpu and not test_cpu_) or test_kernels or test_network){dtypes} or in_use_is"
     run = _python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", where, *map(str, FILES))
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100

@@ -115,16 +115,6 @@ MVIT_INLINE void multiply_add_at(Vec<float> (&tile)[R][V], const bfloat16* const
 }
 #endif
 
-// How many steps of the depth are summed before they are added to the rest: nine times 320 channels in one go are four
-// times as far off as PyTorch's own convolution, in blocks of 240 as near. bfloat16's own rounding leaves that unseen.
-template <typename P>
-MVIT_INLINE int64_t block_of(int64_t depth) {
-  constexpr int64_t most = 256;
-  if constexpr (sizeof(typename P::Operand) != sizeof(float) || sizeof(typename P::Weight) != sizeof(float)) return depth;
-  const int64_t blocks = (depth + most - 1) / most;
-  return blocks == 0 ? 1 : (depth + blocks - 1) / blocks;
-}
-
 template <typename P>
 void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t end) {
   using E = typename P::Weight;
@@ -136,7 +126,7 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
   const int64_t runs = adjacent ? 1 : shape.kernel, depth = P::rows(depth_of(shape) / (shape.kernel * runs));
   const int64_t run_stride = shape.dilation * args.in.column_stride, tap_row = shape.dilation * args.in.row_stride;
   const int64_t border = shape.kernel == 3 ? run_stride + tap_row : 0;
-  const int64_t block = block_of<P>(depth);
+  const int64_t block = depth > 0 ? block_of<E>(depth) : 1;
 
   int64_t panel = 0;
   in_lane_blocks<float>(0, shape.out_channels, [&](auto vectors, int64_t column, int64_t present) {
@@ -156,19 +146,27 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
       begin_with_bias(tile, bias);
       const auto* b = weights;
       float sums[R * V * Vec<float>::size];
+      int64_t in_block = 0;  // steps of the block at hand: short runs share one, such as an image's three of 12 values
+      bool parked = false;
+      const auto end_block = [&] {
+        if (parked) add_tile(tile, sums, V * Vec<float>::size);
+      };
       for (int64_t i = 0; i < shape.kernel; ++i)
         for (int64_t j = 0; j < runs; ++j)
           for (int64_t k = 0; k < depth; k += block) {
             const int64_t length = smaller(block, depth - k);
-            const bool first_block = b == weights;
-            if (!first_block) {
+            if (sums_in_blocks<E> && in_block > 0 && in_block + length > kLongBlock) {
+              end_block();
               store_tile(sums, V * Vec<float>::size, tile);
               clear(tile);
+              parked = true;
+              in_block = 0;
             }
             multiply_add_at(tile, a, i * tap_row + j * run_stride - border + k * P::kStep, b, length);
-            if (!first_block) add_tile(tile, sums, V * Vec<float>::size);
             b += length * V * Vec<float>::size;
+            in_block += length;
           }
+      end_block();
       if (shape.silu) map_tile(tile, [](Vec<float> x, int, int) { return silu_for<P>(x); });
       E* to[R];
       out.locate(pixel, to);

@@ -64,8 +64,8 @@ struct Depthwise<Plain<T>> {
 #if defined(MVIT_BF16_PAIRS)
 // For bfloat16: pairs of adjacent positions, column 0 in the lower half of one. A pair's product with a pair of weights
 // is two taps at once, and three taps are two products: of the pixels (2i - 1 | 2i, 2i + 1) or (2i, 2i + 1 | 2i + 2).
-// Six products then do for nine, and nothing is converted. The fourth pixel weighs 0, so that a NaN or an infinity also
-// spoils the next pixel but one in its row.
+// Six products then do for nine, and nothing is converted. The fourth pixel is read as zero: weighing 0 it would still
+// make a NaN of a NaN or an infinity.
 template <>
 struct Depthwise<Bf16Pairs> {
   static MVIT_INLINE int64_t left(int64_t dilation) { return round_up(dilation, 2); }
@@ -90,6 +90,12 @@ struct Depthwise<Bf16Pairs> {
     NativeBits pairs;
     std::memcpy(&pairs, p, sizeof pairs);
     return pairs;
+  }
+
+  static constexpr __mmask32 kFirst = 0x55555555, kSecond = 0xaaaaaaaa;  // of each pair
+  static MVIT_INLINE NativeBits load_one_of_pairs(const bf16x2* p, __mmask32 which) {
+    look_at(p, 16);
+    return NativeBits(_mm512_maskz_loadu_epi16(which, p));
   }
 
   static MVIT_INLINE Vec<float> add_product(Vec<float> sum, NativeBits a, NativeBits b) {
@@ -122,8 +128,10 @@ struct Depthwise<Bf16Pairs> {
         for (int n = 0; n < N; ++n) {
           const bf16x2* pairs = first + (n * kStride + 1) / 2 * 16;
           const bool even = n * kStride % 2 == 0;
-          sum[n] = add_product(sum[n], load_pairs(pairs), even ? w.second_0 : w.first_0_second_1);
-          sum[n] = add_product(sum[n], load_pairs(pairs + 16), even ? w.first_1_second_2 : w.first_2);
+          sum[n] = even ? add_product(sum[n], load_one_of_pairs(pairs, kSecond), w.second_0)
+                        : add_product(sum[n], load_pairs(pairs), w.first_0_second_1);
+          sum[n] = even ? add_product(sum[n], load_pairs(pairs + 16), w.first_1_second_2)
+                        : add_product(sum[n], load_one_of_pairs(pairs + 16, kFirst), w.first_2);
         }
       }
     }

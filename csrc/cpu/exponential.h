@@ -19,6 +19,7 @@ struct Exp<float> {
                                                     0.00015594678161326619f};
   static constexpr float lowest = -88.029691f, highest = 88.722839f;  // ln(2^-127), ln(2^128): 0 and infinity
   static constexpr float round_and_bias = 12582912.0f + 127;   // 1.5 · 2^23: adding it leaves n + 127 in the low bits
+  static constexpr float log2e = 1.44269504088896340736f, log2e_rest = 1.92596303e-8f;
   static constexpr int mantissa_bits = 23;
 };
 template <>
@@ -40,6 +41,7 @@ struct Exp<double> {
   };
   static constexpr double lowest = -709.08956571282405, highest = 709.78271289338400;
   static constexpr double round_and_bias = 6755399441055744.0 + 1023;  // 1.5 · 2^52
+  static constexpr double log2e = 1.44269504088896340736, log2e_rest = 2.03552737409310331e-17;
   static constexpr int mantissa_bits = 52;
 };
 
@@ -90,7 +92,9 @@ MVIT_INLINE Vec<T> exp2(const WholeAndRest<T>& parts) {
 template <typename T>
 MVIT_INLINE Vec<T> exp(Vec<T> x) {
   x = minimum(Vec<T>(Exp<T>::highest), maximum(Vec<T>(Exp<T>::lowest), x));
-  return exp2(whole_and_rest(x, Vec<T>(T(1.44269504088896340736))));
+  WholeAndRest<T> parts = whole_and_rest(x, Vec<T>(Exp<T>::log2e));
+  parts.rest = fma(x, Vec<T>(Exp<T>::log2e_rest), parts.rest);  // or x = -80 is 17 units off, for log2(e)'s own rounding
+  return exp2(parts);
 }
 
 // 2^x, the same. AVX-512's scalef takes the exponent from x itself, its reduce the rest in [0, 1): no bounds to keep.

@@ -62,7 +62,7 @@ struct InvertedResidualKernels {
 struct InvertedResidualTable {
   InvertedResidualKernels single;       // float32 maps and weights
   InvertedResidualKernels single_bf16;  // bfloat16 maps, float32 weights
-  InvertedResidualKernels pairs;  // bfloat16 maps and weights, in_channels even; null functions where the set has none
+  InvertedResidualKernels pairs;  // bfloat16 maps and weights, in_channels and hidden even; null functions where the set has none
 };
 
 extern const InvertedResidualTable inverted_residual_portable, inverted_residual_avx2, inverted_residual_avx512,

@@ -142,7 +142,7 @@ struct InvertedResidual {
           store(scratch.row + x * lda + c, load_first(row + x * args.in.column_stride + c,
                                                       static_cast<int>(smaller(size, shape.in_channels - c))));
     }
-    const int64_t depth = P::rows(shape.in_channels);
+    const int64_t depth = P::rows(shape.in_channels), block = block_of<Weight>(depth);
     in_lane_blocks<float>(0, packed.hidden, [&](auto vectors, int64_t column, int64_t) {
       constexpr int V = decltype(vectors)::value;
       const auto* weights = packed.expand + column * depth;
@@ -151,7 +151,7 @@ struct InvertedResidual {
         constexpr int R = decltype(pixels)::value;
         Vec<float> tile[R][V];
         begin_with_bias(tile, packed.expand_bias + column);
-        multiply_add<R, V, Operand::row_major>(tile, a + x * lda, lda, weights, V * size, depth);
+        multiply_add_in_blocks<R, V, Operand::row_major>(tile, a + x * lda, lda, weights, V * size, depth, block);
         map_tile(tile, [](Vec<float> value, int, int) { return silu_for<P>(value); });
         Depthwise<P>::store_expanded(blocks, scratch.block_size, Depthwise<P>::left(shape.dilation) + x, tile);
       });
@@ -192,15 +192,15 @@ struct InvertedResidual {
   void project(int64_t y, int64_t x, int64_t count) const {
     E* to = out + y * args.out.row_stride + x * args.out.column_stride;
     const E* from = in + y * args.in.row_stride + x * args.in.column_stride;
-    const int64_t depth = P::rows(shape.hidden);
+    const int64_t depth = P::rows(shape.hidden), block = block_of<Weight>(depth);
     in_lane_blocks<float>(0, shape.out_channels, [&](auto vectors, int64_t column, int64_t present) {
       constexpr int V = decltype(vectors)::value;
       in_steps<kTileRows>(count, [&](auto pixels, int64_t i) {
         constexpr int R = decltype(pixels)::value;
         Vec<float> tile[R][V];
         begin_with_bias(tile, packed.project_bias + column);
-        multiply_add<R, V, Operand::row_major>(tile, scratch.buffer + i * packed.hidden, packed.hidden,
-                                               packed.project + column * depth, V * size, depth);
+        multiply_add_in_blocks<R, V, Operand::row_major>(tile, scratch.buffer + i * packed.hidden, packed.hidden,
+                                                         packed.project + column * depth, V * size, depth, block);
         if (shape.residual)
           map_tile(tile, [&](Vec<float> value, int r, int v) {
             return value + load_first(from + (i + r) * args.in.column_stride + column + v * size,

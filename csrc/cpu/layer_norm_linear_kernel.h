@@ -118,8 +118,8 @@ void backward_block(const LayerNormLinearBackward& args, const RowStep& step, in
   const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
   const auto* weight = static_cast<const typename P::Weight*>(args.weight);
   const T *norm_weight = static_cast<const T*>(args.norm_weight), *norm_bias = static_cast<const T*>(args.norm_bias);
-  T mean[kLanes], rstd[kLanes];
-  read_normalised<E>(scratch.normalised, mean, rstd, args.x, args.mean, args.rstd, block, channels);
+  RowNormalisers<T> normalisers;
+  read_normalised<E>(scratch.normalised, normalisers, args.x, args.mean, args.rstd, block, channels);
 
   if (!args.silu) {
     read_left_and_operand<P, E>(left, scratch.grad_operand, args.grad_out, block, out_channels);
@@ -136,12 +136,12 @@ void backward_block(const LayerNormLinearBackward& args, const RowStep& step, in
                  store_left_and_operand<P>(left, scratch.grad_operand, row, lane, tile);
                });
   }
-  store_right_normalised<P, E>(shared.weight, index * kLanes, args.x, block, mean, rstd, norm_weight, norm_bias);
+  store_right_normalised<P, E>(shared.weight, index * kLanes, args.x, block, normalisers, norm_weight, norm_bias);
 
   product<P, Operand::column_major>(
       transposable<P>(shared.transposable, weight), channels, scratch.grad_operand, channels, out_channels, block.lanes,
       [&](auto& tile, int64_t row, int64_t lane) { store_tile(scratch.grad_x + row * kLanes + lane, kLanes, tile); });
-  layer_norm_backward(scratch.grad_x, scratch.normalised, rstd, channels, norm_weight, block.lanes,
+  layer_norm_backward(scratch.grad_x, scratch.normalised, normalisers.rstd, channels, norm_weight, block.lanes,
                       shared.norm.of(index, 0), shared.norm.of(index, 1));
   write_columns(tokens_of<E>(args.grad_x), block.first, block.count, channels, scratch.grad_x, kLanes);
 }

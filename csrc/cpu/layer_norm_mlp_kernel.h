@@ -130,12 +130,12 @@ void backward_block(const LayerNormMlpBackward& args, const RowStep& step, int64
   const int64_t channels = args.channels, hidden = args.hidden;
   const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
   const T *norm_weight = static_cast<const T*>(args.norm_weight), *norm_bias = static_cast<const T*>(args.norm_bias);
-  T mean[kLanes], rstd[kLanes];
-  read_normalised<E>(scratch.normalised, mean, rstd, args.x, args.mean, args.rstd, block, channels);
+  RowNormalisers<T> normalisers;
+  read_normalised<E>(scratch.normalised, normalisers, args.x, args.mean, args.rstd, block, channels);
   scale_and_shift<P>(scratch.norm, scratch.normalised, channels, norm_weight, norm_bias, block.lanes);
   read_block<E>(scratch.grad, args.grad_out, block, channels);
   store_operand_of<P>(scratch.grad_operand, scratch.grad, channels, block.lanes);
-  store_right_normalised<P, E>(shared.fc1, index * kLanes, args.x, block, mean, rstd, norm_weight, norm_bias);
+  store_right_normalised<P, E>(shared.fc1, index * kLanes, args.x, block, normalisers, norm_weight, norm_bias);
   store_right<P, E>(shared.fc2, index * kLanes, args.grad_out, block,
                     [](Vec<T> x, int64_t, int64_t, int) { return x; });
   sum_lanes(shared.sums.of(index, 2), channels, [&](int64_t c) {
@@ -164,7 +164,7 @@ void backward_block(const LayerNormMlpBackward& args, const RowStep& step, int64
       transposable<P>(shared.fc1_transposable, args.fc1_weight), channels, scratch.grad_hidden, channels, hidden,
       block.lanes,
       [&](auto& tile, int64_t row, int64_t lane) { store_tile(scratch.grad_x + row * kLanes + lane, kLanes, tile); });
-  layer_norm_backward(scratch.grad_x, scratch.normalised, rstd, channels, norm_weight, block.lanes,
+  layer_norm_backward(scratch.grad_x, scratch.normalised, normalisers.rstd, channels, norm_weight, block.lanes,
                       shared.sums.of(index, 0), shared.sums.of(index, 1));
   for (int64_t i = 0; i < channels * kLanes; i += size)
     store(scratch.grad_x + i, load(scratch.grad_x + i) + load(scratch.grad + i));

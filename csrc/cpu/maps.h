@@ -99,8 +99,8 @@ struct Between {
     if (position < 0) position = 0;
     lower = static_cast<int64_t>(position);
     if (lower > from - 1) lower = from - 1;
-    upper = lower < from - 1 ? lower + 1 : lower;
     weight = position - static_cast<float>(lower);
+    upper = lower < from - 1 && weight > 0 ? lower + 1 : lower;  // what weighs 0 is not read: it might be a NaN
   }
 };
 

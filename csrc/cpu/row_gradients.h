@@ -42,21 +42,53 @@ MVIT_INLINE Vec<T> sum_vectors(int64_t lanes, const Value& value) {
   return sum;
 }
 
+// A sum of any length as exact as its terms: what each addition rounds off is kept beside.
+template <typename T>
+struct ExactSum {
+  Vec<T> total, rest;
+
+  MVIT_INLINE void add(Vec<T> x) {
+    const Vec<T> sum = total + x, added = sum - total;
+    rest = rest + ((total - (sum - added)) + (x - added));
+    total = sum;
+  }
+  // Of infinite sums there is no rest.
+  MVIT_INLINE Vec<T> value() const {
+    return typename Vec<T>::Native(rest.native == rest.native ? total.native + rest.native : total.native);
+  }
+};
+
 // ---- LayerNorm ------------------------------------------------------------------------------------------------------
 
-// panel = (x - mean) · rstd of the block's rows, zero where there is none, with mean and rstd of [0, kLanes) beside.
+// Each lane's Normaliser.
+template <typename T>
+struct RowNormalisers {
+  T mean[kLanes], rstd[kLanes], shift[kLanes];
+
+  MVIT_INLINE Vec<T> operator()(Vec<T> x, int64_t row) const {
+    return Normaliser<T>{Vec<T>(mean[row]), Vec<T>(rstd[row]), Vec<T>(shift[row])}(x);
+  }
+};
+
+// panel = the block's rows normalised by their statistics, zero where there is none. What the mean's rounding left is found
+// anew from the rows: of equal values it is nothing, as in forward.
 template <typename E, typename T>
-MVIT_INLINE void read_normalised(T* panel, T* mean, T* rstd, const Rows& x, const void* means, const void* rstds,
-                                 const Block<T>& block, int64_t channels) {
+MVIT_INLINE void read_normalised(T* panel, RowNormalisers<T>& normalisers, const Rows& x, const void* means,
+                                 const void* rstds, const Block<T>& block, int64_t channels) {
   read_block<E>(panel, x, block, channels);
   for (int64_t lane = 0; lane < block.lanes; lane += Vec<T>::size) {
     const int present = static_cast<int>(smaller(Vec<T>::size, block.count - lane));
     const Vec<T> m = load_first(static_cast<const T*>(means) + block.first + lane, present);
     const Vec<T> r = load_first(static_cast<const T*>(rstds) + block.first + lane, present);
-    store(mean + lane, m);
-    store(rstd + lane, r);
+    Vec<T> sum[1];
+    sum_channels(sum, channels,
+                 [&](int64_t c, auto& to, int) { to[0] = to[0] + (load(panel + c * kLanes + lane) - m); });
+    const Normaliser<T> normalised{m, r, -(sum[0] / Vec<T>(static_cast<T>(channels)) * r)};
+    store(normalisers.mean + lane, m);
+    store(normalisers.rstd + lane, r);
+    store(normalisers.shift + lane, normalised.shift);
     for (int64_t c = 0; c < channels; ++c)
-      store(panel + c * kLanes + lane, (load(panel + c * kLanes + lane) - m) * r);
+      store(panel + c * kLanes + lane, normalised(load(panel + c * kLanes + lane)));
   }
 }
 
@@ -72,7 +104,8 @@ MVIT_INLINE void scale_and_shift(typename P::Operand* operand, const typename P:
 }
 
 // grad, of LN(x), becomes the gradient of x; the sums of the block's rows for LN's weight and bias beside. Lanes without a
-// row are zero in `grad`.
+// row are zero in `grad`. A mean lies between the least and the greatest value: so that of equal ones is that value, and
+// x's gradient is exactly 0 where it should be, for rows of one column say.
 template <typename T>
 MVIT_INLINE void layer_norm_backward(T* grad, const T* normalised, const T* rstd, int64_t channels, const T* weight,
                                      int64_t lanes, T* weight_sums, T* bias_sums) {
@@ -86,16 +119,23 @@ MVIT_INLINE void layer_norm_backward(T* grad, const T* normalised, const T* rstd
             [&](int64_t c) { return sum_vectors<T>(lanes, [&](int64_t lane) { return grad_of(c, lane); }); });
   const Vec<T> count(static_cast<T>(channels));
   for (int64_t lane = 0; lane < lanes; lane += size) {
-    Vec<T> sum[kChains], projection[kChains];
-    clear_chains(sum);
-    clear_chains(projection);
-    in_chains(channels, [&](int64_t c, int i) {
+    Vec<T> sums[2], least[kChains], greatest[kChains];
+    for (auto& of_chain : least) of_chain = Vec<T>(T(__builtin_inf()));
+    for (auto& of_chain : greatest) of_chain = Vec<T>(T(-__builtin_inf()));
+    sum_channels(sums, channels, [&](int64_t c, auto& to, int i) {
       const Vec<T> g = grad_of(c, lane) * Vec<T>(weight[c]);
-      store(grad + c * kLanes + lane, g);  // rounded once: of one channel g - mean is 0 below, as it must be
-      sum[i] = sum[i] + g;
-      projection[i] = fma(g, normalised_of(c, lane), projection[i]);
+      store(grad + c * kLanes + lane, g);
+      to[0] = to[0] + g;
+      to[1] = fma(g, normalised_of(c, lane), to[1]);
+      least[i] = minimum(least[i], g);
+      greatest[i] = maximum(greatest[i], g);
     });
-    const Vec<T> mean = sum_chains(sum) / count, slope = sum_chains(projection) / count, r = load(rstd + lane);
+    for (int i = 1; i < kChains; ++i) {
+      least[0] = minimum(least[0], least[i]);
+      greatest[0] = maximum(greatest[0], greatest[i]);
+    }
+    const Vec<T> mean = minimum(greatest[0], maximum(least[0], sums[0] / count)), slope = sums[1] / count;
+    const Vec<T> r = load(rstd + lane);
     for (int64_t c = 0; c < channels; ++c)
       store(grad + c * kLanes + lane,
             (grad_of(c, lane) - mean - normalised_of(c, lane) * slope) * r);
@@ -114,6 +154,7 @@ struct WeightGradient {
   typename P::Weight* left;    // [block][round_up(rows, size)][kLanes]
   typename P::Operand* right;  // [P::rows(row of the step)][ld]
   T* sums;                     // [rows][ld]
+  T* bias_rest;                // [rows], see ExactSum
 
   WeightGradient(Pieces& pieces, int64_t rows, int64_t columns, int64_t capacity) : rows(rows), columns(columns) {
     panel = round_up(rows, Vec<T>::size) * kLanes;
@@ -122,6 +163,7 @@ struct WeightGradient {
     left = pieces.take<typename P::Weight>(round_up(capacity, kLanes) / kLanes * panel);
     right = pieces.take<typename P::Operand>(P::rows(capacity) * ld);
     sums = pieces.take<T>(rows * ld);
+    bias_rest = pieces.take<T>(rows);
   }
 };
 
@@ -200,12 +242,12 @@ MVIT_INLINE void store_right(const WeightGradient<P>& gradient, int64_t row, con
 // The same of LN(x), by the rows' statistics.
 template <typename P, typename E>
 MVIT_INLINE void store_right_normalised(const WeightGradient<P>& gradient, int64_t row, const Rows& x,
-                                        const Block<typename P::Value>& block, const typename P::Value* mean,
-                                        const typename P::Value* rstd, const typename P::Value* weight,
-                                        const typename P::Value* bias) {
+                                        const Block<typename P::Value>& block,
+                                        const RowNormalisers<typename P::Value>& normalisers,
+                                        const typename P::Value* weight, const typename P::Value* bias) {
   using T = typename P::Value;
   store_right<P, E>(gradient, row, x, block, [&](Vec<T> v, int64_t i, int64_t c, int width) {
-    return fma((v - Vec<T>(mean[i])) * Vec<T>(rstd[i]), load_first(weight + c, width), load_first(bias + c, width));
+    return fma(normalisers(v, i), load_first(weight + c, width), load_first(bias + c, width));
   });
 }
 
@@ -296,7 +338,15 @@ MVIT_INLINE void add_weight_gradient(const WeightGradient<P>& gradient, const Ro
       }
       return sum;
     });
-    for (int64_t row = 0; row < count; ++row) bias[begin + row] = first ? sums[row] : bias[begin + row] + sums[row];
+    for (int64_t row = 0; row < count; row += size) {
+      const int width = static_cast<int>(smaller(size, count - row));
+      T *total = bias + begin + row, *rest = gradient.bias_rest + begin + row;
+      ExactSum<T> sum{Vec<T>(T(0)), Vec<T>(T(0))};
+      if (!first) sum = {load_first(total, width), load_first(rest, width)};
+      sum.add(load_first(sums + row, width));
+      store_first(total, last ? sum.value() : sum.total, width);
+      store_first(rest, sum.rest, width);
+    }
   }
 }
 
@@ -306,11 +356,12 @@ MVIT_INLINE void add_weight_gradient(const WeightGradient<P>& gradient, const Ro
 template <typename T>
 struct BlockSums {
   int64_t channels, ld, vectors;
-  T* sums;
+  T *sums, *rest;  // [block][vector][ld], [vector][ld] of ExactSum
 
   BlockSums(Pieces& pieces, int64_t channels, int64_t vectors, int64_t capacity)
       : channels(channels), ld(round_up(channels, Vec<T>::size)), vectors(vectors) {
     sums = pieces.take<T>(round_up(capacity, kLanes) / kLanes * vectors * ld);
+    rest = pieces.take<T>(vectors * ld);
   }
   MVIT_INLINE T* of(int64_t block, int64_t vector) const { return sums + (block * vectors + vector) * ld; }
 
@@ -319,9 +370,12 @@ struct BlockSums {
     T* out = static_cast<T*>(out_memory);
     for (int64_t c = 0; c < channels; c += Vec<T>::size) {
       const int width = static_cast<int>(smaller(Vec<T>::size, channels - c));
-      Vec<T> sum = step.first ? Vec<T>(T(0)) : load_first(out + c, width);
-      for (int64_t block = 0; block * kLanes < step.rows; ++block) sum = sum + load(of(block, vector) + c);
-      store_first(out + c, sum, width);
+      T* rest_of = rest + vector * ld + c;
+      ExactSum<T> sum{Vec<T>(T(0)), Vec<T>(T(0))};
+      if (!step.first) sum = {load_first(out + c, width), load(rest_of)};
+      for (int64_t block = 0; block * kLanes < step.rows; ++block) sum.add(load(of(block, vector) + c));
+      store_first(out + c, step.last ? sum.value() : sum.total, width);
+      store(rest_of, sum.rest);
     }
   }
 };

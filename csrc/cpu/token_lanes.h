@@ -78,6 +78,7 @@ MVIT_INLINE void product(const typename P::Weight* weights, int64_t ldw, const t
   using T = typename P::Value;
   constexpr int64_t size = Vec<T>::size;
   const int64_t next_row = kOrder == Operand::row_major ? ldw : P::kStep;
+  const int64_t depth = P::rows(channels), block = block_of<typename P::Weight>(depth);
   for (int64_t lane = 0; lane < lanes; lane += 2 * size)
     with_constant<2>(lanes - lane > size ? 2 : 1, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
@@ -86,7 +87,7 @@ MVIT_INLINE void product(const typename P::Weight* weights, int64_t ldw, const t
         Vec<T> tile[R][V];
         clear(tile);
         constexpr Next next = kOrder == Operand::row_major ? Next::rows : Next::unknown;
-        multiply_add<R, V, kOrder, next>(tile, weights + row * next_row, ldw, panel + lane, kLanes, P::rows(channels));
+        multiply_add_in_blocks<R, V, kOrder, next>(tile, weights + row * next_row, ldw, panel + lane, kLanes, depth, block);
         epilogue(tile, row, lane);
       });
     });
@@ -107,8 +108,7 @@ MVIT_INLINE void add_to_panel(T* panel, int64_t row, int64_t lane, Vec<T> (&tile
 
 template <typename T>
 MVIT_INLINE Vec<T> silu(Vec<T> x) {
-  // e^-x by way of a rounded -x · log2(e): its error grows with |x|, as the result's share of it shrinks.
-  return x / (Vec<T>(T(1)) + exp2(x * Vec<T>(T(-1.44269504088896340736))));
+  return x / (Vec<T>(T(1)) + exp(-x));
 }
 
 // 2^x and SiLU as exact as P's operands are: what is rounded to bfloat16 next needs no more than 2^-13 (7.5e-5 of the
@@ -139,47 +139,58 @@ MVIT_INLINE Vec<typename P::Value> silu_for(Vec<typename P::Value> x) {
   return silu(x);
 }
 
-// body(c, i) for every channel c, with i the chain of additions that it belongs to: one addition takes four cycles.
+// N sums over the channels, in blocks of kChains chains each: one addition takes four cycles. add(c, sums, i) adds channel c
+// to those of chain i.
 constexpr int kChains = 4;
-template <typename Body>
-MVIT_INLINE void in_chains(int64_t channels, const Body& body) {
-  int64_t c = 0;
-  for (; c + kChains <= channels; c += kChains)
+template <int N, typename T, typename Add>
+MVIT_INLINE void sum_channels(Vec<T> (&sums)[N], int64_t channels, const Add& add) {
+  constexpr int64_t block = 16 * kChains;
+  for (auto& sum : sums) sum = Vec<T>(T(0));
+  for (int64_t begin = 0; begin < channels; begin += block) {
+    const int64_t end = smaller(begin + block, channels);
+    Vec<T> chain[kChains][N];
+    for (auto& of_chain : chain)
+      for (auto& sum : of_chain) sum = Vec<T>(T(0));
+    int64_t c = begin;
+    for (; c + kChains <= end; c += kChains)
 #pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i) body(c + i, i);
-  for (int i = 0; c + i < channels; ++i) body(c + i, i);
+      for (int i = 0; i < kChains; ++i) add(c + i, chain[i], i);
+    for (int i = 0; c + i < end; ++i) add(c + i, chain[i], i);
+    for (int n = 0; n < N; ++n) sums[n] = sums[n] + ((chain[0][n] + chain[1][n]) + (chain[2][n] + chain[3][n]));
+  }
 }
 
+// What LayerNorm makes of rows: (x - mean - the rest of the mean) · rstd. The mean is near all values where it is large, so
+// that the first difference is exact; the rest is what the mean's own rounding leaves, 1e-12 of doubles near 1e4.
 template <typename T>
-MVIT_INLINE void clear_chains(Vec<T> (&chain)[kChains]) {
-  for (int i = 0; i < kChains; ++i) chain[i] = Vec<T>(T(0));
-}
+struct Normaliser {
+  Vec<T> mean, rstd, shift;  // shift: -rest · rstd
 
-template <typename T>
-MVIT_INLINE Vec<T> sum_chains(const Vec<T> (&chain)[kChains]) {
-  return (chain[0] + chain[1]) + (chain[2] + chain[3]);
-}
+  MVIT_INLINE Vec<T> operator()(Vec<T> x) const { return fma(x - mean, rstd, shift); }
+};
 
-// Mean and 1 / sqrt(variance + eps) of each lane's `channels` values, for `size` lanes of a panel. The second pass also
-// corrects the mean by the mean of what is left, which removes the rounding of a sum of large values.
+// Of each lane's `channels` values, for `size` lanes of a panel; the statistics for backward where they are wanted. The
+// first sum is of differences from the first value, so that the mean of equal values is that value and they normalise to
+// exactly 0; the second pass corrects it.
 template <typename T>
-MVIT_INLINE void row_statistics(const T* panel, int64_t channels, T eps, Vec<T>& mean, Vec<T>& rstd) {
-  const Vec<T> count(static_cast<T>(channels));
-  Vec<T> sum[kChains], squares[kChains];
-  clear_chains(sum);
-  in_chains(channels, [&](int64_t c, int i) { sum[i] = sum[i] + load(panel + c * kLanes); });
-  const Vec<T> rough = sum_chains(sum) / count;
-  clear_chains(sum);
-  clear_chains(squares);
-  in_chains(channels, [&](int64_t c, int i) {
-    const Vec<T> centred = load(panel + c * kLanes) - rough;
-    sum[i] = sum[i] + centred;
-    squares[i] = fma(centred, centred, squares[i]);
+MVIT_INLINE Normaliser<T> normaliser_of(const T* panel, int64_t channels, T eps, T* mean_out = nullptr,
+                                        T* rstd_out = nullptr) {
+  const Vec<T> count(static_cast<T>(channels)), first = channels > 0 ? load(panel) : Vec<T>(T(0));
+  Vec<T> sum[1], sums[2];
+  sum_channels(sum, channels, [&](int64_t c, auto& to, int) { to[0] = to[0] + (load(panel + c * kLanes) - first); });
+  const Vec<T> mean = first + sum[0] / count;
+  sum_channels(sums, channels, [&](int64_t c, auto& to, int) {
+    const Vec<T> centred = load(panel + c * kLanes) - mean;
+    to[0] = to[0] + centred;
+    to[1] = fma(centred, centred, to[1]);
   });
-  const Vec<T> correction = sum_chains(sum) / count;
-  const Vec<T> variance = sum_chains(squares) / count - correction * correction;
-  mean = rough + correction;
-  rstd = Vec<T>(T(1)) / sqrt(maximum(variance, Vec<T>(T(0))) + Vec<T>(eps));
+  const Vec<T> rest = sums[0] / count, variance = sums[1] / count - rest * rest;
+  const Vec<T> rstd = Vec<T>(T(1)) / sqrt(maximum(variance, Vec<T>(T(0))) + Vec<T>(eps));
+  if (mean_out != nullptr) {
+    store(mean_out, mean + rest);
+    store(rstd_out, rstd);
+  }
+  return {mean, rstd, -(rest * rstd)};
 }
 
 // operand[c] = value(c), a vector of lanes from `lane` on, for every channel.
@@ -206,14 +217,11 @@ MVIT_INLINE void layer_norm(typename P::Operand* operand, const typename P::Valu
                             typename P::Value* rstd_out = nullptr) {
   using T = typename P::Value;
   for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size) {
-    Vec<T> mean, rstd;
-    row_statistics(panel + lane, channels, eps, mean, rstd);
-    if (mean_out != nullptr) {
-      store(mean_out + lane, mean);
-      store(rstd_out + lane, rstd);
-    }
+    const bool wanted = mean_out != nullptr;
+    const Normaliser<T> normalised = normaliser_of(panel + lane, channels, eps, wanted ? mean_out + lane : nullptr,
+                                                   wanted ? rstd_out + lane : nullptr);
     fill_operand<P>(operand, channels, lane, [&](int64_t c) {
-      return fma((load(panel + c * kLanes + lane) - mean) * rstd, Vec<T>(weight[c]), Vec<T>(bias[c]));
+      return fma(normalised(load(panel + c * kLanes + lane)), Vec<T>(weight[c]), Vec<T>(bias[c]));
     });
   }
 }

@@ -150,6 +150,13 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
       return x;
     });
   });
+  // The partner, with weight zero, of an odd last key is no token's, and whatever its row of zeros became (NaN where eps is
+  // zero) must be zero too.
+  if (P::kStep > 1 && shape.tokens() % 2 != 0)
+    for_each_run(shape, sequences, block, [&](int64_t, int64_t first, int64_t count, int64_t lane) {
+      if (first + count == shape.tokens())
+        for (int64_t c = 0; c < inner; ++c) unit.value[(block * inner + c) * kLanes + lane + count] = {};
+    });
 }
 
 // Attention of one head for `count` (at most V · size) queries of one sequence, which lie in a block from `lane` on.
@@ -239,7 +246,7 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
   const int64_t lanes = used_lanes(shape, sequences, block), width = shape.width;
   T* rows = unit.rows + block * unit.rows_size;
 
-  // Lanes between sequences must stay finite: they are the partners, with weight zero, of odd last keys.
+  // Lanes between sequences are nobody's, but what lies in the memory could be denormal numbers, which are slow.
   if (shape.tokens() % kSequenceStep != 0)
     std::memset(static_cast<void*>(scratch.attention), 0, sizeof(*scratch.attention) * unit.operand_size);
   for_each_run(shape, sequences, block, [&](int64_t sequence, int64_t, int64_t count, int64_t first_lane) {
