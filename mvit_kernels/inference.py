@@ -64,10 +64,10 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     bfloat16, whole chains of frozen layers are one native call with packed weights (`mvit_kernels.nn.network`); on a
     GPU, in bfloat16 and float16, a block's transformer has its weights packed for the CUDA kernel that runs it in one
     launch. The model's own modules around that (pooling, heads, ``features_only``, Hugging Face's output classes) stay.
-    What cannot be frozen stays as it was, layer by layer, and is listed in ``fast.freeze_report``; so is what only
-    looks foldable, such as a batch norm with a forward of its own. Weights that pruning, weight norm or spectral norm
-    compute are frozen as evaluation computes them. Hooks on what is replaced go on being called, forward and backward
-    ones; state-dict hooks do not, and are listed.
+    What cannot be frozen stays as it was, layer by layer, and is listed in ``fast.freeze_report``; what only looks
+    foldable, such as a batch norm with a forward of its own, does too. Weights that pruning, weight norm or spectral
+    norm compute are frozen as evaluation computes them. Hooks on what is replaced go on being called, forward and
+    backward ones; state-dict hooks do not, and are listed.
 
     A frozen model follows ``load_state_dict``, ``to`` and the replacement of modules inside; a change of a buffer in
     place it does not see. Two threads may run one frozen model at once. It takes floats of any width, and raises a
