@@ -83,8 +83,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     DDP, FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions stay
     the model's own: put the model in ``torch.channels_last`` to spare their layout copies, or `freeze` it.
 
-    While a block cannot be served (a hook on an inner module, a LoRA layer, quantized weights, a hook on all modules) it
-    runs as it was, and says so once in the log; it is fast again as soon as that is gone. Wrap with ``fully_shard``
+    While a block cannot be served (a hook on an inner module, a LoRA layer, quantized weights, a hook on all modules)
+    it runs as it was, and says so once in the log; it is fast again as soon as that is gone. Wrap with ``fully_shard``
     afterwards.
 
     Kernels know no transforms: inside a level of forward-mode AD and under ``torch.func`` (``jvp``, ``vmap``, ``grad``,
