@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import _library  # noqa: F401 (it defines the operators)
+
 Shape = Sequence[int]
 
 
