@@ -267,6 +267,23 @@ def test_boundary_writes_a_row_a_path(script, tmp_path, monkeypatch, capsys):
     assert "× torch.add" in capsys.readouterr().out
 
 
+def test_exactness_writes_a_row_a_result(script, tmp_path, monkeypatch, capsys):
+    """Both sides of a truth that is exact beside them; the operators of one dtype, and of no other."""
+    exactness = script("exactness")
+    if exactness.mvit_kernels.backends.unavailable("cpu", "cpu"):
+        pytest.skip(exactness.mvit_kernels.backends.unavailable("cpu", "cpu")[0])
+    monkeypatch.setattr(exactness, "PRODUCTS", [(6, 64, 192)])
+    monkeypatch.setattr(sys, "argv", ["exactness.py", "--draws", "2", "--results", str(tmp_path)])
+    exactness.main()
+    lines = read(tmp_path / "exactness.csv")
+    found = {(one["subject"], one["dtype"], one["mode"]) for one in lines}
+    assert ("layer_norm_mlp", "float64", "fc2_weight") in found and ("convolution", "float32", "out") in found
+    assert ("convolution", "float64", "out") not in found and len(capsys.readouterr().out.splitlines()) == len(lines)
+    for one in lines:
+        unit = torch.finfo(getattr(torch, one["dtype"])).eps
+        assert float(one["error"]) < 20 * unit and 0 < float(one["ratio"]) < 3, one
+
+
 def test_regressions_check_and_time_the_cpu_path(script):
     regressions = script("regressions")
     timed = []

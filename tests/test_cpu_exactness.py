@@ -110,9 +110,9 @@ def test_kernels_sums_over_many_rows(operator, dtype):
 
 
 @needs_a_wider_type
-@pytest.mark.parametrize("low, high", [(-86, -20), (-20, -1), (-1, 1), (1, 20), (20, 86)])
+@pytest.mark.parametrize("low, high, most", [(-86, -20, 6), (-20, -1, 3.5), (-1, 1, 2.5), (1, 20, 2), (20, 86, 2)])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_kernels_silu_to_the_last_places(dtype, low, high):
+def test_kernels_silu_to_the_last_places(dtype, low, high, most):
     """Far below zero too, where all is in the exponential: x · log2(e) rounded would be 60 units off."""
     low, high = (8 * low, 8 * high) if dtype == "float64" and abs(low) + abs(high) > 100 else (low, high)
     x = torch.linspace(low, high, 20_001, dtype=torch.float64).to(getattr(torch, dtype))
@@ -124,7 +124,7 @@ def test_kernels_silu_to_the_last_places(dtype, low, high):
     truth = wide / (1 + np.exp(-wide))
     unit = np.spacing(np.abs(truth).astype(ours.numpy().dtype)).astype(np.longdouble)
     error = np.abs(ours.numpy() - truth) / unit
-    assert error.max() < 3 and _rms(error) < 0.7  # PyTorch's: 2.3 and 0.5
+    assert error.max() < most and _rms(error) < most / 3  # PyTorch's: 2.3 and 0.5
 
 
 def _normalised(x: np.ndarray, eps: float) -> np.ndarray:

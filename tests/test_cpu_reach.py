@@ -20,7 +20,9 @@ from test_network import Draw, composed, native
 from torch import Tensor
 
 import mvit_kernels
+from mvit_kernels import _library
 from mvit_kernels.nn.frozen import FrozenSequential
+from mvit_kernels.nn.network import TO_WHOLE_PATCHES, Builder, Place
 
 skip_without_a_compiler()
 
@@ -160,6 +162,19 @@ def test_kernels_transformer(dtype, sizes, eps):
                 reach,
                 "x",
             )
+
+
+def test_kernels_resize():
+    """What weighs nothing between two pixels is not read: three columns become four, and the outer two are copies."""
+    _library.load("cpu")
+    builder = Builder(2, pairs=False)
+    source = builder.copy(Place(0, 0, 2), builder.value(2))
+    resized = builder._step(TO_WHOLE_PATCHES, source, builder.value(2), 4, 4)
+    builder.copy(resized, builder.value(2))
+    program, weights = builder.program(), torch.zeros(64, dtype=torch.uint8)
+    x, reach = Draw(1)(1, 2, 3, 3), torch.zeros(1, 4, 4, 2, dtype=torch.bool)
+    reach[:, :2, 1:3, 1] = True
+    check(lambda x: torch.ops.mvit_kernels.network.cpu(x, weights, program), x, (0, 1, 0, 1), reach, "resize")
 
 
 NETWORKS: dict[str, Callable[[Draw], FrozenSequential]] = {

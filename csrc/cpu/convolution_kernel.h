@@ -81,6 +81,7 @@ template <int R, int V>
 MVIT_INLINE void multiply_add_at(Vec<float> (&tile)[R][V], const float* const (&a)[R], int64_t offset, const float* b,
                                  int64_t depth) {
   constexpr int size = Vec<float>::size;
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Vec<float> row[V];
 #pragma GCC unroll 8
@@ -155,7 +156,7 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
         for (int64_t j = 0; j < runs; ++j)
           for (int64_t k = 0; k < depth; k += block) {
             const int64_t length = smaller(block, depth - k);
-            if (sums_in_blocks<E> && in_block > 0 && in_block + length > kLongBlock) {
+            if (sums_in_blocks<E> && in_block > 0 && in_block + length > kBlock) {
               end_block();
               store_tile(sums, V * Vec<float>::size, tile);
               clear(tile);

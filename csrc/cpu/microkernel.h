@@ -26,6 +26,7 @@ enum class Next { unknown, rows };
 template <int R, int V, Operand kOrder, Next kNext = Next::unknown, typename T>
 MVIT_INLINE void multiply_add(Vec<T> (&tile)[R][V], const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth,
                               int64_t begin = 0) {
+#pragma GCC unroll 4
   for (int64_t k = begin; k < depth; ++k) {
     if constexpr (kNext == Next::rows) __builtin_prefetch(a + R * lda + R * k);
     Vec<T> row[V];
@@ -93,19 +94,20 @@ MVIT_INLINE void store_tile(T* p, int64_t ld, const Vec<T> (&tile)[R][V]) {
 
 // Long sums are sums of blocks: each from zero, then added. The error of one chain of K products grows with K, that of
 // blocks of b with sqrt(K · b + K² / b). MKL multiplies few rows with sums of 16 or more lanes: 2.5 times as exact as a
-// chain at K = 192, 3.7 times at 2048. Even blocks of at most 48 come near that up to K = 384 (blocks of 64 are 1.5 times
-// as far off at 192), longer ones from there on. What it costs: an addition in 48 or 64, from and to L1.
-constexpr int64_t kBlock = 48, kLongBlock = 64;
+// chain at K = 192, 3.7 times at 2048. Even blocks of at most 40 are within 1.3 of that up to K = 320 (of 48, 1.4), longer
+// ones from there on. What it costs: an addition in 40 or 56, from and to L1.
+constexpr int64_t kBlock = 40, kLongBlock = 56;
 
 // Not of bfloat16 pairs: next to their own rounding it would go unseen.
 template <typename Weight>
 constexpr bool sums_in_blocks = sizeof(Weight) > 2;
 
-// The steps of one block of `depth`: as even as can be.
+// The steps of one block of `depth`: as even as can be, in fours as multiply_add takes them, for loops whose end the
+// processor foresees (missed once a block, ends cost 5 % of a product).
 template <typename Weight>
 MVIT_INLINE int64_t block_of(int64_t depth) {
   const int64_t most = depth <= 8 * kBlock ? kBlock : kLongBlock, blocks = (depth + most - 1) / most;
-  return sums_in_blocks<Weight> && blocks > 1 ? (depth + blocks - 1) / blocks : depth;
+  return sums_in_blocks<Weight> && blocks > 1 ? ((depth + blocks - 1) / blocks + 3) / 4 * 4 : depth;
 }
 
 // The sum over [0, depth), of which add_steps(begin, end) adds a part to the tile, in blocks; the first one begins with what

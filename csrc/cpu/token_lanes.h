@@ -108,6 +108,9 @@ MVIT_INLINE void add_to_panel(T* panel, int64_t row, int64_t lane, Vec<T> (&tile
 
 template <typename T>
 MVIT_INLINE Vec<T> silu(Vec<T> x) {
+#if MVIT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return x / (Vec<T>(T(1)) + exp_of_minus(x));
+#endif
   return x / (Vec<T>(T(1)) + exp(-x));
 }
 
