@@ -269,6 +269,11 @@ PACKED = dict(version=packing.VERSION, layers=2, head_dim=16, hidden=128, tiles=
         (dict(tiles=3), "no kernel for rows of 64, heads of 16 and warps of 48 rows"),
         (dict(sequences=9), "9 sequences of 6 tokens are no block"),
         (dict(sequences=0), "0 sequences of 6 tokens are no block"),
+        (dict(sequences=2**32 + 1), "4294967297 sequences of 6 tokens are no block"),
+        (dict(sequences=2**62), "sequences of 6 tokens are no block"),
+        (dict(layers=2**62), "not those of 4611686018427387904 layers"),
+        (dict(hidden=2**63 - 1), "not those of 2 layers with 9223372036854775807 hidden units"),
+        (dict(tiles=2**62), "no kernel for rows of 64"),
         (dict(x=torch.zeros(1, 4, 6, 64)), "take float16 and bfloat16"),
         (dict(x=torch.zeros(4, 6, 64).bfloat16()), "not of 3 axes"),
         (dict(x=torch.zeros(1, 3, 6, 64).bfloat16()), "a map of 3 x 6 does not divide"),
@@ -283,6 +288,16 @@ def test_the_binding_checks_again(emulated, change, says):
     named = [given[name] for name in ("x", "packed", "version", "layers", "head_dim", "hidden")]
     with pytest.raises(RuntimeError, match=says):
         torch.ops.mvit_kernels.transformer_packed.cuda(*named, True, (2, 2), 1e-5, given["tiles"], given["sequences"])
+
+
+def test_the_binding_is_what_its_fake_says(emulated):
+    layers, final_norm = packable(64)
+    packed = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
+    settings = (packing.VERSION, 2, 16, 128, True, (2, 2), 1e-5, 1, 1)
+    for x in (torch.randn(1, 4, 6, 64), torch.randn(2, 64, 4, 6).permute(0, 2, 3, 1)):
+        tests = ("test_schema", "test_faketensor")
+        operator = torch.ops.mvit_kernels.transformer_packed.cuda
+        torch.library.opcheck(operator, (x.bfloat16(), packed, *settings), test_utils=tests)
 
 
 def test_autocast_packs_once(emulated, monkeypatch):

@@ -10,11 +10,12 @@
 namespace mvit {
 namespace {
 
-// Kept, because fresh pages cost 0.1 to 0.25 ms a megabyte, and a small map's kernels less than that. Given back, because a
-// thread once asked for a 3072² image would keep 234 MB for good, where 224² takes 2: memory of more than kUsual bytes
-// goes when kPatience pieces of work in a row, of any use, found less than a quarter of it enough. An image is 10 to 40
-// pieces of work, so a few usual images give it back; a stream of large ones asks for it more often than that and never
-// faults a page twice; and one large image now and then pays for its pages a hundredth of its own time.
+// Kept, because fresh pages cost up to 0.6 ms a megabyte (in a virtual machine), and a small map's kernels less than
+// that. Given back, because a thread once asked for a 3072² image would keep 234 MB for good, where 224² takes 2: memory
+// of more than kUsual bytes goes when kPatience pieces of work in a row, of any use, found less than a quarter of it
+// enough. An image is 10 to 40 pieces of work, so a few usual images give it back; a stream of large ones asks for it
+// more often than that and never faults a page twice; and one large image now and then pays for its pages a few
+// hundredths of its own time.
 constexpr std::size_t kUsual = std::size_t{8} << 20, kMuch = 4;
 constexpr int64_t kPatience = 256;
 

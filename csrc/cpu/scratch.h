@@ -10,8 +10,8 @@ namespace mvit {
 // share meanwhile; and a network's workspace lasts over many of either.
 enum class ScratchUse { one_thread, shared, network };
 
-// So much memory of the calling thread for as long as this lives: aligned to a cache line, its contents undefined. A thread
-// has one of each use at a time. Throws where there is no such memory.
+// So much memory of the calling thread for as long as this lives: aligned to a cache line, its contents undefined. A
+// thread has one of each use at a time. Throws where there is no such memory.
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes, ScratchUse use = ScratchUse::one_thread);
