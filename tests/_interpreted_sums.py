@@ -61,7 +61,7 @@ def test_long_sums_are_of_several_chains(operator, sizes, name, terms, monkeypat
     doubles = convert(tensors, torch.float64)
     truth = evaluate(lambda t: call(operator, t, settings, "oracle"), doubles, (name.removeprefix("gradient of "),))
     gradients._schedule.cache_clear()
-    assert noise(ours[name], truth[name]) < 0.75 * noise_of_one_chain(terms)
+    assert noise(ours[name], truth[name]) < 0.7 * noise_of_one_chain(terms)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])

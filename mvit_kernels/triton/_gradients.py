@@ -203,7 +203,7 @@ def _product_part(
         grads = tl.zeros([BM, BN], tl.float32)  # added up over its rows once, after the loop
         TOGETHER: tl.constexpr = 32 * BM  # in float32, 20,000 rows are sums of 32, of 32 of these, and of 20
         if PRECISION == "ieee":
-            recent, recent_grads = tl.zeros_like(product), tl.zeros_like(grads)
+            recent = tl.zeros_like(product)
         for m in range(0, end, BM):
             rows = tl.arange(0, BM)
             left = end - m
@@ -217,17 +217,17 @@ def _product_part(
                 rstd += BM
             if PRECISION == "ieee":
                 recent = _rows.add_product(tl.trans(g), operand, recent, PRECISION)
-                recent_grads += g
+                grads += g
                 if m % TOGETHER == TOGETHER - BM:
-                    product, grads = product + recent, grads + recent_grads
-                    recent, recent_grads = tl.zeros_like(product), tl.zeros_like(grads)
+                    product = product + recent
+                    recent = tl.zeros_like(product)
             else:
                 product = tl.dot(tl.trans(g), operand, product, input_precision=PRECISION)
                 grads += g.to(tl.float32)
             grad += BM * N
             x += BM * K
         if PRECISION == "ieee":
-            product, grads = product + recent, grads + recent_grads
+            product = product + recent
         bias_sum = tl.sum(grads, axis=0)
         if k_tile == 0:
             tl.store(bias_sums + part.to(tl.int64) * N + ns, bias_sum, mask=ns < N)

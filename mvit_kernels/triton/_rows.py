@@ -66,55 +66,60 @@ def load_rows(base, rows, end, K: tl.constexpr, KC: tl.constexpr, NC: tl.constex
 
 
 @triton.jit
-def centred(x, first, shift, columns, K: tl.constexpr, CHECK: tl.constexpr):
-    """x − first − shift in float32, 0 in the columns after the last: without that, padding would count as −mean
-    each."""
-    difference = (x.to(tl.float32) - first[:, None]) - shift[:, None]
+def centred(x, middle, columns, K: tl.constexpr, CHECK: tl.constexpr):
+    """x − middle in float32, 0 in the columns after the last: without that, padding would count as −middle each."""
+    difference = x.to(tl.float32) - middle[:, None]
     if CHECK:
         difference = tl.where((columns < K)[None, :], difference, 0.0)
     return difference
 
 
 @triton.jit
+def mean_and_rstd(first, shift, squares, mean, eps, K: tl.constexpr):
+    """Of rows: the mean first + shift was rounded to `mean`, whose squared error is in the sum of squares as well."""
+    error = shift - (mean - first)
+    variance = tl.sum(squares, axis=1) * (1.0 / K) - error * error
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
 def statistics(base, chunks, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
     """Mean and 1/sqrt(variance + eps) of each row, in two passes over registers: E[x²] − E[x]² cancels where
-    |mean| ≫ σ. Sums are of differences from the row's first element: so the mean of equal values is that value, to the
-    last bit (a sum of 144 times 7.1, over 144, is not 7.1, and 1/σ makes 316 times the difference of it), and the
-    variance knows a mean of 1e5 as exactly as one of 0. Chunks are added up before columns are: a shorter sum."""
+    |mean| ≫ σ. The mean is that of differences from the row's first element: so the mean of equal values is that value,
+    to the last bit (144 times 7.1, over 144, is not 7.1, and 1/σ makes 316 times as much of what is left). Chunks are
+    added up before columns are: a shorter sum."""
     first = tl.load(base + rows * K, mask=rows < end, other=0.0).to(tl.float32)
-    shift = tl.zeros_like(first)
-    total = centred(chunks[0], first, shift, tl.arange(0, KC), K, KC > K)
+    total = centred(chunks[0], first, tl.arange(0, KC), K, KC > K)
     for c in tl.static_range(1, NC):
-        total += centred(chunks[c], first, shift, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
+        total += centred(chunks[c], first, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
     shift = tl.sum(total, axis=1) * (1.0 / K)
-    difference = centred(chunks[0], first, shift, tl.arange(0, KC), K, KC > K)
+    mean = first + shift
+    difference = centred(chunks[0], mean, tl.arange(0, KC), K, KC > K)
     squares = difference * difference
     for c in tl.static_range(1, NC):
-        difference = centred(chunks[c], first, shift, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
+        difference = centred(chunks[c], mean, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
         squares += difference * difference
-    variance = tl.sum(squares, axis=1) * (1.0 / K)
-    return first + shift, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    return mean_and_rstd(first, shift, squares, mean, eps, K)
 
 
 @triton.jit
 def statistics_of_long_rows(base, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, BM: tl.constexpr):
     """`statistics` of rows that are read chunk by chunk, twice; the second time from cache."""
     first = tl.load(base + rows * K, mask=rows < end, other=0.0).to(tl.float32)
-    shift = tl.zeros_like(first)
     total = tl.zeros([BM, KC], tl.float32)
     for k in range(0, K, KC):
         columns = k + tl.arange(0, KC)
         x = load(base, rows, columns, end, K, K, 1, True, K % KC != 0)
-        total += centred(x, first, shift, columns, K, K % KC != 0)
+        total += centred(x, first, columns, K, K % KC != 0)
     shift = tl.sum(total, axis=1) * (1.0 / K)
+    mean = first + shift
     squares = tl.zeros([BM, KC], tl.float32)
     for k in range(0, K, KC):
         columns = k + tl.arange(0, KC)
         x = load(base, rows, columns, end, K, K, 1, True, K % KC != 0)
-        difference = centred(x, first, shift, columns, K, K % KC != 0)
+        difference = centred(x, mean, columns, K, K % KC != 0)
         squares += difference * difference
-    variance = tl.sum(squares, axis=1) * (1.0 / K)
-    return first + shift, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    return mean_and_rstd(first, shift, squares, mean, eps, K)
 
 
 @triton.jit
