@@ -67,7 +67,7 @@ def test_long_sums_are_of_several_chains(operator, sizes, name, terms, monkeypat
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
 @pytest.mark.parametrize("d", [17, 144, 192, 300])
 def test_statistics(d, mean):
-    """The mean to its last bit but one and 1/σ to four units, however far off the mean is."""
+    """The mean to half a unit (of the largest values where it is near 0), 1/σ to two, however far off the mean is."""
     tensors, settings = make("layer_norm", dict(shape=(40, d), mean=mean))
     tensors = convert(tensors, torch.float32)
     kernels = importlib.import_module("mvit_kernels.triton.layer_norm")
@@ -76,5 +76,5 @@ def test_statistics(d, mean):
     true_mean = x.mean(-1)
     true_rstd = 1 / torch.sqrt((x - true_mean[:, None]).square().mean(-1) + settings["eps"])
     unit = torch.finfo(torch.float32).eps
-    assert ((means - true_mean).abs() <= 0.5 * unit * true_mean.abs().clamp(min=2.0)).all()
-    assert ((rstds - true_rstd).abs() <= 4 * unit * true_rstd).all()
+    assert ((means - true_mean).abs() <= 0.5 * unit * true_mean.abs().clamp(min=8.0)).all()
+    assert ((rstds - true_rstd).abs() <= 2 * unit * true_rstd).all()
