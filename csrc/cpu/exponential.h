@@ -20,6 +20,7 @@ struct Exp<float> {
   static constexpr float lowest = -88.029691f, highest = 88.722839f;  // ln(2^-127), ln(2^128): 0 and infinity
   static constexpr float round_and_bias = 12582912.0f + 127;   // 1.5 · 2^23: adding it leaves n + 127 in the low bits
   static constexpr float log2e = 1.44269504088896340736f, log2e_rest = 1.92596303e-8f;
+  static constexpr float ln2 = 0.693359375f, ln2_rest = -2.12194440e-4f;  // n · ln2 is exact
   static constexpr int mantissa_bits = 23;
 };
 template <>
@@ -42,6 +43,7 @@ struct Exp<double> {
   static constexpr double lowest = -709.08956571282405, highest = 709.78271289338400;
   static constexpr double round_and_bias = 6755399441055744.0 + 1023;  // 1.5 · 2^52
   static constexpr double log2e = 1.44269504088896340736, log2e_rest = 2.03552737409310331e-17;
+  static constexpr double ln2 = 6.93147180369123816490e-01, ln2_rest = 1.90821492927058770002e-10;
   static constexpr int mantissa_bits = 52;
 };
 
@@ -97,7 +99,12 @@ MVIT_INLINE Vec<T> exp(Vec<T> x) {
   x = minimum(Vec<T>(Exp<T>::highest), x);
 #endif
   WholeAndRest<T> parts = whole_and_rest(x, Vec<T>(Exp<T>::log2e));
+#if MVIT_VECTOR_BYTES >= 32
   parts.rest = fma(x, Vec<T>(Exp<T>::log2e_rest), parts.rest);  // without it e^-80 is 17 units off
+#else  // x · log2(e) may have been rounded: 60 units
+  parts.rest = fma(parts.whole, Vec<T>(-Exp<T>::ln2_rest), fma(parts.whole, Vec<T>(-Exp<T>::ln2), x));
+  parts.rest = parts.rest * Vec<T>(Exp<T>::log2e);
+#endif
   return exp2(parts);
 }
 
