@@ -78,6 +78,7 @@ def is_dropout(module: nn.Module | None) -> bool:
     return (
         _is_exactly(module, nn.Dropout)
         or is_own(module, "timm", "DropPath", "DropBlock2d")
+        or is_own(module, "mvit_kernels", "DropPath")
         or is_own(module, "cvnets", "Dropout", "Dropout2d", "StochasticDepth")
         or is_own(module, "torchvision", "StochasticDepth", "DropBlock2d")
         or is_plain(module, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)

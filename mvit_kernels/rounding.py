@@ -194,7 +194,7 @@ class _Errors(TorchDispatchMode):
     def _drifting(self, size: Sequence[int], of: Sequence[int]) -> list[float]:
         """A resize's scales with the error of their rounding, and of the coordinates' that grows as theirs does: over
         20 pixels that is 20 times an ordinary error."""
-        errors = (2 * self.inner_unit * self._random(torch.empty(2, dtype=torch.float64))).tolist()
+        errors = (2 * self.inner_unit * self._random(torch.empty(2, dtype=torch.float64, device="cpu"))).tolist()
         return [new / old * (1 + error) for new, old, error in zip(size, of, errors, strict=True)]
 
 

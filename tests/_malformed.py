@@ -159,7 +159,8 @@ class Sentinel:
         self.calls = [well_formed(name, backend, r) for name in operators(backend) for _ in range(3)]
         self.expected = [_tensors(call()) for call in self.calls]
         for call, values in zip(self.calls, self.expected, strict=True):
-            if call.operator not in NATIVE and backend != "reference":
+            of_statistics = call.operator in ("layer_norm_linear_backward", "layer_norm_mlp_backward")  # not x's here
+            if call.operator not in NATIVE and backend != "reference" and not of_statistics:
                 for ours, right in zip(values, _tensors(call._replace(backend="reference")()), strict=True):
                     tolerance = 3e-2 if "16" in str(ours.dtype) else 1e-3
                     torch.testing.assert_close(

@@ -174,7 +174,7 @@ def test_kernels_resize():
     program, weights = builder.program(), torch.zeros(64, dtype=torch.uint8)
     x, reach = Draw(1)(1, 2, 3, 3), torch.zeros(1, 4, 4, 2, dtype=torch.bool)
     reach[:, :2, 1:3, 1] = True
-    check(lambda x: torch.ops.mvit_kernels.network.cpu(x, weights, program), x, (0, 1, 0, 1), reach, "resize")
+    check(lambda x: torch.ops.mvit_kernels.network.cpu(x, weights, program, 2, 0), x, (0, 1, 0, 1), reach, "resize")
 
 
 NETWORKS: dict[str, Callable[[Draw], FrozenSequential]] = {

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """``transformer_on_map``: the resize rule, memory formats, live dropout and drop-path, and which operators it runs."""
 
+from functools import partial
+
 import pytest
 import torch
-from _cases import INFERENCE, Recorder, convert, evaluate, lay_out, make, structured
+from _cases import INFERENCE, Recorder, carefully, convert, evaluate, lay_out, make, structured
 from _checks import one_thread  # noqa: F401 (a fixture)
 from _fake_backend import NAME, fake_backend
 from _oracle import sequences
 from _oracle import transformer_on_map as oracle
-from _tolerance import assert_close_as_pytorch, assert_close_over_draws
+from _tolerance import Compared, assert_close_as_pytorch, assert_close_over_draws
 from _usual import transformer_on_map as usual
 
 from mvit_kernels.nn.functional import LayerDropout, drop_path, transformer_on_map
@@ -36,8 +38,13 @@ def compare(sizes, dtype="float32", gradients=True, **more):
         ours = evaluate(lambda t: run(transformer_on_map, t, settings, **more), tensors, gradients)
         as_usual = convert(tensors, torch.float32) if dtype == "float64" else tensors
         pytorch = evaluate(lambda t: run(usual, t, settings), as_usual, gradients)
-        truth = evaluate(lambda t: run(oracle, t, settings), convert(tensors, torch.float64), gradients)
-        return {f"transformer_on_map: {name}": (value, pytorch[name], truth[name]) for name, value in ours.items()}
+        exact = convert(tensors, torch.float64)
+        truth = evaluate(lambda t: run(oracle, t, settings), exact, gradients)
+        careful = carefully(lambda t: run(usual, t, settings), exact, gradients, as_usual["x"].dtype)
+        return {
+            f"transformer_on_map: {name}": Compared(value, pytorch[name], truth[name], partial(careful, name))
+            for name, value in ours.items()
+        }
 
     assert_close_over_draws(draw)
 

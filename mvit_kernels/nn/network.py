@@ -261,7 +261,7 @@ class Network:
 
 
 @flop_formula("network", get_raw=True)
-def _flops(x: Tensor, weights: Tensor, program: Tensor, out_val: Tensor) -> int:
+def _flops(x: Tensor, weights: Tensor, program: Tensor, out_channels: int, halvings: int, out_val: Tensor) -> int:
     """Of a program's products on a (B, C, H, W) input: what `Builder` wrote, step by step, each map's size with it."""
     batch, _, *size = x.shape
     words = program.tolist()
