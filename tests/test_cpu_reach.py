@@ -22,7 +22,7 @@ from torch import Tensor
 import mvit_kernels
 from mvit_kernels import _library
 from mvit_kernels.nn.frozen import FrozenSequential
-from mvit_kernels.nn.network import TO_WHOLE_PATCHES, Builder, Place
+from mvit_kernels.nn.network import TO_SIZE_OF, TO_WHOLE_PATCHES, Builder, Place
 
 skip_without_a_compiler()
 
@@ -165,16 +165,18 @@ def test_kernels_transformer(dtype, sizes, eps):
 
 
 def test_kernels_resize():
-    """What weighs nothing between two pixels is not read: three columns become four, and the outer two are copies."""
+    """What weighs nothing between two pixels is not read: three columns become four and three again, and the four rows
+    stay as they are."""
     _library.load("cpu")
     builder = Builder(2, pairs=False)
     source = builder.copy(Place(0, 0, 2), builder.value(2))
     resized = builder._step(TO_WHOLE_PATCHES, source, builder.value(2), 4, 4)
-    builder.copy(resized, builder.value(2))
+    back = builder._step(TO_SIZE_OF, resized, builder.value(2), source.value)
+    builder.copy(back, builder.value(2))
     program, weights = builder.program(), torch.zeros(64, dtype=torch.uint8)
-    x, reach = Draw(1)(1, 2, 3, 3), torch.zeros(1, 4, 4, 2, dtype=torch.bool)
-    reach[:, :2, 1:3, 1] = True
-    check(lambda x: torch.ops.mvit_kernels.network.cpu(x, weights, program, 2, 0), x, (0, 1, 0, 1), reach, "resize")
+    x, reach = Draw(1)(1, 2, 4, 3), torch.zeros(1, 4, 3, 2, dtype=torch.bool)
+    reach[:, 2, :, 1] = True
+    check(lambda x: torch.ops.mvit_kernels.network.cpu(x, weights, program, 2, 0), x, (0, 1, 2, 1), reach, "resize")
 
 
 NETWORKS: dict[str, Callable[[Draw], FrozenSequential]] = {
