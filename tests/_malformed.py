@@ -187,10 +187,8 @@ def run(call: Call) -> None:
         print("it returned")
 
 
-def child(backend: str, first: int, last: int, state: mmap.mmap, limited: bool) -> None:
+def child(sentinel: Sentinel, backend: str, first: int, last: int, state: mmap.mmap, limited: bool) -> None:
     """Calls [first, last); `state` has the number of the one that runs, and how many raised."""
-    torch.set_num_threads(1)
-    sentinel = Sentinel(backend)
     if limited:
         used = int(open("/proc/self/statm").read().split()[0]) * mmap.PAGESIZE
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, -1))
@@ -230,6 +228,8 @@ def main() -> int:
         from _emulation import load_operators
 
         load_operators()
+    torch.set_num_threads(1)
+    sentinel = Sentinel(args.backend)
     state, begun, at, raised, deadly = mmap.mmap(-1, 16), time.monotonic(), args.first, 0, 0
     last = args.first + args.count
     sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")  # it maps terabytes, and limits allocations by itself
@@ -238,7 +238,7 @@ def main() -> int:
         if pid == 0:
             code = 1
             try:
-                child(args.backend, at, last, state, limited=not sanitized)
+                child(sentinel, args.backend, at, last, state, limited=not sanitized)
                 code = 0
             except BaseException:
                 sys.excepthook(*sys.exc_info())
