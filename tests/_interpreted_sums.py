@@ -10,7 +10,7 @@ import importlib
 
 import pytest
 import torch
-from _cases import call, convert, evaluate, make
+from _cases import call, convert, evaluate, make, paths
 from _checks import one_thread  # noqa: F401 (a fixture)
 from test_exactness import MOST, draws, ratios
 from torch import Tensor
@@ -66,6 +66,7 @@ def test_long_sums_are_of_several_chains(operator, sizes, name, terms, monkeypat
 
 def test_attention_makes_no_habit_of_errors():
     """Where an exponential lies between two products, no one chain is the measure."""
+    assert "triton" in paths("patch_attention")  # and loaded
     sizes = dict(shape=(1, 16, 8), heads=2, head_dim=20, patch=(2, 2))
     found = ratios(draws("patch_attention", sizes, "triton"))
     assert len(found) == 2 and max(found.values()) <= MOST, found
