@@ -138,6 +138,9 @@ def test_pools_and_resetting_the_classifier(pool):
         assert_same(twin(x), theirs.forward_head(features, pre_logits=True))
         twin.reset_classifier(0, "")
         assert_same(twin(x), features)
+        twin.reset_classifier(2)  # a new classifier wants a pool again
+        assert (twin.global_pool, twin(x).shape) == ("avg", (len(x), 2))
+        assert not any(module.training for module in twin.modules())
     assert ours(num_classes=3, global_pool="catavgmax").get_classifier().weight.shape == (3, 640)
 
 

@@ -133,7 +133,9 @@ class TimmMobileViT(MobileViT):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self._set_pool(self.global_pool if global_pool is None else global_pool, num_classes)
+        if global_pool is None:
+            global_pool = self.global_pool or ("avg" if num_classes else "")  # a new classifier wants a pool again
+        self._set_pool(global_pool, num_classes)
         super().reset_classifier(num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -157,11 +159,12 @@ class TimmMobileViT(MobileViT):
                 "MobileViT: global_pool='' leaves nothing to classify; give num_classes=0 too, or a pool, such as 'avg'"
             )
         try:
-            self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         except AssertionError as error:
             raise ValueError(
                 f"MobileViT: global_pool={global_pool!r} is unknown; choose 'avg', 'max', 'avgmax', 'catavgmax' or ''"
             ) from error
+        self.pool = pool.train(self.training)
         self.global_pool = global_pool
         self.head_hidden_size = self.num_features * self.pool.feat_mult()
 
