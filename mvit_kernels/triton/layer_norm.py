@@ -118,7 +118,7 @@ def _backward(
 
 
 _TILE = (16, 64, 8)  # rows, widest chunk of columns, warps; 32 rows spill 8 to 72 bytes from 144 columns on
-_TILE_240 = (8, 64, 8)  # of more than 192 columns: 16 rows of 240 spill 8 bytes on 10.0
+_TILE_240 = (8, 64, 4)  # of more than 192 columns: 16 rows of 240 spill 8 bytes on 10.0, 8 in 8 warps as many on 9.0
 _PARTS = 264  # two for each SM of a large GPU; a constant, so that the same rows give the same bits everywhere
 
 
