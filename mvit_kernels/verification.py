@@ -30,11 +30,9 @@ from torch.overrides import TorchFunctionMode
 from ._plain import DTYPES, cast_floats, copy_of
 from .adapters import named_blocks, restore
 from .nn.frozen import FrozenMobileViTBlock
-from .rounding import RUNS, RoundedArithmetic, careful_error
+from .rounding import PLAUSIBLE_BANDS, PLAUSIBLE_RATIO, RUNS, RoundedArithmetic, careful_error
 
 GRADIENT = "gradient of "
-# PyTorch's error is trusted unseen up to so many bands; above, up to so many times the careful error.
-PLAUSIBLE_BANDS, PLAUSIBLE_RATIO = 32, 2000
 
 
 class ErrorRow(NamedTuple):

@@ -11,12 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvit_kernels.rounding import RUNS, careful_error
-
-# PyTorch's error is no yardstick where it is garbage. Up to so many bands nobody asks; above, it may be at most so many
-# times the careful one: it is 4 times where MKL sums a few hundred products in one chain; 45 and 1400 in LayerNorm's
-# gradients (bfloat16 at a mean of 1000, float16 rows of two columns), whose statistics PyTorch rounds to 16 bits.
-PLAUSIBLE_BANDS, PLAUSIBLE_RATIO = 32, 2000
+from mvit_kernels.rounding import PLAUSIBLE_BANDS, PLAUSIBLE_RATIO, RUNS, careful_error
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:

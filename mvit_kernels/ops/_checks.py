@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._plain import DTYPES
 from .._transforms import obstacle
 from ..backends import Call
 
 OPTIONAL = ("bias", "qkv_bias")  # the arguments that may be None
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor(op: str, name: str, value: Any, ndim: int | None = None, layout: str = "") -> None:
