@@ -309,6 +309,14 @@ def test_category_of_an_operator(operator, expected):
     assert category(operator) == expected
 
 
+ALLOCATION = set("empty empty_like empty_strided new_empty resize_ fill_".split())
+VIEWS = set(
+    "_nnpack_available _reshape_alias _unsafe_view alias as_strided as_strided_ chunk detach expand flatten narrow "
+    "permute reshape resolve_conj select slice split squeeze t to transpose unbind unflatten unsqueeze view".split()
+)
+POOLING = set("adaptive_avg_pool2d mean sum".split())  # once a model, over its last and smallest map
+
+
 @pytest.mark.parametrize(
     ("form", "backend", "expected"),
     [
@@ -321,17 +329,16 @@ def test_category_of_an_operator(operator, expected):
 def test_categories_cover_what_a_model_runs(form, backend, expected):
     subject = Subject(_models.build("timm", "xxs"), torch.rand(1, 3, 192, 192), backend=backend)
     model, images = PEERS[form].build(subject)
-    shares = []
     with torch.no_grad():
-        for _ in range(3):  # a busy machine stops the process anywhere: the best of three
-            profile = time_by_category(lambda: model(images), calls=1)
-            assert sum(profile.categories.values()) == pytest.approx(profile.wall_ms)
-            work = profile.wall_ms - profile.categories[LAUNCH_GAPS]
-            assert work == pytest.approx(sum(operator.ms for operator in profile.operators))
-            shares.append(profile.categories[OTHER] / work)
+        profile = time_by_category(lambda: model(images), calls=1)
+    assert sum(profile.categories.values()) == pytest.approx(profile.wall_ms)
+    work = profile.wall_ms - profile.categories[LAUNCH_GAPS]
+    assert work == pytest.approx(sum(operator.ms for operator in profile.operators))
     for name in expected:
         assert profile.categories[name] > 0, name
-    assert min(shares) < 0.15, [o for o in profile.operators if o.category == OTHER][:5]
+    # Which operators are left over, not how long they took: a share of the time depends on what else the machine does.
+    other = {operator.name.removeprefix("aten::") for operator in profile.operators if operator.category == OTHER}
+    assert other <= ALLOCATION | VIEWS | POOLING, other - ALLOCATION - VIEWS - POOLING
     assert expected[0] in profile_table({form: profile})
 
 
