@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from ._plain import DTYPES, cast_floats, copy_of
 from .adapters import named_blocks, restore
 from .nn.frozen import FrozenMobileViTBlock
-from .rounding import PLAUSIBLE_BANDS, PLAUSIBLE_RATIO, RUNS, RoundedArithmetic, careful_error
+from .rounding import PLAUSIBLE_BANDS, RUNS, RoundedArithmetic, careful_error, yardstick
 
 GRADIENT = "gradient of "
 
@@ -93,14 +93,12 @@ def error_row(
             )
         return largest(value.double() - truth)
 
-    ours, yardstick = error(fast), max(error(value) for value in pytorch)
-    row = ErrorRow(name, ours, yardstick, 2 * (yardstick + band), scale)
-    if careful is None or (row.ok and yardstick <= PLAUSIBLE_BANDS * band):
+    ours, own = error(fast), max(error(value) for value in pytorch)
+    row = ErrorRow(name, ours, own, 2 * (own + band), scale)
+    if careful is None or (row.ok and own <= PLAUSIBLE_BANDS * band):
         return row
     expected = careful_error([careful(seed) for seed in range(RUNS)], truth)
-    if not expected <= yardstick <= PLAUSIBLE_RATIO * expected:
-        yardstick = expected
-    return row._replace(allowed=2 * (yardstick + band), careful_error=expected)
+    return row._replace(allowed=2 * (yardstick(own, expected) + band), careful_error=expected)
 
 
 def largest(value: Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvit_kernels.rounding import PLAUSIBLE_BANDS, PLAUSIBLE_RATIO, RUNS, careful_error
+from mvit_kernels.rounding import PLAUSIBLE_BANDS, RUNS, careful_error, yardstick
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:
@@ -68,20 +68,19 @@ def assert_close_as_pytorch(
     unit = torch.finfo(ours.dtype).eps / torch.finfo(pytorch.dtype).eps
     band = rounding_band(ours.dtype, truth64)
     factor = 10 if ours.dtype == torch.float64 else 2
-    error, yardstick, of = largest_error(ours, truth64), unit * largest_error(pytorch, truth64), "PyTorch's"
-    is_plausible = yardstick <= PLAUSIBLE_BANDS * band
-    if not (is_plausible and error <= factor * (yardstick + band)):
+    error, judge, of = largest_error(ours, truth64), unit * largest_error(pytorch, truth64), "PyTorch's"
+    if not (judge <= PLAUSIBLE_BANDS * band and error <= factor * (judge + band)):
         if careful is not None:
             expected = unit * careful_error([careful(seed) for seed in range(RUNS)], truth64)
-            if not expected <= yardstick <= PLAUSIBLE_RATIO * expected:
-                yardstick, of = expected, "careful arithmetic's"
-        assert yardstick < torch.inf, f"{name}: PyTorch itself overflows here, so the case says nothing"
-    bound = factor * (yardstick + band)
+            own, judge = judge, yardstick(judge, expected)
+            of = of if judge == own else "careful arithmetic's"
+        assert judge < torch.inf, f"{name}: PyTorch itself overflows here, so the case says nothing"
+    bound = factor * (judge + band)
     if not error <= bound:
         difference = (ours.detach().to("cpu", torch.float64) - truth64.detach()).abs()
         where = tuple(int(i) for i in torch.unravel_index(difference.nan_to_num(nan=torch.inf).argmax(), ours.shape))
         raise AssertionError(
-            f"{name}: error {error:.3e} is over {bound:.3e} = {factor} · ({of} {yardstick:.3e} + band {band:.3e}); "
+            f"{name}: error {error:.3e} is over {bound:.3e} = {factor} · ({of} {judge:.3e} + band {band:.3e}); "
             f"{ours.dtype}, shape {tuple(ours.shape)}, worst at {where}: {ours[where].item()} "
             f"for {truth64[where].item()}"
         )

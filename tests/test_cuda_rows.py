@@ -124,6 +124,25 @@ def test_norm_in_float_and_large_means(driver, operator, mean):
     check(driver, operator, dict(shape=(9, 144), mean=mean, **more), torch.float16)
 
 
+def of_equal_values(driver, width):
+    """layer_norm_linear's x, results and results for rows of zeros."""
+    tensors, settings = make("layer_norm_linear", dict(shape=(7, width), n=48))
+    low = convert(tensors | {"x": 0 * tensors["x"]}, DTYPES[0])
+    zeros = launch(driver, "layer_norm_linear", low, settings, 0, H100)
+    for value in (7.1, -123.456, 1e4 + 0.37):
+        tensors["x"] = (value * (1 + torch.arange(7) / 8)).double()[:, None].expand(7, width).contiguous()
+        low = convert(tensors, DTYPES[0])
+        yield low["x"], launch(driver, "layer_norm_linear", low, settings, 0, H100), zeros
+
+
+@pytest.mark.parametrize("width", [56, 112, *WIDTHS])
+def test_the_mean_of_equal_values_is_that_value(driver, width):
+    """And LayerNorm's result its bias, to the last bit."""
+    for x, ours, zeros in of_equal_values(driver, width):
+        assert torch.equal(ours["mean"], x[:, 0].float())
+        assert torch.equal(ours["out"], zeros["out"])
+
+
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual", "layer_norm_mlp"])
 def test_nothing_is_written_beside_the_result(driver, operator):
     """What lies before and behind is another's; and the emulation reports every store out of the tensor."""
@@ -159,7 +178,7 @@ FAULTS = [
     (TILES, "row < valid_rows && unit < valid_units", "true", "outside of every buffer"),
     (TILES, "rstds[pass] * weight[j]", "weight[j]", WRONG),
     (TILES, "if (k < depth) step", "if (false) step", WRONG),
-    (TILES, "1.0f / static_cast<float>(channels)", "1.0f / static_cast<float>(channels + 8)", WRONG),
+    (TILES, "count = static_cast<float>(channels)", "count = static_cast<float>(channels + 8)", WRONG),
     (MLP, FC1, "//", RACE),
     (MLP, HIDDEN, "//", RACE),
     (MLP, f"wait_copies<0>();\n    {HIDDEN}", HIDDEN, "in flight"),
@@ -174,6 +193,13 @@ def test_a_planted_fault_is_found(header, text, other, says):
     for seed in range(5):
         with pytest.raises(AssertionError, match=says):
             run_all(driver, seed)
+
+
+def test_a_mean_by_the_reciprocal_alone_is_found():
+    """1 / 120 is rounded, and a sum of 120 equal values times it is not always the value."""
+    text = "fmaf(fmaf(-mean, count, sum), one_of, mean)"
+    driver = Driver("rows", [("fragments.h", text, "mean")], ["MVIT_ONLY_BFLOAT16"])
+    assert any(not torch.equal(ours["mean"], x[:, 0].float()) for x, ours, _ in of_equal_values(driver, 120))
 
 
 def test_without_a_fault_the_same_is_right():

@@ -123,6 +123,19 @@ def test_large_mean(driver, d, dtype):
     check(driver, dict(shape=(1, 4, 6, d), heads=4, patch=(2, 2), layers=1), dtype, far_from_zero)
 
 
+@pytest.mark.parametrize("d", plans.WIDTHS)
+def test_the_last_norm_of_equal_values_is_its_bias(driver, d):
+    """Of rows that the layer leaves as they are. (The norms before qkv and fc1 stand behind those products, whose
+    rounding is that of the values and not of their spread.)"""
+    sizes = dict(shape=(1, 4, 6, d), heads=4, patch=(2, 2), layers=1)
+    tensors, _ = make(OP, sizes)
+    for name in ("proj_weight", "proj_bias", "fc2_weight", "fc2_bias"):
+        tensors[f"layers.0.{name}"] = torch.zeros_like(tensors[f"layers.0.{name}"])
+    tensors["x"] = (12.3 * torch.arange(24).double()).reshape(1, 4, 6, 1).expand(1, 4, 6, d).contiguous()
+    ours = launched(driver, sizes, torch.bfloat16, tensors=tensors)
+    assert torch.equal(ours, tensors["final_norm.bias"].bfloat16().expand_as(ours))
+
+
 SEVERAL_STEPS = dict(shape=(1, 16, 16, 80), heads=4, patch=(2, 2), layers=1)
 
 

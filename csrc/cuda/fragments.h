@@ -56,6 +56,13 @@ MVIT_DEVICE void multiply(float (&d)[4], const Tile& tile, uint32_t b) {
   mma<T>(d, tile, half);
 }
 
+// sum / count, rounded right. By 1 / count alone the mean of equal values is not that value in 16 of the widths up to 512,
+// 120 and 240 among them, and 1 / σ makes 316 times as much of the difference.
+MVIT_DEVICE float mean_of(float sum, float count) {
+  const float one_of = 1.0f / count, mean = sum * one_of;
+  return fmaf(fmaf(-mean, count, sum), one_of, mean);
+}
+
 // The sum, and the largest, of what the four lanes hold that share a row of a product.
 MVIT_DEVICE float sum_of_row(float value) {
   value += shuffle_xor(value, 1);

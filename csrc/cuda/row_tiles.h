@@ -71,7 +71,7 @@ MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, in
                                 float* rstd_to, int64_t valid_rows) {
   constexpr int kUnits = kMostNormChannels / 64;  // 16-byte units of a lane
   const int lane = lane_index() % 8, quarter = lane_index() / 8, units = channels / 8;
-  const float one_of = 1.0f / static_cast<float>(channels);
+  const auto count = static_cast<float>(channels);
   float means[PASSES], rstds[PASSES];
   MVIT_UNROLL
   for (int pass = 0; pass < PASSES; ++pass) {
@@ -84,7 +84,7 @@ MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, in
       MVIT_UNROLL
       for (int j = 0; j < 8; ++j) sum += lane + 8 * i < units ? values[i][j] : 0;
     }
-    means[pass] = sum_of_eight_lanes(sum) * one_of;
+    means[pass] = mean_of(sum_of_eight_lanes(sum), count);
     MVIT_UNROLL
     for (int i = 0; i < kUnits; ++i) {
       MVIT_UNROLL
@@ -93,7 +93,7 @@ MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, in
         squares += centred * centred;
       }
     }
-    rstds[pass] = 1 / sqrtf(sum_of_eight_lanes(squares) * one_of + norm.eps);
+    rstds[pass] = 1 / sqrtf(mean_of(sum_of_eight_lanes(squares), count) + norm.eps);
     if (mean_to && lane == 0 && row < valid_rows) {
       store_global(mean_to + row, means[pass]);
       store_global(rstd_to + row, rstds[pass]);

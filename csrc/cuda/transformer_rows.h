@@ -148,7 +148,7 @@ struct TransformerRows {
     MVIT_UNROLL
     for (int m = 0; m < M; ++m)
       MVIT_UNROLL
-      for (int half = 0; half < 2; ++half) mean[m][half] = sum_of_row(sum[m][half]) * (1.0f / WIDTH), sum[m][half] = 0;
+      for (int half = 0; half < 2; ++half) mean[m][half] = mean_of(sum_of_row(sum[m][half]), WIDTH), sum[m][half] = 0;
     each_tile([&](int m, int tile, int half, float low, float high) {
       low -= mean[m][half], high -= mean[m][half];
       if (Lanes::has(tile)) sum[m][half] += low * low + high * high;
@@ -158,7 +158,7 @@ struct TransformerRows {
     for (int m = 0; m < M; ++m)
       MVIT_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float rstd = rsqrt_approximate(sum_of_row(sum[m][half]) * (1.0f / WIDTH) + args.eps);
+        const float rstd = rsqrt_approximate(mean_of(sum_of_row(sum[m][half]), WIDTH) + args.eps);
         if (lane_index() % 4 == 0) store_shared(norm_of(m, half), Floats2{mean[m][half], rstd});
       }
     sync_warp();
