@@ -202,6 +202,8 @@ void backward(const PatchAttentionBackward& args, int64_t strand, void* scratch)
         });
         store_tile(grad_scores + row * lanes, lanes, tile);
       });
+      if (tokens == 1)  // its weight is 1 whatever the score, so that dO V and delta, two sums of the same, must not differ
+        for (int64_t i = 0; i < lanes; ++i) grad_scores[i] *= 0;
 
       // sum[c] += Σ_i rows_of[i][c] · panel[i]
       const auto add_product = [&](T* sum, const T* rows_of, const T* panel) {

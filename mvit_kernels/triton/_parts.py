@@ -133,6 +133,14 @@ def weigh(p, rows, sums, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def score_gradients(p, grad_p, delta, scale, N: tl.constexpr):
+    """dS of the weights p, their gradients and delta = Σ p · grad_p; of one token 0 to the last bit. (Its weight is 1
+    whatever its score, and its gradient and delta are two sums of the same.)"""
+    ds = p * (grad_p - delta) * scale
+    return ds * 0.0 if N == 1 else ds
+
+
+@triton.jit
 def row_dots(a, b, D1: tl.constexpr):
     """The inner products of the rows of a with those of b."""
     dots = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), axis=1)

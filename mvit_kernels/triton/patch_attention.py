@@ -27,6 +27,7 @@ from ._parts import (
     parts_of,
     product,
     row_dots,
+    score_gradients,
     steps_of,
     store_parts,
     weigh,
@@ -159,7 +160,7 @@ def _backward_whole(
         p = tl.exp2((product(q, k, D1, PRECISION) * scale - lse[:, None]) * LOG2_E)
         if CHECK_N:
             p = tl.where((ns < N)[None, :], p, 0.0)
-        ds = p * (product(g, v, D1, PRECISION) - delta[:, None]) * scale
+        ds = score_gradients(p, product(g, v, D1, PRECISION), delta[:, None], scale, N)
         p, ds = p.to(qkv.dtype.element_ty), ds.to(qkv.dtype.element_ty)
         grad_v = weigh(tl.trans(p), g, zero_parts(BN, D0, D1), D1, PRECISION)
         grad_k = weigh(tl.trans(ds), q, zero_parts(BN, D0, D1), D1, PRECISION)
@@ -227,7 +228,7 @@ def _backward_blocks(
         p = tl.exp2((product(q, k, D1, PRECISION) * scale - lse[:, None]) * LOG2_E)
         if CHECK_N:
             p = tl.where((ns < N)[None, :], p, 0.0)
-        ds = p * (product(g, v, D1, PRECISION) - delta[:, None]) * scale
+        ds = score_gradients(p, product(g, v, D1, PRECISION), delta[:, None], scale, N)
         grad_q = weigh(ds.to(qkv.dtype.element_ty), k, grad_q, D1, PRECISION)
     store_parts(grad_qkv, grad_q, grad_steps, ms, N, D, D0, D1, CHECK_M)
 
@@ -243,7 +244,7 @@ def _backward_blocks(
         lses = tl.load(logsumexp + ns, mask=ns < N, other=0.0)
         # keys by queries: the transposes that the products want. Rows of keys after the last are never stored.
         p = tl.exp2((product(keys, queries, D1, PRECISION) * scale - lses[None, :]) * LOG2_E)
-        ds = p * (product(values, grads, D1, PRECISION) - deltas[None, :]) * scale
+        ds = score_gradients(p, product(values, grads, D1, PRECISION), deltas[None, :], scale, N)
         grad_v = weigh(p.to(qkv.dtype.element_ty), grads, grad_v, D1, PRECISION)
         grad_k = weigh(ds.to(qkv.dtype.element_ty), queries, grad_k, D1, PRECISION)
     store_parts(grad_qkv + INNER, grad_k, grad_steps, ms, N, D, D0, D1, CHECK_M)

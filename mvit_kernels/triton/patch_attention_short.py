@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._launch import Plan, next_power_of_2
-from ._parts import Geometry, steps_of
+from ._parts import Geometry, score_gradients, steps_of
 
 TOKENS = 16
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -133,7 +133,8 @@ def backward(
     p = tl.exp2((scores - lse[:, :, None]) * LOG2_E)
     if N < NB:
         p = tl.where((tokens < N)[None, None, :], p, 0.0)
-    ds = p * (tl.dot(g, tl.permute(v, (0, 2, 1)), input_precision=PRECISION) - delta[:, :, None]) * scale
+    grad_p = tl.dot(g, tl.permute(v, (0, 2, 1)), input_precision=PRECISION)
+    ds = score_gradients(p, grad_p, delta[:, :, None], scale, N)
     p, ds = p.to(q.dtype), ds.to(q.dtype)
     grad_q = tl.dot(ds, k, input_precision=PRECISION)
     grad_k = tl.dot(tl.permute(ds, (0, 2, 1)), q, input_precision=PRECISION)
