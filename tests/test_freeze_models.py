@@ -357,7 +357,10 @@ def test_a_frozen_state_dict_goes_through_safetensors(library, assign, tmp_path)
     other.load_state_dict(safetensors.load_file(tmp_path / "frozen.safetensors"), assign=assign)
     # cvnets: 64 patches of 64 channels at stage 3, which its own block serves
     for x in (IMAGES, _models.images(1, 128, 128)):
-        assert torch.equal(run(other, x), run(frozen, x))
+        if assign:  # a mapped file's tensors lie at any 8 bytes, where MKL multiplies in another order with SSE
+            torch.testing.assert_close(run(other, x), run(frozen, x), rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(run(other, x), run(frozen, x))
         assert mvit_kernels.verify(other, x, reference=model).ok
 
 
