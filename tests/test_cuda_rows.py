@@ -143,6 +143,14 @@ def test_the_mean_of_equal_values_is_that_value(driver, width):
         assert torch.equal(ours["out"], zeros["out"])
 
 
+def test_squares_beyond_float32(driver):
+    """1 / σ is 0 then, as PyTorch's, and nothing is NaN."""
+    tensors, settings = make("layer_norm_linear", dict(shape=(7, 120), n=48))
+    low = convert(tensors | {"x": 1e25 * tensors["x"]}, torch.bfloat16)
+    ours = launch(driver, "layer_norm_linear", low, settings, 0, H100)
+    assert (ours["rstd"] == 0).all() and ours["mean"].isfinite().all() and ours["out"].isfinite().all()
+
+
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual", "layer_norm_mlp"])
 def test_nothing_is_written_beside_the_result(driver, operator):
     """What lies before and behind is another's; and the emulation reports every store out of the tensor."""

@@ -57,7 +57,7 @@ MVIT_DEVICE void multiply(float (&d)[4], const Tile& tile, uint32_t b) {
 }
 
 // sum / count, rounded right. By 1 / count alone the mean of equal values is not that value in 16 of the widths up to 512,
-// 120 and 240 among them, and 1 / σ makes 316 times as much of the difference.
+// 120 and 240 among them, and 1 / σ makes 316 times as much of the difference. (Not for squares: of infinity it is NaN.)
 MVIT_DEVICE float mean_of(float sum, float count) {
   const float one_of = 1.0f / count, mean = sum * one_of;
   return fmaf(fmaf(-mean, count, sum), one_of, mean);

@@ -93,7 +93,7 @@ MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, in
         squares += centred * centred;
       }
     }
-    rstds[pass] = 1 / sqrtf(mean_of(sum_of_eight_lanes(squares), count) + norm.eps);
+    rstds[pass] = 1 / sqrtf(sum_of_eight_lanes(squares) * (1.0f / count) + norm.eps);
     if (mean_to && lane == 0 && row < valid_rows) {
       store_global(mean_to + row, means[pass]);
       store_global(rstd_to + row, rstds[pass]);

@@ -158,7 +158,7 @@ struct TransformerRows {
     for (int m = 0; m < M; ++m)
       MVIT_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float rstd = rsqrt_approximate(mean_of(sum_of_row(sum[m][half]), WIDTH) + args.eps);
+        const float rstd = rsqrt_approximate(sum_of_row(sum[m][half]) * (1.0f / WIDTH) + args.eps);
         if (lane_index() % 4 == 0) store_shared(norm_of(m, half), Floats2{mean[m][half], rstd});
       }
     sync_warp();
