@@ -53,9 +53,11 @@ demo: setup
 	@$(PY) setup.py -q build_native --inplace
 	@$(PY) -m mvit_kernels.demo
 
+IN_PARALLEL = $$($(PY) -c 'import xdist; print("-n auto --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
+
 # A process for each core, whole files to each: the tests run on one thread, and what a file's fixtures made serves all of it.
 test: lint build
-	@$(PY) -m pytest -q $$($(PY) -c 'import xdist; print("-n auto --dist loadfile")' 2>/dev/null) $(PYTEST_ARGS)
+	@$(PY) -m pytest -q $(IN_PARALLEL) $(PYTEST_ARGS)
 
 sanitize: setup
 	@$(PY) -m pytest -q tests/_under_sanitizers.py
@@ -83,7 +85,7 @@ AS_SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_
 
 test-elsewhere: build
 	@for settings in '$(NO_AMX)' '$(AS_AVX2)' '$(AS_SSE)'; do echo "--- $$settings"; \
-	env $$settings TORCHINDUCTOR_CACHE_DIR="$$(mktemp -d)" $(PY) -m pytest -q $$($(PY) -c 'import xdist; print("-n auto --dist loadfile")' 2>/dev/null) \
+	env $$settings TORCHINDUCTOR_CACHE_DIR="$$(mktemp -d)" $(PY) -m pytest -q $(IN_PARALLEL) \
 		$$(grep -lE '_tolerance|_checks|verify' tests/test_*.py | grep -vE 'test_(cuda|gpu|triton|emulation)') $(PYTEST_ARGS) || exit 1; done
 
 gate: setup

@@ -2,6 +2,7 @@
 """What every test needs."""
 
 import os
+from collections import Counter
 from types import SimpleNamespace
 
 # Read when torch loads OpenMP. Its threads spin while they wait for each other: beside any other process two threads
@@ -32,6 +33,17 @@ if (
 
 if os.environ.get("MVIT_KERNELS_EMULATED") == "1":  # the CUDA backend serves CPU tensors, and is a path as well
     import _emulated  # noqa: F401
+
+
+# Files of few tests that take minutes. They come first, then those of many tests: a worker that began with the first of
+# these last went on alone for four minutes. (`make test` tells xdist to keep this order; its own has them at the end.)
+LONG = "triton_backend instruction_sets peers freeze_models verify bench cuda_backend timm_models".split()
+
+
+def pytest_collection_modifyitems(items):
+    tests = Counter(item.path.stem for item in items)
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (order.get(item.path.stem, len(LONG)), -tests[item.path.stem]))
 
 
 @pytest.fixture(scope="module")
