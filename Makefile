@@ -53,9 +53,9 @@ demo: setup
 	@$(PY) setup.py -q build_native --inplace
 	@$(PY) -m mvit_kernels.demo
 
+# A process for each core, whole files to each: the tests run on one thread, and what a file's fixtures made serves all of it.
 IN_PARALLEL = $$($(PY) -c 'import xdist; print("-n auto --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
 
-# A process for each core, whole files to each: the tests run on one thread, and what a file's fixtures made serves all of it.
 test: lint build
 	@$(PY) -m pytest -q $(IN_PARALLEL) $(PYTEST_ARGS)
 

@@ -110,7 +110,9 @@ def test_kernels_sums_over_many_rows(operator, dtype):
 
 
 @needs_a_wider_type
-@pytest.mark.parametrize("low, high, most", [(-86, -20, 7), (-20, -8, 4), (-8, -1, 3.5), (-1, 1, 2.5), (1, 86, 2)])
+@pytest.mark.parametrize(
+    "low, high, most", [(-86, -20, 7), (-20, -8, 4), (-8, -1, 3.5), (-1, 1, 2.5), (1, 20, 2), (20, 86, 2)]
+)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_kernels_silu_to_the_last_places(dtype, low, high, most):
     """Far below zero too, where all is in the exponential: x · log2(e) rounded would be 60 units off."""

@@ -303,10 +303,14 @@ def meta_by_default():
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("library", [*_models.LIBRARIES, "timm, set"])
-def test_where_tensors_are_made_on_another_device_by_default(library):
-    library, _, is_set = library.partition(", ")
-    elsewhere = meta_by_default if is_set else lambda: torch.device("meta")
+def meta_inside():
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "library, elsewhere", [*((library, meta_inside) for library in _models.LIBRARIES), ("timm", meta_by_default)]
+)
+def test_where_tensors_are_made_on_another_device_by_default(library, elsewhere):
     model = _models.build(library)
     expected = run(mvit_kernels.freeze(model))
     with elsewhere():
@@ -317,7 +321,7 @@ def test_where_tensors_are_made_on_another_device_by_default(library):
             torch.testing.assert_close(run(frozen), expected, rtol=1e-3, atol=1e-4)
         assert mvit_kernels.verify(frozen, IMAGES, reference=model).ok
         accelerated = mvit_kernels.accelerate(copy.deepcopy(model), strict=True)
-        report = mvit_kernels.verify(accelerated, IMAGES, gradients=bool(is_set))
+        report = mvit_kernels.verify(accelerated, IMAGES, gradients=library == "timm")
         assert report.ok, f"\n{report}"
 
 
@@ -354,13 +358,12 @@ def test_a_frozen_state_dict_goes_through_safetensors(library, assign, tmp_path)
     frozen = mvit_kernels.freeze(model)
     safetensors.save_file(frozen.state_dict(), tmp_path / "frozen.safetensors")
     other = mvit_kernels.freeze(_models.sensible(_models.build(library), seed=5))
-    other.load_state_dict(safetensors.load_file(tmp_path / "frozen.safetensors"), assign=assign)
+    # In memory of their own: with SSE, MKL multiplies weights that lie at odd addresses of a file in another order.
+    loaded = {name: value.clone() for name, value in safetensors.load_file(tmp_path / "frozen.safetensors").items()}
+    other.load_state_dict(loaded, assign=assign)
     # cvnets: 64 patches of 64 channels at stage 3, which its own block serves
     for x in (IMAGES, _models.images(1, 128, 128)):
-        if assign:  # a mapped file's tensors lie at any 8 bytes, where MKL multiplies in another order with SSE
-            torch.testing.assert_close(run(other, x), run(frozen, x), rtol=1e-5, atol=1e-6)
-        else:
-            assert torch.equal(run(other, x), run(frozen, x))
+        assert torch.equal(run(other, x), run(frozen, x))
         assert mvit_kernels.verify(other, x, reference=model).ok
 
 
