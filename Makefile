@@ -15,7 +15,7 @@ READY := $(VENV)/.mvit_kernels-ready
 ifeq ($(USE_SYSTEM_PYTHON),1)
 PY := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 else
-PY := $(VENV)/bin/python
+PY := $(abspath $(VENV))/bin/python
 endif
 
 .DEFAULT_GOAL := help
@@ -51,7 +51,7 @@ help:
 
 demo: setup
 	@$(PY) setup.py -q build_native --inplace
-	@$(PY) -m mvit_kernels.demo
+	@$(PY) -m mvit_kernels demo
 
 # A process for each core, whole files to each: the tests run on one thread, and what a file's fixtures made serves all of it.
 IN_PARALLEL = $$($(PY) -c 'import xdist; print("-n auto --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
@@ -60,21 +60,21 @@ test: lint build
 	@$(PY) -m pytest -q $(IN_PARALLEL) $(PYTEST_ARGS)
 
 sanitize: setup
-	@$(PY) -m pytest -q tests/_under_sanitizers.py
-	@$(PY) tests/_sanitized.py pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -q tests/gates/under_sanitizers.py
+	@cd tests && $(PY) -m gates.sanitized pytest $(PYTEST_ARGS)
 
 sanitize-gpu: setup
-	@$(PY) -m pytest -q -rs tests/_under_compute_sanitizer.py $(PYTEST_ARGS)
+	@$(PY) -m pytest -q -rs tests/gates/under_compute_sanitizer.py $(PYTEST_ARGS)
 
 test-interpreted: setup
-	@TRITON_INTERPRET=1 $(PY) -m pytest -q tests/_interpreted.py tests/_interpreted_sums.py \
-		tests/test_equal_rows.py tests/test_leaves.py tests/test_linear_residual.py tests/test_layer_norm_linear.py \
-		tests/test_layer_norm_mlp.py tests/test_patch_attention.py tests/test_layer_norm.py \
-		tests/test_transformer_layer.py tests/test_gpu.py -k "triton or interpreted or gpu" $(PYTEST_ARGS)
+	@TRITON_INTERPRET=1 $(PY) -m pytest -q tests/gates/interpreted.py tests/gates/interpreted_sums.py \
+		tests/ops/test_equal_rows.py tests/ops/test_leaves.py tests/ops/test_linear_residual.py tests/ops/test_layer_norm_linear.py \
+		tests/ops/test_layer_norm_mlp.py tests/ops/test_patch_attention.py tests/ops/test_layer_norm.py \
+		tests/ops/test_transformer_layer.py tests/backends/test_gpu.py -k "triton or interpreted or gpu" $(PYTEST_ARGS)
 
 test-emulated: setup
-	@MVIT_KERNELS_EMULATED=1 $(PY) -m pytest -q tests/test_linear_residual.py tests/test_layer_norm_linear.py \
-		tests/test_layer_norm_mlp.py tests/test_patch_attention.py tests/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
+	@MVIT_KERNELS_EMULATED=1 $(PY) -m pytest -q tests/ops/test_linear_residual.py tests/ops/test_layer_norm_linear.py \
+		tests/ops/test_layer_norm_mlp.py tests/ops/test_patch_attention.py tests/ops/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
 
 # PyTorch's libraries held down: without AMX, as on machines with AVX2, and with SSE4.2. What errors are measured against
 # differs fourfold between them; what is right on one is right on all. Inductor's cache does not know the capability: code
@@ -86,11 +86,11 @@ AS_SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_
 test-elsewhere: build
 	@for settings in '$(NO_AMX)' '$(AS_AVX2)' '$(AS_SSE)'; do echo "--- $$settings"; \
 	env $$settings TORCHINDUCTOR_CACHE_DIR="$$(mktemp -d)" $(PY) -m pytest -q $(IN_PARALLEL) \
-		$$(grep -lE '_tolerance|_checks|verify' tests/test_*.py | grep -vE 'test_(cuda|gpu|triton|emulation)') $(PYTEST_ARGS) || exit 1; done
+		$$(grep -rlE 'support.tolerance|support.checks|verify' tests --include='test_*.py' | grep -vE 'backends/(cuda|triton)|test_gpu') $(PYTEST_ARGS) || exit 1; done
 
 gate: setup
-	@TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) tests/_triton_gate.py
-	@$(PY) tests/_cuda_gate.py
+	@cd tests && TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m gates.triton_gate
+	@cd tests && $(PY) -m gates.cuda_gate
 
 bench: build
 	@$(PY) -m mvit_kernels bench --suite $(SUITE) --budget $(BUDGET) --device $(DEVICE)

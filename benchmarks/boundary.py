@@ -29,11 +29,12 @@ from pathlib import Path
 import torch
 
 import mvit_kernels
-from mvit_kernels import _library, results
 from mvit_kernels.adapters import _swap
-from mvit_kernels.origin import environment
-from mvit_kernels.suites.operands import OPERATORS, Operands, Stage, operands
-from mvit_kernels.timing import Timing, interleave
+from mvit_kernels.backends import library as _library
+from mvit_kernels.bench import results
+from mvit_kernels.bench.origin import environment
+from mvit_kernels.bench.suites.operands import OPERATORS, Operands, Stage, operands
+from mvit_kernels.bench.timing import Timing, interleave
 
 CALLS = 20  # a sample: long beside the clock's resolution, short beside the scheduler's time slice
 TINY = Stage("xxs", 3, 1, 16, 2, 1)

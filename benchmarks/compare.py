@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mvit_kernels import results
+from mvit_kernels.bench import results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KEY = (*results.IDENTITY, "device_name", "cpu", "threads")

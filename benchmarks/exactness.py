@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d, silu
 
 import mvit_kernels
-from mvit_kernels import results
-from mvit_kernels.nn.frozen import FrozenConv2d
-from mvit_kernels.origin import environment
+from mvit_kernels.bench import results
+from mvit_kernels.bench.origin import environment
+from mvit_kernels.freezing.modules import FrozenConv2d
 
 Arrays = dict[str, np.ndarray]
 

@@ -90,7 +90,7 @@ esac
 # -------------------------------------------------------------------------------------------------------------- build
 
 # Whether the library of a backend is there and loads.
-loads() { "$PYTHON" -c "import sys; from mvit_kernels import _library; why = _library.load('$1'); print(why); sys.exit(bool(why))" >>"$LOG" 2>&1; }
+loads() { "$PYTHON" -c "import sys; from mvit_kernels.backends import library; why = library.load('$1'); print(why); sys.exit(bool(why))" >>"$LOG" 2>&1; }
 
 if [[ -n ${MVIT_KERNELS_LIBRARIES:-} ]]; then
   ready=
@@ -113,9 +113,9 @@ fi
 # -------------------------------------------------------------------------------------------------------- correctness
 
 # Of each operator's own tests those on our GPU kernels; the rest of the suite comes last.
-OPERATORS=(tests/test_layer_norm_linear.py tests/test_patch_attention.py tests/test_linear_residual.py
-  tests/test_layer_norm_mlp.py tests/test_layer_norm.py tests/test_transformer_layer.py tests/test_transformer.py
-  tests/test_inverted_residual.py)
+OPERATORS=(tests/ops/test_layer_norm_linear.py tests/ops/test_patch_attention.py tests/ops/test_linear_residual.py
+  tests/ops/test_layer_norm_mlp.py tests/ops/test_layer_norm.py tests/ops/test_transformer_layer.py tests/ops/test_transformer.py
+  tests/ops/test_inverted_residual.py)
 
 suite() { # suite NAME SECONDS: its rows into $OUT/NAME.csv; once more from where it stood if the GPU was lost
   local name=$1 seconds=$2 try
@@ -159,7 +159,7 @@ if [[ $DEVICE == cuda ]]; then
     done
     step "correctness, S and XXS" 40 "$PYTHON" - <<'PY'
 import torch, mvit_kernels
-from mvit_kernels.cli.models import load
+from mvit_kernels.zoo import load
 right = True
 for name in ("own/s", "own/xxs"):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -191,7 +191,7 @@ PY
     note "sanitizer: there is no compute-sanitizer here"
   fi
   if wanted tests; then
-    step "tests, the rest" "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider -x tests/test_gpu.py tests/test_compile.py tests/test_backends.py
+    step "tests, the rest" "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider -x tests/backends/test_gpu.py tests/ops/test_compile.py tests/backends/test_choice.py
     summary "$PYTEST_LINES"
   fi
 else

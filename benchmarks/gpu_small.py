@@ -15,8 +15,8 @@ import sys
 import torch
 
 from mvit_kernels import backends
-from mvit_kernels.suites import operators
-from mvit_kernels.suites.operands import OPERATORS, Operands, Stage, operands
+from mvit_kernels.bench.suites import operators
+from mvit_kernels.bench.suites.operands import OPERATORS, Operands, Stage, operands
 
 STAGES = (Stage("xxs", 4, 2, 80, 4, 3), Stage("s", 5, 1, 240, 6, 1), Stage("s", 3, 1, 144, 8, 1))
 DTYPES = (torch.bfloat16, torch.float32)

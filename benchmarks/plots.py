@@ -8,7 +8,7 @@ from typing import Any
 
 from tables import NAMES, NETWORKS, OURS, Line, Table, place, short_place, tables
 
-from mvit_kernels import results
+from mvit_kernels.bench import results
 
 KINDS = {  # kind -> its text for who sees no pictures
     "roofline": "Operators of MobileViT-S under the machine's own roofline",

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from mvit_kernels import MobileViT, backends, freeze, verify
-from mvit_kernels.suites import operators
-from mvit_kernels.suites.operands import OPERATORS, operands, stages
+from mvit_kernels.bench.suites import operators
+from mvit_kernels.bench.suites.operands import OPERATORS, operands, stages
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@
     python benchmarks/report.py            # rewrite README.md between its markers, and benchmarks/plots/
     python benchmarks/report.py --check    # change nothing; exit with 1 where README.md is not what the CSV gives
 
-Read are the newest rows of each subject in ``benchmarks/results/<device>/`` (see `mvit_kernels.results`). All
+Read are the newest rows of each subject in ``benchmarks/results/<device>/`` (see `mvit_kernels.bench.results`). All
 candidates of a row of a table took turns in one process. What is not there is left empty; rows where another candidate
 wins stay.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import plots
 from tables import NAMES, NETWORKS, OTHERS, OURS, Table, place, short_place, tables
 
-from mvit_kernels import results
+from mvit_kernels.bench import results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mvit_kernels import results
+from mvit_kernels.bench import results
 
 OURS = {"accelerated": "accelerated", "frozen": "frozen", "compile_accelerated": "accelerated, compiled"}
 OTHERS = {

@@ -24,7 +24,7 @@ _EXPORTS = {
     "restore": "adapters",
     "report": "adapters",
     "AccelerationReport": "adapters",
-    "freeze": "inference",
+    "freeze": "freezing",
     "verify": "verification",
     "VerificationReport": "verification",
     "load_checkpoint": "checkpoints",
@@ -42,6 +42,7 @@ _EXPORTS = {
     "transformer_layer": "ops",
     "TransformerLayerWeights": "ops",
     "LayerDropout": "dropout",
+    "prepare_torchvision": "_utils.third_party",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from .backends import BackendError, use_backend
     from .checkpoints import convert_state_dict, load_checkpoint
     from .dropout import LayerDropout
-    from .inference import freeze
+    from .freezing import freeze
     from .nn import MobileViT
     from .ops import (
         TransformerLayerWeights,

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ._plain import DTYPES, cast_floats, copy_of
-from .adapters import named_blocks, restore
-from .nn.frozen import FrozenMobileViTBlock
+from ._utils.plain import DTYPES, cast_floats, copy_of
+from .adapters import FrozenBlock, named_blocks, restore
 from .rounding import PLAUSIBLE_BANDS, RUNS, RoundedArithmetic, careful_error, yardstick
 
 GRADIENT = "gradient of "
@@ -135,7 +134,7 @@ def verify(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"verify: model is {type(model).__name__}; a torch.nn.Module is wanted")
-    frozen = any(isinstance(module, FrozenMobileViTBlock) for module in model.modules())
+    frozen = any(isinstance(module, FrozenBlock) for module in model.modules())
     if frozen and reference is None:
         raise ValueError("verify: a frozen model has lost its own path; give the model it was made from as reference=")
     if frozen and gradients:

@@ -13,37 +13,39 @@ import numpy as np
 import pytest
 import torch
 
-from mvit_kernels import _third_party, triton
+import mvit_kernels
 from mvit_kernels.__main__ import main
+from mvit_kernels.backends import triton
 from mvit_kernels.nn import MobileViT
+from support import TESTS
 
 # Before any test module imports timm, which imports torchvision.
-_third_party.prepare_torchvision()
+mvit_kernels.prepare_torchvision()
 
 # The shapes are small; what is about threads sets their number itself.
 torch.set_num_threads(1)
 
+if triton.target.INTERPRETED:  # the Triton backend serves CPU tensors, and is a path of the operators' tests
+    from support import interpreter
 
-if (
-    triton.INTERPRETED
-):  # TRITON_INTERPRET=1: the Triton backend serves CPU tensors, and is a path of the operators' tests
-    import _interpreter
-
-    _interpreter.repair()
+    interpreter.repair()
 
 if os.environ.get("MVIT_KERNELS_EMULATED") == "1":  # the CUDA backend serves CPU tensors, and is a path as well
-    import _emulated  # noqa: F401
+    from support import emulated  # noqa: F401
 
 
 # Files of few tests that take minutes. They come first, then those of many tests: a worker that began with the first of
 # these last went on alone for four minutes. (`make test` tells xdist to keep this order; its own has them at the end.)
-LONG = "triton_backend instruction_sets peers freeze_models verify bench cuda_backend timm_models".split()
+LONG = (
+    "backends/triton/test_backend backends/cpu/test_instruction_sets bench/test_peers freezing/test_models "
+    "verification/test_verify bench/test_bench backends/cuda/test_backend nn/test_timm_models"
+).split()
 
 
 def pytest_collection_modifyitems(items):
-    tests = Counter(item.path.stem for item in items)
-    order = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: (order.get(item.path.stem, len(LONG)), -tests[item.path.stem]))
+    tests = Counter(item.path for item in items)
+    order = {TESTS / f"{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (order.get(item.path, len(LONG)), -tests[item.path]))
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,10 @@ from typing import NamedTuple
 from torch import nn
 
 from .. import backends
-from .._text import some, some_lines
-from .._transforms import is_shard, why_not
-from ..nn.frozen import FrozenMobileViTBlock
+from .._utils.text import some, some_lines
+from .._utils.transforms import is_shard, why_not
 from . import cvnets, huggingface, kornia, own, timm
-from ._block import Refusal
+from ._block import FrozenBlock, Refusal
 from ._swap import derived_from_accelerated, global_hooks, is_accelerated, swap, unswap
 
 ADAPTERS: tuple[ModuleType, ...] = (timm, huggingface, kornia, cvnets, own)
@@ -219,7 +218,7 @@ def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType 
         if inside is not None and name.startswith(inside):
             continue  # a frozen block may keep the library's own one for the calls that it leaves to it
         adapter = adapter_of(module)
-        if isinstance(module, FrozenMobileViTBlock):
+        if isinstance(module, FrozenBlock):
             inside = f"{name}." if name else ""
             yield name, module, None
         elif adapter is not None:

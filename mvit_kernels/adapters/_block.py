@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._text import some
-from ..nn.functional import LayerDropout, transformer_on_map
-from ..ops import TransformerLayerWeights
+from .._utils.text import some
+from ..dropout import LayerDropout
+from ..ops import TransformerLayerWeights, transformer_on_map
 
 
 class LayerModules(NamedTuple):
@@ -73,6 +73,10 @@ class Refusal(Exception):
 
     def __str__(self) -> str:
         return some(self.reasons, joint="; ")
+
+
+class FrozenBlock:
+    """Base of what `freeze` puts in a block's place, by which the frozen blocks of a model are found."""
 
 
 def original_class(block: nn.Module) -> type[nn.Module]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._plain import is_identity, is_plain, is_silu
-from .._transforms import is_shard, overrides, why_not
+from .._utils.plain import is_identity, is_plain, is_silu
+from .._utils.transforms import is_shard, overrides, why_not
 from ._block import BlockParts, LayerModules, Refusal, Seen, has_hooks, original_class
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .._transforms import overrides, why_not
+from .._utils.transforms import overrides, why_not
 from . import _block
 from ._block import BlockParts, Refusal
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._plain import alike, copy_of
+from .._utils.plain import alike, copy_of
 from . import _block
 from ._block import BlockParts, LayerModules, Refusal, original_class
 from ._inspector import Inspector

@@ -7,19 +7,18 @@ torch and everything that imports it are imported inside functions here, so that
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import io
-import json
-import math
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("info", "verify", "bench", "profile", "classify")
+from .._utils.files import is_special, to_json, write_csv, write_json
+
+__all__ = ["COMMANDS", "add_command", "output_file", "print_json", "to_json", "write_csv", "write_json"]
+
+COMMANDS = ("info", "verify", "bench", "profile", "classify", "demo")
 
 
 def add_command(
@@ -50,23 +49,9 @@ def output_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist; make it first")
-    if not _is_special(path) and not os.access(path.parent, os.W_OK):
+    if not is_special(path) and not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"the folder {path.parent} cannot be written to")
     return path
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows`, all of the same keys, with a line of headings; the file appears whole or not at all."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    _write(path, text.getvalue())
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` as `to_json` has it; the file appears whole or not at all."""
-    _write(path, to_json(data) + "\n")
 
 
 def print_json(data: Any) -> None:
@@ -77,39 +62,3 @@ def print_json(data: Any) -> None:
     except UnicodeEncodeError:
         text = to_json(data, ascii_only=True)
     print(text)
-
-
-def to_json(data: Any, ascii_only: bool = False) -> str:
-    """`data` as JSON, all but ASCII escaped if asked. NaN and infinities, which JSON has not, become null."""
-    return json.dumps(_finite(data), indent=2, ensure_ascii=ascii_only, allow_nan=False)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def _write(path: Path, text: str) -> None:
-    data = text.encode("utf-8", "backslashreplace")  # names of files may have letters that no encoding has
-    try:
-        if _is_special(path):  # nothing to rename, and no half file to fear
-            path.write_bytes(data)
-            return
-        path = path.resolve()  # a link stays a link
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-    except OSError as error:  # a full disk names no file
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def _is_special(path: Path) -> bool:
-    """Whether this is a device or a pipe, as /dev/stdout: to be written to, never to be replaced."""
-    return path.exists() and not path.is_file()

@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from ..zoo import load
 from . import add_command, output_file, write_csv, write_json
-from .models import add_model_arguments, load, random_images
+from .models import add_model_arguments, random_images
 
 _PEERS = "eager,channels_last,accelerated,frozen"
 
@@ -95,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
 def _run_suites(args: argparse.Namespace) -> int:
     import torch
 
-    from ..origin import environment, folder_name
-    from ..suites import SUITES, check_suites, run
-    from .models import checked_device
+    from ..bench.origin import environment, folder_name
+    from ..bench.suites import SUITES, check_suites, run
+    from ..zoo import checked_device
 
     if args.model or args.peers or args.csv or args.json:
         raise ValueError(
@@ -126,9 +127,9 @@ def _run_suites(args: argparse.Namespace) -> int:
 def _run_model(args: argparse.Namespace) -> int:
     import torch
 
-    from ..comparison import compare, csv_rows, table
-    from ..origin import environment
-    from ..peers import PEERS, Subject, check_peers
+    from ..bench.comparison import compare, csv_rows, table
+    from ..bench.origin import environment
+    from ..bench.peers import PEERS, Subject, check_peers
 
     peers = args.peers
     if peers is None:

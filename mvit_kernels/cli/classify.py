@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..zoo import logits
+from ..zoo.builders import is_huggingface
 from . import add_command, print_json
-from ._builders import is_huggingface
 from .labels import read_labels
-from .models import add_model_arguments, check_size, load_model, logits, positive
+from .models import add_model_arguments, check_size, load_model, positive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .. import accelerate, freeze
-    from .images import load_image, preprocess
+    from ..zoo.images import load_image, preprocess
 
     check_size(args, len(args.images))
     labels = read_labels(args.labels) if args.labels else None

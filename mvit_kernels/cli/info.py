@@ -65,8 +65,8 @@ def _versions() -> dict[str, str | None]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from ..cpu import instruction_set
-    from ..origin import cpu_name, cpuinfo
+    from ..backends.cpu import instruction_set
+    from ..bench.origin import cpu_name, cpuinfo
 
     cpu = cpuinfo()
     flags = cpu.get("flags", cpu.get("Features", "")).split()
@@ -85,7 +85,7 @@ def _machine() -> dict[str, Any]:
 def _gpus() -> list[dict[str, Any]]:
     import torch
 
-    from ..origin import driver as driver_version
+    from ..bench.origin import driver as driver_version
 
     driver = driver_version() if torch.cuda.is_available() else None
     gpus = []
@@ -105,7 +105,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _backends() -> dict[str, dict[str, Any]]:
     from .. import backends
-    from .._library import BACKENDS
+    from ..backends.library import BACKENDS
 
     return {
         backend: {
@@ -119,7 +119,7 @@ def _backends() -> dict[str, dict[str, Any]]:
 
 def _libraries() -> dict[str, Any]:
     """What ``lib/build_info.json`` tells about the compiled libraries, or why it tells nothing."""
-    from .._library import LIBRARY_DIRECTORY
+    from ..backends.library import LIBRARY_DIRECTORY
 
     path = LIBRARY_DIRECTORY / "build_info.json"
     try:

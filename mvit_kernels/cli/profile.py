@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch 2.13's profiler reports its start and stop on stderr
     import torch
 
-    from ..origin import environment
-    from ..peers import PEERS, Subject, check_peers
-    from ..profiling import table, time_by_category
+    from ..bench.origin import environment
+    from ..bench.peers import PEERS, Subject, check_peers
+    from ..bench.profiling import table, time_by_category
 
     names = [name for name in args.peers.split(",") if name]
     check_peers(names)

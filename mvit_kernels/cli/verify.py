@@ -86,6 +86,6 @@ def _photos(args: argparse.Namespace) -> Tensor:
     """The photos of --image, (number, 3, H, W)."""
     import torch
 
-    from .images import load_image, preprocess
+    from ..zoo.images import load_image, preprocess
 
     return torch.stack([preprocess(load_image(path), args.size) for path in args.image])

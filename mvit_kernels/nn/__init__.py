@@ -7,7 +7,7 @@ import importlib
 import logging
 import sys
 
-from .._third_party import import_timm
+from .._utils.third_party import import_timm
 from .block import MobileViTBlock, TransformerLayer
 from .layers import ConvNormAct, InvertedResidual
 from .mobilevit import MobileViT

@@ -6,7 +6,8 @@ distributed and fake weights) and differentiable again (``create_graph=True``): 
 calls. A backend that was asked for by name raises `BackendError` instead.
 """
 
-from .. import _flops  # noqa: F401 (registers itself)
+from ..backends.library import TransformerLayerWeights
+from . import flops as _flops  # noqa: F401 (registers itself)
 from . import native  # noqa: F401 (it registers fakes)
 from .inverted_residual import inverted_residual
 from .layer_norm import layer_norm
@@ -14,8 +15,9 @@ from .layer_norm_linear import layer_norm_linear
 from .layer_norm_mlp import layer_norm_mlp
 from .linear_residual import linear_residual
 from .patch_attention import patch_attention
-from .transformer import TransformerLayerWeights, transformer
+from .transformer import transformer
 from .transformer_layer import transformer_layer
+from .transformer_on_map import transformer_on_map
 
 __all__ = [
     "TransformerLayerWeights",
@@ -27,4 +29,5 @@ __all__ = [
     "patch_attention",
     "transformer",
     "transformer_layer",
+    "transformer_on_map",
 ]

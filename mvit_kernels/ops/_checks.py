@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._plain import DTYPES
-from .._transforms import obstacle
+from .._utils.plain import DTYPES
+from .._utils.transforms import obstacle
 from ..backends import Call
 
 OPTIONAL = ("bias", "qkv_bias")  # the arguments that may be None
@@ -77,7 +77,7 @@ def whole_patches(op: str, name: str, height: int, width: int, patch_size: tuple
     if height == 0 or width == 0 or height % ph or width % pw:
         raise ValueError(
             f"{op}: {name} is a map of {height} × {width} tokens, which does not split into patches of {ph} × {pw}; "
-            "resize it first, as MobileViT does (mvit_kernels.nn.functional.transformer_on_map)"
+            "resize it first, as MobileViT does (mvit_kernels.ops.transformer_on_map)"
         )
 
 

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .. import reference
-from .._library import raw, register_fake
-from ..backends import Call, choose
+from ..backends import Call, choose, reference
+from ..backends.library import raw, register_fake
 from . import _checks as checks
 
 OP = "inverted_residual"

@@ -6,10 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
-from .._library import raw, register_fake
-from .._transforms import again, gradients
-from ..backends import choose
+from .._utils.transforms import again, gradients
+from ..backends import choose, reference
+from ..backends.library import raw, register_fake
 from . import _checks as checks
 
 OP = "layer_norm_linear"

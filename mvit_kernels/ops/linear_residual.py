@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from .._library import raw, register_fake
-from .._transforms import again, gradients, zeros_like_bias
-from ..backends import choose
+from .._utils.transforms import again, gradients, zeros_like_bias
+from ..backends import choose, reference
+from ..backends.library import raw, register_fake
 from . import _checks as checks
 
 OP = "linear_residual"

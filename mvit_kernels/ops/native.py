@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fakes of the raw operators that have one backend and no public function: what frozen networks run on the CPU
-(`mvit_kernels.nn.network`), and what ``transformer.cuda`` launches."""
+(`mvit_kernels.freezing.network`), and what ``transformer.cuda`` launches."""
 
 from __future__ import annotations
 
 import torch
 
-from .. import cpu
-from .._library import register_native_fake
+from ..backends import cpu
+from ..backends.library import register_native_fake
 
 # Elements of a vector of float32, in which csrc/cpu packs.
 LANES = {"avx512bf16": 16, "avx512": 16, "avx2": 8, "portable": 4}

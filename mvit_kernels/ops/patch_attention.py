@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from .._library import raw, register_fake
-from .._transforms import again, gradients
-from ..backends import Call, choose
+from .._utils.transforms import again, gradients
+from ..backends import Call, choose, reference
+from ..backends.library import raw, register_fake
 from . import _checks as checks
 
 OP = "patch_attention"

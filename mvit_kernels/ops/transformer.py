@@ -4,37 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import reference
-from .._library import raw, register_fake
-from ..backends import Call, choose
+from ..backends import Call, choose, packs_weights, reference
+from ..backends.library import TransformerLayerWeights, flatten, raw, register_fake
 from . import _checks as checks
 
 OP = "transformer"
-
-
-class TransformerLayerWeights(NamedTuple):
-    """The weights of one pre-norm transformer layer, as ``nn.Linear`` and ``nn.LayerNorm`` keep them.
-
-    For rows of width d, ``inner = num_heads × head_dim`` (d in the paper, 32 in Kornia) and an MLP of width hidden:
-    """
-
-    norm1_weight: Tensor  # (d,)
-    norm1_bias: Tensor  # (d,)
-    qkv_weight: Tensor  # (3·inner, d): query, key and value rows
-    qkv_bias: Tensor | None  # (3·inner,); Kornia has none
-    proj_weight: Tensor  # (d, inner)
-    proj_bias: Tensor  # (d,)
-    norm2_weight: Tensor  # (d,)
-    norm2_bias: Tensor  # (d,)
-    fc1_weight: Tensor  # (hidden, d)
-    fc1_bias: Tensor  # (hidden,)
-    fc2_weight: Tensor  # (d, hidden)
-    fc2_bias: Tensor  # (d,)
 
 
 def transformer(
@@ -70,7 +48,7 @@ def transformer(
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, device or shape.
         BackendError: `backend` cannot serve the call; kernels are for inference and never serve one that needs a
-            gradient (train with `mvit_kernels.nn.functional.transformer_on_map`; the reference is differentiable).
+            gradient (train with `mvit_kernels.ops.transformer_on_map`; the reference is differentiable).
 
     MobileViT, arXiv:2110.02178, section 3.1 and eq. 1.
     """
@@ -100,8 +78,7 @@ def transformer(
     chosen = choose(call, backend)
     if chosen == "reference":
         return reference.transformer(x, layers, final_norm, num_heads, patch_size, eps)
-    # The CUDA kernel packs weights of any dtype, once, and knows them again as long as they are the same tensors.
-    weights = flatten(layers, zeros=False) if chosen == "cuda" else flatten(layers, x.dtype)
+    weights = flatten(layers, zeros=False) if packs_weights(chosen) else flatten(layers, x.dtype)
     return raw(OP, chosen)(x, weights, *(final_norm or (None, None)), num_heads, patch_size, eps)
 
 
@@ -128,19 +105,6 @@ def stack_call(
         ),
     }
     return checks.call(OP, x, tensors, dtype, **facts)
-
-
-def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool = True) -> list[Tensor]:
-    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros (or without elements), linear
-    weights in `dtype` if given."""
-    flat = []
-    for layer in layers:
-        if layer.qkv_bias is None:
-            size = layer.qkv_weight.shape[0] if zeros else 0
-            layer = layer._replace(qkv_bias=layer.qkv_weight.new_zeros(size))
-        for name, value in zip(layer._fields, layer, strict=True):
-            flat.append(value if dtype is None or "norm" in name or value.dtype == dtype else value.to(dtype))
-    return flat
 
 
 def check_layer(name: str, x: Tensor, layer: TransformerLayerWeights, num_heads: int, autocast: bool) -> None:

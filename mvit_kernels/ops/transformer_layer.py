@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
-from .._library import raw, register_fake
-from .._transforms import again, gradients, zeros_like_bias
-from ..backends import Call, choose
+from .._utils.transforms import again, gradients, zeros_like_bias
+from ..backends import Call, choose, reference
+from ..backends.library import raw, register_fake
 from ..dropout import LayerDropout, draw_seeds
 from . import _checks as checks
 from .transformer import TransformerLayerWeights, check_layer

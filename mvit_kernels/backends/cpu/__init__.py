@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ backend: what ``csrc/cpu`` can serve, call by call (see `mvit_kernels.backends.contract`)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ..contract import Backend, Call
+from ..library import load, loaded_paths
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+INFERENCE_DTYPES = (torch.float32, torch.bfloat16)  # of the operators without a backward
+
+
+def instruction_set() -> str:
+    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
+
+    It is the best that the processor has, or the one that the environment variable ``MVIT_KERNELS_CPU_ISA`` asks for;
+    "" where that is wrong, or where there is no library.
+    """
+    if load("cpu"):
+        return ""
+    function = ctypes.CDLL(str(loaded_paths["cpu"])).mvit_kernels_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def multiplies_bf16_pairs() -> bool:
+    """Whether bfloat16 products are bfloat16 products here; elsewhere they are made in float32."""
+    return instruction_set() == "avx512bf16"
+
+
+def _dtype(call: Call) -> list[str]:
+    if call.dtype in DTYPES:
+        return []
+    return [f"{call.dtype} is not supported on the CPU; float32, bfloat16 and float64 are"]
+
+
+def _patch_attention(call: Call) -> list[str]:
+    reasons = _dtype(call)
+    if not call.fact("dense_rows"):
+        reasons.append("the channels of qkv are not adjacent in memory; call .contiguous() first")
+    return reasons
+
+
+def _inference_dtype(call: Call) -> list[str]:
+    return [] if call.dtype in INFERENCE_DTYPES else [f"{call.dtype} is not supported; float32 and bfloat16 are"]
+
+
+def _inverted_residual(call: Call) -> list[str]:
+    reasons = _inference_dtype(call)
+    if not call.fact("dense_rows"):
+        reasons.append("the channels of x are not adjacent in memory; call .contiguous() first")
+    return reasons
+
+
+def _transformer(call: Call) -> list[str]:
+    reasons = _inference_dtype(call)
+    if not call.fact("same_widths"):
+        reasons.append("its layers have different widths")
+    return reasons
+
+
+class CpuBackend(Backend):
+    """C++ for the CPU; `instruction_set` tells which of its variants runs."""
+
+    name = "cpu"
+    device_type = "cpu"
+    dtypes = DTYPES
+    # The row-wise operators take rows of any strides: those that no pair of strides reaches, or whose channels are not
+    # adjacent, are copied first, as PyTorch's own layer_norm and linear copy them.
+    supports = {
+        "layer_norm_linear": _dtype,
+        "patch_attention": _patch_attention,
+        "linear_residual": _dtype,
+        "layer_norm_mlp": _dtype,
+        "inverted_residual": _inverted_residual,
+        "transformer": _transformer,
+    }
+
+    def unavailable(self, device_type: str) -> list[str]:
+        if device_type != self.device_type:
+            return [f"it is for the CPU, and the tensors are on {device_type}"]
+        why = load("cpu")
+        return [why] if why else []
+
+
+BACKEND = CpuBackend()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend: what is Python of ``csrc/cuda`` (see `mvit_kernels.backends.contract`).
+
+Its kernels are for 16-bit floats on tensor cores, with tiles that fit the widths and head dims of the published models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+
+from .. import gpu
+from ..contract import Backend, Call, StackPlan
+from ..library import flatten, load, loaded_paths
+from .operators import DTYPES, HEADS, SUPPORTS
+from .plans import is_compiled, one_launch_pays
+
+
+class CudaBackend(Backend):
+    """CUDA C++ on NVIDIA GPUs of compute capability 8.0 and up."""
+
+    name = "cuda"
+    device_type = "cuda"
+    dtypes = DTYPES
+    supports = SUPPORTS
+    packs_weights = True
+
+    def unavailable(self, device_type: str) -> list[str]:
+        if device_type != self.device_type:
+            return [f"it is for NVIDIA GPUs, and the tensors are on {device_type}"]
+        why = gpu.no_gpu() or _load()
+        return [why] if why else []
+
+    def plan_stack(self, stack: Call, attention: Call, dropout: bool) -> StackPlan | None:
+        whole = not dropout and not self.reasons_against(stack)
+        if whole and _one_launch_pays(stack):
+            return StackPlan.WHOLE
+        if not self.reasons_against(attention):
+            # There are single operators for inference; in training a whole layer of another backend keeps less.
+            return StackPlan.LAYERS if stack.needs_grad else StackPlan.OPERATORS
+        return StackPlan.WHOLE if whole else None
+
+    def pack(self, layers, final_norm, num_heads, dtype) -> None:
+        width, inner = layers[0].proj_weight.shape
+        served = dtype in DTYPES and num_heads == HEADS and is_compiled(width, inner // num_heads)
+        if served and not self.unavailable(layers[0].proj_weight.device.type):
+            from .transformer import packed_weights  # registers the operator, which takes the library
+
+            packed_weights(flatten(layers, zeros=False), final_norm, num_heads, dtype)
+
+
+def _one_launch_pays(stack: Call) -> bool:
+    """Whether a stack is faster in one launch than by one operator after another, all of them ours."""
+    images, height, width, _ = stack.shape
+    ph, pw = stack.fact("patch_size")
+    return one_launch_pays(height // ph * (width // pw), images * ph * pw, gpu.limits().multiprocessors)
+
+
+@functools.cache
+def _load() -> str:
+    """Load the library and register what calls it; "" or why it can not be used."""
+    why = load("cuda")
+    if why:
+        return why
+    for operator in ("transformer",):  # those with a part in Python
+        importlib.import_module(f"{__name__}.{operator}")
+    function = ctypes.CDLL(str(loaded_paths["cuda"])).mvit_kernels_cuda_problem
+    function.restype = ctypes.c_char_p
+    problem = function().decode()
+    return f"its library's CUDA runtime cannot be used here: {problem}" if problem else ""
+
+
+BACKEND = CudaBackend()

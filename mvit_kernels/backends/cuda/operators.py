@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which calls ``csrc/cuda`` can serve: a function for each operator, from a call to the reasons why not.
+
+Only patch_attention has a gradient; a call of another that needs one is Triton's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import gpu
+from ..contract import Call, Predicate
+from .plans import plan_transformer
+
+DTYPES = (torch.bfloat16, torch.float16)
+# As csrc/cuda/patch_attention.h and csrc/cuda/rows.h have them.
+MAX_HEAD_DIM = 64
+MAX_TOKENS = 2**16 - 1
+MAX_TOKENS_WITH_GRADIENT = 4096
+MAX_STRANDS = 2**31 - 1
+MAX_NORM_WIDTH = 256
+MAX_ROWS = 2**31 - 1
+MAX_WIDTH = 2**20 - 8
+# Of the transformer in one launch.
+HEADS = 4
+MAX_SEQUENCES = 2**31 - 1
+
+
+def _dtype(call: Call) -> list[str]:
+    """Whether there are kernels for the dtype."""
+    return [] if call.dtype in DTYPES else [f"{call.dtype} is not supported in CUDA C++; bfloat16 and float16 are"]
+
+
+def _patch_attention(call: Call) -> list[str]:
+    reasons = _dtype(call)
+    head_dim, heads, (ph, pw) = call.fact("head_dim"), call.fact("num_heads"), call.fact("patch_size")
+    batch, height, width, _ = call.shape
+    tokens, strands = (height // ph) * (width // pw), batch * ph * pw * heads
+    if not call.fact("dense_rows"):
+        reasons.append("the channels of qkv are not adjacent in memory; call .contiguous() first")
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        reasons.append(f"heads of {head_dim} are not supported; even ones up to {MAX_HEAD_DIM} are")
+    if tokens > MAX_TOKENS:
+        reasons.append(f"sequences of {tokens} tokens are too long; {MAX_TOKENS} go")
+    elif call.needs_grad and tokens > MAX_TOKENS_WITH_GRADIENT:
+        reasons.append(f"sequences of {tokens} tokens are too long for a gradient; {MAX_TOKENS_WITH_GRADIENT} go")
+    if strands > MAX_STRANDS:
+        reasons.append(f"{strands} heads of sequences are more than {MAX_STRANDS}")
+    return reasons
+
+
+def _rows(call: Call, *tensors: str) -> list[str]:
+    reasons = _dtype(call)
+    if call.needs_grad:
+        reasons.append(f"{call.operator} has no gradient in CUDA C++, and this call needs one")
+    if not call.fact("contiguous"):
+        reasons.append(f"{' or '.join(tensors)} is not contiguous; call .contiguous() first")
+    if math.prod(call.shape[:-1]) > MAX_ROWS:
+        reasons.append(f"{math.prod(call.shape[:-1])} rows are more than {MAX_ROWS}")
+    return reasons
+
+
+def _width(name: str, width: int) -> list[str]:
+    if 0 < width <= MAX_WIDTH and width % 8 == 0:
+        return []
+    return [f"{name} is {width}; a multiple of 8 is wanted"]
+
+
+def _norm_width(width: int) -> list[str]:
+    if width <= MAX_NORM_WIDTH:
+        return []
+    return [f"rows of {width} are too wide to be normalised in registers; {MAX_NORM_WIDTH} go"]
+
+
+def _fits(needed: int) -> list[str]:
+    available = gpu.limits().shared_bytes
+    if needed <= available:
+        return []
+    return [f"a block needs {needed} bytes of shared memory, and this GPU gives one {available}"]
+
+
+def _row_bytes(width: int) -> int:
+    """Of a row of 16-bit elements in shared memory, on an odd number of 16-byte units."""
+    return 16 * (width // 8 | 1)
+
+
+def product_bytes(width: int) -> int:
+    """The least shared memory of a product's block: 32 rows, and two slots of 64 rows of weights, at most 256 wide."""
+    parts = max(1, math.ceil(width / 256))
+    depth = width if parts == 1 else 16 * math.ceil(math.ceil(width / parts) / 16)
+    return 32 * _row_bytes(width) + 2 * 64 * _row_bytes(depth)
+
+
+def mlp_bytes(width: int) -> int:
+    """Of the MLP's block: 64 normalised rows and 64 hidden values of each, and the weights of these."""
+    return (64 + 64) * _row_bytes(width) + (64 + 16 * math.ceil(width / 16)) * _row_bytes(64)
+
+
+def _linear_residual(call: Call) -> list[str]:
+    width = call.shape[-1]
+    reasons = _rows(call, "x", "residual") + _width("the width of x", width)
+    return reasons + _width("out_features", call.fact("out_features")) + _fits(product_bytes(width))
+
+
+def _layer_norm_linear(call: Call) -> list[str]:
+    width = call.shape[-1]
+    reasons = _rows(call, "x") + _width("the width of x", width) + _norm_width(width)
+    return reasons + _width("out_features", call.fact("out_features")) + _fits(product_bytes(width))
+
+
+def _layer_norm_mlp(call: Call) -> list[str]:
+    width = call.shape[-1]
+    reasons = _rows(call, "x") + _width("the width of x", width) + _norm_width(width)
+    return reasons + _width("hidden_features", call.fact("hidden_features")) + _fits(mlp_bytes(width))
+
+
+def _transformer(call: Call) -> list[str]:
+    reasons = _dtype(call)
+    if not call.fact("same_widths"):
+        reasons.append("its layers have different widths")
+    if call.fact("num_heads") != HEADS:
+        reasons.append(f"{call.fact('num_heads')} heads are not supported; {HEADS} are")
+    if call.fact("hidden_features") == 0:
+        reasons.append("hidden_features is 0")
+    images, height, width, d = call.shape
+    ph, pw = call.fact("patch_size")
+    if images * ph * pw > MAX_SEQUENCES:
+        reasons.append(f"{images * ph * pw} sequences are more than {MAX_SEQUENCES}")
+    # Of one sequence: whether there is a plan depends on no number of images, and a trace is not to either.
+    plan = plan_transformer(d, call.fact("head_dim"), height // ph * (width // pw), 1, *gpu.limits())
+    return [*reasons, plan] if isinstance(plan, str) else reasons
+
+
+SUPPORTS: dict[str, Predicate] = {
+    "layer_norm_linear": _layer_norm_linear,
+    "patch_attention": _patch_attention,
+    "linear_residual": _linear_residual,
+    "layer_norm_mlp": _layer_norm_mlp,
+    "transformer": _transformer,
+}

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two GPU backends ask of the devices, without touching one."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
+
+
+def no_gpu() -> str:
+    """Why no NVIDIA GPU can be used, or that one of them is too old; "" if all can."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "there is no NVIDIA GPU, or this build of PyTorch has no CUDA"
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_capability(index)
+        if found < CAPABILITY:
+            return (
+                f"GPU {index} ({torch.cuda.get_device_name(index)}) has compute capability {found[0]}.{found[1]}; "
+                f"{CAPABILITY[0]}.{CAPABILITY[1]} is wanted"
+            )
+    return ""
+
+
+class Limits(NamedTuple):
+    """What launches are planned by: the least of the GPUs here."""
+
+    multiprocessors: int
+    shared_bytes: int  # that a block may have
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def limits() -> Limits:
+    """Of the GPUs here; without one an H100's, for the questions that are asked all the same."""
+    if no_gpu():
+        return Limits(132, 232_448)
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return Limits(min(p.multi_processor_count for p in found), min(p.shared_memory_per_block_optin for p in found))

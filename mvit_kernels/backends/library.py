@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every raw operator's schema, once, the weights that they list, and the loading of the compiled libraries.
+
+A raw operator is named ``mvit_kernels::<operator>.<backend>``: one overload for each backend, all of one schema, so
+that the operator keeps its name in Python, C++, CUDA and Triton and several backends can serve one device. Backends
+only *implement* these schemas (C++ through LibTorch's stable ABI: ``m.impl("patch_attention.cpu", ...)``); shapes of
+the results come from the one fake of each schema, registered by the operator's file in ``ops/``.
+
+What forward operators return beside their result (``mean``, ``rstd``, ``logsumexp``) is what their backward needs;
+statistics are float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+SCHEMAS = {
+    # LayerNorm over the last axis; mean and rstd have the shape of x without it
+    "layer_norm": "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps) -> (Tensor out, Tensor mean, "
+    "Tensor rstd)",
+    "layer_norm_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight) -> "
+    "(Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias)",
+    # act(LN(x) Wᵀ + b); activation is "" or "silu"; mean and rstd have the shape of x without its last axis
+    "layer_norm_linear": "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, float eps, "
+    "str activation) -> (Tensor out, Tensor mean, Tensor rstd)",
+    "layer_norm_linear_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, "
+    "Tensor norm_bias, Tensor weight, Tensor? bias, str activation) -> (Tensor grad_x, Tensor grad_norm_weight, "
+    "Tensor grad_norm_bias, Tensor grad_weight, Tensor grad_bias)",
+    # qkv (B, H, W, 3·inner) -> out (B, H, W, inner); logsumexp (B, ph·pw, heads, N) of the scaled scores
+    "patch_attention": "(Tensor qkv, int num_heads, int[2] patch_size, float scale) -> (Tensor out, Tensor logsumexp)",
+    "patch_attention_backward": "(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsumexp, int num_heads, "
+    "int[2] patch_size, float scale) -> Tensor",
+    # residual + x Wᵀ + b; the gradient of the residual is grad_out itself
+    "linear_residual": "(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
+    "linear_residual_backward": "(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor grad_x, Tensor grad_weight, "
+    "Tensor grad_bias)",
+    # x + fc2(silu(fc1(LN(x))))
+    "layer_norm_mlp": "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias, float eps) -> (Tensor out, Tensor mean, Tensor rstd)",
+    "layer_norm_mlp_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, "
+    "Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight) -> (Tensor grad_x, "
+    "Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_fc1_weight, Tensor grad_fc1_bias, "
+    "Tensor grad_fc2_weight, Tensor grad_fc2_bias)",
+    # one pre-norm layer, x (B, H, W, d); dropout: the probabilities (projection, path1, mlp, path2) of `LayerDropout`.
+    # Its draws are a function of seed, two int64 numbers (see dropout.py), which is None where all four are 0. Beside
+    # out: what backward needs, middle being the rows between attention and MLP. It computes qkv once more: kept, they
+    # would be the half of it
+    "transformer_layer": "(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, "
+    "Tensor proj_weight, Tensor proj_bias, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias, Tensor? seed, int num_heads, int[2] patch_size, float eps, float[4] dropout, "
+    "bool path_scale) -> (Tensor out, Tensor mean1, Tensor rstd1, Tensor attended, Tensor logsumexp, "
+    "Tensor middle, Tensor mean2, Tensor rstd2)",
+    "transformer_layer_backward": "(Tensor grad_out, Tensor x, Tensor mean1, Tensor rstd1, Tensor attended, "
+    "Tensor logsumexp, Tensor middle, Tensor mean2, Tensor rstd2, Tensor norm1_weight, Tensor norm1_bias, "
+    "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor norm2_weight, Tensor norm2_bias, "
+    "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor? seed, int num_heads, int[2] patch_size, float eps, "
+    "float[4] dropout, bool path_scale) -> (Tensor grad_x, Tensor grad_norm1_weight, Tensor grad_norm1_bias, "
+    "Tensor grad_qkv_weight, Tensor grad_qkv_bias, Tensor grad_proj_weight, Tensor grad_proj_bias, "
+    "Tensor grad_norm2_weight, Tensor grad_norm2_bias, Tensor grad_fc1_weight, Tensor grad_fc1_bias, "
+    "Tensor grad_fc2_weight, Tensor grad_fc2_bias)",
+    # x (B, H, W, C); depthwise_weight (hidden, 1, 3, 3)
+    "inverted_residual": "(Tensor x, Tensor expand_weight, Tensor expand_bias, Tensor depthwise_weight, "
+    "Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, int stride, int dilation, bool residual) "
+    "-> Tensor",
+    # weights: TransformerLayerWeights of every layer, flattened (twelve a layer, an absent qkv bias as zeros)
+    "transformer": "(Tensor x, Tensor[] weights, Tensor? final_norm_weight, Tensor? final_norm_bias, int num_heads, "
+    "int[2] patch_size, float eps) -> Tensor",
+}
+
+
+class TransformerLayerWeights(NamedTuple):
+    """The weights of one pre-norm transformer layer, as ``nn.Linear`` and ``nn.LayerNorm`` keep them.
+
+    For rows of width d, ``inner = num_heads × head_dim`` (d in the paper, 32 in Kornia) and an MLP of width hidden:
+    """
+
+    norm1_weight: Tensor  # (d,)
+    norm1_bias: Tensor  # (d,)
+    qkv_weight: Tensor  # (3·inner, d): query, key and value rows
+    qkv_bias: Tensor | None  # (3·inner,); Kornia has none
+    proj_weight: Tensor  # (d, inner)
+    proj_bias: Tensor  # (d,)
+    norm2_weight: Tensor  # (d,)
+    norm2_bias: Tensor  # (d,)
+    fc1_weight: Tensor  # (hidden, d)
+    fc1_bias: Tensor  # (hidden,)
+    fc2_weight: Tensor  # (d, hidden)
+    fc2_bias: Tensor  # (d,)
+
+
+def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool = True) -> list[Tensor]:
+    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros (or without elements), linear
+    weights in `dtype` if given."""
+    flat = []
+    for layer in layers:
+        if layer.qkv_bias is None:
+            size = layer.qkv_weight.shape[0] if zeros else 0
+            layer = layer._replace(qkv_bias=layer.qkv_weight.new_zeros(size))
+        for name, value in zip(layer._fields, layer, strict=True):
+            flat.append(value if dtype is None or "norm" in name or value.dtype == dtype else value.to(dtype))
+    return flat
+
+
+LIBRARY = torch.library.Library("mvit_kernels", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    for _backend in BACKENDS:
+        # Exact strides: Inductor must hand a kernel the layout that was traced, channels-last maps above all.
+        LIBRARY.define(
+            f"{_name}.{_backend}{_schema}", tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+        )
+
+
+# What frozen models run on the CPU is no operator with several backends but a list of steps and their packed weights,
+# made by mvit_kernels.freezing.network: x (B, C, H, W) -> (B, H', W', out_channels), each side halved so many times,
+# rounding up.
+NATIVE_SCHEMAS = {
+    "network.cpu": "(Tensor x, Tensor weights, Tensor program, int out_channels, int halvings) -> Tensor",
+    "pack_convolution.cpu": "(Tensor weight, Tensor bias) -> Tensor",
+    "pack_inverted_residual.cpu": "(Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
+    "Tensor project, Tensor project_bias) -> Tensor",
+    # What `transformer.cuda` calls, with weights and plan of mvit_kernels.backends.cuda.transformer's making.
+    "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "
+    "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) "
+    "-> Tensor",
+}
+for _name, _schema in NATIVE_SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as the fake of operator `name`, for all of its backends."""
+
+    def register(function: Callable) -> Callable:
+        for backend in BACKENDS:
+            register_native_fake(f"{name}.{backend}")(function)
+        return function
+
+    return register
+
+
+def register_native_fake(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as the fake of the one raw operator ``mvit_kernels::<name>``."""
+
+    def register(function: Callable) -> Callable:
+        torch.library.register_fake(f"mvit_kernels::{name}", _on_one_device(name, function), lib=LIBRARY)
+        return function
+
+    return register
+
+
+def _on_one_device(name: str, function: Callable) -> Callable:
+    """The fake, for tensors of one device. A call with a meta tensor among others comes here too, and what the fake
+    makes like the others would be a result that nothing was ever written to."""
+
+    @functools.wraps(function)
+    def fake(*arguments):
+        flat = [
+            t for a in arguments for t in (a if isinstance(a, list | tuple) else (a,)) if isinstance(t, torch.Tensor)
+        ]
+        for other in flat[1:]:
+            if other.device != flat[0].device:
+                raise ValueError(
+                    f"mvit_kernels::{name}: tensors are on {flat[0].device} and {other.device}; move all to one device "
+                    "with .to(device)"
+                )
+        return function(*arguments)
+
+    return fake
+
+
+def register_reference(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as ``mvit_kernels::<name>.reference``, for every device."""
+
+    def register(function: Callable) -> Callable:
+        LIBRARY.impl(f"{name}.reference", function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def raw(name: str, backend: str) -> torch._ops.OpOverload:
+    """The raw operator ``mvit_kernels::<name>.<backend>``."""
+    return getattr(getattr(torch.ops.mvit_kernels, name), backend)
+
+
+PACKAGE = Path(__file__).resolve().parent.parent
+# The variable names another folder, as that of a build with sanitizers.
+LIBRARY_DIRECTORY = Path(os.environ.get("MVIT_KERNELS_LIBRARIES") or PACKAGE / "lib")
+loaded_paths: dict[str, Path] = {}  # backend -> its library, once loaded
+_loaded: dict[str, str] = {}  # backend -> "" when its library is loaded, else why it could not be
+
+
+def load(backend: str) -> str:
+    """Load the compiled library of `backend` ("cpu" or "cuda") once; return "" or why it can not be used."""
+    if backend not in _loaded:
+        path = LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
+        if not path.exists():
+            compiler = "a CUDA toolkit" if backend == "cuda" else "a C++ compiler"
+            _loaded[backend] = (
+                f"its library {path.name} was not built ({compiler} and `pip install --no-build-isolation .` build "
+                "it; `mvit-kernels info` tells what was missing)"
+            )
+        else:
+            try:
+                torch.ops.load_library(str(path))
+                _loaded[backend] = ""
+                loaded_paths[backend] = path
+            except OSError as error:
+                _loaded[backend] = f"its library {path} does not load: {error}"
+    return _loaded[backend]

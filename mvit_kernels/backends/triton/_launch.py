@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launching kernels at a few microseconds of the host's time, and registering them.
+
+Example:
+    >>> plan = Plan(_kernel, (K, N, BM), num_warps=4, num_stages=2)     # one for each kind of call, kept by the caller
+    >>> plan((grid,), (x, out), (rows,))
+
+``kernel[grid](…)`` looks at every argument to find the compiled variant: 9.8 µs a launch, measured with a driver that
+does nothing; the compiled kernel's own ``run`` takes 1.8 µs. So a `Plan` holds what decides the variant (constants, and
+through its key the dtypes) and keeps the compiled kernel for the one thing left, the alignment of pointers: all on 16
+bytes, as PyTorch's allocator has them. Anything else goes the slow way, and gets the variant that Triton finds for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from ..library import LIBRARY
+from .target import DEVICE_TYPE, DTYPES, INTERPRETED
+
+# Of every launch. 3.9 warns where it is not given, and the default is about to change.
+FP_FUSION = True
+
+
+class Launch(NamedTuple):
+    """What `watching` notes of a launch."""
+
+    plan: Plan
+    grid: tuple[int, ...]
+    tensors: tuple[Tensor | None, ...]
+    scalars: tuple[int | float, ...]
+
+
+_watcher: list[Launch] | None = None
+_target: int | None = None  # the architecture that is planned for, where nothing is launched
+
+
+class Plan:
+    """One kernel with its constants and options, and its compiled form on each device."""
+
+    __slots__ = ("kernel", "constants", "num_warps", "num_stages", "_compiled")
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], *, num_warps: int, num_stages: int) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.num_warps, self.num_stages = num_warps, num_stages
+        self._compiled: dict[int, Any] = {}  # device index -> compiled kernel, for pointers on 16 bytes
+
+    def __call__(
+        self, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], scalars: tuple[int | float, ...] = ()
+    ) -> None:
+        """Launch on the current stream of the tensors' device, which is that of the first (never None).
+
+        The kernel takes the tensors, the scalars and the constants, in this order. Scalars are not specialised upon
+        (``do_not_specialize``) and their types are annotated or always 32 bits wide.
+        """
+        if _watcher is not None:
+            _watcher.append(Launch(self, grid, tensors, scalars))
+            if _target is not None:
+                return
+        if INTERPRETED:
+            self.kernel[grid](*tensors, *scalars, *self.constants)
+            return
+        device = tensors[0].get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(device, grid, tensors, scalars)
+        else:
+            self._launch(device, grid, tensors, scalars)
+
+    def _launch(self, device, grid, tensors, scalars) -> None:
+        addresses = 0
+        for tensor in tensors:
+            if tensor is not None:
+                addresses |= tensor.data_ptr()
+        aligned = not addresses & 15
+        compiled = self._compiled.get(device) if aligned else None
+        if compiled is None or _profiled():
+            compiled = self.kernel[grid](
+                *tensors,
+                *scalars,
+                *self.constants,
+                num_warps=self.num_warps,
+                num_stages=self.num_stages,
+                enable_fp_fusion=FP_FUSION,
+            )
+            if aligned:
+                self._compiled[device] = compiled
+            return
+        x, y, z = (*grid, 1, 1)[:3]
+        compiled.run(
+            x,
+            y,
+            z,
+            driver.active.get_current_stream(device),
+            compiled.function,
+            compiled.packed_metadata,
+            None,  # launch metadata, enter and exit hooks: for profilers, see _profiled
+            None,
+            None,
+            *tensors,
+            *scalars,
+            *self.constants,
+        )
+
+
+def _profiled() -> bool:
+    """A profiler hooks into Triton's launches, which the short way would not call."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def architecture(x: Tensor) -> int:
+    """80, 86, 89, 90, 100 or 120: what x's device is, or what is planned for. The interpreter takes 90's tiles."""
+    if _target is not None:
+        return _target
+    return 90 if INTERPRETED else _architecture(x.get_device())
+
+
+@functools.cache
+def _architecture(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def is_small(arch: int) -> bool:
+    """Compute capability 8.x and 12.x: products are mma.sync's, from registers alone, and 8.6, 8.9 and 12.0 give a
+    block 99 KB of shared memory. The large ones (9.0, 10.0) have wgmma and tcgen05, and 227 KB."""
+    return arch < 90 or arch >= 120
+
+
+@contextlib.contextmanager
+def watching(target: int | None = None) -> Iterator[list[Launch]]:
+    """Note every launch inside; with `target`, an architecture, plan for it and launch nothing.
+
+    Example:
+        >>> with watching(target=90) as launches:
+        ...     layer_norm_linear.forward(x.to("meta"), …)
+    """
+    global _watcher, _target
+    before = _watcher, _target
+    _watcher, _target = [], target
+    try:
+        yield _watcher
+    finally:
+        _watcher, _target = before
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """Which tiles serve: "half", or for float32 "tf32" where PyTorch's user allows TF32 and "ieee" where not."""
+    if dtype == torch.float32:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if dtype not in DTYPES:
+        raise TypeError(f"mvit_kernels: {dtype} has no Triton kernels; float32, bfloat16 and float16 have")
+    return "half"
+
+
+def register(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as ``mvit_kernels::<name>.triton``, on GPUs, or on the CPU where interpreted."""
+
+    def decorate(function: Callable) -> Callable:
+        LIBRARY.impl(f"{name}.triton", function, DEVICE_TYPE.upper())
+        return function
+
+    return decorate
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, those that are not contiguous copied: weights and gradients with strides. Calls whose activations
+    have strides are refused (see operators.py), so that their copies are no surprise."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def chunked(width: int, widest: int, most: int | None = None) -> tuple[int, int]:
+    """(chunk, chunks) that cover `width`, or as many columns as `most` allows: the widest power of two that covers them
+    with the least waste, from 16 (the least that tensor cores take) up to `widest`.
+
+    Example:
+        >>> chunked(144, 64), chunked(192, 64), chunked(240, 64), chunked(120, 64), chunked(20, 64)
+        ((16, 9), (64, 3), (64, 4), (64, 2), (32, 1))
+    """
+    best = None
+    chunk = 16
+    while chunk <= widest:
+        chunks = ceil_div(width, chunk)
+        waste = chunks * chunk - width
+        # up to 10 % of waste for fewer chunks: 240 is 4 · 64, and not 15 · 16, which takes more registers
+        if best is None or waste <= best[2] or waste * 10 <= width:
+            best = chunk, chunks, waste
+        chunk *= 2
+    chunk, chunks, _ = best
+    return chunk, min(chunks, max(most // chunk, 1)) if most else chunks

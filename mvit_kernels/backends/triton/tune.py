@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find better tiles for this machine's GPU, and print the rows of the tables to paste.
+
+Example:
+    $ python -m mvit_kernels.backends.triton.tune --width 144 --batch 64
+
+The rows of the row-wise operators' tables are varied around what stands there; forward or backward is timed with each,
+at the shapes of MobileViT's stage of that width, and rows that do not launch are passed over. Nothing is chosen at call
+time: what is printed has no effect until it stands in a table. Attention's tables are not varied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+
+SIDES = {64: 32, 80: 16, 96: 32, 120: 16, 144: 32, 192: 16, 240: 8}  # of the map, at 256 px
+WARPS, STAGES = (4, 8), (1, 2, 3)
+
+
+def candidates(row: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Rows like (rows, columns, …, warps, stages[, more]): the first two halved and doubled, other warps and stages."""
+    first, second, *rest = row
+    at = len(row) - 2 if row[-1] < 16 else len(row) - 3  # a limit may follow the stages
+    for a, b, warps, stages in itertools.product(
+        *[[n for n in (size // 2, size, 2 * size) if n >= 16] for size in (first, second)], WARPS, STAGES
+    ):
+        yield (a, b, *rest[: at - 2], warps, stages, *row[at + 2 :])
+
+
+def forget(modules: list[ModuleType]) -> None:
+    """Drop the plans that were made with other tables."""
+    for module in modules:
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+def best_row(
+    table: dict, key: object, run: Callable[[], object], time: Callable[[Callable], float], modules: list[ModuleType]
+) -> tuple[tuple[int, ...], float, float]:
+    """The fastest row for ``table[key]``, its time, and that of the row that stands there, which stands there after it
+    as before."""
+    standing = table[key]
+    times = {}
+    try:
+        for row in dict.fromkeys((standing, *candidates(standing))):
+            table[key] = row
+            forget(modules)
+            try:
+                times[row] = time(run)
+            except Exception as error:  # too much shared memory, or a tile that Triton refuses
+                print(f"  {row}: {type(error).__name__}", file=sys.stderr)
+    finally:
+        table[key] = standing
+        forget(modules)
+    if not times:
+        raise RuntimeError("not even the row that stands in the table runs here")
+    row = min(times, key=times.get)
+    return row, times[row], times.get(standing, float("nan"))
+
+
+def jobs(width: int, batch: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, dict, Callable]]:
+    """(a table's name, the table, what to time) of every row-wise operator, forward and backward."""
+    from . import _gradients, layer_norm_linear, layer_norm_mlp, linear_residual
+
+    def t(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype) / shape[-1] ** 0.5
+
+    side = SIDES[width]
+    x, norm = t(batch, side, side, width), (torch.ones(width, device=device), torch.zeros(width, device=device))
+    qkv, proj, fc1, fc2 = t(3 * width, width), t(width, width), t(2 * width, width), t(width, 2 * width)
+    bias = t(3 * width)
+    mlp = (*norm, fc1, bias[: 2 * width], fc2)
+    out, mean, rstd = layer_norm_linear.forward(x, *norm, qkv, bias, 1e-5, "")
+    hidden = t(batch, side, side, 2 * width)
+
+    def norm_backward():
+        _gradients.norm_backward(out, qkv, x, mean, rstd, norm[0], None, torch.empty_like(x))
+
+    def weight_gradients():  # a whole layer's, in training one launch
+        before = _gradients.Norm(mean, rstd, *norm)
+        _gradients.weight_gradients(
+            mean.numel(),
+            _gradients.Product(out, x, qkv, before),
+            _gradients.Product(x, x, proj),
+            _gradients.Product(hidden, x, fc1, before),
+            _gradients.Product(x, hidden, fc2),
+        )
+
+    yield (
+        "layer_norm_linear._TILES",
+        layer_norm_linear._TILES,
+        lambda: layer_norm_linear.forward(x, *norm, qkv, bias, 1e-5, ""),
+    )
+    yield (
+        "linear_residual._TILES",
+        linear_residual._TILES,
+        lambda: linear_residual.forward(x, proj, bias[:width], x),
+    )
+    yield (
+        "layer_norm_mlp._TILES",
+        layer_norm_mlp._TILES,
+        lambda: layer_norm_mlp.forward(x, *mlp, bias[:width], 1e-5),
+    )
+    yield (
+        "layer_norm_mlp._HIDDEN_TILES",
+        layer_norm_mlp._HIDDEN_TILES,
+        lambda: layer_norm_mlp.backward(x, x, mean, rstd, *mlp),
+    )
+    yield "_gradients._NORM_TILES", _gradients._NORM_TILES, norm_backward
+    yield "_gradients._WEIGHT_TILES", _gradients._WEIGHT_TILES, weight_gradients
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = "python -m mvit_kernels.backends.triton.tune"
+    parser = argparse.ArgumentParser(prog=command, description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, choices=SIDES, nargs="*", default=(64, 144, 192, 240))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    arguments = parser.parse_args(argv)
+    from ..contract import unavailable
+
+    if why := unavailable("triton", "cuda"):
+        print(f"tune: it measures on a GPU, and the Triton backend has none here: {'; '.join(why)}", file=sys.stderr)
+        return 2
+    from triton.testing import do_bench
+
+    from . import _gradients, layer_norm_linear, layer_norm_mlp, linear_residual
+    from ._launch import kind_of
+
+    dtype = getattr(torch, arguments.dtype)
+    modules = [_gradients, layer_norm_linear, layer_norm_mlp, linear_residual]
+    for width in arguments.width:
+        for name, table, run in jobs(width, arguments.batch, dtype, "cuda"):
+            row, took, before = best_row(table, kind_of(dtype), run, do_bench, modules)
+            print(f'{name}: "{kind_of(dtype)}": {row},  # d={width}: {1e3 * took:.1f} µs, was {1e3 * before:.1f}')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

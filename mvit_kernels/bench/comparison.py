@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model in several forms, each checked against float64 and then timed against the others.
+
+Example:
+    >>> results = compare(Subject(model, images), ["eager", "accelerated", "frozen", "compile"], seconds=10)
+    >>> print(table(results))
+    candidate      median ms   p20 - p80        ratio    error   allowed
+    eager              60.18   58.90 - 63.02     1.00  2.1e-06   5.0e-06
+    ...
+
+A candidate is timed only if its output (in training, every gradient too) keeps the tolerance rule of
+`mvit_kernels.verification`: a wrong result has no speed. One that cannot be built, is wrong, or takes too long to
+compile stays in the table, with the reason in place of its times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rounding import RoundedArithmetic
+from ..verification import GRADIENT, ErrorRow, error_rows, named_outputs
+from . import peak_memory
+from .ceilings import Ceilings, Work
+from .device_clock import Replay, capture
+from .peers import PEERS, Form, Subject, call_of, channels_last, check_peers, eager
+from .profiling import launches
+from .results import Row, row
+from .timing import THREADS_ASLEEP, Timing, interleave, synchronize
+
+Progress = Callable[[str], None]
+SAMPLE_SECONDS = 2e-3  # a sample of a call that takes less is of several
+IMAGE_SETS = 4  # in the graph of a model, whose own maps go through the cache anyway
+
+
+class Result(NamedTuple):
+    """One line of the table. Without times where the candidate was not timed; `note` says why."""
+
+    candidate: str
+    timing: Timing | None = None
+    ratio: float | None = None  # eager's median over this one's: above 1 is faster than eager
+    row: ErrorRow | None = None  # the output or gradient that is nearest to what is allowed
+    build_seconds: float = 0.0  # until the first call was done: what compiling costs
+    peak_mb: float | None = None  # memory at its highest during one call, see `mvit_kernels.bench.peak_memory`
+    note: str = ""
+    launches: int | None = None  # of kernels, in one call on a GPU
+    graph: Timing | None = None  # a GPU's own time, see `mvit_kernels.bench.device_clock`
+    graph_ratio: float | None = None
+    graph_note: str = ""  # why there is none
+
+
+# -------------------------------------------------------------------------------------------------- comparing
+
+
+def compare(
+    subject: Subject,
+    peers: Iterable[str],
+    *,
+    seconds: float = 5.0,
+    warmup_seconds: float = 0.5,
+    build_seconds: float | None = None,
+    memory: bool | Collection[str] = False,
+    progress: Progress = lambda line: None,
+) -> list[Result]:
+    """Build, check and time `peers`, in this order; see this module's head.
+
+    Args:
+        subject: the model and the images.
+        peers: names from `PEERS`.
+        seconds: measuring time of all candidates together (but three rounds at least).
+        warmup_seconds: of each candidate.
+        build_seconds: a candidate whose building and first call take longer is given up (in the main thread).
+        memory: also measure the peak memory of a call on the CPU, of all peers or of those named, which builds them
+            once more, in a process of their own; on a GPU it is measured always.
+        progress: called with a line of text before each step.
+
+    Returns:
+        One `Result` a peer.
+
+    Raises:
+        ValueError: an unknown peer; a subject whose output is not finite in float64.
+    """
+    names = check_peers(peers, subject.training)
+    with torch.set_grad_enabled(subject.training):
+        results, forms = prepare(subject, names, build_seconds=build_seconds, progress=progress)
+        calls = {name: call_of(form, subject) for name, form in forms.items()}
+        device = subject.images.device
+        if memory and device.type == "cpu":
+            progress("peak memory, each built once more in a process of its own")
+            _add_peak_memory(subject, [n for n in calls if memory is True or n in memory], results)
+        progress(f"timing {', '.join(calls)}")
+        replays = {} if subject.training else {name: _replay_of(name, form) for name, form in forms.items()}
+        measure(results, calls, replays=replays, seconds=seconds, warmup_seconds=warmup_seconds, device=device)
+    if any(PEERS[name].lazy for name in names):
+        del calls, forms, replays
+        torch.compiler.reset()  # its limit of recompilations counts all models of one class
+    return [results[name] for name in names]
+
+
+def prepare(
+    subject: Subject,
+    names: Iterable[str],
+    *,
+    build_seconds: float | None = None,
+    progress: Progress = lambda line: None,
+) -> tuple[dict[str, Result], dict[str, Form]]:
+    """Build and check the peers `names`: a `Result` for each, without times, and the form of each that is right.
+
+    Called with gradients enabled as the subject wants them. Arguments and errors are those of `compare`.
+    """
+    progress("float64 reference")
+    orders = (False, True) if subject.training else (False,)  # as `verify` does, and for its reasons
+    own = [_outputs(build(subject), subject, order) for build in (eager, channels_last) for order in orders]
+    wide = subject._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
+    truth = _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
+    if not all(torch.isfinite(value).all() for value in truth.values()):
+        raise ValueError("the model's output is not finite in float64 either; mend its weights or the images")
+
+    @functools.cache
+    def careful(seed: int) -> dict[str, Tensor]:
+        with RoundedArithmetic(subject.dtype, seed):
+            return _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
+
+    yardsticks = (own, truth, None if subject.dtype == torch.float64 else careful)
+    results: dict[str, Result] = {}
+    forms: dict[str, Form] = {}
+    for name in names:
+        progress(f"{name} ({PEERS[name].summary})")
+        form, result = build_and_check(
+            name,
+            lambda name=name: PEERS[name].build(subject),
+            lambda form: worst_row(_outputs(form, subject), *yardsticks),
+            build_seconds,
+        )
+        if result.row is not None and result.row.ok and PEERS[name].lazy:
+            result = result._replace(note=f"built in {result.build_seconds:.0f} s")
+        results[name] = result
+        if form is not None:
+            forms[name] = form
+    return results, forms
+
+
+def build_and_check(
+    name: str, build: Callable[[], object], check: Callable[[object], ErrorRow], seconds: float | None
+) -> tuple[object | None, Result]:
+    """What `build` gives if `check` finds it right, else None; and a `Result` that tells the error, or what was in the
+    way: an exception, or more than `seconds` spent."""
+    start = time.perf_counter()
+    try:
+        with time_limit(seconds):
+            built = build()
+            row = check(built)
+    except TimeLimit:
+        return None, Result(name, build_seconds=seconds, note=f"given up: not built within {seconds:.0f} s")
+    except Exception as error:  # whatever a compiler or a missing library may raise
+        return None, Result(name, note=f"absent: {_sentence(error)}")
+    if not row.ok:
+        note = f"not timed: the error of {row.name} is {row.error:.1e}, above {row.allowed:.1e}"
+        return None, Result(name, row=row, note=note)
+    return built, Result(name, row=row, build_seconds=time.perf_counter() - start)
+
+
+def measure(
+    results: dict[str, Result],
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    replays: Mapping[str, Callable[[], Replay]] | None = None,
+    device: torch.device,
+    warmup_seconds: float = 0.5,
+    baselines: Mapping[str, str] | None = None,
+    **how_long: float,
+) -> None:
+    """Time `calls` in turns, by the wall's clock and on a GPU by the device's, and put it into `results`.
+
+    Args:
+        results: by the candidates' names; changed.
+        calls: what is timed; set the grad mode outside.
+        replays: on a GPU, what captures a candidate's graph.
+        baselines: whose median a candidate's ratio is of; "eager" for those that are not in it.
+        how_long: ``seconds`` or ``rounds`` of `interleave`.
+    """
+    if not calls:
+        return
+    on_gpu = device.type == "cuda"
+    pause = THREADS_ASLEEP if not on_gpu and torch.get_num_threads() > 1 else 0.0
+    options = dict(warmup_seconds=warmup_seconds, device=device, **how_long)
+    times = interleave(calls, sample_seconds=SAMPLE_SECONDS, pause=pause, **options)
+    baselines = {name: (baselines or {}).get(name, "eager") for name in calls}
+    for name, timing in times.items():
+        results[name] = results[name]._replace(timing=timing, ratio=_ratio(times, baselines[name], name))
+    if on_gpu:
+        _measure_device(results, calls, replays or {}, baselines, device, options)
+
+
+def _measure_device(results, calls, replays, baselines, device, options) -> None:
+    """Launches, memory and the device's own clock. What goes wrong here is noted, and leaves the wall's clock as it is,
+    unless the GPU is lost, which `synchronize` raises: nothing on it can be trusted then."""
+    captured: dict[str, Replay] = {}
+    for name, call in calls.items():
+        try:
+            peak = peak_memory.on_gpu(call, device)
+            results[name] = results[name]._replace(launches=launches(call, device) or None, peak_mb=peak)
+            if name in replays:
+                captured[name] = replays[name]()
+        except Exception as error:  # waits for the device, or something else that a graph cannot hold
+            synchronize(device)
+            results[name] = results[name]._replace(graph_note=f"no graph: {_sentence(error)}")
+    if not captured:
+        return
+    try:
+        times = interleave({name: one.run for name, one in captured.items()}, events=True, **options)
+    except Exception as error:
+        synchronize(device)
+        for name in captured:
+            results[name] = results[name]._replace(graph_note=f"not replayed: {_sentence(error)}")
+        return
+    times = {name: timing.per(captured[name].calls) for name, timing in times.items()}
+    for name, timing in times.items():
+        results[name] = results[name]._replace(graph=timing, graph_ratio=_ratio(times, baselines[name], name))
+
+
+def _ratio(times: Mapping[str, Timing], baseline: str, name: str) -> float | None:
+    return times[baseline].median / times[name].median if baseline in times else None
+
+
+def _replay_of(name: str, form: Form) -> Callable[[], Replay]:
+    def replay() -> Replay:
+        if PEERS[name].has_graphs:
+            raise ValueError("it replays graphs of its own in each call")
+        images = [form.images, *(form.images.clone() for _ in range(IMAGE_SETS - 1))]
+        return capture([lambda x=x: form.model(x) for x in images])
+
+    return replay
+
+
+def _add_peak_memory(subject: Subject, names: list[str], results: dict[str, Result]) -> None:
+    timeout = 120 + 3 * sum(results[name].build_seconds for name in names)
+    for name, peak in peak_memory.on_cpu(subject, names, timeout=timeout).items():
+        result = results[name]
+        if isinstance(peak, str):
+            why = f"memory not measured: {_sentence(peak)}"
+            results[name] = result._replace(note="; ".join(filter(None, (result.note, why))))
+        else:
+            results[name] = result._replace(peak_mb=peak)
+
+
+def worst_row(
+    outputs: dict[str, Tensor],
+    own: list[dict[str, Tensor]],
+    truth: dict[str, Tensor],
+    careful: Callable[[int], dict[str, Tensor]] | None = None,
+) -> ErrorRow:
+    """The tolerance rule on every tensor of a candidate: the row with the largest error for what it is allowed.
+
+    Args:
+        outputs: the candidate's, by name; gradients by ``GRADIENT`` and the parameter's name.
+        own: PyTorch's own results in the same dtype, one dict for each memory format.
+        truth: the float64 results.
+        careful: as of `verification.error_rows`.
+
+    Raises:
+        ValueError: the candidate has no such output, or one of another shape.
+    """
+    if outputs.keys() != truth.keys():
+        odd = sorted(outputs.keys() ^ truth.keys())
+        raise ValueError(f"its outputs and gradients are not the model's own: {', '.join(odd[:3])} on one side only")
+    rows = error_rows(outputs, own, truth, careful)
+    return max(rows, key=lambda row: (not row.ok, row.error / row.allowed if row.allowed else row.error))
+
+
+def _outputs(form: Form, subject: Subject, reverse: bool = False) -> dict[str, Tensor]:
+    """The outputs of one call by name, and in training the gradients; with `reverse` by the batch in reverse order."""
+    dtype = subject.dtype
+    if not subject.training:
+        return {name: value.detach() for name, value in named_outputs(form.model(form.images)).items()}
+    if dtype == torch.float64:
+        form = Form(form.model.double(), form.images.double())
+    if reverse:
+        form = form._replace(images=form.images.flip(0))
+    outputs = {name: value.detach() for name, value in call_of(form, subject, reverse)().items()}
+    if reverse:
+        outputs = {name: value.flip(0) for name, value in outputs.items()}
+    gradients = {
+        GRADIENT + name.removeprefix("_orig_mod."): parameter.grad.clone()
+        for name, parameter in form.model.named_parameters()
+        if parameter.grad is not None
+    }
+    return outputs | gradients
+
+
+def _sentence(error: Exception | str) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+class TimeLimit(BaseException):
+    """The time is over. No `Exception`: torch.compile turns those into its own, or falls back and goes on."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise `TimeLimit` after `seconds` inside. Needs a signal, so it is without effect outside the main thread."""
+    possible = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if seconds is None or not possible:
+        yield
+        return
+
+    def expire(signum: int, frame: object) -> None:
+        raise TimeLimit
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+# ------------------------------------------------------------------------------------------------- tables and rows
+
+
+def table(results: list[Result]) -> str:
+    """The results as text, one line a candidate; those without times say why."""
+    width = max(len("candidate"), *(len(result.candidate) for result in results))
+    header = f"{'candidate':<{width}}  {'median ms':>9}  {'p20 - p80':>17}  {'ratio':>5}  {'error':>7}  {'allowed':>7}"
+    lines = [header + "    peak MB" * any(result.peak_mb is not None for result in results)]
+    for result in results:
+        line = f"{result.candidate:<{width}}"
+        if result.timing is not None:
+            timing = result.timing
+            spread = f"{timing.p20:.2f} - {timing.p80:.2f}"
+            ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
+            line += f"  {timing.median:9.2f}  {spread:>17}  {ratio:>5}"
+            line += f"  {result.row.error:7.1e}  {result.row.allowed:7.1e}"
+            line += "" if result.peak_mb is None else f"  {result.peak_mb:9.1f}"
+        lines.append(f"{line}  {result.note}".rstrip())
+    return "\n".join(lines)
+
+
+def csv_rows(
+    results: list[Result], subject: Subject, model: str, origin: dict[str, str], /, **more: object
+) -> list[Row]:
+    """The results in long form, see `rows_of`, with the columns that `subject` tells."""
+    batch, _, height, width = subject.images.shape
+    identity = {
+        "subject": model,
+        "mode": subject.mode,
+        "size": str(height) if height == width else f"{height}x{width}",
+        "batch": batch,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "backend": subject.backend or "auto",
+    }
+    return rows_of(results, origin, **identity | more)
+
+
+def rows_of(
+    results: Iterable[Result],
+    origin: dict[str, str],
+    *,
+    work: Work | None = None,
+    ceilings: Ceilings | None = None,
+    **identity: object,
+) -> list[Row]:
+    """A row a candidate, and on a GPU one more for its second clock: `results.COLUMNS`.
+
+    Args:
+        origin: `mvit_kernels.bench.origin.environment()`.
+        work: what one call does at least.
+        ceilings: what the machine can do at best.
+        identity: the columns that tell the subject.
+    """
+    rows = []
+    for result in results:
+        clocks = [("wall", result.timing, result.ratio, result.note)]
+        if result.graph is not None or result.graph_note:
+            clocks.append(("graph", result.graph, result.graph_ratio, result.graph_note))
+        for clock, timing, ratio, note in clocks:
+            known = {"candidate": result.candidate, "clock": clock, "samples": 0, "note": note} | identity
+            if work is not None:
+                known |= {"gflop": work.gflop, "mb": work.megabytes}
+            if timing is not None:
+                known |= {"median_ms": timing.median, "p20_ms": timing.p20, "p80_ms": timing.p80}
+                known |= {"samples": timing.count, "ratio": ratio}
+                if identity.get("batch"):
+                    known["images_per_s"] = float(identity["batch"]) / timing.median * 1e3
+                if work is not None and ceilings is not None:
+                    known |= ceilings.columns(work, timing.median)
+            if result.row is not None:
+                known |= {"worst": result.row.name, "error": result.row.error, "allowed": result.row.allowed}
+            known |= {"build_s": result.build_seconds, "peak_mb": result.peak_mb, "launches": result.launches}
+            rows.append(row(**known, **origin))
+    return rows

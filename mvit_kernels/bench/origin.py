@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where and when a result was measured: what every row of results must tell about its origin.
+
+Example:
+    >>> environment()["cpu"], folder_name(environment())
+    ('family 26 model 2: Zen 5', 'amd-epyc-zen5')
+
+The name that a virtual machine shows ("AMD EPYC") says nothing of the generation, so family and model go with it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..backends.cpu import instruction_set
+
+# Whose versions change what a candidate does.
+LIBRARIES = ("timm", "transformers", "kornia", "onnxruntime", "openvino")
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, str]:
+    """Device, processor, instruction set, threads, driver, versions, commit and date, all of them text.
+
+    Example:
+        >>> environment()["device_name"]
+        'AMD EPYC 7763 64-Core Processor'
+
+    ``cpu`` and ``isa`` are the host's, on a GPU too: what launching costs is the host's speed. ``isa`` is that of our
+    C++ kernels, or of PyTorch's own where there are none.
+    """
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "cpu": _processor(),
+        "isa": instruction_set() or f"torch {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+        "driver": (driver() or "") if on_gpu else "",
+        "torch": torch.__version__,
+        "cuda": (torch.version.cuda or "") if on_gpu else "",
+        "triton": _version("triton"),
+        "libraries": "; ".join(f"{name} {_version(name)}" for name in LIBRARIES if _version(name)),
+        "python": platform.python_version(),
+        "mvit_kernels": __version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def folder_name(origin: dict[str, str]) -> str:
+    """The name of the folder for results of this `environment`: one a kind of device.
+
+    Example:
+        >>> folder_name({"device": "cuda", "device_name": "NVIDIA H200", "cpu": ""})
+        'nvidia-h200'
+    """
+    name = origin["device_name"]
+    if origin["device"] == "cpu" and origin["cpu"]:
+        numbers, _, architecture = origin["cpu"].partition(": ")
+        name += f" {architecture.replace(' ', '') or numbers}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+# ------------------------------------------------------------------------------------------------------ the processor
+
+
+@functools.cache
+def cpuinfo() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_name() -> str:
+    """The processor's name for itself."""
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def _processor() -> str:
+    """Family and model, and for AMD's since Zen 3 the generation; "" where the system does not tell."""
+    known = cpuinfo()
+    if "cpu family" not in known:
+        return ""
+    family, model = int(known["cpu family"]), int(known["model"])
+    generation = amd_generation(family, model) if known.get("vendor_id") == "AuthenticAMD" else ""
+    return f"family {family} model {model}" + (f": {generation}" if generation else "")
+
+
+def amd_generation(family: int, model: int) -> str:
+    """ "Zen 3", "Zen 4" or "Zen 5" by the ranges of models that Linux knows (arch/x86/kernel/cpu/amd.c); else ""."""
+    if family == 25:
+        return "Zen 4" if 0x10 <= model <= 0x1F or 0x60 <= model <= 0x7F or 0xA0 <= model <= 0xAF else "Zen 3"
+    if family == 26 and (model <= 0x2F or 0x40 <= model <= 0x4F or 0x60 <= model <= 0x7F):
+        return "Zen 5"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------- the software
+
+
+@functools.cache
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None where nvidia-smi is not there or does not answer."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.partition("\n")[0].strip() or None
+
+
+@functools.cache
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit of this checkout, "+" behind it where files differ from it. Where the package is no checkout, what
+    the environment variable MVIT_KERNELS_COMMIT tells: a copy of the files alone knows nothing of its origin."""
+    root = Path(__file__).resolve().parent.parent.parent
+    if not (root / ".git").exists():  # installed, perhaps into the environment of another project's checkout
+        return os.environ.get("MVIT_KERNELS_COMMIT", "")
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("MVIT_KERNELS_COMMIT", "")

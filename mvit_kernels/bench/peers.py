@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms of a model that can be timed beside each other, each by a name.
+
+Example:
+    >>> form = PEERS["frozen"].build(Subject(model, images))
+    >>> form.model(form.images)
+
+What other runtimes make of a model (ONNX Runtime, OpenVINO) is in `mvit_kernels.bench.runtimes`; they are optional, and
+a build without its library raises an ImportError that says what to install.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import accelerate, restore
+from ..freezing import freeze
+from ..verification import named_outputs
+from .runtimes import OnnxRuntime, OpenVino
+
+
+class Subject(NamedTuple):
+    """What the candidates are made from; `compare` changes none of it."""
+
+    model: nn.Module  # float32, on the images' device
+    images: Tensor  # (B, C, H, W) float32
+    dtype: torch.dtype = torch.float32  # of weights and images; in training, of autocast, the weights staying float32
+    backend: str | None = None  # for the accelerated and frozen ones
+    training: bool = False  # forward and backward, without dropout, which would make the gradients incomparable
+    step: bool = False  # with training: the optimiser's step too (AdamW of learning rate 0, so that no weight changes)
+
+    @property
+    def mode(self) -> str:
+        """As results call it: inference, training or step."""
+        return ("step" if self.step else "training") if self.training else "inference"
+
+
+class Form(NamedTuple):
+    """A model and the images as it takes them: what a peer makes of a `Subject`."""
+
+    model: Callable[[Tensor], Any]  # a module; of an `inference_only` peer, any function
+    images: Tensor
+
+
+class Peer(NamedTuple):
+    """One form of a model that can be asked for by name."""
+
+    summary: str
+    build: Callable[[Subject], Form]
+    inference_only: bool = False
+    ours: bool = False  # its errors are ours, and not a compiler's
+    lazy: bool = False  # its first call compiles
+    has_graphs: bool = False  # on a GPU it replays CUDA graphs by itself
+
+
+def eager(subject: Subject) -> Form:
+    """The model as it was before `accelerate`, its dropouts off."""
+    model = restore(copy.deepcopy(subject.model)).train(subject.training)
+    for module in model.modules():
+        if "drop" in type(module).__name__.lower():
+            module.eval()
+    if subject.training:
+        return Form(model, subject.images)
+    return Form(model.to(subject.dtype), subject.images.to(subject.dtype))
+
+
+def channels_last(subject: Subject) -> Form:
+    """`eager` with weights and images in channels-last."""
+    model, images = eager(subject)
+    return Form(model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last))
+
+
+def _accelerated(subject: Subject) -> Form:
+    model, images = channels_last(subject)
+    return Form(accelerate(model, backend=subject.backend, strict=True), images)
+
+
+def _frozen(subject: Subject) -> Form:
+    model = accelerate(copy.deepcopy(subject.model), backend=subject.backend, strict=True)
+    return Form(
+        freeze(model, dtype=subject.dtype),
+        subject.images.to(subject.dtype, memory_format=torch.channels_last),
+    )
+
+
+def _compiled(build: Callable[[Subject], Form], **options: Any) -> Callable[[Subject], Form]:
+    def compiled(subject: Subject) -> Form:
+        model, images = build(subject)
+        # Static shapes, as a first call has them by default: the second batch size of a process would be dynamic.
+        return Form(torch.compile(model, dynamic=False, **options), images)
+
+    return compiled
+
+
+def _runtime(runtime: Callable[..., Any], **options: Any) -> Callable[[Subject], Form]:
+    def built(subject: Subject) -> Form:
+        # Other runtimes take float32 weights and images, whatever they compute in; the images' values are those that
+        # everybody has.
+        model, _ = eager(subject._replace(dtype=torch.float32))
+        images = subject.images.to(subject.dtype).float().contiguous()
+        threads = torch.get_num_threads()
+        return Form(runtime(model, images, dtype=subject.dtype, threads=threads, **options), images)
+
+    return built
+
+
+PEERS: dict[str, Peer] = {
+    "eager": Peer("as it was, NCHW", eager),
+    "channels_last": Peer("as it was, channels-last", channels_last),
+    "accelerated": Peer("channels-last, mvit_kernels.accelerate", _accelerated, ours=True),
+    "frozen": Peer("mvit_kernels.freeze", _frozen, inference_only=True, ours=True),
+    "compile": Peer("torch.compile", _compiled(eager), lazy=True),
+    "compile_channels_last": Peer("torch.compile, channels-last", _compiled(channels_last), lazy=True),
+    "compile_reduce_overhead": Peer(
+        "torch.compile, mode reduce-overhead",
+        _compiled(channels_last, mode="reduce-overhead"),
+        lazy=True,
+        has_graphs=True,
+    ),
+    "compile_max_autotune": Peer(
+        "torch.compile, mode max-autotune",
+        _compiled(channels_last, mode="max-autotune"),
+        lazy=True,
+        has_graphs=True,
+    ),
+    "compile_freezing": Peer(
+        "torch.compile with inductor's freezing",
+        _compiled(channels_last, options={"freezing": True}),
+        inference_only=True,
+        lazy=True,
+    ),
+    "compile_accelerated": Peer("torch.compile of the accelerated model", _compiled(_accelerated), lazy=True),
+    "onnxruntime": Peer("ONNX Runtime", _runtime(OnnxRuntime), inference_only=True),
+    "openvino": Peer("OpenVINO", _runtime(OpenVino), inference_only=True),
+    "openvino_by_image": Peer(
+        "OpenVINO, a stream a thread, each image a request", _runtime(OpenVino, by_image=True), inference_only=True
+    ),
+}
+
+
+def call_of(form: Form, subject: Subject, reverse: bool = False) -> Callable[[], object]:
+    """What is timed: the plain call, or forward and backward of one fixed random cotangent (`reverse`: from the last
+    image to the first), with the optimiser's step if asked for."""
+    if not subject.training:
+        return lambda: form.model(form.images)
+    cast = subject.dtype not in (torch.float32, torch.float64)
+    optimizer = torch.optim.AdamW(form.model.parameters(), lr=0.0) if subject.step else None
+    cotangents: dict[str, Tensor] = {}
+
+    def train() -> dict[str, Tensor]:
+        form.model.zero_grad(set_to_none=True)
+        with torch.autocast(form.images.device.type, subject.dtype if cast else None, enabled=cast):
+            outputs = named_outputs(form.model(form.images))
+        for name, value in outputs.items():
+            if name not in cotangents:
+                generator = torch.Generator().manual_seed(0)
+                cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
+                cotangents[name] = (cotangent.flip(0) if reverse else cotangent).to(value)
+        torch.autograd.backward(list(outputs.values()), [cotangents[name] for name in outputs])
+        if optimizer is not None:
+            optimizer.step()
+        return outputs
+
+    return train
+
+
+def check_peers(names: Iterable[str], training: bool = False) -> list[str]:
+    """`names` without repeats, eager first, which all ratios refer to; "all" is every peer that there is.
+
+    Raises:
+        ValueError: an unknown peer, or one that cannot train.
+    """
+    names = list(names)
+    if "all" in names:
+        names = [name for name, peer in PEERS.items() if not (training and peer.inference_only)]
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"unknown peer {name!r}; choose from {', '.join(PEERS)}, or 'all'")
+        if training and PEERS[name].inference_only:
+            raise ValueError(f"peer {name!r} is for inference only; leave it out when training is measured")
+    return list(dict.fromkeys(["eager", *names]))

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as long-form CSV: one line a candidate and clock, of one set of columns whatever was measured.
+
+Example:
+    >>> append(Path("benchmarks/results/nvidia-h200/operators.csv"), rows)
+    >>> rows = latest(read(Path("benchmarks/results/nvidia-h200/operators.csv")))
+
+Files are appended to and never edited. What a line compares itself with (``ratio``) was measured in turns with it: such
+lines have one ``date``, and `latest` keeps them together.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# What was measured. `stage` is "s/3" for stage 3 of MobileViT-S; `mode` is inference, training (forward and backward)
+# or step (the optimiser's as well); `size` is the image's in pixels, `tokens` the transformer's, in sequences of
+# `sequence`; `clock` is wall or graph, see `mvit_kernels.bench.timing`.
+SUBJECT = ("suite", "subject", "stage", "mode", "size", "batch", "tokens", "sequence", "dtype", "backend")
+IDENTITY = (*SUBJECT, "candidate", "clock")
+# `ratio` is eager's median over this one's; gflop and mb are the least that a call can do, and the percentages are of
+# what the machine did in the same run, see `mvit_kernels.bench.ceilings`.
+MEASURED = (
+    *("median_ms", "p20_ms", "p80_ms", "samples", "ratio", "images_per_s"),
+    *("gflop", "mb", "gflop_per_s", "gb_per_s", "percent_product", "percent_bandwidth"),
+    *("launches", "peak_mb", "worst", "error", "allowed", "build_s", "note"),
+)
+ORIGIN = (
+    *("device", "device_name", "cpu", "isa", "threads", "driver", "torch", "cuda", "triton", "libraries", "python"),
+    *("mvit_kernels", "commit", "date"),
+)
+COLUMNS = (*IDENTITY, *MEASURED, *ORIGIN)
+
+Row = dict[str, Any]
+
+
+def row(**known: Any) -> Row:
+    """A line of all columns in their order, empty where nothing is known.
+
+    Raises:
+        ValueError: a column that there is not.
+    """
+    unknown = known.keys() - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"results: no column is named {', '.join(sorted(unknown))}")
+    return {name: _text(known.get(name)) for name in COLUMNS}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    return "" if value is None else value
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Append `rows` to the file, which is made with a line of headings where there is none yet; in one write, so that a
+    run that is cut leaves whole lines.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            found = next(csv.reader(file), [])
+        if found != list(COLUMNS):
+            raise ValueError(f"{path} has other columns than this version writes: move it away, or name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if new:
+        writer.writeheader()
+    writer.writerows(rows)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text.getvalue())
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of a file, each with all columns as text; an older file's lack some, which are empty."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [dict.fromkeys(COLUMNS, "") | line for line in csv.DictReader(file)]
+
+
+def key(line: Mapping[str, Any], columns: Iterable[str] = SUBJECT) -> tuple[str, ...]:
+    """What identifies the line, as text."""
+    return tuple(str(line[name]) for name in columns)
+
+
+def latest(lines: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """For each subject and clock the lines that were measured last, in the order in which subjects first came.
+
+    Those of one subject and date were measured in turns with each other, and stay together. A date on which no
+    candidate was timed hides none on which one was.
+    """
+    lines = list(lines)
+    group = functools.partial(key, columns=(*SUBJECT, "clock"))
+    last: dict[tuple[str, ...], tuple[bool, str]] = {}
+    timed = {(group(line), line["date"]) for line in lines if line["median_ms"] != ""}
+    for line in lines:
+        when = ((group(line), line["date"]) in timed, line["date"])
+        last[group(line)] = max(when, last.get(group(line), when))
+    order = {one: index for index, one in enumerate(last)}
+    newest = [line for line in lines if line["date"] == last[group(line)][1]]
+    return sorted(newest, key=lambda line: order[group(line)])

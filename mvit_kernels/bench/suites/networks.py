@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suites ``blocks``, ``models``, ``training`` and ``mobile``: whole networks and their MobileViT blocks.
+
+Example:
+    >>> [case.name for case in models("cpu")][:2]
+    ['mobilevit_s, 256 px, batch 1, float32, inference', 'mobilevit_xxs, 256 px, batch 1, float32, inference']
+
+Each case is a table of `mvit_kernels.bench.comparison`. ``mobile`` is the paper's protocol for devices: 100 calls at
+batch 1 in full precision, MobileNetV2 at 224 px beside MobileViT at 256 (arXiv:2110.02178, section 4.3: there the mean
+on a phone, here the median on this machine).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..._utils.third_party import import_timm
+from ...adapters import adapter_of, restore
+from ...zoo import load, randomise
+from ..ceilings import Work
+from ..comparison import Result, compare, csv_rows, measure, prepare
+from ..origin import environment
+from ..peers import PEERS, Form, Subject, call_of
+from ..results import Row, row
+from . import operators
+from ._case import Case, Context
+from .operands import stages
+
+GFLOP = {"s": 4.06, "xs": 1.97, "xxs": 0.83}  # of one image of 256 px
+CHEAP = {
+    "cpu": ("eager", "channels_last", "accelerated", "frozen", "onnxruntime", "openvino"),
+    "cuda": ("eager", "channels_last", "accelerated", "frozen"),
+}
+COMPILED = {
+    "cpu": ("compile_freezing", "compile", "compile_accelerated", "compile_max_autotune"),
+    "cuda": ("compile_channels_last", "compile_reduce_overhead", "compile_max_autotune", "compile_accelerated"),
+}
+USUALLY = {"cpu": 40.0, "cuda": 40.0}  # seconds that a network takes to be compiled
+MEMORY_SECONDS = 40.0  # a peer, that must be left for measuring the memory too
+MOBILE_RUNS = 100
+MOBILE_BASELINE, MOBILE_PX = "mobilenetv2_100", 224
+MOBILE_NAMES = (MOBILE_BASELINE, "mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
+
+
+class Setting(NamedTuple):
+    """One table: a model by its name (see `mvit_kernels.zoo.load`), or one of its blocks, and how it is called."""
+
+    model: str
+    size: int
+    batch: int
+    dtype: str
+    training: bool = False
+    stage: int | None = None  # of the block
+    compiled: bool = False  # torch.compile beside the others
+
+    @property
+    def variant(self) -> str:
+        return self.model.rpartition("_" if "_" in self.model else "/")[2]
+
+    @property
+    def name(self) -> str:
+        stage = f", block of stage {self.stage}" if self.stage else ""
+        kind = ("training" if self.training else "inference") + ", compiled too" * self.compiled
+        return f"{self.model}{stage}, {self.size} px, batch {self.batch}, {self.dtype}, {kind}"
+
+    @property
+    def subject(self) -> dict[str, object]:
+        return {
+            "subject": "block" if self.stage else self.model,
+            "stage": f"{self.variant}/{self.stage}" if self.stage else "",
+            "mode": "step" if self.training and not self.stage else "training" if self.training else "inference",
+            "size": self.size,
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "backend": "auto",
+        }
+
+    @property
+    def gflop(self) -> float:
+        """About; what is written down is counted."""
+        share = 0.2 if self.stage else 1.0
+        return GFLOP[self.variant] * share * self.batch * (self.size / 256) ** 2 * (3 if self.training else 1)
+
+
+def models(device: str) -> list[Case]:
+    """timm's, Hugging Face's, Kornia's and our own models: latency at batch 1, throughput at larger ones."""
+    first, batches, dtypes = (
+        ("float32", (1, 8), ("bfloat16",)) if device == "cpu" else ("bfloat16", (64, 1), ("float16", "float32"))
+    )
+    s, xxs, xs = "mobilevit_s", "mobilevit_xxs", "mobilevit_xs"
+    found = [Setting(model, 256, batch, first) for batch in batches for model in (s, xxs)]
+    found += [Setting(model, 256, batch, dtypes[0]) for batch in batches for model in (s, xxs)]
+    found += [setting._replace(compiled=True) for setting in found[:4]]
+    found += [Setting(xs, 256, batch, first) for batch in batches]
+    found += [Setting(f"{library}/s", 256, batches[0], first) for library in ("huggingface", "kornia", "own")]
+    found += [Setting(s, size, batches[0], first) for size in (224, 320)]
+    found += [Setting(s, 256, batches[0], dtype) for dtype in dtypes[1:]]
+    more = (64, 256) if device == "cpu" else (256, 8)
+    found += [Setting(model, 256, batch, first) for batch in more for model in (s, xxs, xs)]
+    found += [Setting(s, 256, 1, "float16")] if device == "cpu" else []
+    found += [Setting(s, size, batch, first) for batch in batches[1:] for size in (224, 320)]
+    return [_case(setting, device) for setting in found]
+
+
+def training(device: str) -> list[Case]:
+    """A step: forward, backward and AdamW; in bfloat16 and float16 under autocast."""
+    batch, dtypes = (8, ("float32",)) if device == "cpu" else (64, ("bfloat16", "float32"))
+    names = ("mobilevit_xxs", "mobilevit_s", "mobilevit_xs", "huggingface/s", "kornia/s", "own/s")
+    found = [Setting(name, 256, batch, dtype, training=True) for dtype in dtypes for name in names]
+    found[2:2] = [setting._replace(compiled=True) for setting in found[:2]]
+    return [_case(setting, device) for setting in found]
+
+
+def blocks(device: str) -> list[Case]:
+    """timm's MobileViT block of every stage, and the stack of transformer layers in it, which takes the most of it."""
+    batches, dtypes = ((1, 8), ("float32", "bfloat16")) if device == "cpu" else ((64, 1, 256), ("bfloat16", "float32"))
+    found = [Setting("mobilevit_s", 256, batches[0], dtypes[0], stage=stage) for stage in (3, 4, 5)]
+    found += [Setting("mobilevit_s", 256, batches[0], dtypes[0], True, stage) for stage in (3, 4, 5)]
+    found += [Setting("mobilevit_s", 256, batches[0], dtypes[1], stage=stage) for stage in (3, 4, 5)]
+    found += [
+        Setting("mobilevit_s", 256, batch, dtypes[0], stage=stage) for batch in batches[1:] for stage in (3, 4, 5)
+    ]
+    found += [
+        Setting(f"mobilevit_{v}", 256, batches[0], dtypes[0], stage=st) for v in ("xs", "xxs") for st in (3, 4, 5)
+    ]
+    stacks = [
+        operators.case_of(operators.Setting("transformer", stage, 256, dtypes[0], training), device)
+        for training in (False, True)
+        for stage in stages(["s"], 256, batches[0])
+    ]
+    return stacks + [_case(setting, device) for setting in found]
+
+
+def mobile(device: str) -> list[Case]:
+    """MobileViT beside MobileNetV2, by the paper's protocol."""
+    subject = {"subject": "protocol", "mode": "inference", "batch": 1, "dtype": "float32", "backend": "auto"}
+    subject |= {"stage": "", "size": "", "tokens": "", "sequence": ""}
+    return [Case("100 runs at batch 1, float32, beside MobileNetV2", subject, sum(GFLOP.values()), _measure_mobile)]
+
+
+def _case(setting: Setting, device: str) -> Case:
+    run = functools.partial(measure_setting, setting)
+    return Case(setting.name, setting.subject, setting.gflop, run, USUALLY[device] if setting.compiled else 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- one case
+
+
+def measure_setting(setting: Setting, context: Context) -> list[Row]:
+    """Build, check and time the peers of one setting; where its library is absent, a row that says so."""
+    origin = environment(context.device)
+    try:
+        subject = subject_of(setting, context.device)
+    except ImportError as error:
+        note = f"absent: {error}"
+        return [
+            row(suite=context.suite, candidate="eager", clock="wall", samples=0, note=note, **setting.subject, **origin)
+        ]
+    peers = [name for name in CHEAP[context.device] if not (setting.training and PEERS[name].inference_only)]
+    if context.device == "cpu" and setting.batch > 1 and not setting.training:
+        peers.append("openvino_by_image")
+    limit = context.build_seconds(USUALLY[context.device])
+    possible = [n for n in COMPILED[context.device] if not (setting.training and PEERS[n].inference_only)]
+    if setting.compiled:
+        # As many as the budget has room for: each may take what the longest one took.
+        peers += possible[: max(1, int(context.left / 10 / USUALLY[context.device]))]
+    cheap = [name for name in peers if not PEERS[name].lazy]
+    # Built once more for it, which takes longer than to time them.
+    weighed = context.left > MEMORY_SECONDS * len(cheap) and setting.batch <= 8 and not setting.stage
+    results = compare(
+        subject,
+        peers,
+        seconds=context.seconds,
+        warmup_seconds=0.1,
+        build_seconds=limit or max(context.left, 60.0),
+        memory=cheap if weighed else False,
+        progress=lambda line: context.progress(f"  {line}"),
+    )
+    for result in results:
+        if PEERS[result.candidate].lazy:
+            context.built(result.build_seconds)
+    return csv_rows(
+        results,
+        subject,
+        setting.model,
+        origin,
+        work=work_of(subject),
+        ceilings=context.ceilings(subject.dtype),
+        suite=context.suite,
+        **setting.subject,
+    )
+
+
+def subject_of(setting: Setting, device: str) -> Subject:
+    """The model, or its block on maps as the network has them there, on random images.
+
+    Raises:
+        ImportError: the model's library is not installed.
+    """
+    model = load(setting.model, device=device)
+    images = torch.rand(
+        setting.batch, 3, setting.size, setting.size, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
+    images = images.to(device)
+    if setting.stage:
+        model, images = _block(model, setting.stage, images)
+    return Subject(
+        model, images, getattr(torch, setting.dtype), None, setting.training, setting.training and not setting.stage
+    )
+
+
+def _block(model: nn.Module, stage: int, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """The MobileViT block of `stage`, and the map that it is given for `images`."""
+    block = [module for module in model.modules() if adapter_of(module) is not None][stage - 3]
+    seen: list[Tensor] = []
+    hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    with torch.no_grad():
+        model(images)
+    hook.remove()
+    return block, seen[0]
+
+
+def work_of(subject: Subject) -> Work:
+    """What one call does at least: the operations of its convolutions and products, counted; the bytes of weights,
+    images and outputs, in training with the weights' gradients."""
+    model = restore(copy.deepcopy(subject.model)).float()
+    image = subject.images[:1].float()
+    counter = FlopCounterMode(display=False)
+    with torch.set_grad_enabled(False), sdpa_kernel(SDPBackend.MATH), counter:
+        model(image)
+    flop = counter.get_total_flops() * len(subject.images) * (3 if subject.training else 1)
+    unit = subject.dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters()) * (3 if subject.training else 1)
+    return Work(flop / 1e9, (weights + subject.images.numel()) * unit / 1e6)
+
+
+# --------------------------------------------------------------------------------------------- the paper's protocol
+
+
+def _measure_mobile(context: Context) -> list[Row]:
+    """All models and forms take turns, so that every ratio is of one run; it is to MobileNetV2's eager form."""
+    origin = environment(context.device)
+    forms: dict[str, tuple[Subject, Form]] = {}
+    results: dict[str, Result] = {}
+    subjects: dict[str, Subject] = {}
+    device = torch.device(context.device)
+    compiled = context.left > 10 * USUALLY[context.device]  # all of them, or none
+    with torch.no_grad():
+        for name in MOBILE_NAMES:
+            context.progress(f"  {name}")
+            subjects[name] = subject = _mobile_subject(name, context.device)
+            peers = [p for p in CHEAP[context.device] if name != MOBILE_BASELINE or not PEERS[p].ours]
+            peers += COMPILED[context.device][:1] if compiled else ()
+            found, built = prepare(subject, peers, build_seconds=max(2 * USUALLY[context.device], 60.0))
+            for peer, result in found.items():
+                results[f"{name} {peer}"] = result
+                if PEERS[peer].lazy:
+                    context.built(result.build_seconds)
+            forms |= {f"{name} {peer}": (subject, form) for peer, form in built.items()}
+        context.progress(f"timing {len(forms)} forms, {MOBILE_RUNS} runs of each")
+        calls = {name: call_of(form, subject) for name, (subject, form) in forms.items()}
+        baselines = dict.fromkeys(calls, f"{MOBILE_BASELINE} eager")
+        measure(results, calls, device=device, warmup_seconds=0.2, rounds=MOBILE_RUNS, baselines=baselines)
+        del calls, forms
+        torch.compiler.reset()
+    rows = []
+    for name, subject in subjects.items():
+        mine = [result for key, result in results.items() if key.startswith(f"{name} ")]
+        about: dict[str, Any] = {"work": work_of(subject), "ceilings": context.ceilings(torch.float32)}
+        rows += csv_rows(mine, subject, name, origin, suite=context.suite, **about)
+    return rows
+
+
+def _mobile_subject(name: str, device: str) -> Subject:
+    if name == MOBILE_BASELINE:
+        model, size = import_timm().create_model(name).eval(), MOBILE_PX
+        randomise(model)
+    else:
+        model, size = load(name), 256
+    images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
+    return Subject(model.to(device), images.to(device))

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State dicts of timm, Hugging Face, cvnets and this package, strictly from each into each.
+
+The table of names is in `_checkpoint_keys`. A state dict is read into this package's names ("own") and
+written from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.text import some
+from .files import read_file
+from .keys import AVERAGED, LAYOUTS, Keys, is_counter, is_stem, network, read_keys
+
+__all__ = ["convert_state_dict", "load_checkpoint"]
+
+Layout = Literal["own", "timm", "huggingface", "cvnets"]
+Model = TypeVar("Model", bound=nn.Module)
+
+logger = logging.getLogger("mvit_kernels")
+_LAST_OF_STAGES = "stages.4.1.conv_fusion.norm.bias"
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], to: Layout) -> dict[str, Tensor]:
+    """The same network under another library's names.
+
+    Example:
+        >>> own = convert_state_dict(timm.create_model("mobilevit_s").state_dict(), to="own")
+        >>> MobileViT("s", num_classes=1000).load_state_dict(own)
+        <All keys matched successfully>
+
+    Args:
+        state_dict: of a timm, Hugging Face, cvnets or own MobileViT of any width, with or without the
+            classifier; or a training checkpoint around one, as for `load_checkpoint`. What all keys begin with
+            is taken off.
+        to: "own", "timm", "huggingface" or "cvnets". Hugging Face's keys come out as
+            `MobileViTForImageClassification` has them if there is a classifier, else as the bare
+            `MobileViTModel` has.
+
+    Returns:
+        A new dict in the network's order. The tensors are those of `state_dict`, but for Hugging Face's
+        query, key and value, which are joined into new tensors or copied out of one.
+
+    Raises:
+        TypeError: not a mapping of names to tensors.
+        ValueError: an unknown layout; keys that fit none (the message has the nearest and the first that
+            differ); keys beside the network, such as a segmentation head's, which have no place elsewhere;
+            Kornia's network.
+    """
+    if to not in LAYOUTS:
+        raise ValueError(f"convert_state_dict: to={to!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    what = "convert_state_dict: the state dict"
+    state_dict, remarks = _unwrap(state_dict, what)
+    keys = read_keys(state_dict, what)
+    _refuse_extra(keys, what)
+    _tell(what, keys, keys.aside, remarks)
+    if _LAST_OF_STAGES not in keys.found:
+        raise ValueError(f"{what} ends at {list(keys.found)[-1]!r}; all five stages are wanted")
+    table = network(to)
+    converted: dict[str, Tensor] = {}
+    for own, tensor in _own_tensors(state_dict, keys, what).items():
+        converted.update(_split(tensor, table[own], what))
+    if to == "huggingface" and "classifier.weight" in converted:
+        # The task model holds the network as `mobilevit`, beside its classifier.
+        return {key if key.startswith("classifier.") else f"mobilevit.{key}": t for key, t in converted.items()}
+    return converted
+
+
+def load_checkpoint(
+    model: Model,
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    flip_stem_channels: bool = False,
+) -> Model:
+    """Load a checkpoint of any of the four layouts into a model of any of the four: all of it, or nothing.
+
+    Example:
+        >>> model = load_checkpoint(timm.create_model("mobilevit_xxs", num_classes=21), "land_use21.pth")
+
+    Args:
+        model: a timm, Hugging Face, cvnets or own MobileViT, accelerated or not, also under DDP,
+            `torch.compile` or timm's `features_only`. It keeps its dtype and device.
+        path_or_state_dict: a file of `torch.save` (read with `weights_only=True`, never otherwise; objects that
+            training scripts save beside the weights become stand-ins that do nothing) or of safetensors; or a state
+            dict. Training checkpoints are unwrapped, wherever in them the network is: averaged weights
+            (`state_dict_ema`, `model_ema`, …) if there are any, else `state_dict`, `model_state_dict`, `model`, ….
+        flip_stem_channels: reverse the stem's three input channels. Hugging Face's published weights expect
+            BGR images, timm's and cvnets' RGB.
+
+    The keys of the checkpoint, and of the model, may all stand below one prefix, whatever it is: that of DDP,
+    `torch.compile`, a Lightning module (`net.`), a larger network (`backbone.`). What is beside a network with its
+    classifier (`loss.weight`, `teacher.`) is left aside, and a warning of the logger `mvit_kernels` names it, as it
+    names the place that was taken of several.
+
+    A checkpoint may go further than the model: a classifier is dropped where the model has none
+    (`num_classes=0`, Hugging Face's `MobileViTModel`), and so are layers beyond the last of a backbone. The
+    head of another task loads only into a model that has it under the same names.
+
+    Returns:
+        `model`, loaded in place.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: the path.
+        ImportError: a safetensors file, and safetensors is not installed.
+        TypeError: neither a path nor a mapping of names to tensors; `model` is no module.
+        ValueError: a file that is empty, corrupt (the archive's record that is damaged), holds more than tensors,
+            or is of another kind; keys, the checkpoint's or the model's, that fit no layout, or of two networks;
+            another variant, number of classes or of channels; a part of the model that the checkpoint lacks;
+            values that are not finite. All is checked first: after an error the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_checkpoint: model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(path_or_state_dict, str | os.PathLike):
+        path = Path(path_or_state_dict)
+        what = f"load_checkpoint: {path}"
+        checkpoint = read_checkpoint(path, what)
+    else:
+        what = "load_checkpoint: the checkpoint"
+        checkpoint = _unwrap(path_or_state_dict, what)
+    load_into(model, checkpoint, what, flip_stem_channels)
+    return model
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint, what: str, flip_stem_channels: bool = False) -> None:
+    """`load_checkpoint` of what `read_checkpoint` has read."""
+    state_dict, remarks = checkpoint
+    current = model.state_dict()
+    source = read_keys(state_dict, what)
+    values = _fit(state_dict, source, current, type(model).__name__, flip_stem_channels, what)
+    _check_values(values, current, what)
+    model.load_state_dict(values)
+    _tell(what, source, [key for key in source.aside if key not in values], remarks)
+
+
+def _tell(what: str, keys: Keys, aside: list[str], remarks: list[str]) -> None:
+    """What was chosen or left, as a warning; the plain taking off of a prefix as information."""
+    if keys.prefix:
+        logger.info("%s has the network's keys below %r", what, keys.prefix)
+    if aside:
+        remarks = [*remarks, f"has also {some(aside)}, which is left aside"]
+    for remark in remarks:
+        logger.warning("%s %s", what, remark)
+
+
+def _fit(
+    state_dict: dict[str, Tensor],
+    source: Keys,
+    current: Mapping[str, Tensor],
+    model: str,
+    flip_stem_channels: bool,
+    what: str,
+) -> dict[str, Tensor]:
+    """A tensor of the checkpoint, in the right shape, for each key of the model's state dict `current`."""
+    target = read_keys(current, f"load_checkpoint: the model ({model})")
+    own = _own_tensors(state_dict, source, what)
+    if flip_stem_channels:
+        stem = own["stem.conv.weight"]
+        if stem.ndim != 4 or stem.shape[1] != 3:
+            raise ValueError(f"{what} has a stem of shape {tuple(stem.shape)}; flipping needs three input channels")
+        own["stem.conv.weight"] = stem.flip(1)
+
+    values: dict[str, Tensor] = {}
+    for key, names in target.found.items():
+        if key in own:
+            values.update(_split(own[key], names, what))
+        elif is_counter(key):
+            values[names[0]] = torch.zeros((), dtype=torch.long, device="cpu")
+    beside = {*target.extra, *target.aside}
+    heads = beside.intersection(source.extra + source.aside)  # of another task, in both, under the same names
+    values.update({key: state_dict[key] for key in heads})
+    _refuse_extra(source._replace(extra=[key for key in source.extra if key not in heads]), what)
+
+    lacking = [key for key in current if key not in values]
+    if lacking:
+        if beside.issuperset(lacking):
+            child = _where(current, target)
+            advice = (
+                f"load the network alone: load_checkpoint(model.{child}, ...)" if child else "take them off the model"
+            )
+        else:
+            advice = "build the model without a classifier (num_classes=0; Hugging Face: MobileViTModel)"
+        raise ValueError(f"{what} has no {some(lacking)}, which the model ({model}) has; {advice}")
+    wrong = [key for key in current if values[key].shape != current[key].shape]
+    if wrong:
+        shapes = [f"{key} is {tuple(values[key].shape)}, there {tuple(current[key].shape)}" for key in wrong]
+        advice = _shape_advice(own, _own_tensors(current, target, what))
+        raise ValueError(f"{what} does not fit the model ({model}): {some(shapes, 3)}. {advice}")
+    return values
+
+
+def _where(state_dict: Mapping[str, Tensor], keys: Keys) -> str:
+    """The attributes in which a model holds the network: what stands before its stem."""
+    own, names = next(iter(keys.found.items()))
+    return names[0].removesuffix(network(keys.layout)[own][0]).rstrip(".")
+
+
+def _own_tensors(state_dict: Mapping[str, Tensor], keys: Keys, what: str) -> dict[str, Tensor]:
+    """own key -> tensor; Hugging Face's query, key and value are joined along axis 0."""
+    tensors = {}
+    for own, names in keys.found.items():
+        parts = [state_dict[name] for name in names]
+        if len({part.shape for part in parts}) > 1 or (len(parts) > 1 and parts[0].ndim == 0):
+            shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(names, parts, strict=True))
+            raise ValueError(f"{what}: query, key and value must have one shape; got {shapes}")
+        tensors[own] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensors
+
+
+def _split(tensor: Tensor, names: tuple[str, ...], what: str) -> dict[str, Tensor]:
+    """`tensor` under its one name; or in equal parts along axis 0, copied, for safetensors saves no views."""
+    if len(names) == 1:
+        return {names[0]: tensor}
+    if tensor.ndim == 0 or tensor.shape[0] % len(names):
+        raise ValueError(f"{what}: qkv of shape {tuple(tensor.shape)} does not split into {', '.join(names)}")
+    return {name: part.clone() for name, part in zip(names, tensor.chunk(len(names)), strict=True)}
+
+
+def _refuse_extra(keys: Keys, what: str) -> None:
+    if keys.extra:
+        heads = sorted({key.split(".")[0] for key in keys.extra})
+        raise ValueError(
+            f"{what} has a MobileViT in {keys.layout}'s layout, and beside it {some(keys.extra)}, for which "
+            f"there is no place; to take the network alone, leave out the keys that start with {some(heads)}"
+        )
+
+
+VARIANT_OF_WIDTH = {96: "xxs", 144: "xs", 240: "s"}  # the transformer's width in the last stage
+
+
+def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> str:
+    """What explains the shapes that differ between checkpoint and model, and what to do about it."""
+    width = "stages.4.1.norm.weight"
+    source, target = (
+        VARIANT_OF_WIDTH.get(tensors[width].numel()) if width in tensors else None for tensors in (own, current)
+    )
+    if source and target and source != target:
+        there = f"the model a MobileViT-{target.upper()}"
+        return f"The checkpoint is a MobileViT-{source.upper()}, {there}: build the model as {source!r}"
+    differ = {key for key in own.keys() & current.keys() if own[key].shape != current[key].shape}
+    if differ <= {"classifier.weight", "classifier.bias"}:
+        classes = own["classifier.bias"].numel()
+        return (
+            f"The checkpoint has {classes} classes: build the model with as many (num_classes={classes}; "
+            f"Hugging Face: num_labels={classes}), or without a classifier to take the rest"
+        )
+    if differ == {"stem.conv.weight"}:
+        return "The images' channels differ: build the model with as many input channels as the checkpoint has"
+    advice = "Build the model with the checkpoint's widths"
+    return f"{advice} (Hugging Face: hidden_sizes, neck_hidden_sizes, expand_ratio in the config)"
+
+
+def _check_values(values: dict[str, Tensor], current: Mapping[str, Tensor], what: str) -> None:
+    """What could still go wrong: meta tensors, integers for weights, values not finite here or there."""
+    if any(tensor.is_meta for tensor in current.values()):
+        raise ValueError(f"{what} cannot be loaded into a model on the meta device; call model.to_empty() first")
+    kinds = [k for k, value in values.items() if value.is_floating_point() != current[k].is_floating_point()]
+    if kinds:
+        dtypes = (f"{key} in {values[key].dtype}" for key in kinds)
+        raise ValueError(f"{what} has {some(dtypes)}; weights of floating point are wanted, not quantised ones")
+    broken = [key for key, value in values.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{what} has NaN or infinite values in {some(broken)}; take an earlier checkpoint")
+    beyond = [key for key, value in values.items() if not torch.isfinite(value.to(current[key].dtype)).all()]
+    if beyond:
+        raise ValueError(
+            f"{what} has values beyond {current[beyond[0]].dtype}, the model's dtype, in {some(beyond)}; "
+            "load it into a float32 or bfloat16 model"
+        )
+
+
+# Where training scripts keep the state dict; the first of these that there is.
+_PLACES = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
+    *("params", "weights", "backbone", "encoder"),
+)
+
+
+class Checkpoint(NamedTuple):
+    """A state dict, and what is to be told of how it was found: nothing for a plain one."""
+
+    state_dict: dict[str, Tensor]
+    remarks: list[str]
+
+
+def read_checkpoint(path: Path, what: str) -> Checkpoint:
+    """The state dict in a file, as `load_checkpoint` takes it, of any layout; `what` is what errors call it."""
+    return _unwrap(read_file(path), what)
+
+
+def _unwrap(checkpoint: object, what: str) -> Checkpoint:
+    """The state dict in a training checkpoint; all its values are tensors."""
+    if not isinstance(checkpoint, Mapping):
+        kind = type(checkpoint).__name__
+        raise TypeError(f"{what} must be a state dict, names to tensors, or the path of one; got {kind}")
+    place, chosen, others = _choose(checkpoint, what)
+    # torch.optim.swa_utils.AveragedModel keeps this count beside the weights.
+    state_dict = {key: value for key, value in chosen.items() if key != "n_averaged"}
+    if not state_dict:
+        raise ValueError(f"{what} is an empty state dict")
+    foreign = [repr(k) for k, v in state_dict.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if foreign:
+        raise TypeError(f"{what} must hold names and tensors only; take {some(foreign)} out, or pass its state dict")
+    remarks = [f"has the weights in {place!r}, which are taken, and in {some(map(repr, others))}"] if others else []
+    return Checkpoint(state_dict, remarks)
+
+
+def _choose(checkpoint: Mapping[str, Any], what: str) -> tuple[str, Mapping[str, Any], list[str]]:
+    """The state dict below a training checkpoint: its place, itself, and the places of others that might be meant."""
+    found = dict(_state_dicts(checkpoint, ()))
+    networks = {place: each for place, each in found.items() if any(map(is_stem, each))} or found
+    if not networks:  # nothing that could be one, or one of no tensors: errors tell what is there
+        inner = next((name for name in _PLACES if isinstance(checkpoint.get(name), Mapping)), None)
+        return "", checkpoint if inner is None else checkpoint[inner], []
+
+    def rank(place: tuple[str, ...]) -> int:
+        if any(map(AVERAGED.search, place)):  # averaged weights are what was evaluated
+            return 0
+        return 1 + next((i for i, name in enumerate(_PLACES) if name in place), len(_PLACES))
+
+    places = sorted(networks, key=rank)
+    names = [".".join(place) for place in places]
+    if len(places) > 1 and rank(places[0]) in (rank(places[1]), 1 + len(_PLACES)):
+        raise ValueError(
+            f"{what} has several state dicts, in {some(map(repr, names))}; pass the one that you mean, as "
+            f"checkpoint{''.join(f'[{name!r}]' for name in places[0])}"
+        )
+    return names[0], networks[places[0]], names[1:]
+
+
+def _state_dicts(mapping: Mapping[str, Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+    """Every mapping of names to tensors in `mapping`, but for an optimizer's, and where it is."""
+    if any(isinstance(key, str) and isinstance(value, Tensor) for key, value in mapping.items()):
+        yield place, mapping
+    if len(place) < 5:
+        for key, value in mapping.items():
+            if isinstance(key, str) and isinstance(value, Mapping) and "optim" not in key.lower():
+                yield from _state_dicts(value, (*place, key))

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen modules as one native call: the whole chain's steps and packed weights, run by ``csrc/cpu/network.cpp``.
+
+Each frozen module *emits* its steps (see `Builder`): convolutions, inverted residuals, transformers and the resizes
+around them. `Network` keeps the result for a module and calls it. What that saves over one operator a layer: a core
+works through whole images, whose maps stay in its cache; a MobileViT block's concatenation is two writers of one
+map; nothing is allocated between layers, and Python runs once.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from itertools import chain
+from operator import is_
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+from .._utils.plain import does_nothing, is_plain
+from .._utils.transforms import obstacle
+from ..backends import cpu
+from ..ops.flops import flop_formula, inverted_residual_flops, layer_flops
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+# The program's words, as csrc/cpu/network.cpp reads them: VERSION, whether in pairs, the number of values and of steps,
+# then channels and border of each value, then the steps: the number of their words, their kind, where they read and
+# write (two `Place`s), and what more they need. Value 0 is the input, the last one the output.
+VERSION = 1
+COPY, CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, TO_WHOLE_PATCHES, TO_SIZE_OF = range(6)
+
+
+class NotNative(Exception):
+    """Why a frozen module cannot be part of a network."""
+
+
+class Place(NamedTuple):
+    """Some adjacent channels of a value: where a step reads or writes."""
+
+    value: int
+    offset: int
+    channels: int
+
+
+class Link(Protocol):
+    """A frozen module, as `Builder` sees it (`mvit_kernels.freezing.modules`)."""
+
+    in_channels: int
+
+    def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
+        """Write its steps; raises `NotNative` where there are none for it."""
+
+    def place(self, builder: Builder) -> Place | None:
+        """Where it wishes to find its input; None for anywhere."""
+
+
+class Builder:
+    """A network's program and weights, step by step; sizes of maps are not part of it.
+
+    Args:
+        in_channels: of the input.
+        pairs: maps and matrices in bfloat16, for products of bfloat16 pairs; else all in float32.
+    """
+
+    def __init__(self, in_channels: int, pairs: bool) -> None:
+        self.pairs = pairs
+        self.odd = False  # whether a channel count is odd, which pairs do not allow
+        self.values = [(in_channels, 0)]
+        self.halvings = [0]  # of each value's size against the input's
+        self.steps: list[list[int]] = []
+        self.takes: list[tuple[Link, int, int]] = []  # blocks to ask about a map: channels and halvings of it
+        self._parts: list[Tensor] = []
+        self._bytes = 0
+
+    # -- what frozen modules call ---------------------------------------------------------------------------------
+
+    def value(self, channels: int, border: int = 0) -> Place:
+        """A new map of so many channels, with a border of zeros."""
+        self.values.append((channels, border))
+        self.halvings.append(0)
+        self.odd |= bool(channels % 2)
+        return Place(len(self.values) - 1, 0, channels)
+
+    def chain(self, links: Iterable[Link], source: Place, target: Place | None = None) -> Place:
+        """One frozen module after another; each writes where the next wishes to read."""
+        links = list(links)
+        for link, following in zip(links, [*links[1:], None], strict=True):
+            source = link.emit(self, source, following.place(self) if following is not None else target)
+        return source
+
+    def copy(self, source: Place, target: Place) -> Place:
+        """The same channels, in another layout or dtype; more channels in the target become zeros."""
+        return self._step(COPY, source, target)
+
+    def convolution(self, conv: nn.Module, source: Place, target: Place | None) -> Place:
+        """A dense `FrozenConv2d`, 1×1 or 3×3."""
+        out, width, kernel, _ = conv.weight.shape
+        weight = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, source.channels - width))
+        return self._step(
+            CONVOLUTION,
+            source,
+            target or self.value(out),
+            kernel,
+            conv.stride[0],
+            conv.dilation[0],
+            int(conv.activation is not None),
+            self._add(_packer("convolution")(self._as_matrix(weight), conv.bias.detach().float())),
+            halve=conv.stride[0] == 2,
+        )
+
+    def inverted_residual(self, block: nn.Module, source: Place, target: Place | None) -> Place:
+        """A `FrozenInvertedResidual`."""
+        expand, depthwise, project = block.expand, block.depthwise, block.project
+        self.odd |= bool(expand.weight.shape[0] % 2)
+        return self._step(
+            INVERTED_RESIDUAL,
+            source,
+            target or self.value(project.weight.shape[0]),
+            expand.weight.shape[0],
+            depthwise.stride[0],
+            depthwise.dilation[0],
+            int(block.residual),
+            self._add(
+                _packer("inverted_residual")(
+                    *(
+                        packed
+                        for conv in (expand, depthwise, project)
+                        for packed in (self._as_matrix(conv.weight), conv.bias.detach().float())
+                    )
+                )
+            ),
+            halve=depthwise.stride[0] == 2,
+        )
+
+    def transformer(self, source: Place, layers, final_norm, num_heads: int, patch_size, eps: float) -> Place:
+        """Layers and final norm, on a map whose size is resized to whole patches before and back after."""
+        d, (ph, pw) = source.channels, patch_size
+        if self.values[source.value] != (d, 0):
+            raise NotNative("its transformer works on a part of a map")
+        inner, hidden = layers[0].proj_weight.shape[1], layers[0].fc1_weight.shape[0]
+        if any(layer.proj_weight.shape[1] != inner or layer.fc1_weight.shape[0] != hidden for layer in layers):
+            raise NotNative("its layers have different widths")
+        self.odd |= bool((inner // num_heads) % 2 or hidden % 2)
+        whole = self._step(TO_WHOLE_PATCHES, source, self.value(d), ph, pw)
+        offsets: list[int] = []
+        for layer in layers:
+            for value in layer:
+                if value is None:
+                    offsets.append(-1)
+                else:
+                    offsets.append(self._matrix(value) if value.dim() == 2 else self._vector(value))
+        norm = [-1, -1] if final_norm is None else [self._vector(value) for value in final_norm]
+        (eps_bits,) = struct.unpack("q", struct.pack("d", eps))
+        self._step(TRANSFORMER, whole, whole, num_heads, inner, hidden, len(layers), ph, pw, eps_bits, *norm, *offsets)
+        return self._step(TO_SIZE_OF, whole, self.value(d), source.value)
+
+    # -- what is made of it ---------------------------------------------------------------------------------------
+
+    def program(self) -> Tensor:
+        words = [VERSION, int(self.pairs), len(self.values), len(self.steps)]
+        words += [word for value in self.values for word in value]
+        words += [word for step in self.steps for word in (len(step) + 1, *step)]
+        return torch.tensor(words, dtype=torch.int64, device="cpu")
+
+    def weights(self) -> Tensor:
+        """All of them in one stretch of bytes, each at a multiple of 64."""
+        stretch = torch.zeros(self._bytes, dtype=torch.uint8, device="cpu")
+        at = 0
+        for part in self._parts:
+            bytes_ = part.contiguous().flatten().view(torch.uint8)
+            stretch[at : at + bytes_.numel()] = bytes_
+            at += _aligned(bytes_.numel())
+        return stretch
+
+    def _step(self, kind: int, source: Place, target: Place, *words: int, halve: bool = False) -> Place:
+        self.halvings[target.value] = self.halvings[source.value] + halve
+        self.steps.append([kind, *source, *target, *words])
+        return target
+
+    def _add(self, part: Tensor) -> int:
+        at = self._bytes
+        self._parts.append(part)
+        self._bytes += _aligned(part.numel() * part.element_size())
+        return at
+
+    def _vector(self, values: Tensor) -> int:
+        return self._add(values.detach().float())
+
+    def _matrix(self, values: Tensor) -> int:
+        return self._add(self._as_matrix(values))
+
+    def _as_matrix(self, values: Tensor) -> Tensor:
+        return values.detach().to(torch.bfloat16 if self.pairs else torch.float32).contiguous()
+
+
+def _packer(kind: str):
+    return getattr(torch.ops.mvit_kernels, f"pack_{kind}").cpu
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+class Network:
+    """A frozen module as one native call, for as long as what it was made from stays the same.
+
+    Args:
+        module: the frozen module.
+
+    Raises:
+        NotNative: why it must be called module by module instead.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        weight = next(iter(module.buffers()), None)
+        if weight is None or weight.device.type != "cpu" or weight.dtype not in DTYPES:
+            raise NotNative("its weights are not float32 or bfloat16 on the CPU")
+        reasons = cpu.BACKEND.unavailable("cpu")
+        if reasons:
+            raise NotNative("; ".join(reasons))
+        self.dtype = weight.dtype
+        builder = _build(module, self.dtype, self.dtype == torch.bfloat16 and cpu.multiplies_bf16_pairs())
+        self.program, self.weights = builder.program(), builder.weights()
+        self.out_channels, self.halvings = builder.values[-1][0], builder.halvings[-1]
+        self.takes, self._taken = builder.takes, {}
+        self.reads_rows = builder.steps[0][0] != COPY
+        # What it would be wrong after a change of, and whose hooks it would not call.
+        self._inner = [part for part in module.modules() if part is not module]
+        self._buffers = [part._buffers for part in module.modules() if part._buffers]
+        self._packed_from = tuple(chain.from_iterable(map(dict.values, self._buffers)))
+        self._generations = [(part, part.generation) for part in module.modules() if hasattr(part, "generation")]
+
+    def is_stale(self) -> bool:
+        """Whether something inside was changed since."""
+        return any(part.generation != generation for part, generation in self._generations)
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether no hook would be left out, the weights are those that were packed (``torch.func.functional_call``
+        lends others), and every block takes its map (Kornia raises on odd ones)."""
+        if _hooked(self._inner):
+            return False
+        if not all(map(is_, chain.from_iterable(map(dict.values, self._buffers)), self._packed_from)):
+            return False
+        if not self.takes:
+            return True
+        size = (x.shape[2], x.shape[3])
+        taken = self._taken.get(size)
+        if taken is None:
+            if len(self._taken) > 4096:  # a size a call must not grow without end
+                self._taken.clear()
+            taken = self._taken[size] = all(
+                block.takes(
+                    block.fallback,
+                    torch.empty((1, channels, *(-(-side // 2**halvings) for side in size)), device="meta"),
+                )
+                for block, channels, halvings in self.takes
+            )
+        return taken
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) of any layout; (B, C', H', W'), channels-last, in the weights' dtype."""
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if self.reads_rows:
+            x = x.contiguous(memory_format=torch.channels_last)
+        rows = torch.ops.mvit_kernels.network.cpu(x, self.weights, self.program, self.out_channels, self.halvings)
+        return rows.permute(0, 3, 1, 2)
+
+
+@flop_formula("network", get_raw=True)
+def _flops(x: Tensor, weights: Tensor, program: Tensor, out_channels: int, halvings: int, out_val: Tensor) -> int:
+    """Of a program's products on a (B, C, H, W) input: what `Builder` wrote, step by step, each map's size with it."""
+    batch, _, *size = x.shape
+    words = program.tolist()
+    sizes, total = {0: tuple(size)}, 0
+    at = 4 + 2 * words[2]
+    for _ in range(words[3]):
+        length, kind, source, _, channels, target, _, out, *more = words[at : at + words[at]]
+        at += length
+        height, width = sizes[source]
+        if kind == CONVOLUTION:
+            kernel, stride = more[:2]
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+            total += 2 * batch * height * width * kernel * kernel * channels * out
+        elif kind == INVERTED_RESIDUAL:
+            hidden, stride = more[:2]
+            total += inverted_residual_flops((batch, height, width, channels), hidden, out, stride)
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        elif kind == TRANSFORMER:
+            _, inner, hidden, layers, *patch_size = more[:6]
+            rows, d = (batch, height, width, channels), channels
+            shapes = ((3 * inner, d), (d, inner), (hidden, d), (d, hidden))
+            total += layers * layer_flops(rows, *shapes, patch_size)
+        elif kind == TO_WHOLE_PATCHES:
+            height, width = -(-height // more[0]) * more[0], -(-width // more[1]) * more[1]
+        elif kind == TO_SIZE_OF:
+            height, width = sizes[more[0]]
+        sizes[target] = (height, width)
+    return total
+
+
+def network_allowed(x: object) -> bool:
+    """Whether a native network may be called with x here and now: inference on the CPU, outside of any tracing and
+    transform."""
+    return (
+        isinstance(x, Tensor)
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.numel() > 0
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and backends.requested() in (None, "cpu")
+        and not obstacle((x,))
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def hooks_inside(module: nn.Module) -> bool:
+    """Whether a hook would be left out if what is inside `module` were not called one by one."""
+    return _hooked([part for part in module.modules() if part is not module])
+
+
+def _hooked(modules: list[nn.Module]) -> bool:
+    if nn.modules.module._has_any_global_hook():
+        return True
+    return any(part._forward_hooks or part._forward_pre_hooks for part in modules)
+
+
+def links_of(module: nn.Module) -> list[Link]:
+    """The frozen modules that calling `module` amounts to, one after another."""
+    if does_nothing(module):
+        return []
+    if hasattr(module, "links"):
+        return module.links()
+    if is_plain(module, nn.Sequential):
+        return [link for child in module for link in links_of(child)]
+    if not hasattr(module, "emit"):
+        raise NotNative(f"it contains a {type(module).__name__}")
+    return [module]
+
+
+def _build(module: nn.Module, dtype: torch.dtype, pairs: bool) -> Builder:
+    links = links_of(module)
+    if not links:
+        raise NotNative("there is nothing in it")
+    converts = dtype == torch.bfloat16 and not pairs  # float32 inside, bfloat16 at both ends
+    builder = Builder(links[0].in_channels, pairs)
+    place = links[0].place(builder)
+    if place is None and converts:
+        place = builder.value(links[0].in_channels)
+    if place is None:
+        builder.odd |= bool(links[0].in_channels % 2)
+    elif pairs and place == (place.value, 0, builder.values[place.value][0]) and place.channels % 2:
+        # An image's three channels: a fourth of zeros, and the weights' for it.
+        place = place._replace(channels=place.channels + 1)
+        builder.values[place.value] = (place.channels, builder.values[place.value][1])
+        builder.odd = False
+    image = Place(0, 0, links[0].in_channels)
+    end = builder.chain(links, image if place is None else builder.copy(image, place))
+    if converts:
+        builder.copy(end, builder.value(end.channels))
+    return _build(module, dtype, pairs=False) if pairs and builder.odd else builder

@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``accelerate``, ``restore`` and ``report``: what they say and undo, hooks, and a model that changes meanwhile."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+import mvit_kernels
+from mvit_kernels import accelerate, report, restore
+from mvit_kernels._utils.third_party import import_timm, import_transformers
+from mvit_kernels.backends import BackendError
+from support import models
+from support.checks import one_thread  # noqa: F401 (a fixture)
+from support.declined import LoRA, assert_declined, classes, evaluated, replaced
+from support.fake_backend import fake_backend
+from support.models import BYPASSED, CALLED, LIBRARIES, accelerated, assert_same, blocks, fast_calls
+
+X = models.images(1, 64, 64).double()
+KERNELS = ("transformer", "layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
+
+
+def double(library="timm", **options):
+    return models.build(library, **options).double()
+
+
+# ---------------------------------------------------------------------------------------------- accelerate and restore
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_accelerate_and_restore(library):
+    """Nothing but the class of three blocks changes, its name does not, and restore gives all of it back."""
+    model = double(library)
+    original, before, keys = classes(model), evaluated(model, X), list(model.state_dict())
+    tensors = [id(value) for value in model.state_dict(keep_vars=True).values()]
+    assert not any(block.accelerated or block.reasons for block in report(model).blocks)
+
+    assert accelerate(model, strict=True) is model
+    swapped = [(a, b) for a, b in zip(classes(model), original, strict=True) if a is not b]
+    assert len(swapped) == 3
+    for ours, theirs in swapped:
+        assert issubclass(ours, theirs)
+        assert (ours.__name__, ours.__qualname__, ours.__module__) == (
+            theirs.__name__,
+            theirs.__qualname__,
+            theirs.__module__,
+        )
+    with fast_calls() as calls:
+        assert_same(evaluated(model, X), before)
+    assert len(calls) == 3
+    assert list(model.state_dict()) == keys
+    assert [id(value) for value in model.state_dict(keep_vars=True).values()] == tensors
+
+    assert restore(model) is model
+    assert classes(model) == original
+    with fast_calls() as calls:
+        assert torch.equal(evaluated(model, X), before)
+    assert not calls
+    assert restore(model) is model  # nothing left to undo
+
+
+def test_report():
+    model = accelerate(models.build("timm"))
+    text = str(report(model))
+    assert text.splitlines()[0] == "3 of 3 MobileViT blocks accelerated"
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        [f"stages.{stage}.1", "timm", "accelerated"] for stage in (2, 3, 4)
+    ]
+    assert [block.library for block in report(model).accelerated] == ["timm"] * 3
+    assert report(model).declined == ()
+    restore(model)
+    assert str(report(model)).count("as it was") == 3
+
+
+def test_a_block_alone():
+    block = blocks(double())[0]
+    x = torch.randn(2, 48, 6, 8, dtype=torch.float64)
+    expected = block(x)
+    assert accelerate(block, strict=True) is block
+    assert_same(block(x), expected)
+    assert "(the model itself)" in str(report(block))
+
+
+def test_accelerating_twice_changes_the_backend_only():
+    model = accelerate(double(), backend="reference")
+    once = classes(model)
+    accelerate(model)
+    assert classes(model) == once
+    assert evaluated(model, X).isfinite().all()
+
+
+def test_logging(caplog):
+    caplog.set_level(logging.INFO, logger="mvit_kernels")
+    model = models.build("timm")
+    blocks(model)[1].norm.register_forward_hook(lambda *_: None)
+    accelerate(model)
+    assert "2 of 3 blocks accelerated" in caplog.text
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "stages.3.1 (timm) stays as it is: norm carries a hook" in warning.getMessage()
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_no_module():
+    with pytest.raises(TypeError, match="accelerate: model is str"):
+        accelerate("mobilevit_s")
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: import_timm().create_model("mobilevitv2_050")])
+def test_a_model_without_blocks(make, caplog):
+    """MobileViTv2's block is another one: separable attention, no heads."""
+    model = make()
+    untouched = classes(model)
+    assert accelerate(model) is model
+    assert "no MobileViT block found" in caplog.text
+    assert "no MobileViT block found" in str(report(model))
+    with pytest.raises(ValueError, match="no MobileViT block found.*timm, huggingface, kornia, cvnets, own.*unchanged"):
+        accelerate(model, strict=True)
+    assert classes(model) == untouched
+
+
+def test_the_later_networks_are_named():
+    """Their blocks are counted by class, in every message that finds no block, and beside blocks that are served."""
+    transformers = import_transformers()
+    v2 = import_timm().create_model("mobilevitv2_050")
+    huggingface = transformers.MobileViTV2Model(transformers.MobileViTV2Config(width_multiplier=0.5))
+    v3 = nn.Sequential(type("MobileViTBlockv3", (nn.Identity,), {})())
+    for model, words in (
+        (v2, "its 3 MobileVitV2Block are of MobileViTv2, another network (linear, separable attention"),
+        (huggingface, "its 3 MobileViTV2Layer are of MobileViTv2"),
+        (v3, "its 1 MobileViTBlockv3 are of MobileViTv3, another network (another fusion"),
+    ):
+        assert words in str(report(model))
+        with pytest.raises(ValueError) as caught:
+            accelerate(model, strict=True)
+        assert words in str(caught.value)
+    text = str(report(accelerate(nn.ModuleList([models.build("timm"), v2]))))
+    assert text.startswith("3 of 3 MobileViT blocks accelerated") and "3 MobileVitV2Block" in text
+    assert report(accelerate(models.build("timm"))).relatives == ()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_script_modules_are_left_alone():
+    """TorchScript's copies of the blocks bear other classes, and have no Python forward to replace."""
+    scripted = torch.jit.trace(models.build("timm"), X.float(), check_trace=False)
+    assert isinstance(scripted, torch.jit.ScriptModule)
+    assert accelerate(scripted) is scripted
+    assert report(scripted).blocks == ()
+
+
+def test_unknown_backend():
+    model = models.build("timm")
+    untouched = classes(model)
+    with pytest.raises(ValueError, match="accelerate: unknown backend 'metal'; choose one of reference, cpu"):
+        accelerate(model, backend="metal")
+    assert classes(model) == untouched
+
+
+@pytest.mark.parametrize(
+    ("operators", "unavailable", "message"),
+    [
+        (KERNELS, ["no such chip"], "backend 'triton' was asked for and cannot run here: no such chip"),
+        (["transformer"], [], "it has no layer_norm_linear, patch_attention"),
+    ],
+)
+def test_unavailable_backend(operators, unavailable, message):
+    model = models.build("timm")
+    untouched = classes(model)
+    with fake_backend(operators, unavailable=unavailable, preferred=False):
+        with pytest.raises(BackendError, match=message):
+            accelerate(model, backend="triton")
+    assert classes(model) == untouched
+
+
+@pytest.mark.parametrize("requested", ["triton", "reference", None])
+def test_the_backend_asked_for_serves_the_blocks(requested):
+    model = double()
+    expected = evaluated(model, X)
+    with fake_backend(KERNELS, preferred=False) as fake:
+        accelerate(model, backend=requested, strict=True)
+        assert_same(evaluated(model, X), expected)
+        assert len(fake.asked) >= 3 if requested == "triton" else fake.asked == []
+
+
+def test_classes_of_the_same_name_elsewhere_are_not_ours():
+    """Somebody's own MobileVitBlock may compute anything."""
+    theirs = models.build("timm")
+    cls = type("MobileVitBlock", (nn.Module,), {"forward": lambda self, x: x})
+    for block in blocks(theirs):
+        block.__class__ = cls
+    assert accelerate(theirs) is theirs
+    assert report(theirs).blocks == ()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_subclasses_are_declined(library):
+    def change(block):
+        cls = type(block)
+        block.__class__ = type("Gated", (cls,), {"forward": lambda self, *a, **k: 2 * cls.forward(self, *a, **k)})
+
+    model = models.build(library)
+    for block in blocks(model):
+        change(block)
+    untouched = classes(model)
+    accelerate(model)
+    assert classes(model) == untouched
+    assert all("it is a Gated, derived from" in str(block.reasons) for block in report(model).declined)
+    assert len(report(model).declined) == 3
+
+
+def test_a_forward_replaced_on_the_block_is_declined():
+    """As Hugging Face's accelerate does with device_map: what it put there would no longer be ours to call."""
+    model = models.build("timm")
+    for block in blocks(model):
+        block.forward = lambda x: x
+    accelerate(model)
+    assert all("its forward was replaced" in str(block.reasons) for block in report(model).declined)
+    assert len(report(model).declined) == 3
+
+
+# --------------------------------------------------------------------------------------------------------------- hooks
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_hooks_on_blocks_and_convolutions_are_called(library):
+    model = accelerated(double(library))
+    block, seen = blocks(model)[0], []
+    block.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    block.register_forward_hook(lambda module, args, y: seen.append("after"))
+    for path in CALLED[library]:
+        block.get_submodule(path).register_forward_hook(lambda module, args, y, path=path: seen.append(path))
+    expected = evaluated(restore(copy.deepcopy(model)), X)
+    seen.clear()
+    with fast_calls() as calls:
+        assert_same(evaluated(model, X), expected)
+    assert len(calls) == 3
+    assert [seen[0], seen[-1]] == ["before", "after"]
+    assert set(seen[1:-1]) == set(CALLED[library])
+
+
+@pytest.mark.parametrize(("library", "path"), [(lib, path) for lib in LIBRARIES for path in BYPASSED[lib]])
+def test_hooks_on_inner_modules(library, path):
+    """They make the block decline, before and after; it is fast again as soon as they are gone."""
+    model = double(library)
+    accelerate(model, strict=True)
+    expected = evaluated(model, X)
+    block, seen = blocks(model)[0], []
+    handle = block.get_submodule(path).register_forward_hook(lambda *_: seen.append(path))
+    with fast_calls() as calls:
+        assert_same(evaluated(model, X), expected)
+    assert len(calls) == 2 and len(seen) == 1
+    assert f"{path} carries a hook" in str(report(model)) and len(report(model).accelerated) == 2
+    handle.remove()
+    assert len(report(model).accelerated) == 3
+    with fast_calls() as calls:
+        assert_same(evaluated(model, X), expected)
+    assert len(calls) == 3 and len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_every_kind_of_hook_is_declined(register):
+    def change(block):
+        getattr(block.transformer[0].mlp.fc2, register)(lambda *_: None)
+
+    assert_declined("timm", change, "transformer.0.mlp.fc2 carries a hook", differs=False)
+
+
+def test_hooks_on_all_modules_get_every_call():
+    """FLOP counters and the like register one; while they do, blocks run module by module."""
+    model = accelerated(double())
+    expected, seen = evaluated(model, X), []
+    handle = register_module_forward_hook(lambda module, args, y: seen.append(module))
+    try:
+        with fast_calls() as calls:
+            assert_same(evaluated(model, X), expected)
+        assert not calls
+        assert blocks(model)[2].transformer[0].attn.qkv in seen
+        assert "hook on all modules" in str(report(model)) and not report(model).accelerated
+    finally:
+        handle.remove()
+    with fast_calls() as calls:
+        evaluated(model, X)
+    assert len(calls) == 3 == len(report(model).accelerated)
+
+
+def test_flops_are_counted_by_module():
+    model = models.build("timm")
+    counts = []
+    for candidate in (model, accelerated(model)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            candidate(X.float())
+        counts.append(counter.get_flop_counts())
+    assert counts[0] == counts[1]
+
+
+# ------------------------------------------------------------------------------------------------- changes on the way
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_changed_weights_are_seen_by_the_next_call(library):
+    model = accelerated(double(library))
+    evaluated(model, X)
+    name, parameter = [(n, p) for n, p in blocks(model)[0].named_parameters() if p.dim() == 2][0]
+    owner, _, leaf = name.rpartition(".")
+    owner = blocks(model)[0].get_submodule(owner)
+
+    def assert_seen():
+        with fast_calls() as calls:
+            ours = evaluated(model, X)
+        assert len(calls) == 3
+        expected = evaluated(restore(copy.deepcopy(model)), X)
+        assert_same(ours, expected)
+        return expected
+
+    outputs = [assert_seen()]
+    with torch.no_grad():
+        parameter.mul_(1.5)
+    outputs.append(assert_seen())
+    setattr(owner, leaf, nn.Parameter(parameter.detach() * 1.5))
+    outputs.append(assert_seen())
+    model.load_state_dict({key: value * 0.9 for key, value in model.state_dict().items()})
+    outputs.append(assert_seen())
+    model.load_state_dict({key: value * 1.1 for key, value in model.state_dict().items()}, assign=True)
+    outputs.append(assert_seen())
+    assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:], strict=False))
+
+
+def test_a_replaced_submodule_is_seen():
+    model = accelerated(double())
+    evaluated(model, X)
+    layer = blocks(model)[0].transformer[0]
+    layer.mlp.fc1 = nn.Linear(64, 256).double()  # even of another width
+    layer.mlp.fc2 = nn.Linear(256, 64).double()
+    blocks(model)[1].conv_1x1 = nn.Conv2d(64, 80, 1, bias=True).double()
+    with fast_calls() as calls:
+        ours = evaluated(model, X)
+    assert len(calls) == 3
+    assert_same(ours, evaluated(restore(model), X))
+
+
+def test_changed_attributes_are_seen():
+    """eps in all norms, and another number of heads, after the first call."""
+    model = accelerated(double())
+    evaluated(model, X)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 0.5
+    for layer in blocks(model)[0].transformer:
+        layer.attn.num_heads, layer.attn.head_dim, layer.attn.scale = 2, 32, 32**-0.5
+    with fast_calls() as calls:
+        ours = evaluated(model, X)
+    assert len(calls) == 3
+    assert_same(ours, evaluated(restore(model), X))
+
+
+def test_layers_added_and_taken_away_are_seen():
+    model = accelerated(double())
+    evaluated(model, X)
+    first, second = blocks(model)[:2]
+    first.transformer.append(copy.deepcopy(first.transformer[0]))
+    del second.transformer[1]
+    with fast_calls() as calls:
+        ours = evaluated(model, X)
+    assert len(calls) == 3
+    assert_same(ours, evaluated(restore(model), X))
+
+
+def test_frozen_parameters_get_no_gradient():
+    model = accelerated(models.build("timm"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("attn" not in name)
+    model.train()(X.float()).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == ("attn" in name), name
+
+
+def test_lora_comes_and_goes():
+    model = accelerated(double())
+    plain = evaluated(model, X)
+    attention = blocks(model)[0].transformer[0].attn
+    linear = attention.qkv
+    attention.qkv = LoRA(linear)
+    with fast_calls() as calls:
+        adapted = evaluated(model, X)
+    assert len(calls) == 2 and not torch.equal(adapted, plain)
+    assert_same(adapted, evaluated(restore(copy.deepcopy(model)), X))
+    attention.qkv = linear
+    with fast_calls() as calls:
+        assert_same(evaluated(model, X), plain)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_replaced_transformer_is_declined(library):
+    path = BYPASSED[library][0].partition(".")[0]
+    assert_declined(library, replaced(path, lambda _: nn.Identity()), path, runs=library in ("timm", "kornia"))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_unknown_modules_inside_are_declined(library):
+    """An adapter layer that somebody put there and that a patched class may call."""
+
+    def change(block):
+        block.get_submodule(BYPASSED[library][1]).adapter = nn.Linear(1, 1).double()
+
+    assert_declined(library, change, "adapter", "is no part of this library's block", runs=False)
+
+
+def test_frozen_copies_leave_the_model_accelerated():
+    model = accelerated(models.build("timm"))
+    frozen = mvit_kernels.freeze(model)
+    assert len(report(model).accelerated) == 3
+    assert all(block.library == "frozen" for block in report(frozen).blocks)

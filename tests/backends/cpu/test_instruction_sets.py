@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every C++ kernel on every instruction set that the processor has.
+
+The library reads MVIT_KERNELS_CPU_ISA once, so each set is a process of its own, which runs the operators' own tests by
+path ``cpu``, those of frozen networks, and the ``test_kernels_…`` of the files beside this one.
+"""
+
+import ctypes
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvit_kernels.backends import library as _library
+from support import TESTS
+from support.native import LIBRARY, skip_without_a_compiler
+
+skip_without_a_compiler()
+
+HERE = Path(__file__).parent
+OPERATORS = (
+    "layer_norm_linear",
+    "patch_attention",
+    "linear_residual",
+    "layer_norm_mlp",
+    "inverted_residual",
+    "transformer",
+)
+OPERATORS_TESTS = [TESTS / "ops" / f"test_{name}.py" for name in OPERATORS]
+OWN_TESTS = [HERE / f"test_{name}.py" for name in ("backend", "rows", "exactness", "reach", "instruction_sets")]
+NETWORK_TESTS = [TESTS / "freezing" / "test_network.py"]
+
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+
+
+def _processor_has(isa: str) -> bool:
+    if isa == "portable":
+        return True
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    avx512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": avx512 | {"avx512_bf16"}}
+    return needed[isa] <= flags
+
+
+def _python(isa: str | None, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "MVIT_KERNELS_CPU_ISA"}
+    if isa is not None:
+        environment["MVIT_KERNELS_CPU_ISA"] = isa
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+
+
+ISA_IN_USE = (
+    f"import ctypes; f = ctypes.CDLL({str(LIBRARY)!r}).mvit_kernels_cpu_isa; f.restype = ctypes.c_char_p; print(f())"
+)
+
+
+def _isa_in_use() -> str:
+    _library.load("cpu")
+    function = ctypes.CDLL(str(LIBRARY)).mvit_kernels_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def test_the_best_instruction_set_is_chosen():
+    best = next(isa for isa in ISAS if _processor_has(isa))
+    assert os.environ.get("MVIT_KERNELS_CPU_ISA", best) == _isa_in_use()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_kernel_on(isa):
+    if not _processor_has(isa):
+        pytest.skip(f"this processor has no {isa}")
+    if isa == _isa_in_use():
+        return  # the tests in this very process run them
+    # Beside the one in use, avx512 differs in bfloat16 alone.
+    dtypes = " and (bfloat16 or dtype1)" if (isa, _isa_in_use()) == ("avx512", "avx512bf16") else ""
+    # Two runs, since a folder's name is a keyword of all that is in it.
+    for where, files in (
+        (f"cpu{dtypes}", OPERATORS_TESTS),
+        (f"(test_kernels or test_network){dtypes} or in_use_is", [*NETWORK_TESTS, *OWN_TESTS]),
+    ):
+        run = _python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", where, *map(str, files))
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+        assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 40
+
+
+def test_the_instruction_set_in_use_is_the_one_asked_for():
+    assert _isa_in_use() in (os.environ.get("MVIT_KERNELS_CPU_ISA"), *ISAS)
+    if "MVIT_KERNELS_CPU_ISA" in os.environ:
+        assert _isa_in_use() == os.environ["MVIT_KERNELS_CPU_ISA"]
+
+
+@pytest.mark.parametrize("wrong", ["sse2", "AVX2 "])
+def test_an_unknown_instruction_set_is_an_error_that_names_the_known(wrong):
+    call = "import torch, mvit_kernels as m; m.patch_attention(torch.ones(1, 2, 2, 24), num_heads=2, patch_size=2)"
+    run = _python(wrong, "-c", call)
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert (
+        f"MVIT_KERNELS_CPU_ISA is '{wrong}'" in last and "choose one of avx512bf16, avx512, avx2 and portable" in last
+    )

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``layer_norm_linear``, ``linear_residual`` and ``layer_norm_mlp`` in CUDA C++: their own source, run on the CPU with
+a race check on, against float64."""
+
+import pytest
+import torch
+
+from support.cases import call, convert, make
+from support.emulation import Driver
+from support.tolerance import assert_close_as_pytorch
+
+WIDTHS = (64, 80, 96, 120, 144, 192, 240)  # of xxs, xs and s
+DTYPES = (torch.bfloat16, torch.float16)
+H100, SMALL = (132, 232448), (4, 101376)  # multiprocessors, and bytes of shared memory that a block may have
+
+
+@pytest.fixture(scope="module")
+def driver():
+    return Driver("rows")
+
+
+def launch(driver, operator, tensors, settings, seed, gpu, out=None):
+    """The raw operator's results, by emulation."""
+    x = tensors["x"]
+    count, half, in_float = x.numel() // x.shape[-1], x.dtype == torch.float16, False
+    features = x.shape[-1] if operator == "layer_norm_mlp" else tensors["weight"].shape[0]
+    out = x.new_full((*x.shape[:-1], features), torch.nan) if out is None else out
+    if operator == "linear_residual":
+        driver.linear_residual(seed, *tensors.values(), out, count, x.shape[-1], features, *gpu, half, writes=[out])
+        return {"out": out}
+    in_float = tensors["norm_weight"].dtype == torch.float32
+    mean, rstd = (torch.full(x.shape[:-1], torch.nan) for _ in range(2))
+    if operator == "layer_norm_linear":
+        rest = (features, settings["eps"], settings["activation"] is not None, in_float, *gpu, half)
+    else:
+        rest = (tensors["fc1_weight"].shape[0], settings["eps"], in_float, half)
+    run = getattr(driver, operator)
+    run(seed, *tensors.values(), out, mean, rstd, count, x.shape[-1], *rest, writes=[out, mean, rstd])
+    return {"out": out, "mean": mean, "rstd": rstd}
+
+
+def statistics(x, eps):
+    """Mean and 1 / σ of the rows, in x's dtype."""
+    mean = x.mean(-1)
+    return mean, 1 / ((x - mean[..., None]).square().mean(-1) + eps).sqrt()
+
+
+def check(driver, operator, sizes, dtype, seeds=(0,), gpu=H100, norm_dtype=None):
+    """Every result by the tolerance rule; the same bits whatever the schedule."""
+    tensors, settings = make(operator, sizes)
+    tensors = convert(tensors, dtype, norm_dtype)
+    ours = launch(driver, operator, tensors, settings, seeds[0], gpu)
+    for seed in seeds[1:]:
+        for name, again in launch(driver, operator, tensors, settings, seed, gpu).items():
+            assert torch.equal(ours[name], again), f"{name} with seed {seed}"
+    exact = convert(tensors, torch.float64)
+    usual, truth = call(operator, tensors, settings, "usual"), call(operator, exact, settings, "oracle")
+    assert_close_as_pytorch("out", ours["out"], usual, truth)
+    if "eps" in settings:
+        x, eps = tensors["x"], settings["eps"]
+        for name, pytorch, true in zip(
+            ("mean", "rstd"), statistics(x.float(), eps), statistics(x.double(), eps), strict=True
+        ):
+            assert_close_as_pytorch(name, ours[name], pytorch, true)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm_linear(driver, width, dtype):
+    check(driver, "layer_norm_linear", dict(shape=(2, 3, 5, width), n=3 * width), dtype, (0, 1, 2))
+    check(driver, "layer_norm_linear", dict(shape=(33, width), n=72, activation="silu", bias=False), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_linear_residual(driver, width, dtype):
+    check(driver, "linear_residual", dict(shape=(2, 3, 5, width), n=width), dtype, (0, 1, 2))
+    check(driver, "linear_residual", dict(shape=(33, 32), n=width, bias=False), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm_mlp(driver, width, dtype):
+    check(driver, "layer_norm_mlp", dict(shape=(2, 3, 5, width), hidden=2 * width), dtype, (0, 1))
+    if width in (64, 144):
+        check(driver, "layer_norm_mlp", dict(shape=(65, width), hidden=4 * width), dtype)
+
+
+@pytest.mark.parametrize("width", [8, 16, 24, 200, 256])
+def test_other_widths(driver, width):
+    check(driver, "layer_norm_linear", dict(shape=(5, width), n=8), torch.bfloat16)
+    check(driver, "linear_residual", dict(shape=(5, width), n=136), torch.bfloat16)
+    check(driver, "layer_norm_mlp", dict(shape=(5, width), hidden=40), torch.bfloat16)
+
+
+@pytest.mark.parametrize("width", [264, 480, 960])
+def test_linear_residual_of_wide_rows(driver, width):
+    """Whose weights pass by in parts."""
+    check(driver, "linear_residual", dict(shape=(35, width), n=72), torch.bfloat16, (0, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 63, 64, 65, 129])
+def test_rows(driver, rows):
+    check(driver, "layer_norm_linear", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=(1, H100[1]))
+    check(driver, "linear_residual", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=(1, H100[1]))
+    check(driver, "layer_norm_mlp", dict(shape=(rows, 80), hidden=80), torch.bfloat16)
+
+
+@pytest.mark.parametrize("gpu", [(1, H100[1]), (1, SMALL[1]), (8, H100[1]), H100], ids=str)
+@pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual"])
+def test_plans(driver, operator, gpu):
+    """Blocks of four, two and one warps, and columns shared out among one, some and many blocks: the same bits."""
+    tensors, settings = make(operator, dict(shape=(150, 240), n=400))
+    tensors = convert(tensors, torch.bfloat16)
+    one, other = (launch(driver, operator, tensors, settings, 0, each)["out"] for each in (gpu, SMALL))
+    assert torch.equal(one, other) and one.isfinite().all()
+    check(driver, operator, dict(shape=(150, 240), n=400), torch.bfloat16, gpu=gpu)
+
+
+@pytest.mark.parametrize("operator", ["layer_norm_linear", "layer_norm_mlp"])
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_norm_in_float_and_large_means(driver, operator, mean):
+    more = dict(n=48) if operator == "layer_norm_linear" else dict(hidden=48)
+    check(driver, operator, dict(shape=(9, 120), mean=mean, **more), torch.bfloat16, norm_dtype=torch.float32)
+    check(driver, operator, dict(shape=(9, 144), mean=mean, **more), torch.float16)
+
+
+def of_equal_values(driver, width):
+    """layer_norm_linear's x, results and results for rows of zeros."""
+    tensors, settings = make("layer_norm_linear", dict(shape=(7, width), n=48))
+    low = convert(tensors | {"x": 0 * tensors["x"]}, DTYPES[0])
+    zeros = launch(driver, "layer_norm_linear", low, settings, 0, H100)
+    for value in (7.1, -123.456, 1e4 + 0.37):
+        tensors["x"] = (value * (1 + torch.arange(7) / 8)).double()[:, None].expand(7, width).contiguous()
+        low = convert(tensors, DTYPES[0])
+        yield low["x"], launch(driver, "layer_norm_linear", low, settings, 0, H100), zeros
+
+
+@pytest.mark.parametrize("width", [56, 112, *WIDTHS])
+def test_the_mean_of_equal_values_is_that_value(driver, width):
+    """And LayerNorm's result its bias, to the last bit."""
+    for x, ours, zeros in of_equal_values(driver, width):
+        assert torch.equal(ours["mean"], x[:, 0].float())
+        assert torch.equal(ours["out"], zeros["out"])
+
+
+def test_squares_beyond_float32(driver):
+    """1 / σ is 0 then, as PyTorch's, and nothing is NaN."""
+    tensors, settings = make("layer_norm_linear", dict(shape=(7, 120), n=48))
+    low = convert(tensors | {"x": 1e25 * tensors["x"]}, torch.bfloat16)
+    ours = launch(driver, "layer_norm_linear", low, settings, 0, H100)
+    assert (ours["rstd"] == 0).all() and ours["mean"].isfinite().all() and ours["out"].isfinite().all()
+
+
+@pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual", "layer_norm_mlp"])
+def test_nothing_is_written_beside_the_result(driver, operator):
+    """What lies before and behind is another's; and the emulation reports every store out of the tensor."""
+    more = dict(hidden=48) if operator == "layer_norm_mlp" else dict(n=24)
+    tensors, settings = make(operator, dict(shape=(37, 24), **more))
+    tensors = convert(tensors, torch.bfloat16)
+    buffer = torch.full((40, 24), 42.0, dtype=torch.bfloat16)
+    launch(driver, operator, tensors, settings, 0, H100, out=buffer[1:38])
+    assert torch.equal(buffer[1:38], launch(driver, operator, tensors, settings, 0, H100)["out"])
+    assert (buffer[:1] == 42).all() and (buffer[38:] == 42).all()
+
+
+def test_matrices_lie_in_different_banks(driver):
+    """In all of this file's launches so far."""
+    assert driver.matrix_conflicts() == 0
+
+
+# ------------------------------------------------------------------------------------------------------ planted faults
+
+RACE = "no barrier after|nobody wrote it|in flight"
+WRONG = "error .* is over"
+NEXT = "sync_threads();  // the next tile"
+FC1, HIDDEN = "sync_threads();  // fc1's rows", "sync_threads();  // hidden values"
+PRODUCT, MLP, TILES = "row_product_kernel.h", "layer_norm_mlp_kernel.h", "row_tiles.h"
+FAULTS = [
+    (PRODUCT, NEXT, "//", RACE),
+    (PRODUCT, f"wait_copies<0>();\n    {NEXT}", NEXT, "in flight"),
+    (PRODUCT, "wait_copies<1>();\n    sync_warp();", "wait_copies<1>();", RACE),
+    (PRODUCT, "copy_matrix(slots + stage % 2 * slot_bytes", "copy_matrix(slots", RACE),
+    (PRODUCT, "c >= args.out_channels", "c > args.out_channels", "outside of every buffer|no barrier after"),
+    (PRODUCT, "row >= left", "row > left", "outside of every buffer"),
+    (PRODUCT, "wait_copies<0>();\n  sync_threads();", "wait_copies<0>();", RACE),
+    (TILES, "row < valid_rows && unit < valid_units", "true", "outside of every buffer"),
+    (TILES, "rstds[pass] * weight[j]", "weight[j]", WRONG),
+    (TILES, "if (k < depth) step", "if (false) step", WRONG),
+    (TILES, "count = static_cast<float>(channels)", "count = static_cast<float>(channels + 8)", WRONG),
+    (MLP, FC1, "//", RACE),
+    (MLP, HIDDEN, "//", RACE),
+    (MLP, f"wait_copies<0>();\n    {HIDDEN}", HIDDEN, "in flight"),
+    (MLP, "copy_fc1(h + kHiddenTile);", "copy_fc1(h);", WRONG),
+    (MLP, "h + column < args.hidden_channels", "true", "outside of every buffer"),
+]
+
+
+@pytest.mark.parametrize("header, text, other, says", FAULTS, ids=range(len(FAULTS)))
+def test_a_planted_fault_is_found(header, text, other, says):
+    driver = Driver("rows", [(header, text, other)], ["MVIT_ONLY_BFLOAT16"])
+    for seed in range(5):
+        with pytest.raises(AssertionError, match=says):
+            run_all(driver, seed)
+
+
+def test_a_mean_by_the_reciprocal_alone_is_found():
+    """1 / 120 is rounded, and a sum of 120 equal values times it is not always the value."""
+    text = "fmaf(fmaf(-mean, count, sum), one_of, mean)"
+    driver = Driver("rows", [("fragments.h", text, "mean")], ["MVIT_ONLY_BFLOAT16"])
+    assert any(not torch.equal(ours["mean"], x[:, 0].float()) for x, ours, _ in of_equal_values(driver, 120))
+
+
+def test_without_a_fault_the_same_is_right():
+    run_all(Driver("rows", macros=["MVIT_ONLY_BFLOAT16"]), 0)
+
+
+def run_all(driver, seed):
+    check(driver, "layer_norm_linear", dict(shape=(70, 120), n=200), torch.bfloat16, (seed,), (1, H100[1]))
+    check(driver, "layer_norm_mlp", dict(shape=(70, 120), hidden=200), torch.bfloat16, (seed,))

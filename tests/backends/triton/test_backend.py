@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton backend where no GPU is needed: what it refuses, how it launches, and its kernels in the interpreter.
+
+What the compiler makes of the kernels is in ``test_triton_compile``. On a GPU the operators' own tests run by path
+``triton``.
+"""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mvit_kernels import backends
+from mvit_kernels.backends import Call, triton
+from support import TESTS
+
+FACTS = {
+    "layer_norm": dict(contiguous=True),
+    "layer_norm_linear": dict(out_features=48, activation=None, contiguous=True),
+    "patch_attention": dict(num_heads=2, head_dim=12, patch_size=(2, 2), dense_rows=True),
+    "linear_residual": dict(out_features=24, contiguous=True),
+    "layer_norm_mlp": dict(hidden_features=48, contiguous=True),
+    "transformer_layer": dict(
+        num_heads=2, head_dim=12, hidden_features=48, patch_size=(2, 2), contiguous=True, inner_dropout=False
+    ),
+}
+
+
+def ask(operator, dtype=torch.bfloat16, shape=None, **facts):
+    shape = shape or ((2, 4, 6, 72) if operator == "patch_attention" else (2, 4, 6, 24))
+    call = Call(operator, "cuda", dtype, True, shape, tuple({**FACTS[operator], **facts}.items()))
+    return triton.BACKEND.supports[operator](call)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("operator", FACTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_serves(operator, dtype):
+    assert ask(operator, dtype) == []
+
+
+REFUSED = [
+    *((name, dict(dtype=torch.float64), "torch.float64 is not supported in Triton") for name in FACTS),
+    ("layer_norm_linear", dict(contiguous=False), "x is not contiguous; call .contiguous() first"),
+    ("linear_residual", dict(contiguous=False), "x or residual is not contiguous"),
+    ("layer_norm_mlp", dict(contiguous=False), "x is not contiguous"),
+    ("patch_attention", dict(dense_rows=False), "channels of qkv are not adjacent"),
+    ("patch_attention", dict(head_dim=257), "heads of 257 are too wide; 256 go"),
+    ("layer_norm_linear", dict(shape=(4, 513)), "rows of 513 are too wide"),
+    ("layer_norm_mlp", dict(shape=(4, 513)), "rows of 513 are too wide"),
+    ("linear_residual", dict(shape=(2**16, 2**15, 24)), "2147483648 rows are more than"),
+    ("linear_residual", dict(shape=(4, 0)), "rows have no elements"),
+    ("linear_residual", dict(out_features=0), "out_features is 0"),
+    ("layer_norm_mlp", dict(hidden_features=0), "hidden_features is 0"),
+    ("transformer_layer", dict(shape=(1, 4, 4, 513)), "rows of 513 are too wide"),
+    ("transformer_layer", dict(contiguous=False), "x is not contiguous"),
+    ("transformer_layer", dict(head_dim=257), "heads of 257 are too wide"),
+    ("transformer_layer", dict(inner_dropout=True), "dropout on attention weights or after SiLU is live"),
+]
+
+
+@pytest.mark.parametrize("operator, change, says", REFUSED, ids=str)
+def test_refuses(operator, change, says):
+    reasons = ask(operator, **change)
+    assert len(reasons) == 1 and says in reasons[0]
+
+
+def test_wide_rows_go_where_no_norm_is():
+    assert ask("linear_residual", shape=(4, 4096)) == []
+
+
+def test_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(triton.target, "INTERPRETED", False)
+    monkeypatch.setattr(triton.BACKEND, "device_type", "cuda")
+    assert triton.BACKEND.unavailable("cpu") == ["it is for NVIDIA GPUs, and the tensors are on cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.BACKEND.unavailable("cuda") == ["there is no NVIDIA GPU, or this build of PyTorch has no CUDA"]
+
+
+def test_needs_a_capable_gpu(monkeypatch):
+    monkeypatch.setattr(triton.target, "INTERPRETED", False)
+    monkeypatch.setattr(triton.BACKEND, "device_type", "cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    assert triton.BACKEND.unavailable("cuda") == ["GPU 1 (Tesla T4) has compute capability 7.5; 8.0 is wanted"]
+
+
+def python(code, **environment):
+    path = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_kernels_are_not_imported_before_they_are_needed():
+    code = "import sys, mvit_kernels; mvit_kernels.patch_attention; print([m for m in sys.modules if 's.triton.' in m])"
+    done = python(code)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_without_triton():
+    """The package works, and says what is missing to those who ask for the backend by name."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, mvit_kernels
+qkv = torch.ones(1, 2, 2, 12)
+print(mvit_kernels.patch_attention(qkv, num_heads=2, patch_size=2).shape)
+try:
+    mvit_kernels.patch_attention(qkv, num_heads=2, patch_size=2, backend="triton")
+except mvit_kernels.BackendError as error:
+    print(error)
+"""
+    done = python(code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    shape, refusal = done.stdout.splitlines()
+    assert shape == "torch.Size([1, 2, 2, 4])" and "Triton is not installed" in refusal
+
+
+def test_the_package_does_not_hide_triton():
+    code = "import mvit_kernels.backends.triton._launch as ours, triton; print(ours.triton is triton, triton.__name__)"
+    assert python(code).stdout == "True triton\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# launches
+
+
+class Kernel:
+    """In a jitted kernel's place: notes the slow launches (``kernel[grid](…)``) and the quick ones (``run``)."""
+
+    def __init__(self):
+        self.slow, self.quick = [], []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.slow.append((grid, arguments, options))
+            return SimpleNamespace(
+                run=lambda *all: self.quick.append(all), function="function", packed_metadata="metadata"
+            )
+
+        return launch
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    module = pytest.importorskip("mvit_kernels.backends.triton._launch", reason="Triton is not installed")
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # where CPU tensors are
+    active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(module, "_profiled", lambda: False)
+    return module
+
+
+def test_a_kernel_is_looked_up_once(launch):
+    """The first launch is Triton's own; the next ones take the compiled kernel by its run, with all arguments in
+    order."""
+    kernel, x = Kernel(), torch.zeros(8)
+    plan = launch.Plan(kernel, (64, "tf32"), num_warps=8, num_stages=3)
+    for rows in (5, 6, 7):
+        plan((rows, 2), (x, None), (rows, 0.5))
+    assert kernel.slow == [
+        ((5, 2), (x, None, 5, 0.5, 64, "tf32"), dict(num_warps=8, num_stages=3, enable_fp_fusion=True))
+    ]
+    assert [tuple(each) for each in kernel.quick] == [
+        (rows, 2, 1, "stream of -1", "function", "metadata", None, None, None, x, None, rows, 0.5, 64, "tf32")
+        for rows in (6, 7)
+    ]
+
+
+def test_unaligned_pointers_never_take_the_aligned_kernel(launch):
+    """A kernel that was compiled for pointers on 16 bytes reads elsewhere, or faults, from others."""
+    kernel, buffer = Kernel(), torch.zeros(64)
+    assert buffer.data_ptr() % 16 == 0
+    plan = launch.Plan(kernel, (), num_warps=4, num_stages=2)
+    plan((1,), (buffer, buffer))
+    plan((1,), (buffer, buffer[1:]))
+    plan((1,), (buffer[4:], buffer))
+    plan((1,), (buffer[2:], buffer))
+    assert len(kernel.slow) == 3 and len(kernel.quick) == 1
+
+
+def test_profilers_see_every_launch(launch, monkeypatch):
+    kernel, x = Kernel(), torch.zeros(8)
+    plan = launch.Plan(kernel, (), num_warps=4, num_stages=2)
+    plan((1,), (x,))
+    monkeypatch.setattr(launch, "_profiled", lambda: True)
+    plan((1,), (x,))
+    assert len(kernel.slow) == 2 and not kernel.quick
+
+
+def test_profiler_hooks_are_noticed():
+    knobs = pytest.importorskip("triton", reason="Triton is not installed").knobs
+    launch = pytest.importorskip("mvit_kernels.backends.triton._launch")
+
+    def hook(*arguments):
+        pass
+
+    assert not launch._profiled()
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert launch._profiled()
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+
+
+def test_kinds_of_calls_share_no_plan():
+    """What a plan does not look at (dtypes, absent tensors, the device, the precision) is in the key that it is kept
+    by."""
+    pytest.importorskip("mvit_kernels.backends.triton._launch", reason="Triton is not installed")
+    from mvit_kernels.backends.triton import linear_residual
+    from mvit_kernels.backends.triton._launch import watching
+
+    def plan(dtype=torch.bfloat16, bias=True, rows=64, precision="highest", target=90):
+        x, weight = (torch.empty(s, 64, dtype=dtype, device="meta") for s in (rows, 64))
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with watching(target) as launches:
+                linear_residual.forward(x, weight, weight[0] if bias else None, x)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        return launches[0].plan
+
+    assert plan() is plan(rows=80)
+    others = [
+        plan(dtype=torch.float16),
+        plan(bias=False),
+        plan(dtype=torch.float32),
+        plan(dtype=torch.float32, precision="high"),
+        plan(target=80),
+    ]
+    assert len({id(each) for each in (plan(), *others)}) == 6
+    assert "ieee" in others[2].constants and "tf32" in others[3].constants
+
+
+# ------------------------------------------------------------------------------------------------------ the interpreter
+
+
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_sums.py"])
+def test_in_the_interpreter(file):
+    """Each in a process of its own."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS / "gates" / file],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=2400,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_info_knows_the_backend():
+    assert set(backends.operators("triton")) == set(FACTS)
+
+
+# ------------------------------------------------------------------------------------------------------------ the tuner
+
+
+def test_the_tuner_says_that_it_needs_a_gpu(monkeypatch, capsys):
+    from mvit_kernels.backends.triton import tune
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main(["--width", "144"]) == 2
+    assert capsys.readouterr().err.startswith("tune: it measures on a GPU, and the Triton backend has none here: ")
+
+
+def test_the_tuner_finds_the_fastest_row_and_leaves_the_table_alone():
+    """Timed by a clock of ours, over plans for GPUs that are not there."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from mvit_kernels.backends.triton import _gradients, layer_norm_linear, layer_norm_mlp, linear_residual, tune
+    from mvit_kernels.backends.triton._launch import watching
+
+    modules = [_gradients, layer_norm_linear, layer_norm_mlp, linear_residual]
+    seen = set()
+
+    def clock(run):
+        launches.clear()
+        run()
+        plan = launches[0].plan
+        seen.add((plan.num_warps, plan.num_stages))
+        if plan.num_stages == 1:
+            raise RuntimeError("out of resources")
+        return 1.0 if (plan.num_warps, plan.num_stages) == (8, 3) else 2.0
+
+    with watching(target=90) as launches:
+        for name, table, run in tune.jobs(64, 1, torch.bfloat16, "meta"):
+            before = dict(table)
+            row, took, standing = tune.best_row(table, "half", run, clock, modules)
+            assert (took, standing) == (1.0, 2.0), name
+            assert 8 in row and 3 in row and len(row) == len(before["half"])
+            assert table == before
+    assert seen == {(warps, stages) for warps in (4, 8) for stages in (1, 2, 3)}

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton's compiler makes of the kernels for GPUs that are not here: tensor cores, no spills, shared memory that
+fits.
+
+``data/triton_gate.csv`` has every kernel × tile × architecture (``make gate`` writes it anew, in about a quarter of an
+hour; another Triton shows as its diff). Here the whole table is judged, and compared with what the operators would
+launch today; a few of its rows, the largest tiles of each kernel, are compiled again.
+"""
+
+import csv
+
+import pytest
+import torch
+
+from gates.triton_gate import (
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    TABLE,
+    build,
+    compiled_for,
+    describe,
+    different,
+    float32_operations,
+    stage,
+)
+from mvit_kernels.backends import triton as backend
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if backend.target.INTERPRETED:
+    pytest.skip("TRITON_INTERPRET=1: kernels are not compiled in this process", allow_module_level=True)
+
+
+def _committed():
+    with TABLE.open(newline="") as file:
+        numbers = ("arch", "registers", "stack", "shared", "async_copies")
+        return [row | {name: int(row[name]) for name in numbers} for row in csv.DictReader(file)]
+
+
+COMMITTED = _committed()
+
+
+WITHOUT_PRODUCTS = ("_gradients._sum_parts", "_dropout._drop", "layer_norm._forward", "layer_norm._backward")
+
+
+def judge(row):
+    """The rules that every compiled kernel keeps."""
+    name = f"{row['kernel']} {row['dtype']} on sm_{row['arch']}: {row['tile']}"
+    assert row["stack"] == 0, f"{name} spills: {row['stack']} bytes of stack"
+    assert row["shared"] <= SHARED_LIMIT[row["arch"]], f"{name} does not launch: {row['shared']} bytes of shared memory"
+    if row["kernel"] in WITHOUT_PRODUCTS:
+        return
+    if "ieee" in row["dtype"]:
+        assert row["mma"] == "none", f"{name} rounds float32 to TF32"
+    else:
+        assert row["mma"] != "none", f"{name} does not use tensor cores"
+
+
+def test_the_whole_table():
+    assert {row["arch"] for row in COMMITTED} == set(ARCHITECTURES)
+    assert len({row["triton"] for row in COMMITTED}) == 1
+    for row in COMMITTED:
+        judge(row)
+
+
+@pytest.mark.parametrize("kernel", ["_product", "_normed_product", "_mlp", "_weight_gradients", "_norm_backward"])
+def test_large_products_are_hopper_s_own(kernel):
+    """wgmma reads its operand from shared memory once for 64 rows; smaller tiles fall back to mma.sync without a
+    word."""
+    rows = [r for r in COMMITTED if r["kernel"].endswith(f".{kernel}") and r["arch"] == 90 and "16" in r["dtype"]]
+    assert rows and all(row["mma"] == "wgmma" and row["async_copies"] for row in rows)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_table_is_of_what_would_be_launched(arch):
+    """A change of tiles, of the plan, or of a kernel's constants wants a new table."""
+    columns = ("case", "kernel", "dtype", "tile", "arch")
+    planned = [row for row, _ in different(arch)]
+    committed = [{name: row[name] for name in columns} for row in COMMITTED if row["arch"] == arch]
+
+    def count(rows):
+        return sorted(tuple(map(str, row.values())) for row in rows)
+
+    assert count(planned) == count(committed), "run `make gate` and look at the table's diff"
+
+
+AGAIN = [
+    *((90, 144, name, "") for name in ("_normed_product", "_mlp", "_norm_backward", "_backward_whole", "_product")),
+    *((90, 144, name, "DROP=1") for name in ("_mlp", "_product", "_drop")),
+    *((80, 144, name, "") for name in ("_hidden", "patch_attention._forward", "layer_norm._backward")),
+    (80, 144, "_weight_gradients", "N3="),  # a whole layer's
+    *((100, 192, name, "") for name in ("_mlp", "patch_attention._forward", "_backward_whole")),
+    *((120, 240, name, "") for name in ("_mlp", "_normed_product")),
+    (120, 240, "_norm_backward", "DROP=1"),
+    *((90, 240, name, "") for name in ("short.forward", "short.backward")),
+    (90, 64, "_sum_parts", ""),
+]
+
+
+@pytest.mark.parametrize("arch, d, name, has", AGAIN)
+def test_compiled_again(arch, d, name, has, monkeypatch):
+    """By the rules; and by the same Triton, the same as in the table."""
+    cache = TABLE.parents[2] / "build" / "triton"  # a second run compiles nothing that did not change
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    launches = stage(d, 64, torch.bfloat16, "highest", arch, 0.1)
+    described = [(describe("", each, arch), each) for each in launches]
+    launch = next(each for row, each in described if row["kernel"].endswith(name) and has in row["tile"])
+    known = describe(f"d={d}", launch, arch)
+    row = known | build(launch, arch)
+    judge(row)
+    committed = [r for r in COMMITTED if all(r[key] == value for key, value in known.items())]
+    assert committed, "run `make gate`"
+    if row["triton"] == committed[0]["triton"]:
+        assert row in committed, f"{row} is not what {TABLE.name} has: run `make gate` and look at its diff"
+
+
+# ----------------------------------------------------------------------------------------------- how float32 is rounded
+
+
+def operations_of(arch, monkeypatch, kernel, launch):
+    """The float32 operations of the kernel of this name among those that `launch`, with the kernels' modules, has."""
+    from mvit_kernels.backends.triton import layer_norm, layer_norm_linear, layer_norm_mlp, linear_residual
+    from mvit_kernels.backends.triton._launch import watching
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(TABLE.parents[2] / "build" / "triton"))
+    with watching(arch) as launches:
+        launch(layer_norm, layer_norm_linear, layer_norm_mlp, linear_residual)
+    (found,) = [each for each in launches if each.plan.kernel.fn.__name__ == kernel]
+    return float32_operations(compiled_for(found, arch).asm["ptx"])
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("d, dtype", [(1, torch.float32), (24, torch.bfloat16)])
+@pytest.mark.parametrize("kernel", ["_backward", "_norm_backward"])
+def test_a_mean_is_subtracted_from_rounded_products(kernel, d, dtype, arch, monkeypatch):
+    """In rows of one column the gradient of x is g · γ less its mean, itself: 0. Of g · γ − mean the compiler makes one
+    fma, with the product in full, unless it is kept from it: 1e-5 on an H200, and in no interpreter."""
+
+    def launch(layer_norm, layer_norm_linear, *_):
+        x, norm, rows = empty(5, d, dtype=dtype), empty(d), empty(5)
+        if kernel == "_backward":
+            layer_norm.backward(x, x, rows, rows, norm)
+        else:
+            weight = empty(8, d, dtype=dtype)
+            layer_norm_linear.backward(empty(5, 8, dtype=dtype), x, rows, rows, norm, norm, weight, None, "")
+
+    operations = operations_of(arch, monkeypatch, kernel, launch)
+    kinds = [kind for kind, _ in operations.values()]
+    assert "sub" in kinds and "fma" in kinds
+
+    def kind_of(register):
+        return operations.get(register, ("",))[0]
+
+    for register, (kind, operands) in operations.items():
+        if kind == "fma":
+            assert kind_of(operands[2]) != "neg", f"{register}: a product in full, less a rounded number"
+        if kind == "sub":
+            assert "mul" not in map(kind_of, operands), f"{register}: ptxas may make an fma of it"
+
+
+@pytest.mark.parametrize("kernel", ["_product", "_normed_product", "_norm_backward", "_mlp", "_hidden"])
+def test_float32_products_are_summed_in_blocks(kernel, monkeypatch):
+    """Each step of a long product starts a chain of its own, from 0; Triton would make one of them all."""
+
+    def launch(_, layer_norm_linear, layer_norm_mlp, linear_residual):
+        x, norm, rows, weight = empty(5, 96), empty(96), empty(5), empty(96, 96)
+        if kernel == "_product":
+            linear_residual.forward(x, weight, None, x)
+        elif kernel == "_normed_product":
+            layer_norm_linear.forward(x, norm, norm, weight, None, 1e-5, "")
+        elif kernel == "_norm_backward":
+            layer_norm_linear.backward(x, x, rows, rows, norm, norm, weight, None, "")
+        elif kernel == "_mlp":
+            layer_norm_mlp.forward(x, norm, norm, weight, norm, weight, norm, 1e-5)
+        else:
+            layer_norm_mlp.backward(x, x, rows, rows, norm, norm, weight, norm, weight)
+
+    operations = operations_of(90, monkeypatch, kernel, launch)
+    sums = {register: operands[2] for register, (kind, operands) in operations.items() if kind == "fma"}
+    followed = set(sums.values())
+    longest = 0
+    for last in sums.keys() - followed:
+        terms, at = 0, last
+        while at in sums:
+            terms, at = terms + 1, sums[at]
+        if terms >= 16:
+            longest = max(longest, terms)
+            assert at == "0f00000000", f"a chain of {terms} products goes on from {at}"
+    assert 16 <= longest <= 32

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts in benchmarks/: the report of committed results, the comparison of two, and the one for GPUs."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvit_kernels.bench.results import append, read, row
+from support import ROOT
+
+FOLDER = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of benchmarks/ as a module."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+PLACE = {
+    "device": "cpu",
+    "device_name": "AMD EPYC",
+    "cpu": "family 26 model 2: Zen 5",
+    "isa": "avx512bf16",
+    "threads": "2",
+    "torch": "2.13.0+cpu",
+    "commit": "abcdef123456",
+    "date": "2026-11-25T20:00:00Z",
+}
+
+
+def line(candidate, ms, subject="mobilevit_s", **known):
+    """A row as the suite of networks writes it; ms None: it was not timed."""
+    usual = dict(suite="models", mode="inference", size=256, batch=1, dtype="float32", backend="auto", clock="wall")
+    usual |= dict(note="absent: not here", samples=0) if ms is None else dict(samples=5)
+    if ms is not None:
+        usual |= dict(median_ms=ms, p20_ms=0.95 * ms, p80_ms=1.05 * ms)
+    return row(**(usual | dict(subject=subject, candidate=candidate) | PLACE | known))
+
+
+# --- the report
+
+
+def test_readme_is_what_the_committed_results_give(script):
+    """`make report` would change nothing."""
+    report = script("report")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.rewritten(text, report.sections()) == text
+    for path in re.findall(r"\]\((benchmarks/[^)]+)\)", text):
+        assert (ROOT / path).exists(), f"README.md names {path}, which is not there: make report"
+
+
+def test_readme_has_no_figure_of_speed_by_hand():
+    """Milliseconds, ratios and rates stand between the markers, where the results are their source."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    by_hand = re.sub(r"<!-- report: (\w+) -->.*?<!-- end of report: \1 -->", "", text, flags=re.DOTALL)
+    assert len(by_hand) < len(text)
+    found = re.findall(r"[^\n]*\b\d+(?:\.\d+)?\s?(?:ms|µs|×|GFLOP|TFLOP|GB/s|images/s)(?![\w])[^\n]*", by_hand)
+    assert not [one for one in found if not re.search(r"\d × \d", one)], found
+
+
+@pytest.fixture
+def device(tmp_path):
+    """Results of one CPU: S at batch 1, where OpenVINO wins, and at batch 8, where we do; an older run beside."""
+    folder = tmp_path / "amd-epyc-zen5"
+    old = [line("eager", 99.0, date="2026-11-24T20:00:00Z"), line("frozen", 1.0, date="2026-11-24T20:00:00Z")]
+    new = [line("eager", 60.0), line("openvino", 15.0), line("frozen", 20.0), line("accelerated", 40.0)]
+    new += [line("onnxruntime", None), line("frozen", 100.0, batch=8), line("eager", 400.0, batch=8)]
+    new += [line("openvino", 150.0, batch=8), line("product of 64 × 64", 1.0, "machine")]
+    append(folder / "models.csv", [*new, *old])
+    return tmp_path
+
+
+def test_the_report_takes_the_newest_rows_and_hides_no_loss(script, device):
+    report = script("report")
+    headline = report.sections(device)["headline"].splitlines()
+    assert headline[0] == (
+        "On 2 threads of an AMD EPYC (Zen 5), in float32 at batch 1 and 256 px, timm's MobileViT-S frozen takes 20.0 "
+        "ms a batch: 3.00× as fast as eager PyTorch and 0.75× as fast as OpenVINO, the fastest of the others."
+    )
+    assert headline[-2:] == [
+        "| CPU, S, batch 1, float32, 256 px | 60.0 | **15.0 (OpenVINO)** | 20.0 (frozen) | 3.00× | 0.75× |",
+        "| CPU, S, batch 8, float32, 256 px | 400 | 150 (OpenVINO) | **100 (frozen)** | 4.00× | 1.50× |",
+    ]
+    detail = report.sections(device)["detail"]
+    assert "| S, batch 1, float32, 256 px | 60.0 |  | **15.0 (4.00×)** | 40.0 (1.50×) | 20.0 (3.00×) |" in detail
+    assert "| | eager | ONNX Runtime | OpenVINO | accelerated | frozen |" in detail
+    assert "99.0" not in detail and "machine" not in detail and "commit abcdef123456, 2026-11-25." in detail
+
+
+def test_every_number_of_the_report_is_a_rows(script, device):
+    """Milliseconds in the tables are medians of rows, and ratios are of two of them."""
+    report = script("report")
+    text = "\n".join(report.sections(device).values())
+    medians = [float(one["median_ms"]) for one in read(device / "amd-epyc-zen5" / "models.csv") if one["median_ms"]]
+    written = {report.milliseconds(value) for value in medians}
+    ratios = {report.times(a, b) for a in medians for b in medians}
+    cells = [cell for one in text.splitlines() if one.startswith("|") for cell in one.split("|")[2:]]
+    numbers = [number for cell in cells for number in re.findall(r"\d+(?:\.\d+)?×?", cell)]
+    assert len(numbers) > 10 and set(numbers) <= written | ratios
+
+
+def test_milliseconds_have_three_digits(script):
+    report = script("report")
+    assert [report.milliseconds(value) for value in (0.1234, 5.678, 9.996, 42.25, 99.96, 1234.5)] == [
+        "0.12",
+        "5.68",
+        "10.0",
+        "42.2",
+        "100",
+        "1234",
+    ]
+    assert report.times(30.0, 20.0) == "1.50×"  # above 1: the second is faster
+
+
+def test_the_report_wants_its_markers(script):
+    report = script("report")
+    text = "a\n<!-- report: x -->\nold\n<!-- end of report: x -->\nb\n"
+    assert report.rewritten(text, {"x": "new \\1"}) == text.replace("old", "new \\1")
+    with pytest.raises(ValueError, match="has no marker <!-- report: y -->"):
+        report.rewritten(text, {"y": "new"})
+
+
+def test_a_gpus_rows_come_first_and_tell_their_clock(script, device):
+    gpu = PLACE | {"device": "cuda", "device_name": "NVIDIA H200", "driver": "580.1"}
+    new = [
+        line(c, ms, batch=64, dtype="bfloat16", **gpu) for c, ms in (("eager", 9.0), ("compile", 6.0), ("frozen", 3.0))
+    ]
+    device_clock = dict(batch=64, dtype="bfloat16", clock="graph") | gpu
+    new += [line("eager", 8.0, **device_clock), line("frozen", 2.0, **device_clock)]
+    append(device / "nvidia-h200" / "models.csv", new)
+    report = script("report")
+    text = report.sections(device)["headline"].splitlines()
+    assert text[0].startswith("On one NVIDIA H200, in bfloat16 at batch 64") and "; on 2 threads of an AMD" in text[0]
+    assert (
+        "| H200, S, batch 64, bfloat16, 256 px | 9.00 | 6.00 (torch.compile) | **3.00 (frozen)** | 3.00× | 2.00× |"
+        in text
+    )
+    assert (
+        "| S, batch 64, bfloat16, 256 px, device's clock | 8.00 |  | **2.00 (4.00×)** |"
+        in report.sections(device)["detail"]
+    )
+
+
+# --- the plots
+
+
+@pytest.fixture
+def operators(device):
+    """Results of the transformer at three batches and two sizes, two operators, and the machine's rates."""
+    folder, rows = device / "amd-epyc-zen5", []
+    rates = dict(subject="machine", suite="operators")
+    rows += [line("product of 64 × 64", 1.0, gflop_per_s=200.0, **rates)]
+    rows += [line("copy of 1 MiB", 1.0, gb_per_s=30.0, **(rates | {"dtype": ""}))]
+    for batch, size in ((1, 256), (2, 256), (4, 256), (1, 128)):
+        for candidate, ms in (("eager", 8.0), ("cpu", 2.0)):
+            known = dict(suite="operators", stage="s/3", batch=batch, size=size, sequence=(size // 16) ** 2)
+            known |= dict(gflop=1.0, mb=2.0, gflop_per_s=1000.0 / ms / batch)
+            rows.append(line(candidate, ms * batch, "transformer", **known))
+    rows += [
+        line("eager", 1.0, "patch_attention", suite="operators", stage="s/4", gflop=0.1, mb=1.0, gflop_per_s=100.0)
+    ]
+    append(folder / "operators.csv", rows)
+    return device
+
+
+def test_plots_are_drawn(script, operators, tmp_path):
+    plots, tables = script("plots"), script("tables")
+    folder = operators / "amd-epyc-zen5"
+    found = tables.tables(folder, "operators")
+    plots.headline([tables.tables(folder, "models")], tmp_path / "headline.png")
+    for kind in plots.KINDS:
+        assert plots.has(kind, found)
+        plots.draw(kind, folder, tmp_path / f"{kind}.png")
+    for name in ("headline", *plots.KINDS):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert [t.any["batch"] for t in plots._under_the_roof(found)] == ["1"]  # what has no kernel of ours is left out
+    points = plots._scaling(found)
+    assert [x for x, _ in points["batch", "cpu"]] == [1, 2, 4] and [x for x, _ in points["tokens", "eager"]] == [
+        64,
+        256,
+    ]
+    assert not plots.has("roofline", []) and not plots.has("scaling", [])
+
+
+# --- comparing
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two files: eager drifted by a tenth; frozen is faster, accelerated as before, relative to eager."""
+
+    def write(name, commit, **ms):
+        append(tmp_path / name, [line(c, value, commit=commit) for c, value in ms.items()])
+        return str(tmp_path / name)
+
+    old = write("old.csv", "aaaa", eager=100.0, frozen=50.0, accelerated=80.0, compile=70.0, openvino=40.0)
+    new = write("new.csv", "bbbb", eager=110.0, frozen=40.0, accelerated=88.0, compile=None, openvino=60.0)
+    return old, new
+
+
+def test_compare_tells_what_moved_beyond_the_noise(script, two):
+    compare = script("compare")
+    old, new = map(compare.load, two)
+    verdicts = {change.old["candidate"]: change.verdict for change in compare.changes(old, new)}
+    assert verdicts == {
+        "eager": "same",  # its percentiles meet those of before
+        "frozen": "faster",
+        "accelerated": "same",  # as much slower as eager is
+        "compile": "lost",
+        "openvino": "slower",
+    }
+    absolute = {c.old["candidate"]: c.factor for c in compare.changes(old, new, absolute=True)}
+    assert absolute["accelerated"] == pytest.approx(1.1) and absolute["frozen"] == pytest.approx(0.8)
+    relative = {c.old["candidate"]: c.factor for c in compare.changes(old, new)}
+    assert relative["accelerated"] == pytest.approx(1.0) and relative["frozen"] == pytest.approx(0.8 / 1.1, rel=1e-3)
+    assert all(c.verdict in ("same", "lost") for c in compare.changes(old, new, least=60.0))
+
+
+def test_compare_keeps_apart_what_is_another_machine_or_batch(script, tmp_path):
+    compare = script("compare")
+    here = [line("eager", 1.0)]
+    for other in (line("eager", 2.0, batch=8), line("eager", 2.0, threads="1"), line("eager", 2.0, cpu="Zen 4")):
+        assert compare.changes(here, [other]) == []
+
+
+def test_compare_takes_folders_files_and_commits(script, two, monkeypatch, capsys):
+    compare = script("compare")
+    root = Path(two[0]).parent
+    assert len(compare.load(str(root), root)) == 10 and len(compare.load(two[0], root)) == 5
+    assert {one["commit"] for one in compare.load("bbb", root)} == {"bbbb"}
+    with pytest.raises(ValueError, match="cccc is no file and no folder"):
+        compare.load("cccc", root)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *two])
+    assert compare.main() == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "lost    mobilevit_s inference 256 1 float32: compile  absent: not here"
+    assert out[1] == "slower  mobilevit_s inference 256 1 float32: openvino  40.0 -> 60.0 ms, +36.4 %"
+    assert out[-1] == "5 in both: 1 lost, 1 slower, 1 faster, 2 same"
+    monkeypatch.setattr(sys, "argv", ["compare.py", two[0], "cccc"])
+    assert compare.main() == 2
+
+
+# --- the others
+
+
+def test_boundary_writes_a_row_a_path(script, tmp_path, monkeypatch, capsys):
+    boundary = script("boundary")
+    monkeypatch.setattr(sys, "argv", ["boundary.py", "--rounds", "3", "--results", str(tmp_path)])
+    boundary.main()
+    lines = read(tmp_path / "boundary.csv")
+    paths = {(one["subject"], one["backend"], one["candidate"]) for one in lines}
+    assert ("torch.add", "", "forward") in paths and ("transformer", "reference", "raw") in paths
+    assert ("layer_norm_linear", "reference", "function") in paths
+    assert len(paths) == len(lines) and all(float(one["median_ms"]) > 0 for one in lines)
+    assert "× torch.add" in capsys.readouterr().out
+
+
+def test_exactness_writes_a_row_a_result(script, tmp_path, monkeypatch, capsys):
+    """Both sides of a truth that is exact beside them; the operators of one dtype, and of no other."""
+    exactness = script("exactness")
+    if exactness.mvit_kernels.backends.unavailable("cpu", "cpu"):
+        pytest.skip(exactness.mvit_kernels.backends.unavailable("cpu", "cpu")[0])
+    monkeypatch.setattr(exactness, "PRODUCTS", [(6, 64, 192)])
+    monkeypatch.setattr(sys, "argv", ["exactness.py", "--draws", "2", "--results", str(tmp_path)])
+    exactness.main()
+    lines = read(tmp_path / "exactness.csv")
+    found = {(one["subject"], one["dtype"], one["mode"]) for one in lines}
+    assert ("layer_norm_mlp", "float64", "fc2_weight") in found and ("convolution", "float32", "out") in found
+    assert ("convolution", "float64", "out") not in found and len(capsys.readouterr().out.splitlines()) == len(lines)
+    for one in lines:
+        unit = torch.finfo(getattr(torch, one["dtype"])).eps
+        assert float(one["error"]) < 20 * unit and 0 < float(one["ratio"]) < 3, one
+
+
+def test_regressions_check_and_time_the_cpu_path(script):
+    regressions = script("regressions")
+    timed = []
+
+    def benchmark(function, *arguments):
+        timed.append(function(*arguments))
+
+    stage = regressions.stages(["xxs"], 64, 1)[0]
+    if regressions.backends.unavailable("cpu", "cpu"):
+        pytest.skip(regressions.backends.unavailable("cpu", "cpu")[0])
+    regressions.test_operator(benchmark, "transformer", stage, torch.float32)
+    regressions.test_operator_with_backward(benchmark, "linear_residual")
+    assert timed[0].shape == (1, 8, 8, 64) and len(timed[1]) == 1 + 4
+
+
+def test_the_small_run_of_every_kernel(script, monkeypatch, capsys):
+    """It is right with the kernels that are here, and ends with 1 where one is wrong."""
+    small = script("gpu_small")
+    monkeypatch.setattr(small, "STAGES", small.STAGES[:1])
+    monkeypatch.setattr(sys, "argv", ["gpu_small.py", "reference"])
+    assert small.main() == 0 and capsys.readouterr().out.count(": ok") == 2 * len(small.OPERATORS)
+    right = small.operands
+
+    def wrong(operator, stage, seed):
+        case = right(operator, stage, seed=seed)
+        return case._replace(public=lambda *t, backend: case.plain(*t) * (1.1 if operator == "linear_residual" else 1))
+
+    monkeypatch.setattr(small, "operands", wrong)
+    assert small.main() == 1 and capsys.readouterr().out.count("WRONG") == 2
+
+
+def gpu_script(*arguments, **environment):
+    environment = {"PYTHON": sys.executable, "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [str(FOLDER / "gpu.sh"), *arguments],
+        env={"HOME": os.environ.get("HOME", "/"), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_script_for_gpus_without_one(tmp_path):
+    """It says so, does what it was asked for, and tells what failed; the folder has the report, whatever came of it."""
+    broken = tmp_path / "python"
+    broken.write_text('#!/bin/sh\ncase "$*" in *build_native*) exit 7 ;; esac\nexec "$REAL" "$@"\n')
+    broken.chmod(0o755)
+    out = tmp_path / "out"
+    done = gpu_script(str(out), "0.5", PYTHON=str(broken), REAL=sys.executable, STEPS="build", CUDA_VISIBLE_DEVICES="")
+    report = (out / "report.txt").read_text()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no GPU that torch sees: the CPU's part alone" in report and "reference     available on any" in report
+    assert "build: FAILED with 7" in report and "done; bad: 1" in report and "correctness" not in report
+    assert {file.name for file in out.iterdir()} == {"report.txt", "log.txt"}
+
+
+def test_the_script_for_gpus_with_one(tmp_path):
+    """Its order, with a Python that only says what it was asked for: correctness, speed, sanitizer; a suite in which
+    the GPU was lost is resumed, and whatever fails shows in the report and in the exit code."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  *get_device_properties*) echo "a GPU" ;;
+  *"--suite operators"*) [ -e {tmp_path}/lost ] || {{ touch {tmp_path}/lost; exit 2; }} ;;
+  *pytest*) echo "12 passed in 1.00s" ;;
+  *gpu_small*) echo "cuda patch_attention: WRONG: 1 for 2"; exit 1 ;;
+esac
+"""
+    )
+    (tmp_path / "compute-sanitizer").write_text('#!/bin/sh\nshift 4\necho "ERROR SUMMARY: 0 errors"\n')
+    for file in (fake, tmp_path / "compute-sanitizer"):
+        file.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_script(str(tmp_path / "out"), "9", PYTHON=str(fake), PATH=path, SUITES="operators blocks")
+    report = (tmp_path / "out" / "report.txt").read_text()
+    steps = [re.sub(r"^ *\d+ s  | (after|in) \d+ s$", "", one) for one in report.splitlines()]
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert steps[1:] == [
+        "a GPU",
+        "build: ok",
+        "correctness, every kernel once: FAILED with 1",
+        "        cuda patch_attention: WRONG: 1 for 2",
+        "correctness, cuda: ok",
+        "        12 passed in 1.00s",
+        "correctness, triton: ok",
+        "        12 passed in 1.00s",
+        "correctness, S and XXS: ok",
+        "speed, operators: FAILED with 2",
+        "speed, operators: ok",
+        "speed, blocks: ok",
+        "sanitizer, memcheck: ok",
+        "        ERROR SUMMARY: 0 errors",
+        "sanitizer, racecheck: ok",
+        "        ERROR SUMMARY: 0 errors",
+        "tests, the rest: ok",
+        "        12 passed in 1.00s",
+        "done; bad: 1",
+    ]

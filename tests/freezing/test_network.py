@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen chain as one native call: against float64 and PyTorch, whatever the sizes, threads and layouts, and what it
+leaves to the modules one by one."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mvit_kernels
+from mvit_kernels.backends import cpu
+from mvit_kernels.freezing import network
+from mvit_kernels.freezing.modules import (
+    Frozen,
+    FrozenConv2d,
+    FrozenInvertedResidual,
+    FrozenMobileViTBlock,
+    FrozenSequential,
+)
+from mvit_kernels.rounding import RoundedArithmetic
+from support import models
+from support.native import skip_without_a_compiler
+from support.networks import Draw, chain, composed, native
+from support.tolerance import assert_close_as_pytorch
+
+skip_without_a_compiler()
+
+DTYPES = (torch.float32, torch.bfloat16)
+CASES = int(os.environ.get("MVIT_KERNELS_FUZZ", "60"))
+
+
+def check(module: Frozen, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tolerance rule, against the same modules one by one."""
+    module, x = copy.deepcopy(module).to(dtype), x.to(dtype)
+    ours = native(module, x)
+    exact, x64 = copy.deepcopy(module).double(), x.double()
+
+    def careful(seed: int) -> Tensor:
+        with RoundedArithmetic(dtype, seed):
+            return composed(exact, x64)
+
+    name = f"{type(module).__name__} on {tuple(x.shape)}"
+    assert_close_as_pytorch(name, ours, composed(module, x), composed(exact, x64), careful)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    return ours
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Unless a test sets more: threads that wait for one another beside other processes take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(16, 16), (7, 9), (1, 1), (2, 5), (33, 18)], ids=str)
+@pytest.mark.parametrize("kernel, stride, dilation", [(1, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (3, 2, 3)])
+def test_convolutions(kernel, stride, dilation, size, dtype):
+    for inp, out, act in ((3, 16, True), (24, 48, False), (17, 33, True), (64, 80, True), (4, 1, False)):
+        draw = Draw(inp)
+        conv = draw.conv(inp, out, kernel, stride=stride, dilation=dilation, act=act)
+        check(FrozenSequential(conv), draw(2, inp, *size), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(16, 16), (7, 9), (1, 3), (21, 30)], ids=str)
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_inverted_residuals(stride, dilation, size, dtype):
+    for inp, hidden, out in ((16, 32, 16), (24, 96, 48), (5, 18, 5), (3, 33, 7), (64, 256, 64)):
+        draw = Draw(hidden)
+        check(draw.inverted(inp, hidden, out, stride=stride, dilation=dilation), draw(2, inp, *size), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(inp=48, d=64),
+        dict(inp=64, d=80, layers=4),
+        dict(inp=80, d=120, layers=1),
+        dict(inp=160, d=240, layers=1),
+        dict(inp=48, d=64, head_dim=8, qkv_bias=False, final_norm=False, input_first=False),  # Kornia's
+        dict(inp=24, d=36, heads=3, hidden=50, patch=(1, 3)),
+        dict(inp=24, d=30, heads=2, patch=(4, 2)),  # a head dim of 15
+        dict(inp=16, d=20, heads=1, fusion=False),
+        dict(inp=16, d=32, dilation=2),
+        dict(inp=17, d=32),
+    ],
+    ids=str,
+)
+def test_blocks(sizes, dtype):
+    draw = Draw(sizes["d"])
+    block = draw.block(**sizes)
+    for size in ((8, 12), (7, 10), (3, 3)):  # the latter two are resized to whole patches and back
+        check(block, draw(2, sizes["inp"], *size), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("library", models.LIBRARIES)
+def test_every_library_is_native_throughout(library, dtype):
+    model = models.build(library)
+    x = models.images(1, *((64, 128) if library == "kornia" else (70, 90)))
+    frozen = mvit_kernels.freeze(model, dtype=dtype)
+    assert frozen.freeze_report.left == ()
+    with torch.inference_mode():
+        ours = models.output(frozen(x))
+    called = [part for part in frozen.modules() if getattr(part, "_network", None) is not None]
+    assert called and all(isinstance(part._network, network.Network) for part in called)
+    inside = {id(part) for outer in called for part in outer.modules()}
+    leaves = (FrozenConv2d, FrozenInvertedResidual, FrozenMobileViTBlock)
+    assert all(id(part) in inside for part in frozen.modules() if isinstance(part, leaves))
+    truth = models.output(composed(copy.deepcopy(model).double(), x.double()))
+    assert_close_as_pytorch(library, ours, models.output(composed(frozen, x)), truth)
+
+
+@pytest.mark.parametrize("number", range(CASES))
+def test_fuzz(number):
+    r = random.Random(number)
+    draw = Draw(number)
+    width = first = r.choice((1, 3, 8, 16, 17, 24, 48))
+    links: list[nn.Module] = []
+    for _ in range(r.randint(1, 4)):
+        kind, out = r.choice(("conv", "inverted", "block")), r.choice((5, 8, 16, 24, 33, 64))
+        stride, dilation = r.choice((1, 1, 2)), r.choice((1, 1, 2))
+        if kind == "conv":
+            kernel = r.choice((1, 3, 3))
+            stride, dilation = (1, 1) if kernel == 1 else (stride, dilation)
+            links.append(draw.conv(width, out, kernel, stride=stride, dilation=dilation, act=r.random() < 0.7))
+        elif kind == "inverted":
+            out = width if r.random() < 0.5 else out
+            links.append(draw.inverted(width, r.choice((6, 16, 40, 64)), out, stride=stride, dilation=dilation))
+        else:
+            out, heads = width, r.choice((1, 2, 4))
+            patch = r.choice(((2, 2), (1, 1), (2, 1), (3, 2)))
+            options = dict(hidden=r.choice((16, 31, 64)), layers=r.randint(1, 2), patch=patch, heads=heads)
+            flags = {name: r.random() < 0.7 for name in ("fusion", "input_first", "final_norm", "qkv_bias")}
+            links.append(draw.block(width, heads * r.choice((4, 8, 9, 20)), **options, **flags))
+        width = out
+        if r.random() < 0.2:
+            links.append(nn.Identity())
+    x = draw(r.choice((1, 2, 3)), first, r.randint(1, 20), r.randint(1, 20))
+    layout = r.choice(("contiguous", "channels_last", "sliced", "transposed"))
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = nn.functional.pad(x, (1, 2, 2, 1, 1, 1), value=42.0)[:, 1:-1, 2:-1, 1:-2]
+    elif layout == "transposed":
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    check(FrozenSequential(*links), x, r.choice(DTYPES))
+
+
+# ------------------------------------------------------------------------------------------- threads, memory, layouts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_the_same_bits_for_any_number_of_threads_and_any_batch(batch, dtype):
+    module, draw = chain()
+    module, x = module.to(dtype), draw(5, 3, 70, 58).to(dtype)[:batch]
+    torch.set_num_threads(1)
+    expected = native(module, x)
+    for _ in range(20):
+        assert torch.equal(native(module, x), expected)
+    for count in (2, 3, 4, 8):
+        torch.set_num_threads(count)
+        assert torch.equal(native(module, x), expected)
+        assert torch.equal(native(module, x[-1:]), expected[-1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_left_of_an_earlier_call(dtype):
+    """The workspace is kept from call to call: after one whose every value was NaN it holds nothing else."""
+    module, draw = chain()
+    module, x = module.to(dtype), draw(3, 3, 51, 66).to(dtype)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        expected = native(module, x)
+        for size in ((3, 3, 80, 96), (1, 3, 51, 66)):
+            assert native(module, torch.full(size, float("nan"), dtype=dtype)).isnan().all()
+        assert torch.equal(native(module, x), expected)
+        assert torch.equal(native(module, x[:1]), expected[:1])
+
+
+def test_inputs_of_any_layout_and_dtype():
+    module, draw = chain()
+    x = draw(2, 3, 40, 36)
+    expected = native(module, x)
+    wide = torch.full((2, 5, 50, 60), 42.0)
+    wide[:, 1:4, 3:43, 7:43] = x
+    laid_out = (
+        x.contiguous(memory_format=torch.channels_last),
+        wide[:, 1:4, 3:43, 7:43],
+        x.flip(3).contiguous().flip(3),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        x.double(),
+    )
+    for other in laid_out:
+        assert torch.equal(native(module, other), expected)
+    one = x[:1].expand(2, -1, -1, -1)
+    assert torch.equal(native(module, one)[1], expected[0])
+    rows = FrozenSequential(draw.inverted(8, 16, 8))
+    y = draw(2, 8, 9, 10)
+    assert torch.equal(native(rows, y), native(rows, y.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(native(rows, torch.cat((y, y), 1)[:, 8:]), native(rows, y))
+
+
+def test_two_python_threads_run_one_network():
+    module, draw = chain()
+    inputs = [draw(1, 3, 40, 36 + 8 * i) for i in range(3)]
+    expected = [native(module, x) for x in inputs]
+    wrong = []
+
+    def work() -> None:
+        for turn in range(30):
+            if not torch.equal(native(module, inputs[turn % 3]), expected[turn % 3]):
+                wrong.append(turn)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+# ------------------------------------------------------------------------------------------ what it leaves, and changes
+
+
+def test_what_has_no_steps_runs_module_by_module():
+    draw = Draw(0)
+    for odd_one in (
+        draw.conv(8, 8, 5),
+        draw.conv(8, 8, 3, groups=2),
+        FrozenConv2d(draw(8, 8, 3, 3), draw(8), padding=(0, 0)),
+        FrozenConv2d(draw(8, 8, 3, 1), draw(8), padding=(1, 0)),
+        FrozenConv2d(draw(8, 8, 1, 1), draw(8), stride=(2, 2)),
+        FrozenConv2d(draw(8, 8, 3, 3), draw(8), padding=(1, 1), stride=(3, 3)),
+        FrozenConv2d(draw(8, 8, 3, 3), draw(8), padding=(1, 1), stride=(2, 1)),
+    ):
+        module, x = FrozenSequential(draw.conv(3, 8, 3), odd_one), draw(1, 3, 12, 12)
+        with torch.inference_mode():
+            y = module(x)
+        assert isinstance(module._network, network.NotNative) and "kernel_size" in str(module._network)
+        assert isinstance(module[0]._network, network.Network)  # what can be native is
+        torch.testing.assert_close(y, composed(module, x), rtol=1e-4, atol=1e-5)
+
+
+def test_where_a_network_may_not_be_called():
+    module, draw = chain()
+    x = draw(1, 3, 32, 32)
+    expected = native(module, x)
+    calls = []
+    module.composed = lambda x: calls.append(1) or FrozenSequential.composed(module, x)
+    with mvit_kernels.use_backend("reference"):
+        module(x)
+    module(x.clone().requires_grad_())
+    assert module(x[:0]).shape == (0, *expected.shape[1:])
+    assert len(calls) == 3
+    with mvit_kernels.use_backend("cpu"):
+        assert torch.equal(module(x), expected)
+    assert len(calls) == 3
+
+
+def test_hooks_inside_are_called():
+    module, draw = chain()
+    x, seen = draw(1, 3, 32, 32), []
+    expected = native(module, x)
+    handles = [
+        part.register_forward_hook(lambda m, *_: seen.append(m)) for part in (module[3].fusion, module[1].expand)
+    ]
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(native(module, x), expected)
+    assert len(seen) == 2
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        with torch.inference_mode():
+            module(x)
+    finally:
+        handle.remove()
+    assert len(seen) > 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict({name: value * 1.01 for name, value in m.state_dict().items()}),
+        lambda m: m[3].load_state_dict({name: value * 1.01 for name, value in m[3].state_dict().items()}),
+        lambda m: m[1].expand.load_state_dict({name: value * 2 for name, value in m[1].expand.state_dict().items()}),
+        lambda m: m.__setitem__(2, nn.Identity()),
+        lambda m: setattr(m[0], "bias", m[0].bias + 1),
+        lambda m: m.append(Draw(9).conv(64, 64)),
+        lambda m: m.__delitem__(2),
+        lambda m: setattr(m[3], "fusion", Draw(9).conv(48, 24, 3)),
+    ],
+)
+def test_changes_are_seen(change):
+    module, draw = chain()
+    x = draw(1, 3, 32, 32)
+    before = native(module, x)
+    change(module)
+    after = native(module, x)
+    assert after.shape != before.shape or not torch.equal(after, before)
+    torch.testing.assert_close(after, composed(module, x), rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_takes_pairs_only_where_all_widths_are_even():
+    even, odd = Draw(0).conv(3, 16, 3).bfloat16(), Draw(0).conv(3, 15, 3).bfloat16()
+    pairs = cpu.multiplies_bf16_pairs()
+    for conv, expected in ((even, pairs), (odd, False)):
+        native(conv, torch.zeros(1, 3, 8, 8))
+        assert bool(conv._network.program[1]) is expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_long_sums_are_as_exact_as_pytorchs(seed):
+    """Nine times 320 channels, the fusion of S's last block, beside the convolution that PyTorch runs unfrozen."""
+    draw = Draw(seed)
+    conv, x = draw.conv(320, 160, 3, act=False), draw(1, 320, 8, 8)
+    truth, pytorch = (
+        nn.functional.conv2d(x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), padding=1)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_close_as_pytorch("fusion", native(conv, x), pytorch, truth)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nvcc makes of every CUDA kernel, for GPUs that need not be there.
+
+Example:
+    $ python -m gates.cuda_gate          # compiles all, and writes tests/data/cuda_gate.csv (minutes)
+    $ python -m gates.cuda_gate --arch 90 --only transformer --dry
+
+A row has registers a thread, bytes of stack (where spills go), static shared memory, and how many tensor-core
+instructions the listing has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from support import ROOT
+
+TABLE = ROOT / "tests" / "data" / "cuda_gate.csv"
+BUILT = ROOT / "build" / "cuda_gate"
+ARCHITECTURES = (80, 90, 100, 120)
+COLUMNS = ("kernel", "arch", "registers", "stack", "shared", "mma", "nvcc")
+FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr"
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit; Triton brings some of them."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin:
+        found = shutil.which(name, path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
+    return found
+
+
+def nvcc_version() -> str:
+    printed = subprocess.run([tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"\bV([\d.]+)", printed)[1]
+
+
+def readable(symbols: list[str]) -> list[str]:
+    """`transformer_kernel<BFloat16, 144, 36, 2>` for each mangled name."""
+    printed = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"^void |mvit::|\(.*$", "", name) for name in printed.splitlines()]
+
+
+def usage(file: Path, arch: int) -> dict[str, dict[str, int]]:
+    """Of each kernel in a library or cubin, by its mangled name: registers, stack and static shared memory."""
+    command = [tool("cuobjdump"), "-res-usage", "-arch", f"sm_{arch}", str(file)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for name, registers, stack, shared in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", printed):
+        found[name] = {"registers": int(registers), "stack": int(stack), "shared": int(shared)}
+    return found
+
+
+def products(file: Path, arch: int, symbol: str | None = None) -> dict[str, int]:
+    """Tensor-core instructions in the listing of each kernel, or of one."""
+    command = [tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", *(["-fun", symbol] if symbol else []), str(file)]
+    found: dict[str, int] = {}
+    name = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if "Function :" in line:
+                name = line.split()[-1]
+                found[name] = 0
+            elif "HMMA" in line:
+                found[name] += 1
+    return found
+
+
+def rows(file: Path, arch: int, nvcc: str) -> list[dict[str, object]]:
+    """The table's rows of a library or cubin."""
+    used, counted = usage(file, arch), products(file, arch)
+    return [
+        {"kernel": name, "arch": arch, **used[symbol], "mma": counted[symbol], "nvcc": nvcc}
+        for symbol, name in zip(used, readable(list(used)), strict=True)
+    ]
+
+
+def compiled(source: Path, arch: int) -> Path:
+    BUILT.mkdir(parents=True, exist_ok=True)
+    target = BUILT / f"{source.stem}.sm_{arch}.cubin"
+    command = [tool("nvcc"), *FLAGS.split(), f"-arch=sm_{arch}", "-cubin", "-o", str(target), str(source)]
+    subprocess.run(command, check=True)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="of sources that have this in their name")
+    parser.add_argument("--dry", action="store_true", help="print, and write no table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    nvcc = nvcc_version()
+    sources = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if arguments.only in path.name]
+    work = [(source, arch) for arch in arguments.arch for source in sources]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = list(pool.map(lambda job: rows(compiled(*job), job[1], nvcc), work))
+    table = {(row["kernel"], row["arch"]): row for some in found for row in some}
+    if arguments.only and not arguments.dry:  # the other kernels' rows stay
+        with TABLE.open(newline="") as file:
+            table = {(row["kernel"], int(row["arch"])): row for row in csv.DictReader(file)} | table
+    table = [table[key] for key in sorted(table)]
+    if arguments.dry:
+        for row in table:
+            print(*row.values(), sep=" | ")
+        return
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    print(f"{TABLE}: {len(table)} rows", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels in Triton's interpreter, at few shapes that meet every branch. ``test_triton_backend`` runs this
+file in a process of its own, since TRITON_INTERPRET is read when kernels are defined:
+
+    TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted.py
+
+The operators' whole suites run there too (``make test-interpreted``), in minutes.
+"""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mvit_kernels
+from mvit_kernels.backends.triton.target import INTERPRETED
+from mvit_kernels.ops import transformer_on_map
+from support.cases import DIFFERENTIABLE, call, convert, evaluate, make
+from support.checks import (
+    check,
+    check_autocast,
+    check_gradients_one_by_one,
+    check_registration,
+    check_same_bits,
+    one_thread,  # noqa: F401 (a fixture)
+)
+from support.tolerance import assert_close_as_pytorch
+
+assert INTERPRETED, "run it with TRITON_INTERPRET=1"
+launch = pytest.importorskip("mvit_kernels.backends.triton._launch")
+
+NARROW = {  # rows that are no tile, widths that are no power of two
+    "layer_norm": dict(shape=(2, 3, 5, 24)),
+    "transformer_layer": dict(shape=(1, 4, 6, 24), heads=2, patch=(2, 2)),
+    "layer_norm_linear": dict(shape=(2, 3, 5, 24), n=40, activation="silu"),
+    "patch_attention": dict(shape=(2, 6, 8), heads=2, head_dim=12, patch=(2, 2)),
+    "linear_residual": dict(shape=(2, 3, 5, 24), n=40),
+    "layer_norm_mlp": dict(shape=(2, 3, 5, 24), hidden=40),
+}
+
+ROW_WISE = [
+    ("layer_norm", dict(shape=(70, 144)), "bfloat16"),
+    ("layer_norm", dict(shape=(5, 33)), "float32"),
+    ("layer_norm", dict(shape=(3, 300)), "float16"),
+    ("layer_norm", dict(shape=(0, 24)), "bfloat16"),
+    ("linear_residual", dict(shape=(5, 33), n=100, bias=False), "float32"),
+    ("linear_residual", dict(shape=(70, 144), n=144), "bfloat16"),  # nine chunks of 16 columns, two tiles of rows
+    ("linear_residual", dict(shape=(5, 32), n=240), "float16"),
+    ("linear_residual", dict(shape=(0, 24), n=8), "float32"),
+    ("layer_norm_linear", dict(shape=(70, 144), n=432), "bfloat16"),
+    ("layer_norm_linear", dict(shape=(5, 120), n=40, activation="silu"), "float16"),  # padded: 2 · 64
+    ("layer_norm_linear", dict(shape=(5, 17), n=33, bias=False), "float32"),
+    ("layer_norm_linear", dict(shape=(130, 24), n=8, activation="silu"), "float32"),  # several parts of the rows
+    ("layer_norm_linear", dict(shape=(3, 300), n=24), "bfloat16"),  # too wide to stay in registers
+    ("layer_norm_linear", dict(shape=(0, 24), n=8), "bfloat16"),
+    ("layer_norm_mlp", dict(shape=(70, 144), hidden=288), "bfloat16"),
+    ("layer_norm_mlp", dict(shape=(3, 80), hidden=320), "float16"),
+    ("layer_norm_mlp", dict(shape=(40, 33), hidden=50), "float32"),
+    ("layer_norm_mlp", dict(shape=(2, 0, 24), hidden=8), "float32"),
+]
+ATTENTION = [
+    (dict(shape=(2, 4, 6), heads=4, head_dim=60, patch=(2, 2)), "bfloat16"),  # short
+    (dict(shape=(1, 4, 6), heads=3, head_dim=20, patch=(2, 1)), "float32"),  # short, a head too many in the tile
+    (dict(shape=(2, 2, 2), heads=4, head_dim=16, patch=(2, 2)), "float16"),  # one token
+    (dict(shape=(1, 16, 16), heads=2, head_dim=36, patch=(2, 2)), "bfloat16"),  # 64 tokens, whole, in two parts
+    (dict(shape=(1, 15, 16), heads=1, head_dim=30, patch=(1, 1)), "float16"),  # 240 tokens, whole, in blocks of keys
+    (dict(shape=(1, 10, 26), heads=1, head_dim=36, patch=(2, 2)), "bfloat16"),  # 65 tokens: by blocks
+    (dict(shape=(1, 3, 17), heads=1, head_dim=48, patch=(1, 1)), "float32"),
+    (dict(shape=(1, 3, 7), heads=1, head_dim=100, patch=(1, 1)), "bfloat16"),
+    (dict(shape=(0, 4, 6), heads=2, head_dim=12, patch=(2, 2)), "bfloat16"),
+    (dict(shape=(1, 6, 6), heads=1, head_dim=8, patch=(1, 3)), "bfloat16"),
+    (dict(shape=(1, 5, 5), heads=1, head_dim=17, patch=(1, 1)), "float32"),
+    (dict(shape=(1, 4, 8), heads=1, head_dim=33, patch=(1, 1)), "float16"),
+    (dict(shape=(1, 25, 41), heads=1, head_dim=8, patch=(1, 1)), "bfloat16"),  # 1025 tokens
+]
+LAYERS = [
+    (dict(shape=(1, 4, 8, 64), heads=4, patch=(2, 2), dropout=dict(projection=0.1, mlp=0.1)), "bfloat16"),
+    (dict(shape=(2, 4, 4, 48), heads=4, patch=(2, 1), dropout=dict(path1=0.5, path2=0.3)), "float16"),
+    (dict(shape=(1, 4, 4, 40), heads=4, head_dim=8, hidden=160, patch=(2, 2), qkv_bias=False), "bfloat16"),
+    (
+        dict(
+            shape=(2, 9, 10, 33),  # 90 rows an image, of which a tile of 64 sees two
+            heads=3,
+            head_dim=20,
+            hidden=17,
+            patch=(3, 2),
+            dropout=dict(projection=0.2, mlp=0.3, path1=0.4, path2=0.5, path_scale=False),
+        ),
+        "float32",
+    ),
+    (dict(shape=(0, 4, 6, 24), heads=2, patch=(2, 2), dropout=dict(mlp=0.5)), "float32"),
+]
+
+
+@pytest.mark.parametrize("operator, sizes, dtype", ROW_WISE, ids=str)
+def test_row_wise(operator, sizes, dtype):
+    check(operator, sizes, dtype=dtype, path="triton")
+
+
+@pytest.mark.parametrize("sizes, dtype", ATTENTION, ids=str)
+def test_attention(sizes, dtype):
+    check("patch_attention", sizes, dtype=dtype, path="triton")
+
+
+def test_programs_of_several_blocks_of_rows(monkeypatch):
+    """As from 4224 rows on, where a LayerNorm's backward has no more programs."""
+    monkeypatch.setattr(importlib.import_module("mvit_kernels.backends.triton.layer_norm"), "_PARTS", 2)
+    for rows in (64, 65, 100, 130):
+        check("layer_norm", dict(shape=(rows, 24)), path="triton")
+
+
+@pytest.mark.parametrize("sizes, dtype", LAYERS, ids=str)
+def test_layers(sizes, dtype):
+    check("transformer_layer", sizes, dtype=dtype, path="triton")
+
+
+@pytest.mark.parametrize("layout", ["permuted", "sliced", "offset", "expanded"])
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+def test_layouts(operator, layout):
+    check(operator, NARROW[operator], dtype="bfloat16", path="triton", layout=layout)
+
+
+@pytest.mark.parametrize("operator", ["layer_norm_linear", "layer_norm_mlp"])
+def test_mean_far_from_zero(operator):
+    sizes = dict(shape=(40, 64), mean=1e3)
+    check(operator, {**sizes, **(dict(n=32) if "linear" in operator else dict(hidden=32))}, path="triton")
+
+
+@pytest.mark.parametrize("operator", ["layer_norm_linear", "layer_norm_mlp"])
+def test_norm_parameters_in_float32(operator):
+    check(operator, NARROW[operator], dtype="bfloat16", norm_dtype="float32", path="triton")
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scale(scale):
+    check("patch_attention", {**NARROW["patch_attention"], "scale": scale}, path="triton")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_that_overflow_without_the_maximum_taken_out(dtype):
+    sizes = dict(shape=(1, 8, 16), heads=1, head_dim=16, patch=(2, 1), magnitude=9.0)
+    check("patch_attention", sizes, dtype=dtype, path="triton")
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of keys whose gradients are not stored
+@pytest.mark.parametrize("tokens", [6, 48, 65])
+def test_keys_after_the_last_weigh_nothing(tokens):
+    """All scores are about −100: against them a key of zeros, as tiles are filled up with, would have infinite
+    weight."""
+    qkv = torch.randn(1, tokens, 1, 48, generator=torch.Generator().manual_seed(0))
+    qkv[..., :16] += 5
+    qkv[..., 16:32] -= 5
+    settings = {"num_heads": 1, "patch_size": (1, 1), "scale": None}
+    ways = {}
+    for way in ("triton", "usual", "oracle"):
+        x = qkv.to(torch.bfloat16).to(torch.float64 if way == "oracle" else torch.bfloat16)
+        ways[way] = evaluate(lambda t, way=way: call("patch_attention", t, settings, way), {"qkv": x}, True)
+    for name, ours in ways["triton"].items():
+        assert_close_as_pytorch(name, ours, ways["usual"][name], ways["oracle"][name])
+
+
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+def test_torch_knows_the_operators(operator):
+    check_registration(operator, NARROW[operator], backend="triton")
+    check_autocast(operator, NARROW[operator], "triton")
+    if operator != "transformer_layer":  # fourteen layers; its autograd function is tested by the path "raw"
+        check_gradients_one_by_one(operator, NARROW[operator], "triton")
+    check_same_bits(operator, NARROW[operator], "triton")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_float32_keeps_to_what_pytorch_allows(precision):
+    """By default products of float32 are as exact as PyTorch's; where TF32 is allowed, of TF32's ten bits."""
+    sizes = dict(shape=(6, 64), n=64)
+    tensors, settings = make("linear_residual", sizes)
+    tensors = convert(tensors, torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        ours = call("linear_residual", tensors, settings, "triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    largest = (ours - call("linear_residual", tensors, settings, "usual")).abs().max().item()
+    assert largest < 1e-5 if precision == "highest" else 1e-5 < largest < 1e-2
+
+
+# --------------------------------------------------------------------------------------------- launches, memory, graphs
+
+
+def operators_of(x, layer, heads=4):
+    """One transformer layer by four operators."""
+    norm1, qkv, proj, mlp = layer[:2], layer[2:4], layer[4:6], layer[6:]
+    with mvit_kernels.use_backend("triton"):
+        attended = mvit_kernels.patch_attention(
+            mvit_kernels.layer_norm_linear(x, *norm1, *qkv), num_heads=heads, patch_size=(2, 2)
+        )
+        return mvit_kernels.layer_norm_mlp(mvit_kernels.linear_residual(attended, *proj, x), *mlp)
+
+
+def layer_of(x, layer, dropout=None, seed=None):
+    return mvit_kernels.transformer_layer(
+        x, layer, num_heads=4, patch_size=(2, 2), dropout=dropout, seed=seed, backend="triton"
+    )
+
+
+def weights_of(d, dtype):
+    tensors, _ = make("transformer_layer", dict(shape=(1, 2, 2, d), heads=4, patch=(2, 2)))
+    weights = convert(tensors, dtype, torch.float32)
+    del weights["x"]
+    return mvit_kernels.TransformerLayerWeights(*(t.requires_grad_() for t in weights.values()))
+
+
+def launched(function):
+    """The kernels of a call and of its backward, by name."""
+    with launch.watching() as forward:
+        out = function()
+    with launch.watching() as backward:
+        out.sum().backward()
+    return [[each.plan.kernel.fn.__name__ for each in launches] for launches in (forward, backward)]
+
+
+FORWARD = ["_normed_product", "forward", "_product", "_mlp"]
+
+
+def test_launches_of_the_operators():
+    """Four kernels forward and eleven backward, and autograd adds the gradients of x up."""
+    x, layer = torch.randn(1, 4, 4, 32, dtype=torch.bfloat16, requires_grad=True), weights_of(32, torch.bfloat16)
+    forward, backward = launched(lambda: operators_of(x, layer))
+    weights = ["_weight_gradients", "_sum_parts"]
+    assert forward == FORWARD
+    assert backward == [
+        *("_hidden", "_norm_backward", *weights),
+        *("_product", *weights),
+        "backward",
+        *("_norm_backward", *weights),
+    ]
+
+
+@pytest.mark.parametrize(
+    "live, more",
+    [
+        (None, []),
+        (dict(projection=0.1, path1=0.1), []),
+        (dict(projection=0.1, mlp=0.1), ["_drop"]),
+    ],
+    ids=str,
+)
+def test_launches_of_a_layer(live, more):
+    """As one operator: four forward and eight backward. Dropout is part of them, but for one kernel backward."""
+    x, layer = torch.randn(1, 4, 4, 32, dtype=torch.bfloat16, requires_grad=True), weights_of(32, torch.bfloat16)
+    dropout = mvit_kernels.LayerDropout(**live) if live else None
+    forward, backward = launched(lambda: layer_of(x, layer, dropout))
+    assert forward == FORWARD
+    attention = ["_normed_product", "backward", "_norm_backward"]
+    assert backward == [*more, "_hidden", "_norm_backward", "_product", *attention, "_weight_gradients", "_sum_parts"]
+
+
+class PyTorchLaunches(TorchDispatchMode):
+    """Counts PyTorch's own kernels: all operators but views and allocations. A GPU launches more than one for some, so
+    PyTorch's count is a lower bound; ours counts by `launched`."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition(".")[0]
+        if not (function.is_view or "empty" in name or name in ("aten::_unsafe_view", "aten::detach")):
+            if not name.startswith("mvit_kernels::"):
+                self.names.append(name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """timm's first MobileViT block of xxs, in training, and the same accelerated."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    found = [m for m in timm.create_model("mobilevit_xxs").modules() if type(m).__name__ == "MobileVitBlock"]
+    block = found[0].train()
+    return block, mvit_kernels.accelerate(copy.deepcopy(block), backend="triton", strict=True)
+
+
+def train(block, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return block(x.clone().requires_grad_())
+
+
+def test_launches_of_a_block(blocks):
+    """A whole block under autocast, convolutions included: timm's launches, and ours. Around the two layers: one cast
+    of all weights forward and one of all gradients backward, and the last LayerNorm, of three kernels."""
+    x = torch.randn(1, 48, 4, 4).to(memory_format=torch.channels_last)
+    counts = []
+    for block in blocks:
+        with PyTorchLaunches() as pytorch:
+            train(block, x).sum().backward()
+        counts.append(pytorch.names)
+    by_timm, ours = counts
+    forward, backward = launched(lambda: train(blocks[1], x))
+    layer = ["_hidden", "_norm_backward", "_product", "_normed_product", "backward", "_norm_backward"]
+    assert forward == FORWARD * 2 + ["_forward"]
+    assert backward == ["_backward", "_sum_parts", *[*layer, "_weight_gradients", "_sum_parts"] * 2]
+    outside = [  # what the convolutions around the transformer take in both
+        *("convolution", "convolution_backward", "native_batch_norm", "native_batch_norm_backward"),
+        *("cat", "silu_", "add_"),
+    ]
+    for name in outside:
+        assert by_timm.count(name) == ours.count(name), name
+    assert ours.count("_foreach_copy_") == 2
+    assert not {"addmm", "mm", "native_layer_norm", "silu", "native_layer_norm_backward"} & set(ours)
+    assert by_timm.count("_to_copy") - ours.count("_to_copy") >= 32  # casts of 16 weights, there and back
+    total = len(ours) + len(forward) + len(backward)
+    assert total <= 0.55 * len(by_timm), f"{total} launches, and timm's block {len(by_timm)}"
+
+
+def kept_bytes(block, x) -> int:
+    """What autograd keeps between forward and backward, weights and their casts aside; tensors that share memory count
+    once."""
+    weights = {tuple(sorted(p.shape)) for p in block.parameters()}
+    storages = {}
+
+    def keep(t):
+        if tuple(sorted(t.shape)) not in weights:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()  # kept alive, so that no address is reused
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        train(block, x)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_memory_kept_for_backward(blocks, memory_format):
+    """At most half of what timm's block keeps, convolutions included, both in bfloat16 under autocast."""
+    x = torch.randn(1, 48, 8, 12).to(memory_format=memory_format)  # 96 tokens, which is no width of a weight
+    theirs, ours = (kept_bytes(block, x) for block in blocks)
+    assert ours * 2 <= theirs, f"{ours} bytes, and timm's block {theirs}"
+
+
+def test_a_mask_is_not_kept():
+    """Dropout keeps its seed and nothing else."""
+    x, layer = torch.randn(1, 4, 4, 32), weights_of(32, torch.float32)
+
+    def kept(dropout):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            layer_of(x, layer, dropout)
+        return sum(sizes)
+
+    assert kept(mvit_kernels.LayerDropout(0.0, 0.1, 0.0, 0.1, 0.1, 0.1)) == kept(None) + 16
+
+
+@pytest.mark.parametrize("function", [operators_of, layer_of])
+def test_compiles_whole(function):
+    """One graph, forward and backward, by the operators themselves; the same values."""
+    layer = weights_of(32, torch.float32)
+    x = torch.randn(1, 4, 4, 32, requires_grad=True)
+    expected = function(x, layer)
+    gradients = torch.autograd.grad(expected.square().sum(), [x, *layer])
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    out = compiled(x, layer)
+    assert torch.equal(out, expected)
+    for ours, eager in zip(torch.autograd.grad(out.square().sum(), [x, *layer]), gradients, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
+
+
+def test_a_map_with_live_dropout_compiles_whole():
+    """Under autocast: casts of all weights at once, seeds, layers and the last LayerNorm in one graph. Run without
+    inductor's own random numbers the values are eager's."""
+    layers, norm = [weights_of(32, torch.float32) for _ in range(2)], tuple(weights_of(32, torch.float32)[:2])
+    leaves = [t for layer in layers for t in layer] + list(norm)
+    x = torch.randn(2, 32, 4, 4, requires_grad=True)
+    dropout = [mvit_kernels.LayerDropout(projection=0.2, mlp=0.3, path2=0.4)] * 2
+
+    def function(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return transformer_on_map(
+                x, layers, norm, num_heads=4, patch_size=(2, 2), dropout=dropout, backend="triton"
+            )
+
+    def evaluated(function):
+        torch.manual_seed(4)
+        out = function(x)
+        return out, *torch.autograd.grad(out.float().square().sum(), [x, *leaves])
+
+    eager = evaluated(function)
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled = evaluated(torch.compile(function, fullgraph=True))
+    for ours, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    again = evaluated(function)
+    assert all(torch.equal(first, second) for first, second in zip(again, eager, strict=True))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1])
+def test_nothing_on_the_host_depends_on_data(probability):
+    """A call and its backward plan all their launches on tensors without data: no synchronisation, no choice that a
+    CUDA graph would freeze."""
+    from gates.triton_gate import stage
+    from mvit_kernels.dropout import draw_seeds
+
+    assert len(stage(64, 1, torch.bfloat16, "highest", 90, probability)) > 30
+    assert draw_seeds(3, "meta")[2].shape == (2,)
+
+
+def test_tiles_do_not_change_the_rows():
+    """A row's result does not depend on which rows lie beside it, nor on how many."""
+    tensors, settings = make("layer_norm_mlp", dict(shape=(70, 24), hidden=40))
+    tensors = convert(tensors, torch.float32)
+    whole = evaluate(lambda t: call("layer_norm_mlp", t, settings, "triton"), tensors, False)["out"]
+    part = call("layer_norm_mlp", {**tensors, "x": tensors["x"][66:]}, settings, "triton")
+    assert torch.equal(part, whole[66:])

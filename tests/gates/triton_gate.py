@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton's compiler makes of every kernel and tile, for GPUs that need not be there.
+
+Example:
+    $ python -m gates.triton_gate    # compile everything, and write tests/data/triton_gate.csv
+    $ python -m gates.triton_gate --arch 90 --only _mlp,_hidden --dry
+
+The operators plan their launches for meta tensors of every shape that a zoo's model has; each different plan is
+compiled for each architecture, as its launch would compile it. A row has registers a thread, bytes of stack (where
+spills go), shared memory, and which tensor-core instructions came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from support import TESTS
+
+TABLE = TESTS / "data" / "triton_gate.csv"
+ARCHITECTURES = (80, 90, 100, 120)
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
+COLUMNS = ("case", "kernel", "dtype", "tile", "arch", "registers", "stack", "shared", "mma", "async_copies", "triton")
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+# -------------------------------------------------------------------------------------------------------- what to build
+
+WIDTHS = (64, 80, 96, 120, 144, 192, 240)  # of xxs, xs and s
+ROWS = {64: 1024, 80: 256, 96: 1024, 120: 256, 144: 1024, 192: 256, 240: 64}  # an image's, at 256 px
+SIDES = {1024: 32, 256: 16, 64: 8}
+
+
+def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int, probability: float = 0.0) -> list:
+    """The launches of one transformer layer of width d, forward and backward: operator by operator, and as one, every
+    dropout of which has this probability."""
+    from mvit_kernels.backends.triton import (
+        layer_norm,
+        layer_norm_linear,
+        layer_norm_mlp,
+        linear_residual,
+        patch_attention,
+        transformer_layer,
+    )
+    from mvit_kernels.backends.triton._launch import watching
+
+    def t(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=of)
+
+    side = SIDES[ROWS[d]]
+    x, norm = t(batch, side, side, d), (t(d, of=torch.float32), t(d, of=torch.float32))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with watching(target) as launches:
+            qkv, mean, rstd = layer_norm_linear.forward(x, *norm, t(3 * d, d), t(3 * d), 1e-5, "")
+            layer_norm_linear.backward(qkv, x, mean, rstd, *norm, t(3 * d, d), t(3 * d), "")
+            h, _, _ = layer_norm_linear.forward(x, *norm, t(2 * d, d), t(2 * d), 1e-5, "silu")
+            layer_norm_linear.backward(h, x, mean, rstd, *norm, t(2 * d, d), t(2 * d), "silu")
+            out, logsumexp = patch_attention.forward(qkv, 4, (2, 2), 0.1)
+            patch_attention.backward(out, qkv, out, logsumexp, 4, (2, 2), 0.1)
+            linear_residual.forward(out, t(d, d), t(d), x)
+            linear_residual.backward(x, out, t(d, d))
+            mlp = (*norm, t(2 * d, d), t(2 * d), t(d, 2 * d))
+            layer_norm_mlp.forward(x, *mlp, t(d), 1e-5)
+            layer_norm_mlp.backward(x, x, mean, rstd, *mlp)
+            weights = (*norm, t(3 * d, d), t(3 * d), t(d, d), t(d), *mlp, t(d))
+            kept = [weights[i] for i in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
+            settings = (t(2, of=torch.int64), 4, (2, 2), 1e-5, (probability,) * 4, True)
+            out, *saved = transformer_layer.forward(x, *weights, *settings)
+            transformer_layer.backward(out, x, *saved, *kept, *settings)
+            _, mean, rstd = layer_norm.forward(x, *norm, 1e-5)
+            layer_norm.backward(x, x, mean, rstd, norm[0])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return launches
+
+
+def cases(target: int) -> Iterator[tuple[str, object]]:
+    """(name, launch): every width in bfloat16 for one image and for 64, these with live dropout; some in the other
+    dtypes, without."""
+    for d in WIDTHS:
+        for batch, probability in ((64, 0.1), (1, 0.0)):
+            for launch in stage(d, batch, torch.bfloat16, "highest", target, probability):
+                yield f"d={d}", launch
+    for d in (64, 144, 192, 240):
+        for launch in stage(d, 64, torch.float32, "high", target):
+            yield f"d={d}", launch
+        for launch in stage(d, 64, torch.float32, "highest", target):
+            yield f"d={d}", launch
+    for launch in stage(144, 64, torch.float16, "highest", target):
+        yield "d=144", launch
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+def source(launch) -> tuple[object, dict]:
+    """What Triton compiles for a launch whose pointers are all on 16 bytes, and its options."""
+    from triton.compiler import ASTSource
+
+    kernel, plan = launch.plan.kernel, launch.plan
+    signature, constants, attributes = {}, {}, {}
+    arguments = (*launch.tensors, *launch.scalars, *plan.constants)
+    assert len(arguments) == len(kernel.params), f"{kernel.fn.__name__} takes {len(kernel.params)} arguments"
+    for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif value is None or parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        else:
+            signature[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def tile(launch) -> str:
+    """The constants by name, without those that are 0 or False."""
+    names = [p.name for p in launch.plan.kernel.params][-len(launch.plan.constants) :]
+    pairs = zip(names, launch.plan.constants, strict=True)
+    shown = [f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in pairs if v]
+    return " ".join([*shown, f"warps={launch.plan.num_warps}", f"stages={launch.plan.num_stages}"])
+
+
+def compiled_for(launch, arch: int):
+    """What Triton compiles for the launch, with its ``asm`` of all stages."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    ast, options = source(launch)
+    return triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def float32_operations(ptx: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """By the register that it defines, each float32 operation and its operands."""
+    found = re.findall(r"^\s*(?:@\S+ )?([a-z]+)\S*\.f32\s+(%\w+), (.*);", ptx, re.MULTILINE)
+    return {register: (name, tuple(operands.split(", "))) for name, register, operands in found}
+
+
+def build(launch, arch: int) -> dict[str, object]:
+    """Compile; what came out."""
+    import triton
+
+    compiled = compiled_for(launch, arch)
+    ptx = compiled.asm["ptx"]
+    kinds = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        "mma": "+".join(kind for kind, word in kinds.items() if word in ptx) or "none",
+        "async_copies": int("cp.async.c" in ptx),
+        "triton": triton.__version__,
+    }
+
+
+def describe(case: str, launch, arch: int) -> dict[str, object]:
+    """The columns of a row that are known before compiling."""
+    kernel = launch.plan.kernel
+    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    dtypes = [t.dtype for t in launch.tensors if t is not None and t.dtype in (torch.bfloat16, torch.float16)]
+    kind = str((dtypes or [torch.float32])[0]).removeprefix("torch.")
+    if "ieee" in launch.plan.constants:
+        kind += " (ieee)"
+    return {"case": case, "kernel": name, "dtype": kind, "tile": tile(launch), "arch": arch}
+
+
+def different(arch: int) -> list[tuple[dict[str, object], object]]:
+    """What to compile for an architecture: one launch for each variant of each kernel. Variants differ in constants and
+    types, and in which tensors are there."""
+    found = {}
+    for case, launch in cases(arch):
+        row = describe(case, launch, arch)
+        variant = tuple(None if t is None else t.dtype for t in launch.tensors)
+        tile = "" if row["kernel"].endswith("_sum_parts") else row["tile"]  # sums know no tile but BLOCK
+        found.setdefault((row["kernel"], tile, variant), (row, launch))
+    return list(found.values())
+
+
+def rows(arch: int, only: set[str] | None = None, share: tuple[int, int] = (0, 1)) -> list[dict[str, object]]:
+    """The table's rows of an architecture: of kernels that have one of `only` in their name, every n-th from the
+    i-th."""
+    wanted = [pair for pair in different(arch) if not only or any(part in pair[0]["kernel"] for part in only)]
+    return [row | build(launch, arch) for row, launch in wanted[share[0] :: share[1]]]
+
+
+def sort_key(row: dict[str, object]) -> tuple:
+    return (
+        row["kernel"],
+        row["dtype"],
+        int(row["case"].removeprefix("d=")),
+        row["tile"],
+        int(row["arch"]),
+        row["registers"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--only", type=lambda text: set(text.split(",")))
+    parser.add_argument("--dry", action="store_true", help="print, and write no table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        jobs = [pool.submit(rows, arch, arguments.only, (i, 8)) for arch in arguments.arch for i in range(8)]
+        table = sorted((row for job in jobs for row in job.result()), key=sort_key)
+    if arguments.dry:
+        for row in table:
+            print(*row.values(), sep=" | ")
+        return
+    TABLE.parent.mkdir(exist_ok=True)
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    print(f"{TABLE}: {len(table)} rows", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as others get it: import, version, wheels, the build, and its optional neighbours."""
+
+from __future__ import annotations
+
+import email
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mvit_kernels
+from support import ROOT
+
+PACKAGE = ROOT / "mvit_kernels"
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
+)
+
+# A whole compiled library in small: one operator, and a file for an instruction set that not everyone has.
+PROBE = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+using torch::stable::Tensor;
+#if MVIT_HAVE_AVX2
+bool compiled_for_avx2();
+#else
+bool compiled_for_avx2() { return true; }  // not this processor's business
+#endif
+Tensor probe(const Tensor& x) {
+  Tensor y = torch::stable::empty_like(x);
+  const float* in = static_cast<const float*>(x.data_ptr());
+  float* out = static_cast<float*>(y.data_ptr());
+#ifdef __AVX2__
+  return y;  // the baseline must not be compiled for it
+#endif
+#pragma omp parallel for
+  for (int64_t i = 0; i < x.numel(); ++i) out[i] = 2 * in[i] + compiled_for_avx2();
+  return y;
+}
+STABLE_TORCH_LIBRARY_FRAGMENT(mvit_packaging_test, m) { m.def("probe(Tensor x) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(mvit_packaging_test, CPU, m) { m.impl("probe", TORCH_BOX(&probe)); }
+"""
+PROBE_AVX2 = """
+bool compiled_for_avx2() {
+#ifdef __AVX2__
+  return true;
+#else
+  return false;
+#endif
+}
+"""
+
+
+def run(*command: str | Path, cwd: Path, fails: bool = False, **environment: str) -> str:
+    """Run `command` in `cwd`; return what it printed."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MVIT_KERNELS_")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout
+
+
+def python(code: str, cwd: Path) -> str:
+    """Run `code` with the modules in `cwd` before all others."""
+    path = os.pathsep.join(filter(None, (str(cwd), os.environ.get("PYTHONPATH"))))
+    return run(sys.executable, "-c", code, cwd=cwd, PYTHONPATH=path).strip()
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder with the package's Python files alone: nothing compiled, nothing built."""
+    shutil.copytree(PACKAGE, tmp_path / "mvit_kernels", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    return tmp_path
+
+
+@pytest.fixture
+def project(bare: Path) -> Path:
+    """The same with what is needed to build it, and no C++ sources."""
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, bare)
+    (bare / "README.md").write_text("# mvit_kernels\n")
+    return bare
+
+
+def add_probe(project: Path, source: str = PROBE) -> None:
+    folder = project / "csrc" / "cpu"
+    folder.mkdir(parents=True)
+    (folder / "probe.cpp").write_text(source)
+    (folder / "probe_avx2.cpp").write_text(PROBE_AVX2)
+
+
+def wheel_of(project: Path) -> Path:
+    options = ("-q", "--no-build-isolation", "--no-deps", "-w", "out")
+    run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=project)
+    (wheel,) = (project / "out").glob("*.whl")
+    return wheel
+
+
+def build_info(folder: Path) -> dict:
+    return json.loads((folder / "lib" / "build_info.json").read_text())
+
+
+# -- Importing -------------------------------------------------------------------------------------
+
+
+def test_import_is_cheap_and_pulls_in_nothing(bare: Path) -> None:
+    printed = python(
+        """
+import pathlib, sys, time, torch
+before, start = set(sys.modules), time.process_time()
+import mvit_kernels
+seconds = time.process_time() - start
+assert pathlib.Path(mvit_kernels.__file__).parent == pathlib.Path.cwd() / "mvit_kernels"
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not loaded & {"triton", "timm", "transformers", "kornia", "torchvision", "safetensors", "PIL"}, loaded
+assert not torch.cuda.is_initialized()
+print(seconds)
+""",
+        bare,
+    )
+    assert float(printed) < 0.5  # 1 ms as written; torch's own import is a second
+
+
+def test_everything_public_resolves_with_nothing_compiled_and_nobody_else_installed(bare: Path) -> None:
+    printed = python(
+        """
+import sys
+for name in ("triton", "timm", "transformers", "kornia", "torchvision", "safetensors", "matplotlib", "PIL"):
+    sys.modules[name] = None
+import mvit_kernels, torch
+for name in mvit_kernels.__all__:
+    assert getattr(mvit_kernels, name) is not None, name
+model = mvit_kernels.MobileViT(mode="xxs").eval()
+with torch.no_grad():
+    print(tuple(mvit_kernels.accelerate(model)(torch.rand(1, 3, 64, 64)).shape))
+assert not torch.cuda.is_initialized()
+""",
+        bare,
+    )
+    assert printed.splitlines()[-1] == "(1, 320, 2, 2)"
+
+
+def test_version_is_written_once() -> None:
+    literal = re.search(r'^__version__ = "([^"]+)"$', (PACKAGE / "__init__.py").read_text(), re.MULTILINE)
+    assert literal and literal[1] == mvit_kernels.__version__
+    assert not re.search(r'^version\s*=\s*"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    try:
+        assert importlib.metadata.version("mvit_kernels") == mvit_kernels.__version__
+    except importlib.metadata.PackageNotFoundError:
+        pass  # run from the sources, not installed
+
+
+def test_the_build_here_is_told_as_it_is() -> None:
+    if not (PACKAGE / "lib" / "build_info.json").exists():
+        pytest.skip("nothing was built here: make build")
+    for name, entry in build_info(PACKAGE).items():
+        library = PACKAGE / "lib" / f"libmvit_kernels_{name}.so"
+        assert library.exists() == entry["built"]
+        assert entry["library" if entry["built"] else "reason"]
+
+
+# -- Building --------------------------------------------------------------------------------------
+
+
+def test_wheel_without_sources_is_pure(project: Path) -> None:
+    stale = project / "mvit_kernels" / "lib" / "libmvit_kernels_cpu.so"
+    stale.parent.mkdir()
+    stale.write_text("built from other sources")
+    wheel = wheel_of(project)
+    assert wheel.name == f"mvit_kernels-{mvit_kernels.__version__}-py3-none-any.whl"
+    dist_info = f"mvit_kernels-{mvit_kernels.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        modules = {str(f.relative_to(ROOT)) for f in PACKAGE.rglob("*.py")}
+        assert modules <= names
+        assert {name.partition("/")[0] for name in names} == {"mvit_kernels", dist_info}
+        assert not [name for name in names if name.endswith(".so")]
+        info = json.loads(archive.read("mvit_kernels/lib/build_info.json"))
+        metadata = email.message_from_bytes(archive.read(f"{dist_info}/METADATA"))
+        assert f"{dist_info}/licenses/LICENSE" in names
+        assert b"mvit-kernels = mvit_kernels.__main__:main" in archive.read(f"{dist_info}/entry_points.txt")
+    assert info["cpu"]["built"] is False and "no sources" in info["cpu"]["reason"]
+    assert metadata["Version"] == mvit_kernels.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert needed == ["torch>=2.10", "numpy"]
+
+
+@needs_compiler
+def test_wheel_with_sources_holds_a_library_for_every_python(project: Path) -> None:
+    pytest.importorskip("ninja")
+    add_probe(project)
+    wheel = wheel_of(project)
+    assert re.fullmatch(r"mvit_kernels-[^-]+-py3-none-linux_\w+\.whl", wheel.name)
+    unpacked = project / "unpacked"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    library = unpacked / "mvit_kernels" / "lib" / "libmvit_kernels_cpu.so"
+    info = build_info(unpacked / "mvit_kernels")["cpu"]
+    assert info["built"] and info["compiler"] and info["torch"] and str(project) not in json.dumps(info)
+    printed = python(
+        f"import torch; torch.ops.load_library({str(library)!r});"
+        "print(torch.ops.mvit_packaging_test.probe(torch.arange(3.0)).tolist())",
+        unpacked,
+    )
+    assert printed == "[1.0, 3.0, 5.0]"
+    assert b"Py_" not in library.read_bytes()
+
+
+@needs_compiler
+def test_build_is_incremental_and_fails_as_asked(project: Path) -> None:
+    pytest.importorskip("ninja")
+    build = (sys.executable, "setup.py", "-q", "build_native", "--inplace")
+    package = project / "mvit_kernels"
+    library = package / "lib" / "libmvit_kernels_cpu.so"
+    add_probe(project)
+    assert "compiling" in run(*build, cwd=project, MVIT_KERNELS_BUILD="require")
+    assert library.exists()
+    again = run(*build, cwd=project, MVIT_KERNELS_BUILD="require")
+    assert "compiling" not in again and "linking" not in again
+
+    broken = project / "csrc" / "cpu" / "probe_avx2.cpp"
+    broken.write_text(broken.read_text() + "this is no C++\n")
+    run(*build, cwd=project, MVIT_KERNELS_BUILD="skip")
+    assert library.exists()
+    run(*build, cwd=project)
+    assert not library.exists()  # it would be taken for the broken sources'
+    reason = build_info(package)["cpu"]["reason"]
+    assert reason.startswith("compile error: csrc/cpu/probe_avx2.cpp")
+    strict = run(*build, cwd=project, fails=True, MVIT_KERNELS_BUILD="require")
+    assert "error: MVIT_KERNELS_BUILD=require" in strict
+
+    for environment, told in (
+        ({"CXX": "no-such-compiler"}, "no-such-compiler"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS"),
+    ):
+        assert told in run(*build, cwd=project, **environment)
+        assert told in build_info(package)["cpu"]["reason"]
+    assert "auto, require, skip" in run(*build, cwd=project, fails=True, MVIT_KERNELS_BUILD="always")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("home", "architectures", "told"),
+    [
+        ("no-such-folder", "", "no CUDA compiler: CUDA_HOME is 'no-such-folder'"),
+        ("toolkit", "9.0;Hopper", "TORCH_CUDA_ARCH_LIST has 'Hopper'"),
+        ("toolkit", "6.0 7.5+PTX", "the kernels want compute capability 8.0 or newer"),
+        ("toolkit", "7.5;9.0a;10.0+PTX", "does not tell where its headers and libraries are"),
+    ],
+)
+def test_cuda_library_tells_what_it_wants(project: Path, home: str, architectures: str, told: str) -> None:
+    (project / "csrc" / "cuda").mkdir(parents=True)
+    (project / "csrc" / "cuda" / "probe.cu").write_text("")
+    nvcc = project / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n")  # no compiler: it prints nothing
+    nvcc.chmod(0o755)
+    environment = {"CUDA_HOME": home, "TORCH_CUDA_ARCH_LIST": architectures}
+    assert told in run(sys.executable, "setup.py", "-q", "build_native", "--inplace", cwd=project, **environment)
+    info = build_info(project / "mvit_kernels")
+    assert info["cuda"]["built"] is False and told in info["cuda"]["reason"]
+
+
+# -- The neighbours --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers", "kornia"])
+def test_missing_neighbour_is_told_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mvit_kernels._utils import third_party as _third_party
+
+    monkeypatch.setitem(sys.modules, name, None)
+    sentence = rf"^{name} is not installed: pip install 'mvit_kernels\[\w+\]'$"
+    with pytest.raises(ImportError, match=sentence) as error:
+        getattr(_third_party, f"import_{name}")()
+    assert error.value.name == name
+
+
+def fake_torchvision(folder: Path, body: str) -> None:
+    (folder / "torchvision").mkdir()
+    (folder / "torchvision" / "part.py").write_text("")
+    (folder / "torchvision" / "__init__.py").write_text(f"from . import part\nimport torch\n{body}\n")
+
+
+TELL = """
+import sys, torch
+from mvit_kernels import _third_party
+declared = lambda: hasattr(torch.ops.torchvision, "nms")
+try:
+    _third_party.prepare_torchvision()
+    _third_party.prepare_torchvision()
+except RuntimeError as error:
+    print("raised:", error)
+print("torchvision" in sys.modules, declared())
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        pytest.param("", "True False", id="whole"),
+        pytest.param('torch.library.register_fake("torchvision::nms", print)', "True True", id="uncompiled"),
+        pytest.param('raise RuntimeError("bad luck")', "raised: bad luck\nFalse False", id="broken"),
+    ],
+)
+def test_torchvision_schemas_are_declared_only_where_missing(bare: Path, body: str, told: str) -> None:
+    fake_torchvision(bare, body)
+    assert python(TELL, bare) == told

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests share: `cases` has the operators' arguments, `oracle` the right results, `usual` the textbook path,
+`tolerance` the rule that errors are held to, `models` other libraries' networks."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend's ``transformer`` on CPU tensors: its own Python, and its kernel's own source under emulation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mvit_kernels import backends
+from mvit_kernels.backends import cuda
+from mvit_kernels.backends.cuda import transformer
+from support.emulation import Driver, load_operators
+
+
+def run(
+    driver: Driver, x: Tensor, packed: Tensor, layers, head_dim, hidden, final_norm, patch, eps, plan, seed=0
+) -> Tensor:
+    """The launch that ``csrc/cuda/transformer.cpp`` would make, into memory full of NaN."""
+    out = torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
+    x = x.contiguous()
+    sizes = (*x.shape, head_dim, *patch, layers, hidden, final_norm)
+    if x.numel():
+        driver.forward(seed, x, out, packed, x.dtype == torch.float16, *sizes, float(eps), *plan, writes=[out])
+    return out
+
+
+@contextlib.contextmanager
+def serving_cpu_tensors(monkeypatch) -> Iterator[list[tuple]]:
+    """Inside, the CUDA backend is the first choice for CPU tensors; gives the shape and plan of each launch."""
+    load_operators("transformer")
+    launches = []
+
+    def plan(*arguments):
+        launches.append((*arguments[:4], plan_of(*arguments)))
+        return launches[-1][-1]
+
+    plan_of = transformer.plan_of
+    monkeypatch.setattr(transformer, "plan_of", plan)
+    monkeypatch.setattr(cuda.BACKEND, "unavailable", lambda device_type: [])
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", ("cuda", "reference"))
+    monkeypatch.setattr(backends, "_choices", {})
+    library = torch.library.Library("mvit_kernels", "FRAGMENT")
+    library.impl("transformer.cuda", transformer.forward, "CPU")
+    try:
+        yield launches
+    finally:
+        library._destroy()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA kernels run on the CPU, from their own source: compiled beside ``emulated_cuda/simt.h``, called by ctypes.
+
+Example:
+    >>> driver = Driver("patch_attention")                     # compiles emulated_cuda/patch_attention.cpp
+    >>> driver.forward(seed, qkv, out, writes=[out])           # its extern "C" const char* forward(uint64_t, void*, …)
+
+A driver's functions take int64_t, double and pointers, launch kernels by ``emulation::emulate`` and return what that
+reports. A call raises `EmulationFault` for a race, a deadlock, memory read before it was written, and every access out
+of a tensor that the call names or to a tensor that `writes` does not. Nothing is seen of the hardware's rounding inside
+a product, of time, or of bank conflicts other than `Driver.matrix_conflicts`.
+
+`faults` plants errors: (header, text, other text), the text being there once; the header may be left out. Such drivers
+are compiled for one test each, so there are macros that leave out what it does not need.
+
+`load_operators` does the same for the bindings: ``mvit_kernels::<operator>.cuda`` then takes CPU tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from . import ROOT, TESTS
+
+KERNELS = ROOT / "csrc" / "cuda"
+EMULATION = TESTS / "support" / "emulated_cuda"
+BUILT = ROOT / "build" / "emulation"
+# Contracted, products would be more exact than the hardware's sums. Fortified, longjmp refuses to change stacks.
+FLAGS = "-std=c++20 -O1 -g1 -fPIC -shared -ffp-contract=off -U_FORTIFY_SOURCE -DMVIT_EMULATED -Wall -Wextra"
+
+
+class EmulationFault(AssertionError):
+    """What a kernel did that it must not, by the emulation's report."""
+
+
+class Driver:
+    """``emulated_cuda/<name>.cpp``, compiled; see the module. One launch at a time: it is no use to threads."""
+
+    def __init__(self, name: str, faults: Sequence[tuple[str, ...]] = (), macros: Sequence[str] = ()) -> None:
+        self.name = name
+        self._library = ctypes.CDLL(str(_build(name, tuple(faults), tuple(macros))))
+
+    def matrix_conflicts(self) -> int:
+        """How often two rows of a matrix that was loaded at once lay in the same banks, over all launches so far."""
+        self._library.emulation_matrix_conflicts.restype = ctypes.c_int64
+        return self._library.emulation_matrix_conflicts()
+
+    def __getattr__(self, function: str) -> Any:
+        return functools.partial(self._call, function)
+
+    def _call(self, function: str, seed: int, *arguments: Any, writes: Sequence[torch.Tensor] = ()) -> None:
+        call = getattr(self._library, function)
+        call.restype = ctypes.c_char_p
+        self._library.emulation_forget_buffers()
+        for tensor in arguments:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                written = any(tensor is other for other in writes)
+                # From the first element to the last, whatever lies between them.
+                elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+                self._library.emulation_add_buffer(
+                    ctypes.c_uint64(tensor.data_ptr()),
+                    ctypes.c_uint64(elements * tensor.element_size()),
+                    ctypes.c_int64(written),
+                )
+        report = call(ctypes.c_uint64(seed), *map(_as_c, arguments))
+        if report is not None:
+            raise EmulationFault(f"{self.name}.{function}, seed {seed}: {report.decode()}")
+
+
+def _as_c(value: Any) -> Any:
+    if value is None or isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def compiler() -> list[str]:
+    """The C++ compiler; the test is skipped where there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    found = named or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    return found or pytest.skip("no C++ compiler")
+
+
+@functools.cache
+def _build(name: str, faults: tuple[tuple[str, ...], ...], macros: tuple[str, ...]) -> Path:
+    """The driver's library; compiled anew when a source, the compiler or a fault is another."""
+    command = [*compiler(), *FLAGS.split(), *(f"-D{macro}" for macro in macros)]
+    headers = {path.name: path.read_text() for path in sorted(KERNELS.glob("*.h"))}
+    for *header, text, other in faults:
+        places = [name for name in header or headers for _ in range(headers[name].count(text))]
+        assert len(places) == 1, f"{text!r} is at {len(places)} places, of {places}; a fault is planted at one"
+        headers[places[0]] = headers[places[0]].replace(text, other)
+    version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True).stdout
+    own = [path.read_text() for path in (*sorted(EMULATION.glob("*.h")), EMULATION / f"{name}.cpp")]
+    digest = hashlib.sha256("\0".join([version, *command, *own, *headers.values()]).encode()).hexdigest()[:16]
+    library = BUILT / f"{name}-{digest}.so"
+    if not library.exists():
+        changed = BUILT / f"{name}-{digest}.{os.getpid()}"  # the headers as they are compiled, faults and all
+        changed.mkdir(parents=True)
+        for file, text in headers.items():
+            (changed / file).write_text(text)
+        source = EMULATION / f"{name}.cpp"
+        paths = [f"-I{changed}", f"-I{ROOT / 'tests'}"]
+        result = subprocess.run(
+            [*command, *paths, str(source), "-o", str(changed / "built.so")], capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{source.name} does not compile:\n{result.stderr}"
+        os.replace(changed / "built.so", library)
+        shutil.rmtree(changed)
+    return library
+
+
+ROWS = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
+KERNEL_FILES = {**dict.fromkeys(ROWS, "rows"), "patch_attention": "patch_attention", "transformer": "transformer"}
+
+
+@functools.cache
+def load_operators(*operators: str) -> None:
+    """Register ``mvit_kernels::<operator>.cuda`` for CPU tensors: the bindings of csrc/cuda and its launches, compiled
+    for the emulation; all but the transformer's if none is named. A launch's fault is the error that the operator
+    raises."""
+    operators = operators or ("patch_attention", *ROWS)
+    headers = Path(torch.__file__).parent / "include"
+    command = [*compiler(), *FLAGS.split(), "-O0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-I{KERNELS}", f"-I{ROOT / 'tests'}"]
+    command += [f"-isystem{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include")]
+    stems = sorted({KERNEL_FILES[name] for name in operators})
+    kernels = [path for stem in stems for path in sorted(KERNELS.glob(f"{stem}*.cu"))]
+    sources = [*(KERNELS / f"{name}.cpp" for name in operators), *kernels]
+    read = (*sources, *sorted(KERNELS.glob("*.h")), *sorted(EMULATION.glob("*.h")))
+    text = "\0".join([torch.__version__, *command, *(path.read_text() for path in read)])
+    library = BUILT / f"operators-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILT) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def build(source: Path) -> str:
+                built = f"{folder}/{source.name}.o"
+                result = subprocess.run([*command, "-c", "-xc++", source, "-o", built], capture_output=True, text=True)
+                assert result.returncode == 0, f"{source.name} does not compile for the emulation:\n{result.stderr}"
+                return built
+
+            linked = f"{folder}/operators.so"
+            torch_library = [f"-L{headers.parent / 'lib'}", "-ltorch_cpu"]
+            subprocess.run(
+                [*compiler(), "-shared", *pool.map(build, sources), *torch_library, "-o", linked], check=True
+            )
+            os.replace(linked, library)
+    torch.ops.load_library(str(library))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen layers with random weights, chains of them, and the two ways to call these."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import mvit_kernels
+from mvit_kernels import TransformerLayerWeights
+from mvit_kernels.freezing import network
+from mvit_kernels.freezing.modules import (
+    Frozen,
+    FrozenConv2d,
+    FrozenInvertedResidual,
+    FrozenMobileViTBlock,
+    FrozenSequential,
+)
+
+
+class Draw:
+    """Frozen layers with random weights that keep the variance."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=self.generator) * std
+
+    def conv(self, inp: int, out: int, kernel: int = 1, *, stride=1, dilation=1, groups=1, act=True) -> FrozenConv2d:
+        weight = self(out, inp // groups, kernel, kernel, std=(2 / (inp // groups * kernel * kernel)) ** 0.5)
+        return FrozenConv2d(
+            weight,
+            self(out, std=0.3),
+            stride=(stride, stride),
+            padding=(dilation * (kernel // 2),) * 2,
+            dilation=(dilation, dilation),
+            groups=groups,
+            activation="silu" if act else None,
+        )
+
+    def inverted(self, inp: int, hidden: int, out: int, *, stride=1, dilation=1) -> FrozenInvertedResidual:
+        depthwise = self.conv(hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden)
+        residual = stride == 1 and inp == out
+        return FrozenInvertedResidual(self.conv(inp, hidden), depthwise, self.conv(hidden, out, act=False), residual)
+
+    def block(
+        self, inp: int, d: int, *, heads=4, head_dim=None, hidden=None, layers=2, patch=(2, 2), fusion=True,
+        input_first=True, final_norm=True, qkv_bias=True, dilation=1,
+    ) -> FrozenMobileViTBlock:  # fmt: skip
+        inner, hidden = heads * (head_dim or d // heads), hidden or 2 * d
+
+        def linear(out: int, width: int) -> tuple[Tensor, Tensor]:
+            return self(out, width, std=width**-0.5), self(out, std=0.1)
+
+        def norm() -> tuple[Tensor, Tensor]:
+            return 1 + self(d, std=0.1), self(d, std=0.1)
+
+        weights = []
+        for _ in range(layers):
+            qkv = linear(3 * inner, d)
+            parts = (*norm(), qkv[0], qkv[1] if qkv_bias else None, *linear(d, inner), *norm())
+            weights.append(TransformerLayerWeights(*parts, *linear(hidden, d), *linear(d, hidden)))
+        return FrozenMobileViTBlock(
+            downsampling=None,
+            before=(self.conv(inp, inp, 3, dilation=dilation), self.conv(inp, d, act=False)),
+            layers=weights,
+            final_norm=norm() if final_norm else None,
+            after=(self.conv(d, inp),),
+            fusion=self.conv(2 * inp, inp, 3) if fusion else None,
+            input_first=input_first,
+            num_heads=heads,
+            patch_size=patch,
+            eps=1e-5,
+        )
+
+
+def native(module: Frozen, x: Tensor) -> Tensor:
+    """The module's result, seen to come from one native call."""
+    with torch.inference_mode():
+        y = module(x)
+    assert isinstance(module.native(), network.Network), module.native()
+    assert module._network.serves(x)
+    return y
+
+
+def composed(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode(), mvit_kernels.use_backend("reference"):
+        return module(x)
+
+
+def chain(seed: int = 0) -> tuple[FrozenSequential, Draw]:
+    draw = Draw(seed)
+    links = (
+        draw.conv(3, 16, 3, stride=2),
+        draw.inverted(16, 32, 24, stride=2),
+        draw.inverted(24, 48, 24),
+        draw.block(24, 36),
+        draw.inverted(24, 64, 32, stride=2),
+        draw.block(32, 48, patch=(2, 1)),
+        draw.conv(32, 64),
+    )
+    return FrozenSequential(*links), draw
