@@ -19,9 +19,10 @@ from ..adapters import adapter_of, restore
 from ..adapters._block import BlockParts, Refusal, layer_weights
 from ..adapters._swap import backend_of
 from ..ops import TransformerLayerWeights
+from .block import FrozenMobileViTBlock
 from .convolutions import freeze_convolutions, freeze_inverted_residuals, replace
 from .folding import is_norm
-from .modules import Frozen, FrozenMobileViTBlock, FrozenSequential
+from .modules import Frozen, FrozenSequential
 from .network import Network
 
 logger = logging.getLogger("mvit_kernels")

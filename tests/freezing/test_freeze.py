@@ -14,7 +14,8 @@ from torch import nn
 
 import mvit_kernels
 from mvit_kernels.freezing import DTYPES
-from mvit_kernels.freezing.modules import FrozenConv2d, FrozenInvertedResidual, FrozenMobileViTBlock
+from mvit_kernels.freezing.block import FrozenMobileViTBlock
+from mvit_kernels.freezing.modules import FrozenConv2d, FrozenInvertedResidual
 from support import models
 
 # Kornia takes multiples of 64 only; elsewhere 70 × 90 gives odd maps at every stage, which are resized

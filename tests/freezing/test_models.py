@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import mvit_kernels
-from mvit_kernels.freezing.modules import FrozenConv2d, FrozenInvertedResidual, FrozenMobileViTBlock, FrozenSequential
+from mvit_kernels.freezing.block import FrozenMobileViTBlock
+from mvit_kernels.freezing.modules import FrozenConv2d, FrozenInvertedResidual, FrozenSequential
 from support import models
 
 IMAGES = models.images(2, 64, 64)

@@ -16,13 +16,8 @@ from torch import Tensor, nn
 import mvit_kernels
 from mvit_kernels.backends import cpu
 from mvit_kernels.freezing import network
-from mvit_kernels.freezing.modules import (
-    Frozen,
-    FrozenConv2d,
-    FrozenInvertedResidual,
-    FrozenMobileViTBlock,
-    FrozenSequential,
-)
+from mvit_kernels.freezing.block import FrozenMobileViTBlock
+from mvit_kernels.freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenSequential
 from mvit_kernels.rounding import RoundedArithmetic
 from support import models
 from support.native import skip_without_a_compiler

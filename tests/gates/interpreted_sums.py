@@ -18,7 +18,7 @@ from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.exactness import MOST, draws, ratios
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"
-gradients = importlib.import_module("mvit_kernels.backends.triton._gradients")
+gradients = importlib.import_module("mvit_kernels.backends.triton._weight_gradients")
 
 
 def noise(value: Tensor, truth: Tensor) -> float:

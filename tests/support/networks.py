@@ -9,13 +9,8 @@ from torch import Tensor, nn
 import mvit_kernels
 from mvit_kernels import TransformerLayerWeights
 from mvit_kernels.freezing import network
-from mvit_kernels.freezing.modules import (
-    Frozen,
-    FrozenConv2d,
-    FrozenInvertedResidual,
-    FrozenMobileViTBlock,
-    FrozenSequential,
-)
+from mvit_kernels.freezing.block import FrozenMobileViTBlock
+from mvit_kernels.freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenSequential
 
 
 class Draw:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from . import _rows
-from ._gradients import add_columns
 from ._launch import Plan, ceil_div, chunked, dense, register
+from ._weight_gradients import add_columns
 
 OP = "layer_norm"
 

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from . import _rows
-from ._gradients import Norm, Product, norm_backward, weight_gradients
 from ._launch import Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
+from ._row_gradients import norm_backward
+from ._weight_gradients import Norm, Product, weight_gradients
 
 OP = "layer_norm_linear"
 

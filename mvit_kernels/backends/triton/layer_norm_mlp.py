@@ -14,8 +14,9 @@ import triton.language as tl
 
 from . import _rows
 from ._dropout import NOTHING, Dropped, element_factor, row_factor
-from ._gradients import Norm, Product, norm_backward, weight_gradients
 from ._launch import Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
+from ._row_gradients import norm_backward
+from ._weight_gradients import Norm, Product, weight_gradients
 
 OP = "layer_norm_mlp"
 

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from . import _rows
 from ._dropout import NOTHING, Dropped, element_factor, row_factor
-from ._gradients import Product, weight_gradients
 from ._launch import Plan, architecture, ceil_div, chunked, dense, kind_of, register
+from ._weight_gradients import Product, weight_gradients
 
 OP = "linear_residual"
 

@@ -13,8 +13,9 @@ import torch
 from ...dropout import ATTENTION_BRANCH, MLP_BRANCH
 from . import layer_norm_linear, layer_norm_mlp, linear_residual, patch_attention
 from ._dropout import drop_rows, dropped
-from ._gradients import Norm, Product, norm_backward, weight_gradients
 from ._launch import dense, register
+from ._row_gradients import norm_backward
+from ._weight_gradients import Norm, Product, weight_gradients
 
 OP = "transformer_layer"
 

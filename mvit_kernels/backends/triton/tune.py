@@ -67,7 +67,7 @@ def best_row(
 
 def jobs(width: int, batch: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, dict, Callable]]:
     """(a table's name, the table, what to time) of every row-wise operator, forward and backward."""
-    from . import _gradients, layer_norm_linear, layer_norm_mlp, linear_residual
+    from . import _row_gradients, _weight_gradients, layer_norm_linear, layer_norm_mlp, linear_residual
 
     def t(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype) / shape[-1] ** 0.5
@@ -81,16 +81,16 @@ def jobs(width: int, batch: int, dtype: torch.dtype, device: str) -> Iterator[tu
     hidden = t(batch, side, side, 2 * width)
 
     def norm_backward():
-        _gradients.norm_backward(out, qkv, x, mean, rstd, norm[0], None, torch.empty_like(x))
+        _row_gradients.norm_backward(out, qkv, x, mean, rstd, norm[0], None, torch.empty_like(x))
 
     def weight_gradients():  # a whole layer's, in training one launch
-        before = _gradients.Norm(mean, rstd, *norm)
-        _gradients.weight_gradients(
+        before = _weight_gradients.Norm(mean, rstd, *norm)
+        _weight_gradients.weight_gradients(
             mean.numel(),
-            _gradients.Product(out, x, qkv, before),
-            _gradients.Product(x, x, proj),
-            _gradients.Product(hidden, x, fc1, before),
-            _gradients.Product(x, hidden, fc2),
+            _weight_gradients.Product(out, x, qkv, before),
+            _weight_gradients.Product(x, x, proj),
+            _weight_gradients.Product(hidden, x, fc1, before),
+            _weight_gradients.Product(x, hidden, fc2),
         )
 
     yield (
@@ -113,8 +113,8 @@ def jobs(width: int, batch: int, dtype: torch.dtype, device: str) -> Iterator[tu
         layer_norm_mlp._HIDDEN_TILES,
         lambda: layer_norm_mlp.backward(x, x, mean, rstd, *mlp),
     )
-    yield "_gradients._NORM_TILES", _gradients._NORM_TILES, norm_backward
-    yield "_gradients._WEIGHT_TILES", _gradients._WEIGHT_TILES, weight_gradients
+    yield "_row_gradients._NORM_TILES", _row_gradients._NORM_TILES, norm_backward
+    yield "_weight_gradients._WEIGHT_TILES", _weight_gradients._WEIGHT_TILES, weight_gradients
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,11 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from triton.testing import do_bench
 
-    from . import _gradients, layer_norm_linear, layer_norm_mlp, linear_residual
+    from . import _row_gradients, _weight_gradients, layer_norm_linear, layer_norm_mlp, linear_residual
     from ._launch import kind_of
 
     dtype = getattr(torch, arguments.dtype)
-    modules = [_gradients, layer_norm_linear, layer_norm_mlp, linear_residual]
+    modules = [_row_gradients, _weight_gradients, layer_norm_linear, layer_norm_mlp, linear_residual]
     for width in arguments.width:
         for name, table, run in jobs(width, arguments.batch, dtype, "cuda"):
             row, took, before = best_row(table, kind_of(dtype), run, do_bench, modules)

@@ -281,10 +281,17 @@ def test_the_tuner_says_that_it_needs_a_gpu(monkeypatch, capsys):
 def test_the_tuner_finds_the_fastest_row_and_leaves_the_table_alone():
     """Timed by a clock of ours, over plans for GPUs that are not there."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from mvit_kernels.backends.triton import _gradients, layer_norm_linear, layer_norm_mlp, linear_residual, tune
+    from mvit_kernels.backends.triton import (
+        _row_gradients,
+        _weight_gradients,
+        layer_norm_linear,
+        layer_norm_mlp,
+        linear_residual,
+        tune,
+    )
     from mvit_kernels.backends.triton._launch import watching
 
-    modules = [_gradients, layer_norm_linear, layer_norm_mlp, linear_residual]
+    modules = [_row_gradients, _weight_gradients, layer_norm_linear, layer_norm_mlp, linear_residual]
     seen = set()
 
     def clock(run):

@@ -39,7 +39,7 @@ def _committed():
 COMMITTED = _committed()
 
 
-WITHOUT_PRODUCTS = ("_gradients._sum_parts", "_dropout._drop", "layer_norm._forward", "layer_norm._backward")
+WITHOUT_PRODUCTS = ("_weight_gradients._sum_parts", "_dropout._drop", "layer_norm._forward", "layer_norm._backward")
 
 
 def judge(row):

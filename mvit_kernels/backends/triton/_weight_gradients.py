@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of a linear layer, and of the LayerNorm before it, for the row-wise operators.
+"""Gradients of the weights of linear layers, and of the LayerNorms before them, for the row-wise operators.
 
-Everything is a product of tiles summed in a fixed order. Weights' gradients are sums over all rows: rows are split into
-parts by their number alone (never by the number of SMs), each part's sum is kept, and one more kernel adds the parts
-up: the same bits every time, without atomics.
+They are sums over all rows: rows are split into parts by their number alone (never by the number of SMs), each part's
+sum is kept, and one more kernel adds the parts up: the same bits every time, without atomics.
 
 The LayerNorm's parameters need no pass over the rows of their own. With x̂ the rows before weight γ and bias β are
 applied, and P = gᵀ x̂ and b = Σ g the sums that the linear weight W needs anyway, dW = P·γ + b ⊗ β, dγ = Σₙ W·P and dβ
@@ -19,133 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _rows
-from ._dropout import NOTHING, Dropped, element_factor, row_factor
-from ._launch import Plan, architecture, ceil_div, chunked, is_small, kind_of, next_power_of_2
-
-# -------------------------------------------------------------------------------------------------- rows' gradients
-
-
-@triton.jit(do_not_specialize=["M", "threshold", "path_threshold"])
-def _norm_backward(
-    grad,
-    weight,
-    x,
-    mean,
-    rstd,
-    norm_weight,
-    grad_residual,
-    seed,
-    grad_x,
-    grad_branch,
-    M,
-    threshold,
-    scale,
-    path_threshold,
-    path_scale,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    KC: tl.constexpr,
-    NC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DROP: tl.constexpr,
-    PATH: tl.constexpr,
-    BRANCH: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-):
-    """The gradient of x from that of LN(x) Wᵀ: whole rows of grad · W stay in registers until LayerNorm's sums over
-    them are there. Where x is itself a residual plus a branch that was dropped, grad_branch is the branch's
-    gradient."""
-    first_row = tl.program_id(0) * BM
-    offset = first_row.to(tl.int64)
-    rows, end = tl.arange(0, BM), M - first_row
-    products = _rows.row_product(grad + offset * N, weight, rows, end, 0, N, K, K, 1, BM, BN, KC, NC, PRECISION)
-    mu = tl.load(mean + offset + rows, mask=rows < end, other=0.0)
-    sigma = tl.load(rstd + offset + rows, mask=rows < end, other=0.0)
-    x += offset * K
-    plain, projected = tl.zeros([BM, KC], tl.float32), tl.zeros([BM, KC], tl.float32)
-    for c in tl.static_range(NC):
-        columns = c * KC + tl.arange(0, KC)
-        xhat = (
-            _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]
-        ) * sigma[:, None]
-        gamma = _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)
-        scaled = _rows.rounded_product(products[c], gamma[None, :])
-        plain += scaled
-        projected += scaled * xhat
-    plain_mean, projected_mean = _rows.row_mean(plain, K), _rows.row_mean(projected, K)
-    if PATH:
-        kept = row_factor(seed, first_row, path_threshold, path_scale, BRANCH, H, W, PH, PW, BM)
-    for c in tl.static_range(NC):
-        columns = c * KC + tl.arange(0, KC)
-        xhat = (
-            _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32) - mu[:, None]
-        ) * sigma[:, None]
-        gamma = _rows.load_vector(norm_weight, columns, K, (c + 1) * KC > K)
-        scaled = _rows.rounded_product(products[c], gamma[None, :])
-        dx = (scaled - plain_mean[:, None] - xhat * projected_mean[:, None]) * sigma[:, None]
-        if grad_residual is not None:
-            dx += _rows.load(grad_residual + offset * K, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(
-                tl.float32
-            )
-        _rows.store(grad_x + offset * K, dx, rows, columns, end, K, K, (c + 1) * KC > K)
-        if DROP:
-            dx *= element_factor(seed, first_row, c * KC, threshold, scale, BRANCH, BM, KC)
-        if PATH:
-            dx *= kept[:, None]
-        if DROP or PATH:
-            _rows.store(grad_branch + offset * K, dx, rows, columns, end, K, K, (c + 1) * KC > K)
-
-
-# By kind: rows, n step, widest chunk of columns, warps, stages.
-_NORM_TILES = {
-    "half": (64, 32, 64, 8, 2),
-    "tf32": (32, 16, 64, 8, 2),
-    "ieee": (16, 16, 64, 8, 1),
-}
-_NORM_TILE_WIDE = (16, 16, 64, 8, 1)  # of more than 256 columns
-_NORM_TILE_240 = (32, 32, 64, 8, 2)  # 64 rows of 256 columns spill 240 bytes where products are mma.sync's
-
-
-@lru_cache(maxsize=4096)
-def _norm_plan(device, dtype, norm_dtype, kind, arch, K, N, residual, drop):
-    BM, BN, widest, warps, stages = _NORM_TILES[kind]
-    if K > 256:
-        BM, BN, widest, warps, stages = _NORM_TILE_WIDE
-    elif K > 192 and kind == "half" and is_small(arch):
-        BM, BN, widest, warps, stages = _NORM_TILE_240
-    constants = (K, N, BM, BN, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32", *drop)
-    return Plan(_norm_backward, constants, num_warps=warps, num_stages=stages), BM
-
-
-def norm_backward(grad, weight, x, mean, rstd, norm_weight, grad_residual, grad_x, drop: Dropped = NOTHING) -> Tensor:
-    """grad_x = LayerNorm's backward of grad · weight, plus grad_residual if there is one; contiguous rows. Returns
-    the gradient of the branch that x ends with, which is grad_x where nothing of it was dropped."""
-    (N, K), rows = weight.shape, mean.numel()
-    grad_branch = grad_x if drop is NOTHING else torch.empty_like(grad_x)
-    if not rows:
-        return grad_branch
-    plan, BM = _norm_plan(
-        x.get_device(),
-        x.dtype,
-        norm_weight.dtype,
-        kind_of(x.dtype),
-        architecture(x),
-        K,
-        N,
-        grad_residual is not None,
-        drop.constants,
-    )
-    tensors = (grad, weight, x, mean, rstd, norm_weight, grad_residual, drop.seed, grad_x)
-    plan((ceil_div(rows, BM),), (*tensors, None if drop is NOTHING else grad_branch), (rows, *drop.scalars))
-    return grad_branch
-
-
-# ------------------------------------------------------------------------------------------------ weights' gradients
+from ._launch import Plan, architecture, ceil_div, kind_of, next_power_of_2
 
 
 @triton.jit
