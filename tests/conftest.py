@@ -13,14 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import mvit_kernels
 from mvit_kernels.__main__ import main
 from mvit_kernels.backends import triton
 from mvit_kernels.nn import MobileViT
 from support import TESTS
-
-# Before any test module imports timm, which imports torchvision.
-mvit_kernels.prepare_torchvision()
 
 # The shapes are small; what is about threads sets their number itself.
 torch.set_num_threads(1)

@@ -66,8 +66,6 @@ def test_a_file_read_by_another_process(tmp_path):
     torch.save({"model": model, "x": X, "y": evaluated(model, X)}, tmp_path / "model.pt")
     code = """
 import sys, torch
-import mvit_kernels
-mvit_kernels.prepare_torchvision()
 saved = torch.load(sys.argv[1], weights_only=False)
 from mvit_kernels.adapters import _block, report
 calls, original = [], _block.transformer_on_map

@@ -367,14 +367,11 @@ def test_there_is_nothing_to_download():
 # -------------------------------------------------------------------------------------------------------- registration
 
 
-PREPARE = "from mvit_kernels._utils.third_party import prepare_torchvision; prepare_torchvision()"
-
-
 @pytest.mark.parametrize(
     "script",
     [
-        f"{PREPARE}; import timm; import mvit_kernels.nn",
-        f"{PREPARE}; import mvit_kernels.nn as nn; nn.register_timm_models(); nn.register_timm_models(); import timm",
+        "import timm; import mvit_kernels.nn",
+        "import mvit_kernels.nn as nn; nn.register_timm_models(); nn.register_timm_models(); import timm",
         "import mvit_kernels.nn, sys; assert 'timm' not in sys.modules; sys.exit()",
     ],
     ids=["timm first", "called", "timm untouched"],
