@@ -22,7 +22,7 @@ def prepare_torchvision() -> None:
     """Import torchvision, if it is installed, in a way that works without its compiled part too.
 
     Example:
-        >>> prepare_torchvision()
+        >>> mvit_kernels.prepare_torchvision()
         >>> import timm  # which imports torchvision
 
     A torchvision is compiled for one build of torch, on Linux usually the CUDA one. Beside another build its
