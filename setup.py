@@ -54,7 +54,8 @@ BUILD_FOLDER = Path("build", "sanitized" if SANITIZE else "native")
 POLICIES = ("auto", "require", "skip")
 LIBRARIES = {"cpu": "C++", "cuda": "CUDA"}
 # What, when it changes, has a library compiled anew; CMake would keep what it found the first time.
-SETTINGS = ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+SETTINGS = {"cpu": ("CXX",), "cuda": ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")}
+COMPILERS = ("c++", "g++", "clang++", "nvcc")
 
 
 class NothingToBuild(Exception):
@@ -94,7 +95,8 @@ def run(command: list[str], quiet: bool = False) -> tuple[int, str]:
 
 def configure(name: str, folder: Path, cmake: str, ninja: str) -> dict[str, object]:
     """Run CMake; return what csrc/`name` tells of the library, for build_info.json."""
-    settings: dict[str, object] = {variable: os.environ.get(variable, "") for variable in SETTINGS}
+    settings: dict[str, object] = {variable: os.environ.get(variable, "") for variable in SETTINGS[name]}
+    settings |= {compiler: shutil.which(compiler) for compiler in COMPILERS}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         settings["torch"] = importlib.metadata.version("torch")
     settings |= {"folder": str(Path.cwd()), "cmake": cmake, "ninja": ninja}

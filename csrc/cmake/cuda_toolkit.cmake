@@ -83,12 +83,6 @@ macro(mvit_find_toolkit_paths)
   endif()
 endmacro()
 
-# After enable_language(CXX), before enable_language(CUDA)
-macro(mvit_enable_cuda)
-  set(CMAKE_CUDA_COMPILER "${NVCC}")
-  set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
-endmacro()
-
 # After enable_language(CUDA): how kernels are compiled. MVIT_CUDA_FLAGS are for build_info.json.
 macro(mvit_set_up_cuda)
   set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
