@@ -150,7 +150,8 @@ def load_operators(*operators: str) -> None:
     wanted = {kernel for name in operators for kernel in KERNELS_OF[name]}
     kernels = [source for source in cuda_sources() if source.path.stem in wanted]
     bindings = [KERNELS / f"{name}.cpp" for name in operators]
-    read = (*bindings, *(kernel.path for kernel in kernels), *sorted(KERNELS.glob("*.h")), *sorted(EMULATION.glob("*.h")))
+    headers_of_ours = (*sorted(KERNELS.glob("*.h")), *sorted(EMULATION.glob("*.h")))
+    read = (*bindings, *(kernel.path for kernel in kernels), *headers_of_ours)
     defines = [kernel.define for kernel in kernels]
     text = "\0".join([torch.__version__, *command, *defines, *(path.read_text() for path in read)])
     library = BUILT / f"operators-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
@@ -167,8 +168,7 @@ def load_operators(*operators: str) -> None:
 
             linked = f"{folder}/operators.so"
             torch_library = [f"-L{headers.parent / 'lib'}", "-ltorch_cpu"]
-            subprocess.run(
-                [*compiler(), "-shared", *pool.map(build, [*bindings, *kernels]), *torch_library, "-o", linked], check=True
-            )
+            objects = pool.map(build, [*bindings, *kernels])
+            subprocess.run([*compiler(), "-shared", *objects, *torch_library, "-o", linked], check=True)
             os.replace(linked, library)
     torch.ops.load_library(str(library))

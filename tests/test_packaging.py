@@ -279,7 +279,7 @@ def test_another_compiler_compiles_anew(project: Path) -> None:
     launched = f"env {compiler} -DPROBED=1"
     assert "Building CXX object" in run(*build, cwd=project, MVIT_KERNELS_BUILD="require", CXX=launched)
     commands = run("ninja", "-C", "build/native/cpu", "-t", "commands", cwd=project, PATH=path)
-    assert len(re.findall(rf"\benv {compiler}\s+-DPROBED=1 .* -c ", commands)) >= 2
+    assert len(re.findall(rf"\benv {re.escape(compiler)}\s+-DPROBED=1 .* -c ", commands)) >= 2
 
 
 @needs_compiler
