@@ -181,7 +181,7 @@ $(READY): constraints.txt pyproject.toml setup.py mvit_kernels/__init__.py
 	@echo '--- environment: $(VENV)'
 	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || $(PYTHON) -m venv --clear '$(VENV)'
 	@echo '--- torch'
-	@$(PY) -m pip install --no-compile -c constraints.txt torch setuptools ninja
+	@$(PY) -m pip install --no-compile -c constraints.txt torch setuptools cmake ninja
 	@echo '--- mvit_kernels, and what its demo and tests need'
 	@MVIT_KERNELS_BUILD=skip $(PY) -m pip install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
 	@$(PY) -m pip check

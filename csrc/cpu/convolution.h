@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the frozen network tells the dense convolution's kernels (convolution_kernel.h). No public operator has one.
+// What the frozen network tells the dense convolution's kernels (convolution_kernel.cpp). No public operator has one.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "isa.h"
 #include "map.h"
 
 namespace mvit {
@@ -40,6 +41,6 @@ struct ConvolutionTable {
   ConvolutionKernels pairs;   // bfloat16 maps and weights, in_channels even; null functions where the set has none
 };
 
-extern const ConvolutionTable convolution_portable, convolution_avx2, convolution_avx512, convolution_avx512bf16;
+MVIT_DECLARE_KERNELS(ConvolutionTable, convolution);
 
 }  // namespace mvit

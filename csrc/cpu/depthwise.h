@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The depthwise 3 × 3 convolution of inverted_residual_kernel.h: how an arithmetic lays out a row of one block of channels
+// The depthwise 3 × 3 convolution of inverted_residual_kernel.cpp: how an arithmetic lays out a row of one block of channels
 // (a vector of them, [position][channel]) and what it makes of three rows. Zeros lie on either side of a row, so that
 // no pixel is at an edge.
 #pragma once

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// inverted_residual.cpu: checks, memory and threads around inverted_residual_kernel.h.
+// inverted_residual.cpu: checks, memory and threads around inverted_residual_kernel.cpp.
 #include "inverted_residual.h"
 
 #include <algorithm>

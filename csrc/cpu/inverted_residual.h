@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the front of inverted_residual (inverted_residual.cpp) and the frozen network tell its kernels
-// (inverted_residual_kernel.h).
+// (inverted_residual_kernel.cpp).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "isa.h"
 #include "map.h"
 
 namespace mvit {
@@ -65,7 +66,6 @@ struct InvertedResidualTable {
   InvertedResidualKernels pairs;  // bfloat16 maps and weights, in_channels and hidden even; null functions where the set has none
 };
 
-extern const InvertedResidualTable inverted_residual_portable, inverted_residual_avx2, inverted_residual_avx512,
-    inverted_residual_avx512bf16;
+MVIT_DECLARE_KERNELS(InvertedResidualTable, inverted_residual);
 
 }  // namespace mvit

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_linear.cpu and layer_norm_linear_backward.cpu: checks and memory around layer_norm_linear_kernel.h.
+// layer_norm_linear.cpu and layer_norm_linear_backward.cpu: checks and memory around layer_norm_linear_kernel.cpp.
 #include "layer_norm_linear.h"
 
 #include <optional>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the front of layer_norm_linear (layer_norm_linear.cpp) tells its kernels (layer_norm_linear_kernel.h).
+// What the front of layer_norm_linear (layer_norm_linear.cpp) tells its kernels (layer_norm_linear_kernel.cpp).
 #pragma once
 
+#include "isa.h"
 #include "rows.h"
 
 namespace mvit {
@@ -31,7 +32,6 @@ struct LayerNormLinearKernels {
   RowBackward<LayerNormLinearBackward> backward[kRowArithmetics];
 };
 
-extern const LayerNormLinearKernels layer_norm_linear_portable, layer_norm_linear_avx2, layer_norm_linear_avx512,
-    layer_norm_linear_avx512bf16;
+MVIT_DECLARE_KERNELS(LayerNormLinearKernels, layer_norm_linear);
 
 }  // namespace mvit

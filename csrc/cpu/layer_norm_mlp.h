@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the front of layer_norm_mlp (layer_norm_mlp.cpp) tells its kernels (layer_norm_mlp_kernel.h).
+// What the front of layer_norm_mlp (layer_norm_mlp.cpp) tells its kernels (layer_norm_mlp_kernel.cpp).
 #pragma once
 
+#include "isa.h"
 #include "rows.h"
 
 namespace mvit {
@@ -29,7 +30,6 @@ struct LayerNormMlpKernels {
   RowBackward<LayerNormMlpBackward> backward[kRowArithmetics];
 };
 
-extern const LayerNormMlpKernels layer_norm_mlp_portable, layer_norm_mlp_avx2, layer_norm_mlp_avx512,
-    layer_norm_mlp_avx512bf16;
+MVIT_DECLARE_KERNELS(LayerNormMlpKernels, layer_norm_mlp);
 
 }  // namespace mvit

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear_residual.cpu and linear_residual_backward.cpu: checks and memory around linear_residual_kernel.h.
+// linear_residual.cpu and linear_residual_backward.cpu: checks and memory around linear_residual_kernel.cpp.
 #include "linear_residual.h"
 
 #include <optional>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the front of linear_residual (linear_residual.cpp) tells its kernels (linear_residual_kernel.h).
+// What the front of linear_residual (linear_residual.cpp) tells its kernels (linear_residual_kernel.cpp).
 #pragma once
 
+#include "isa.h"
 #include "rows.h"
 
 namespace mvit {
@@ -27,7 +28,6 @@ struct LinearResidualKernels {
   RowBackward<LinearResidualBackward> backward[kRowArithmetics];
 };
 
-extern const LinearResidualKernels linear_residual_portable, linear_residual_avx2, linear_residual_avx512,
-    linear_residual_avx512bf16;
+MVIT_DECLARE_KERNELS(LinearResidualKernels, linear_residual);
 
 }  // namespace mvit

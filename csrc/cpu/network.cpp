@@ -180,7 +180,7 @@ Tensor network(const Tensor& x, const Tensor& weights, const Tensor& program_ten
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
                   "network: x must be of float32 or bfloat16");
-  STD_TORCH_CHECK(!program.pairs || (type == ScalarType::BFloat16 && current_isa() == Isa::avx512bf16),
+  STD_TORCH_CHECK(!program.pairs || (type == ScalarType::BFloat16 && this_cpu_has_bf16_pairs()),
                   "network: the weights were packed for products of bfloat16 pairs");
   lay_out(program, x);
   check_weights(program, weights);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// patch_attention.cpu and patch_attention_backward.cpu: checks, memory and threads around patch_attention_kernel.h.
+// patch_attention.cpu and patch_attention_backward.cpu: checks, memory and threads around patch_attention_kernel.cpp.
 #include "patch_attention.h"
 
 #include <algorithm>

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the front of patch_attention (patch_attention.cpp) tells its kernels (patch_attention_kernel.h).
+// What the front of patch_attention (patch_attention.cpp) tells its kernels (patch_attention_kernel.cpp).
 #pragma once
 
 #include <cstdint>
 
+#include "isa.h"
 #include "map.h"
 
 namespace mvit {
@@ -48,6 +49,6 @@ struct PatchAttentionKernels {
   void (*backward[3])(const PatchAttentionBackward&, int64_t strand, void* scratch);
 };
 
-extern const PatchAttentionKernels patch_attention_portable, patch_attention_avx2, patch_attention_avx512;
+MVIT_DECLARE_KERNELS(PatchAttentionKernels, patch_attention);
 
 }  // namespace mvit

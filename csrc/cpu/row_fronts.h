@@ -107,7 +107,7 @@ inline RowArithmetic arithmetic_of(const char* op, ScalarType type, bool even) {
     case ScalarType::Double:
       return RowArithmetic::float64;
     case ScalarType::BFloat16:
-      return even && current_isa() == Isa::avx512bf16 ? RowArithmetic::bfloat16_pairs : RowArithmetic::bfloat16;
+      return even && this_cpu_has_bf16_pairs() ? RowArithmetic::bfloat16_pairs : RowArithmetic::bfloat16;
     default:
       STD_TORCH_CHECK(false, op, ": the CPU kernels take float32, bfloat16 and float64");
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// transformer.cpu: checks, memory and threads around transformer_kernel.h.
+// transformer.cpu: checks, memory and threads around transformer_kernel.cpp.
 #include "transformer.h"
 
 #include <algorithm>

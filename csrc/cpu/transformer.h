@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the front of transformer (transformer.cpp) and the frozen network tell its kernels (transformer_kernel.h).
+// What the front of transformer (transformer.cpp) and the frozen network tell its kernels (transformer_kernel.cpp).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "isa.h"
 #include "map.h"
 
 namespace mvit {
@@ -62,7 +63,7 @@ struct TransformerTable {
   TransformerKernels pairs;          // bfloat16 maps and matrices; null functions where the set has none
 };
 
-extern const TransformerTable transformer_portable, transformer_avx2, transformer_avx512, transformer_avx512bf16;
+MVIT_DECLARE_KERNELS(TransformerTable, transformer);
 
 // The whole stack, with `threads` of PyTorch's pool or on the calling thread alone.
 void run_transformer(const TransformerKernels& kernels, const TransformerArgs& args, bool on_this_thread_alone);

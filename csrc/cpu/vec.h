@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // One SIMD register, Vec<float> or Vec<double>, for the instruction set that the including file is compiled for.
 //
-// The file that includes this (through a kernel header) defines before
-//   MVIT_ISA            avx512 | avx2 | portable: the namespace that everything here lives in
-//   MVIT_VECTOR_BYTES   64     | 32   | 16
-//   MVIT_BF16_PAIRS     in *_avx512bf16.cpp (MVIT_ISA avx512bf16, 64 bytes): there are products of bfloat16 pairs
+// Every <operator>_kernel.cpp is compiled once per instruction set, with the set's flags and, from CMakeLists.txt,
+//   MVIT_ISA            avx512bf16 | avx512 | avx2 | portable: the namespace that everything here lives in
+//   MVIT_VECTOR_BYTES   64         | 64     | 32   | 16
+//   MVIT_BF16_PAIRS     1 where there are products of bfloat16 pairs (avx512bf16), else not defined
 // Each set has a namespace of its own because the linker keeps only one copy of equal inline functions: an AVX-512 copy
-// called by the portable kernels would be an illegal instruction. For the same reason kernel headers call no inline
+// called by the portable kernels would be an illegal instruction. For the same reason kernels and their headers call no inline
 // functions or templates of the standard library, and include no header of PyTorch.
 //
 // Built on the vector extensions of GCC and Clang; intrinsics only where the extensions have no word for it.
 #pragma once
 
 #if !defined(MVIT_ISA) || !defined(MVIT_VECTOR_BYTES)
-#error "define MVIT_ISA and MVIT_VECTOR_BYTES before including a kernel header"
+#error "a kernel is compiled with MVIT_ISA and MVIT_VECTOR_BYTES defined: see CMakeLists.txt"
 #endif
 
 #include <cstdint>
@@ -25,12 +25,12 @@
 #endif
 #if MVIT_VECTOR_BYTES == 64 && \
     !(defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__))
-#error "*_avx512.cpp needs -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
+#error "vectors of 64 bytes need -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
 #elif MVIT_VECTOR_BYTES == 32 && !(defined(__AVX2__) && defined(__FMA__))
-#error "*_avx2.cpp needs -mavx2 -mfma"
+#error "vectors of 32 bytes need -mavx2 -mfma"
 #endif
 #if defined(MVIT_BF16_PAIRS) && !defined(__AVX512BF16__)
-#error "*_avx512bf16.cpp needs -mavx512bf16 beside the flags of *_avx512.cpp"
+#error "MVIT_BF16_PAIRS needs -mavx512bf16 beside the flags of vectors of 64 bytes"
 #endif
 
 #define MVIT_INLINE inline __attribute__((always_inline))

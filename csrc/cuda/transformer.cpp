@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// transformer.cuda: checks and memory around transformer_kernel.h. Weights come packed (mvit_kernels/cuda/packing.py);
+// transformer.cuda: checks and memory around transformer_kernel.cu. Weights come packed (mvit_kernels/cuda/packing.py);
 // mvit_kernels/cuda/transformer.py packs them, decides the plan and calls this.
 #include "transformer.h"
 

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from support import ROOT
+from support.cuda_sources import Source, cuda_sources
 
 TABLE = ROOT / "tests" / "data" / "cuda_gate.csv"
 BUILT = ROOT / "build" / "cuda_gate"
@@ -85,10 +86,11 @@ def rows(file: Path, arch: int, nvcc: str) -> list[dict[str, object]]:
     ]
 
 
-def compiled(source: Path, arch: int) -> Path:
+def compiled(source: Source, arch: int) -> Path:
     BUILT.mkdir(parents=True, exist_ok=True)
-    target = BUILT / f"{source.stem}.sm_{arch}.cubin"
-    command = [tool("nvcc"), *FLAGS.split(), f"-arch=sm_{arch}", "-cubin", "-o", str(target), str(source)]
+    target = BUILT / f"{source.name}.sm_{arch}.cubin"
+    command = [tool("nvcc"), *FLAGS.split(), source.define, f"-arch=sm_{arch}", "-cubin", "-o", str(target)]
+    command.append(str(source.path))
     subprocess.run(command, check=True)
     return target
 
@@ -101,7 +103,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     nvcc = nvcc_version()
-    sources = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if arguments.only in path.name]
+    sources = [source for source in cuda_sources() if arguments.only in source.name]
     work = [(source, arch) for arch in arguments.arch for source in sources]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         found = list(pool.map(lambda job: rows(compiled(*job), job[1], nvcc), work))

@@ -25,17 +25,16 @@ needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
 )
 
-# A whole compiled library in small: one operator, and a file for an instruction set that not everyone has.
+# A whole compiled library in small: one operator, and a kernel for every instruction set.
 PROBE = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include "instruction_sets.h"
 using torch::stable::Tensor;
-#if MVIT_HAVE_AVX2
-bool compiled_for_avx2();
-#else
-bool compiled_for_avx2() { return true; }  // not this processor's business
-#endif
+#define ASK(isa, ...) bool compiled_for_##isa(); const bool isa##_is_right = compiled_for_##isa();
+MVIT_INSTRUCTION_SETS(ASK)
+#define AND(isa, ...) && isa##_is_right
 Tensor probe(const Tensor& x) {
   Tensor y = torch::stable::empty_like(x);
   const float* in = static_cast<const float*>(x.data_ptr());
@@ -44,20 +43,23 @@ Tensor probe(const Tensor& x) {
   return y;  // the baseline must not be compiled for it
 #endif
 #pragma omp parallel for
-  for (int64_t i = 0; i < x.numel(); ++i) out[i] = 2 * in[i] + compiled_for_avx2();
+  for (int64_t i = 0; i < x.numel(); ++i) out[i] = 2 * in[i] + (true MVIT_INSTRUCTION_SETS(AND));
   return y;
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(mvit_packaging_test, m) { m.def("probe(Tensor x) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(mvit_packaging_test, CPU, m) { m.impl("probe", TORCH_BOX(&probe)); }
 """
-PROBE_AVX2 = """
-bool compiled_for_avx2() {
-#ifdef __AVX2__
-  return true;
+PROBE_KERNEL = """
+#ifdef __AVX512F__
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
 #else
-  return false;
+constexpr int vector_bytes = 16;
 #endif
-}
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+bool JOIN(compiled_for_, MVIT_ISA)() { return vector_bytes == MVIT_VECTOR_BYTES; }
 """
 
 
@@ -99,11 +101,19 @@ def project(bare: Path) -> Path:
     return bare
 
 
-def add_probe(project: Path, source: str = PROBE) -> None:
-    folder = project / "csrc" / "cpu"
+def add_cmake(project: Path, library: str) -> Path:
+    """The build's own files for csrc/`library`, and none of its sources."""
+    folder = project / "csrc" / library
     folder.mkdir(parents=True)
-    (folder / "probe.cpp").write_text(source)
-    (folder / "probe_avx2.cpp").write_text(PROBE_AVX2)
+    shutil.copy(ROOT / "csrc" / library / "CMakeLists.txt", folder)
+    shutil.copytree(ROOT / "csrc" / "cmake", project / "csrc" / "cmake")
+    return folder
+
+
+def add_probe(project: Path) -> None:
+    folder = add_cmake(project, "cpu")
+    (folder / "probe.cpp").write_text(PROBE)
+    (folder / "probe_kernel.cpp").write_text(PROBE_KERNEL)
 
 
 def wheel_of(project: Path) -> Path:
@@ -206,6 +216,7 @@ def test_wheel_without_sources_is_pure(project: Path) -> None:
 @needs_compiler
 def test_wheel_with_sources_holds_a_library_for_every_python(project: Path) -> None:
     pytest.importorskip("ninja")
+    pytest.importorskip("cmake")
     add_probe(project)
     wheel = wheel_of(project)
     assert re.fullmatch(r"mvit_kernels-[^-]+-py3-none-linux_\w+\.whl", wheel.name)
@@ -227,23 +238,24 @@ def test_wheel_with_sources_holds_a_library_for_every_python(project: Path) -> N
 @needs_compiler
 def test_build_is_incremental_and_fails_as_asked(project: Path) -> None:
     pytest.importorskip("ninja")
+    pytest.importorskip("cmake")
     build = (sys.executable, "setup.py", "-q", "build_native", "--inplace")
     package = project / "mvit_kernels"
     library = package / "lib" / "libmvit_kernels_cpu.so"
     add_probe(project)
-    assert "compiling" in run(*build, cwd=project, MVIT_KERNELS_BUILD="require")
+    assert "Building CXX object" in run(*build, cwd=project, MVIT_KERNELS_BUILD="require")
     assert library.exists()
     again = run(*build, cwd=project, MVIT_KERNELS_BUILD="require")
-    assert "compiling" not in again and "linking" not in again
+    assert "Building" not in again and "Linking" not in again
 
-    broken = project / "csrc" / "cpu" / "probe_avx2.cpp"
+    broken = project / "csrc" / "cpu" / "probe_kernel.cpp"
     broken.write_text(broken.read_text() + "this is no C++\n")
     run(*build, cwd=project, MVIT_KERNELS_BUILD="skip")
     assert library.exists()
     run(*build, cwd=project)
     assert not library.exists()  # it would be taken for the broken sources'
     reason = build_info(package)["cpu"]["reason"]
-    assert reason.startswith("compile error: csrc/cpu/probe_avx2.cpp")
+    assert reason.startswith("compile error: csrc/cpu/probe_kernel.cpp")
     strict = run(*build, cwd=project, fails=True, MVIT_KERNELS_BUILD="require")
     assert "error: MVIT_KERNELS_BUILD=require" in strict
 
@@ -257,6 +269,64 @@ def test_build_is_incremental_and_fails_as_asked(project: Path) -> None:
 
 
 @needs_compiler
+def test_another_compiler_compiles_anew(project: Path) -> None:
+    """CXX may carry a launcher and arguments; CMake by itself would keep the compiler that it found first."""
+    add_probe(project)
+    build = (sys.executable, "setup.py", "-q", "build_native", "--inplace")
+    run(*build, cwd=project, MVIT_KERNELS_BUILD="require")
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    path = os.pathsep.join([pytest.importorskip("ninja").BIN_DIR, os.environ["PATH"]])
+    launched = f"env {compiler} -DPROBED=1"
+    assert "Building CXX object" in run(*build, cwd=project, MVIT_KERNELS_BUILD="require", CXX=launched)
+    commands = run("ninja", "-C", "build/native/cpu", "-t", "commands", cwd=project, PATH=path)
+    assert len(re.findall(rf"\benv {re.escape(compiler)}\s+-DPROBED=1 .* -c ", commands)) >= 2
+
+
+@needs_compiler
+def test_objects_are_linked_from_the_lowest_instruction_set_to_the_highest(project: Path) -> None:
+    """Of an inline function that several have the linker keeps the first: it must be one that every processor runs."""
+    add_probe(project)
+    run(sys.executable, "setup.py", "-q", "build_native", "--inplace", cwd=project, MVIT_KERNELS_BUILD="require")
+    ninja_file = (project / "build" / "native" / "cpu" / "build.ninja").read_text()
+    (objects,) = re.findall(r"^build libmvit_kernels_cpu\.so: \S+ ([^|]*)", ninja_file, re.MULTILINE)
+    info = build_info(project / "mvit_kernels")["cpu"]
+    folders = [f"CMakeFiles/kernels_{isa}.dir/probe_kernel.cpp.o" for isa in ("portable", *info["isa"])]
+    assert objects.split() == ["CMakeFiles/fronts.dir/probe.cpp.o", *folders]
+    order = ["avx2", "avx512", "avx512bf16"]
+    assert info["isa"] == [isa for isa in order if isa in info["isa"]]
+    assert sorted(info["isa"] + info["isa_left_out"]) == order
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("cmake", "cmake was not found: `pip install cmake`"),
+        ("ninja", "ninja was not found: `pip install ninja`"),
+        ("torch", "torch is not importable in the build's environment: install torch first, then `pip install"),
+        ("c++", "no C++ compiler: none of c++, g++, clang++ is on the PATH (or set CXX)"),
+    ],
+)
+def test_what_is_missing_is_told_and_how_to_get_it(project: Path, missing: str, told: str) -> None:
+    pytest.importorskip("ninja")
+    pytest.importorskip("cmake")
+    add_probe(project)
+    programs = project / "programs"  # all of the PATH
+    programs.mkdir()
+    if missing != "c++":
+        (programs / "c++").symlink_to(next(filter(None, map(shutil.which, ("c++", "g++", "clang++")))))
+    modules = project / "modules"
+    modules.mkdir()
+    (modules / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    environment = {"PATH": str(programs), "PYTHONPATH": str(modules), "CXX": ""}
+    build = (sys.executable, "setup.py", "-q", "build_native", "--inplace")
+    assert told in run(*build, cwd=project, **environment)
+    reason = build_info(project / "mvit_kernels")["cpu"]["reason"]
+    assert reason.startswith(told) and "\n" not in reason
+    run(*build, cwd=project, fails=True, MVIT_KERNELS_BUILD="require", **environment)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("home", "architectures", "told"),
     [
@@ -267,8 +337,7 @@ def test_build_is_incremental_and_fails_as_asked(project: Path) -> None:
     ],
 )
 def test_cuda_library_tells_what_it_wants(project: Path, home: str, architectures: str, told: str) -> None:
-    (project / "csrc" / "cuda").mkdir(parents=True)
-    (project / "csrc" / "cuda" / "probe.cu").write_text("")
+    add_cmake(project, "cuda")
     nvcc = project / "toolkit" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text("#!/bin/sh\n")  # no compiler: it prints nothing

@@ -10,7 +10,7 @@ reports. A call raises `EmulationFault` for a race, a deadlock, memory read befo
 of a tensor that the call names or to a tensor that `writes` does not. Nothing is seen of the hardware's rounding inside
 a product, of time, or of bank conflicts other than `Driver.matrix_conflicts`.
 
-`faults` plants errors: (header, text, other text), the text being there once; the header may be left out. Such drivers
+`faults` plants errors: (file, text, other text), the text being there once; the file may be left out. Such drivers
 are compiled for one test each, so there are macros that leave out what it does not need.
 
 `load_operators` does the same for the bindings: ``mvit_kernels::<operator>.cuda`` then takes CPU tensors.
@@ -35,6 +35,7 @@ import pytest
 import torch
 
 from . import ROOT, TESTS
+from .cuda_sources import Source, cuda_sources
 
 KERNELS = ROOT / "csrc" / "cuda"
 EMULATION = TESTS / "support" / "emulated_cuda"
@@ -98,20 +99,20 @@ def compiler() -> list[str]:
 def _build(name: str, faults: tuple[tuple[str, ...], ...], macros: tuple[str, ...]) -> Path:
     """The driver's library; compiled anew when a source, the compiler or a fault is another."""
     command = [*compiler(), *FLAGS.split(), *(f"-D{macro}" for macro in macros)]
-    headers = {path.name: path.read_text() for path in sorted(KERNELS.glob("*.h"))}
-    for *header, text, other in faults:
-        places = [name for name in header or headers for _ in range(headers[name].count(text))]
+    files = {path.name: path.read_text() for kind in ("*.h", "*.cu") for path in sorted(KERNELS.glob(kind))}
+    for *file, text, other in faults:
+        places = [name for name in file or files for _ in range(files[name].count(text))]
         assert len(places) == 1, f"{text!r} is at {len(places)} places, of {places}; a fault is planted at one"
-        headers[places[0]] = headers[places[0]].replace(text, other)
+        files[places[0]] = files[places[0]].replace(text, other)
     version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True).stdout
     own = [path.read_text() for path in (*sorted(EMULATION.glob("*.h")), EMULATION / f"{name}.cpp")]
-    digest = hashlib.sha256("\0".join([version, *command, *own, *headers.values()]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join([version, *command, *own, *files.values()]).encode()).hexdigest()[:16]
     library = BUILT / f"{name}-{digest}.so"
     if not library.exists():
-        changed = BUILT / f"{name}-{digest}.{os.getpid()}"  # the headers as they are compiled, faults and all
+        changed = BUILT / f"{name}-{digest}.{os.getpid()}"  # the files as they are compiled, faults and all
         changed.mkdir(parents=True)
-        for file, text in headers.items():
-            (changed / file).write_text(text)
+        for file_name, text in files.items():
+            (changed / file_name).write_text(text)
         source = EMULATION / f"{name}.cpp"
         paths = [f"-I{changed}", f"-I{ROOT / 'tests'}"]
         result = subprocess.run(
@@ -124,7 +125,17 @@ def _build(name: str, faults: tuple[tuple[str, ...], ...], macros: tuple[str, ..
 
 
 ROWS = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
-KERNEL_FILES = {**dict.fromkeys(ROWS, "rows"), "patch_attention": "patch_attention", "transformer": "transformer"}
+KERNELS_OF = {  # the kernels that an operator's bindings launch
+    "layer_norm_linear": ("row_product_kernel",),
+    "linear_residual": ("row_product_kernel",),
+    "layer_norm_mlp": ("layer_norm_mlp_kernel",),
+    "patch_attention": (
+        "patch_attention_kernel",
+        "patch_attention_backward_kernel",
+        "patch_attention_backward_whole_kernel",
+    ),
+    "transformer": ("transformer_kernel",),
+}
 
 
 @functools.cache
@@ -137,26 +148,28 @@ def load_operators(*operators: str) -> None:
     command = [*compiler(), *FLAGS.split(), "-O0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-I{KERNELS}", f"-I{ROOT / 'tests'}"]
     command += [f"-isystem{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include")]
-    stems = sorted({KERNEL_FILES[name] for name in operators})
-    kernels = [path for stem in stems for path in sorted(KERNELS.glob(f"{stem}*.cu"))]
-    sources = [*(KERNELS / f"{name}.cpp" for name in operators), *kernels]
-    read = (*sources, *sorted(KERNELS.glob("*.h")), *sorted(EMULATION.glob("*.h")))
-    text = "\0".join([torch.__version__, *command, *(path.read_text() for path in read)])
+    wanted = {kernel for name in operators for kernel in KERNELS_OF[name]}
+    kernels = [source for source in cuda_sources() if source.path.stem in wanted]
+    bindings = [KERNELS / f"{name}.cpp" for name in operators]
+    headers_of_ours = (*sorted(KERNELS.glob("*.h")), *sorted(EMULATION.glob("*.h")))
+    read = (*bindings, *(kernel.path for kernel in kernels), *headers_of_ours)
+    defines = [kernel.define for kernel in kernels]
+    text = "\0".join([torch.__version__, *command, *defines, *(path.read_text() for path in read)])
     library = BUILT / f"operators-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILT) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-            def build(source: Path) -> str:
+            def build(source: Source | Path) -> str:
                 built = f"{folder}/{source.name}.o"
-                result = subprocess.run([*command, "-c", "-xc++", source, "-o", built], capture_output=True, text=True)
+                what = [source.define, source.path] if isinstance(source, Source) else [source]
+                result = subprocess.run([*command, "-c", "-xc++", *what, "-o", built], capture_output=True, text=True)
                 assert result.returncode == 0, f"{source.name} does not compile for the emulation:\n{result.stderr}"
                 return built
 
             linked = f"{folder}/operators.so"
             torch_library = [f"-L{headers.parent / 'lib'}", "-ltorch_cpu"]
-            subprocess.run(
-                [*compiler(), "-shared", *pool.map(build, sources), *torch_library, "-o", linked], check=True
-            )
+            objects = pool.map(build, [*bindings, *kernels])
+            subprocess.run([*compiler(), "-shared", *objects, *torch_library, "-o", linked], check=True)
             os.replace(linked, library)
     torch.ops.load_library(str(library))

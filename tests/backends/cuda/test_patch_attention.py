@@ -219,8 +219,8 @@ def test_matrices_lie_in_different_banks(driver):
 
 BARRIER = "sync_threads();  // the next chunk is there for all warps, and all are done with this one\n"
 RACE = "no barrier after|nobody wrote it|in flight"
-FORWARD, BACKWARD = "patch_attention_kernel.h", "patch_attention_backward_kernel.h"
-WHOLE, GRADIENT = "patch_attention_backward_whole_kernel.h", "patch_attention_gradient.h"
+FORWARD, BACKWARD = "patch_attention_kernel.cu", "patch_attention_backward_kernel.cu"
+WHOLE, GRADIENT = "patch_attention_backward_whole_kernel.cu", "patch_attention_gradient.h"
 ONE_HEAD_DIM = [
     ("patch_attention.h", "switch (padded) {", "return f(std::integral_constant<int, 40>{});\n#if 0"),
     ("patch_attention.h", "return f(std::integral_constant<int, 64>{});\n  }", "#endif"),

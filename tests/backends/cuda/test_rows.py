@@ -175,7 +175,7 @@ RACE = "no barrier after|nobody wrote it|in flight"
 WRONG = "error .* is over"
 NEXT = "sync_threads();  // the next tile"
 FC1, HIDDEN = "sync_threads();  // fc1's rows", "sync_threads();  // hidden values"
-PRODUCT, MLP, TILES = "row_product_kernel.h", "layer_norm_mlp_kernel.h", "row_tiles.h"
+PRODUCT, MLP, TILES = "row_product_kernel.cu", "layer_norm_mlp_kernel.cu", "row_tiles.h"
 FAULTS = [
     (PRODUCT, NEXT, "//", RACE),
     (PRODUCT, f"wait_copies<0>();\n    {NEXT}", NEXT, "in flight"),

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches of patch_attention's kernels.
-#include <patch_attention_launch.h>
+#include <patch_attention_backward_kernel.cu>
+#include <patch_attention_backward_whole_kernel.cu>
+#include <patch_attention_kernel.cu>
 
 namespace mvit {
 namespace {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches of the row-wise operators' kernels.
-#include <row_launch.h>
+#include <layer_norm_mlp_kernel.cu>
+#include <row_product_kernel.cu>
 
 using namespace mvit;
 

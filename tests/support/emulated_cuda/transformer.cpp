@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches of `transformer` for tests/test_cuda_transformer.py. With MVIT_ONLY_ONE, one kernel of all, for planted faults.
-#include "transformer_kernel.h"
+#include "transformer_kernel.cu"
 
 namespace {
 
 using namespace mvit;
 
 template <typename T, int WIDTH, int HEAD_DIM, int M>
-std::string launch(uint64_t seed, const TransformerArgs& args) {
+std::string run(uint64_t seed, const TransformerArgs& args) {
   const uint32_t bytes = TransformerLayout{WIDTH, HEAD_DIM}.shared_bytes(args.warps * 16 * M);
   const auto kernel = transformer_kernel<T, WIDTH, HEAD_DIM, M>;
   return emulation::emulate(seed, args.blocks(), 1, args.warps * 32, bytes, kernel, args);
@@ -20,10 +20,10 @@ struct Instance {
 };
 
 #define INSTANCE(WIDTH, HEAD_DIM, M) \
-  Instance { WIDTH, HEAD_DIM, M, launch<BFloat16, WIDTH, HEAD_DIM, M>, launch<Half, WIDTH, HEAD_DIM, M> }
+  Instance { WIDTH, HEAD_DIM, M, run<BFloat16, WIDTH, HEAD_DIM, M>, run<Half, WIDTH, HEAD_DIM, M> }
 const Instance instances[] = {
 #ifdef MVIT_ONLY_ONE
-    {80, 20, 2, launch<BFloat16, 80, 20, 2>, nullptr},
+    {80, 20, 2, run<BFloat16, 80, 20, 2>, nullptr},
 #else
     INSTANCE(64, 16, 1),  INSTANCE(80, 20, 1),  INSTANCE(96, 24, 1),  INSTANCE(120, 30, 1),
     INSTANCE(144, 36, 1), INSTANCE(192, 48, 1), INSTANCE(240, 60, 1),  // a head is a quarter

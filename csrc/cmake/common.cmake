@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+# What the projects csrc/cpu and csrc/cuda share. They are two, so that what fails in one does not touch the other.
+#
+# Both leave ${CMAKE_BINARY_DIR}/build_info.json for setup.py: how the library is compiled, or {"reason": …} why it is not,
+# with "needed": false where it has no place on this machine, which is never an error.
+
+get_filename_component(MVIT_ROOT "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON) # for editors: see .clangd
+
+# -- build_info.json -----------------------------------------------------------------------------------------------
+
+set(MVIT_INFO "{}")
+
+function(mvit_json_string result value)
+  string(REPLACE "\\" "\\\\" value "${value}")
+  string(REPLACE "\"" "\\\"" value "${value}")
+  set(${result} "\"${value}\"" PARENT_SCOPE)
+endfunction()
+
+function(mvit_info_text key value)
+  mvit_json_string(value "${value}")
+  string(JSON info SET "${MVIT_INFO}" ${key} "${value}")
+  set(MVIT_INFO "${info}" PARENT_SCOPE)
+endfunction()
+
+function(mvit_info_list key)
+  set(array "[]")
+  set(place 0)
+  foreach(value IN LISTS ARGN)
+    mvit_json_string(value "${value}")
+    string(JSON array SET "${array}" ${place} "${value}")
+    math(EXPR place "${place} + 1")
+  endforeach()
+  string(JSON info SET "${MVIT_INFO}" ${key} "${array}")
+  set(MVIT_INFO "${info}" PARENT_SCOPE)
+endfunction()
+
+function(mvit_write_info)
+  file(WRITE "${CMAKE_BINARY_DIR}/build_info.json" "${MVIT_INFO}\n")
+endfunction()
+
+function(mvit_refuse needed reason)
+  mvit_json_string(text "${reason}")
+  file(WRITE "${CMAKE_BINARY_DIR}/build_info.json" "{\"needed\": ${needed}, \"reason\": ${text}}\n")
+  message(FATAL_ERROR "${reason}")
+endfunction()
+
+# mvit_cannot_build("the reason, and what to do"): the library belongs here, and this is in its way
+macro(mvit_cannot_build reason)
+  mvit_refuse(true "${reason}")
+endmacro()
+
+macro(mvit_nothing_to_build reason)
+  mvit_refuse(false "${reason}")
+endmacro()
+
+# -- What libraries are built with ---------------------------------------------------------------------------------
+
+# The target torch_stable_abi: torch's headers, and TORCH_FOLDER and TORCH_VERSION. Not find_package(Torch): that brings
+# torch's own compiler flags, its CUDA and its C++ ABI, of which a library on the stable ABI wants nothing, and takes
+# seconds. Found by Python's find_spec, without the second that importing torch takes.
+macro(mvit_find_torch)
+  find_package(Python 3.10 COMPONENTS Interpreter REQUIRED)
+  execute_process(
+    COMMAND
+      "${Python_EXECUTABLE}" -c [==[
+import importlib.metadata, importlib.util
+spec = importlib.util.find_spec("torch")
+if spec and spec.submodule_search_locations:
+    print(spec.submodule_search_locations[0], importlib.metadata.version("torch"), sep=";", end="")
+]==]
+    OUTPUT_VARIABLE TORCH_FOUND)
+  if(NOT TORCH_FOUND)
+    mvit_cannot_build("torch is not importable in the build's environment: install torch first, then \
+`pip install --no-build-isolation .` (pip's isolated environment has no torch)")
+  endif()
+  list(GET TORCH_FOUND 0 TORCH_FOLDER)
+  list(GET TORCH_FOUND 1 TORCH_VERSION)
+  if(TORCH_VERSION VERSION_LESS 2.10)
+    mvit_cannot_build("torch ${TORCH_VERSION} lacks the stable ABI that is needed: install torch 2.10 or newer")
+  endif()
+  add_library(torch_stable_abi INTERFACE)
+  # SYSTEM: torch's headers, kept from our warnings
+  target_include_directories(torch_stable_abi SYSTEM INTERFACE "${TORCH_FOLDER}/include"
+                                                               "${TORCH_FOLDER}/include/torch/csrc/api/include")
+  # The ABI of 2.10, whatever torch the headers are of: one library serves every torch from there on.
+  target_compile_definitions(torch_stable_abi INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
+endmacro()
+
+# Has enable_language(CXX) find $CXX, which may carry arguments ("g++ -m64") and a launcher ("ccache g++"), else the first
+# of the usual names. CMake itself would look into folders beside those on the PATH.
+macro(mvit_find_cxx_compiler)
+  # Flags of the environment are not for this build: conda's CXXFLAGS and LDFLAGS, for one, name a processor and an rpath.
+  foreach(variable IN ITEMS CXXFLAGS CPPFLAGS LDFLAGS CUDAFLAGS)
+    unset(ENV{${variable}})
+  endforeach()
+  if(NOT CMAKE_CXX_COMPILER)
+    separate_arguments(mvit_words UNIX_COMMAND "$ENV{CXX}")
+    list(LENGTH mvit_words mvit_count)
+    set(mvit_names c++ g++ clang++)
+    if(mvit_words)
+      list(GET mvit_words 0 mvit_names)
+    endif()
+    find_program(mvit_compiler NAMES ${mvit_names} PATHS ENV PATH NO_DEFAULT_PATH NO_CACHE)
+    if(NOT mvit_compiler AND mvit_words)
+      mvit_cannot_build("no C++ compiler: CXX names '${mvit_names}', which is not on the PATH")
+    elseif(NOT mvit_compiler)
+      mvit_cannot_build("no C++ compiler: none of c++, g++, clang++ is on the PATH (or set CXX)")
+    elseif(NOT mvit_words)
+      set(ENV{CXX} "${mvit_compiler}")
+    elseif(mvit_words MATCHES "^[^;]+;[^-]")
+      set(CMAKE_CXX_COMPILER_LAUNCHER "${mvit_compiler}" CACHE FILEPATH "What the compiler is started by")
+      list(POP_FRONT mvit_words)
+      list(JOIN mvit_words " " mvit_words)
+      set(ENV{CXX} "${mvit_words}")
+    endif()
+  endif()
+endmacro()
+
+# After enable_language(CXX): how all C++ here is compiled and linked. MVIT_CXX_FLAGS are for build_info.json.
+macro(mvit_set_up_cxx)
+  if(NOT CMAKE_BUILD_TYPE)
+    set(CMAKE_BUILD_TYPE Release)
+  endif()
+  set(CMAKE_CXX_FLAGS_RELEASE "-O3")
+  # -O0: a third of the time of -O1 to compile, and no access is optimised away. An error ends the process.
+  set(CMAKE_CXX_FLAGS_SANITIZE
+      "-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
+  set(CMAKE_CXX_STANDARD 20)
+  set(CMAKE_CXX_STANDARD_REQUIRED ON)
+  set(CMAKE_CXX_EXTENSIONS OFF)
+  set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+  set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+  # No rpath: the process that loads the library has torch, whose libraries bear the names asked for.
+  set(CMAKE_SKIP_RPATH ON)
+
+  string(TOUPPER "CMAKE_CXX_FLAGS_${CMAKE_BUILD_TYPE}" mvit_flags)
+  separate_arguments(MVIT_CXX_FLAGS UNIX_COMMAND "${${mvit_flags}} -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra")
+  add_library(mvit_cxx INTERFACE)
+  # Texts of errors have the names of files: those below csrc, wherever that lies.
+  target_compile_options(mvit_cxx INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -fmacro-prefix-map=${MVIT_ROOT}/=>)
+
+  separate_arguments(mvit_arguments UNIX_COMMAND "${CMAKE_CXX_COMPILER_ARG1}")
+  execute_process(COMMAND "${CMAKE_CXX_COMPILER}" ${mvit_arguments} --version OUTPUT_VARIABLE MVIT_CXX_NAME)
+  string(REGEX REPLACE "\n.*" "" MVIT_CXX_NAME "${MVIT_CXX_NAME}")
+endmacro()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+# The CUDA toolkit of csrc/cuda: each macro is one question, asked before CMake's enable_language(CUDA), whose own errors
+# are pages long.
+
+# nvcc of $CUDA_HOME or $CUDA_PATH, the PATH, or the usual folder
+macro(mvit_find_nvcc)
+  set(CUDA_FOLDER "$ENV{CUDA_HOME}")
+  if(NOT CUDA_FOLDER)
+    set(CUDA_FOLDER "$ENV{CUDA_PATH}")
+  endif()
+  if(CUDA_FOLDER)
+    get_filename_component(NVCC "${CUDA_FOLDER}/bin/nvcc" ABSOLUTE BASE_DIR "${MVIT_ROOT}")
+    if(NOT EXISTS "${NVCC}")
+      mvit_cannot_build("no CUDA compiler: CUDA_HOME is '${CUDA_FOLDER}', and there is no ${CUDA_FOLDER}/bin/nvcc")
+    endif()
+  else()
+    find_program(NVCC nvcc PATHS ENV PATH /usr/local/cuda/bin NO_DEFAULT_PATH NO_CACHE)
+    if(NOT NVCC)
+      mvit_nothing_to_build("no CUDA compiler: nvcc is neither on the PATH nor in /usr/local/cuda (or set CUDA_HOME); \
+the kernels in CUDA C++ want a CUDA toolkit, and nothing else does")
+    endif()
+  endif()
+endmacro()
+
+# CMAKE_CUDA_ARCHITECTURES of $TORCH_CUDA_ARCH_LIST, which is written as torch's own builds have it; CUDA_CODES, what the
+# library has of it
+macro(mvit_set_cuda_architectures default)
+  set(wanted "$ENV{TORCH_CUDA_ARCH_LIST}")
+  if(NOT wanted)
+    set(wanted "${default}")
+  endif()
+  string(REPLACE " " ";" entries "${wanted}")
+  list(REMOVE_ITEM entries "")
+  set(numbers)
+  foreach(entry IN LISTS entries)
+    if(NOT entry MATCHES "^([0-9]+)\\.([0-9]+)([af]?)([+]PTX)?$")
+      mvit_cannot_build("TORCH_CUDA_ARCH_LIST has '${entry}'; numbers such as 8.0 or 9.0+PTX are wanted, between \
+semicolons")
+    endif()
+    if(CMAKE_MATCH_1 GREATER_EQUAL 8)
+      set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3}")
+      list(APPEND numbers ${number})
+      set(ptx_of_${number} "${CMAKE_MATCH_4}") # of one that is named twice, the last
+    endif()
+  endforeach()
+  if(NOT numbers)
+    mvit_nothing_to_build("TORCH_CUDA_ARCH_LIST is '${wanted}', and the kernels want compute capability 8.0 or newer")
+  endif()
+  list(REMOVE_DUPLICATES numbers)
+  set(CMAKE_CUDA_ARCHITECTURES)
+  set(CUDA_CODES)
+  foreach(number IN LISTS numbers)
+    if(ptx_of_${number})
+      list(APPEND CMAKE_CUDA_ARCHITECTURES ${number}) # code and PTX
+      list(APPEND CUDA_CODES sm_${number} compute_${number})
+    else()
+      list(APPEND CMAKE_CUDA_ARCHITECTURES ${number}-real)
+      list(APPEND CUDA_CODES sm_${number})
+    endif()
+  endforeach()
+endmacro()
+
+# TOOLKIT_INCLUDES and TOOLKIT_LIBRARIES, the folders that nvcc itself would name to the C++ compiler: unlike
+# find_package(CUDAToolkit) that knows every layout, also of toolkits in parts.
+macro(mvit_find_toolkit_paths)
+  execute_process(
+    COMMAND "${NVCC}" -dryrun -E -x cu /dev/null
+    OUTPUT_QUIET
+    ERROR_VARIABLE printed)
+  foreach(kind IN ITEMS INCLUDES LIBRARIES)
+    set(TOOLKIT_${kind})
+    if("${printed}" MATCHES "#[$] ${kind}=([^\n]*)")
+      separate_arguments(options UNIX_COMMAND "${CMAKE_MATCH_1}")
+      foreach(option IN LISTS options)
+        string(SUBSTRING "${option}" 2 -1 folder)
+        get_filename_component(folder "${folder}" ABSOLUTE)
+        list(APPEND TOOLKIT_${kind} "${folder}")
+      endforeach()
+    endif()
+  endforeach()
+  if(NOT TOOLKIT_INCLUDES OR NOT TOOLKIT_LIBRARIES)
+    mvit_cannot_build("${NVCC} does not tell where its headers and libraries are: '${printed}'")
+  endif()
+endmacro()
+
+# After enable_language(CUDA): how kernels are compiled. MVIT_CUDA_FLAGS are for build_info.json.
+macro(mvit_set_up_cuda)
+  set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_EXTENSIONS OFF)
+  set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  set(MVIT_CUDA_FLAGS -std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden)
+  foreach(number IN LISTS numbers)
+    set(code "sm_${number}")
+    if(ptx_of_${number})
+      string(APPEND code ",compute_${number}")
+    endif()
+    list(APPEND MVIT_CUDA_FLAGS "-gencode=arch=compute_${number},code=[${code}]")
+  endforeach()
+endmacro()

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# The list of instruction sets of csrc/cpu/CMakeLists.txt, and what the C++ sources are told of it.
+
+include(CheckCXXSourceCompiles)
+
+set(INSTRUCTION_SETS) # that this compiler can compile for, from the lowest to the highest
+set(INSTRUCTION_SETS_LEFT_OUT)
+set(INSTRUCTION_SETS_KNOWN)
+
+# instruction_set(NAME VECTOR_BYTES n [BF16_PAIRS] [FLAGS …]): BF16_PAIRS where it has products of bfloat16 pairs
+function(instruction_set name)
+  cmake_parse_arguments(PARSE_ARGV 1 given "BF16_PAIRS" "VECTOR_BYTES" "FLAGS")
+  set(supported)
+  foreach(flag IN LISTS given_FLAGS)
+    # F16C is in every processor that has AVX2, and compilers of before 2021 cannot ask for it.
+    if(flag MATCHES "^-m([a-z0-9]+)$" AND NOT flag STREQUAL "-mf16c")
+      list(APPEND supported "__builtin_cpu_supports(\"${CMAKE_MATCH_1}\")")
+    endif()
+  endforeach()
+  list(JOIN supported " && " supported)
+  if(given_FLAGS)
+    list(JOIN given_FLAGS " " CMAKE_REQUIRED_FLAGS)
+    string(APPEND CMAKE_REQUIRED_FLAGS " -Werror")
+    check_cxx_source_compiles("int main() { return ${supported}; }" COMPILES_FOR_${name})
+  else()
+    set(supported true)
+    set(COMPILES_FOR_${name} TRUE)
+  endif()
+  if(COMPILES_FOR_${name})
+    set(INSTRUCTION_SETS ${INSTRUCTION_SETS} ${name} PARENT_SCOPE)
+  else()
+    set(INSTRUCTION_SETS_LEFT_OUT ${INSTRUCTION_SETS_LEFT_OUT} ${name} PARENT_SCOPE)
+  endif()
+  set(INSTRUCTION_SETS_KNOWN ${INSTRUCTION_SETS_KNOWN} ${name} PARENT_SCOPE)
+  set(${name}_FLAGS ${given_FLAGS} PARENT_SCOPE)
+  set(${name}_VECTOR_BYTES ${given_VECTOR_BYTES} PARENT_SCOPE)
+  set(${name}_BF16_PAIRS ${given_BF16_PAIRS} PARENT_SCOPE)
+  set(${name}_SUPPORTED ${supported} PARENT_SCOPE)
+endfunction()
+
+# The header that csrc/cpu/isa.h describes
+function(write_instruction_sets header)
+  set(entries)
+  foreach(isa IN LISTS INSTRUCTION_SETS)
+    set(pairs true)
+    if(NOT ${isa}_BF16_PAIRS)
+      set(pairs false)
+      set(plain ${isa})
+    endif()
+    list(PREPEND entries "X(${isa}, ${plain}, ${pairs}, ${${isa}_SUPPORTED} __VA_OPT__(,) __VA_ARGS__)")
+  endforeach()
+  list(JOIN entries " \\\n  " entries)
+  list(REVERSE INSTRUCTION_SETS_KNOWN)
+  list(JOIN INSTRUCTION_SETS_KNOWN "\", \"" known)
+  file(
+    CONFIGURE
+    OUTPUT "${header}"
+    CONTENT "// Written by CMake from the list in csrc/cpu/CMakeLists.txt; csrc/cpu/isa.h says what this is.
+#pragma once
+
+#define MVIT_INSTRUCTION_SETS(X, ...) \\
+  @entries@
+#define MVIT_KNOWN_INSTRUCTION_SETS \"@known@\"
+"
+    @ONLY)
+endfunction()

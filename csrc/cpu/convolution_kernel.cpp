@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// A dense convolution as a direct product: the rows of the left operand are the input's pixels where they lie, seen
+// through each tap of the kernel in turn, and the right operand is the packed weights, (taps · in_channels) × columns.
+// No im2col, and no edge: a border of zeros round the input serves for padding.
+#include "convolution.h"
+#include "panels.h"
+
+namespace mvit {
+namespace MVIT_ISA {
+
+MVIT_INLINE int64_t depth_of(const ConvolutionShape& shape) {
+  return shape.kernel * shape.kernel * shape.in_channels;
+}
+
+template <typename P>
+struct PackedConvolution {
+  typename P::Operand* panels;  // of (kernel row, kernel column, in_channel) × out_channels
+  float* bias;                  // whole vectors
+  std::size_t end;
+
+  PackedConvolution(const ConvolutionShape& shape, const void* memory) {
+    Pieces pieces(memory);
+    panels = pieces.take<typename P::Operand>(panels_size<P>(shape.out_channels, depth_of(shape)));
+    bias = pieces.take<float>(round_up(shape.out_channels, Vec<float>::size));
+    end = pieces.at;
+  }
+};
+
+template <typename P>
+std::size_t packed_convolution_bytes(const ConvolutionShape& shape) {
+  return PackedConvolution<P>(shape, nullptr).end;
+}
+
+template <typename P>
+void pack_convolution(const ConvolutionShape& shape, const void* weight, const float* bias, void* memory) {
+  const PackedConvolution<P> packed(shape, memory);
+  const auto* w = static_cast<const typename P::Weight*>(weight);
+  const int64_t taps = shape.kernel * shape.kernel, channels = shape.in_channels;
+  pack_panels<P>(packed.panels, shape.out_channels, depth_of(shape), [&](int64_t out, int64_t k) {
+    return w[(out * channels + k % channels) * taps + k / channels];
+  });
+  pack_bias(packed.bias, bias, shape.out_channels);
+}
+
+inline int64_t convolution_units(const ConvolutionShape& shape) {
+  return panel_count<float>(shape.out_channels) * shape.out_height();
+}
+
+// Pixels of a map row after row, `stride` apart, from the first one of row `begin`.
+template <typename E>
+struct Pixels {
+  E* first;
+  int64_t row_stride, column_stride, width;
+
+  Pixels(const Map& map, int64_t image, int64_t begin, int64_t stride, int64_t columns)
+      : first(static_cast<E*>(map.data) + image * map.image_stride + begin * stride * map.row_stride),
+        row_stride(stride * map.row_stride),
+        column_stride(stride * map.column_stride),
+        width(columns) {}
+
+  // p[r] = pixel begin + r
+  template <int R>
+  MVIT_INLINE void locate(int64_t begin, E* (&p)[R]) const {
+    int64_t column = begin % width;
+    E* row = first + begin / width * row_stride;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      p[r] = row + column * column_stride;
+      if (++column == width) {
+        column = 0;
+        row += row_stride;
+      }
+    }
+  }
+};
+
+// multiply_add (see there) for rows of the left operand that lie anywhere: A(r, k) is a[r][offset + k].
+template <int R, int V>
+MVIT_INLINE void multiply_add_at(Vec<float> (&tile)[R][V], const float* const (&a)[R], int64_t offset, const float* b,
+                                 int64_t depth) {
+  constexpr int size = Vec<float>::size;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<float> row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) row[v] = load(b + (k * V + v) * size);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<float> scalar(a[r][offset + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) tile[r][v] = fma(scalar, row[v], tile[r][v]);
+    }
+  }
+}
+
+#if defined(MVIT_BF16_PAIRS)
+template <int R, int V>
+MVIT_INLINE void multiply_add_at(Vec<float> (&tile)[R][V], const bfloat16* const (&a)[R], int64_t offset,
+                                 const bf16x2* b, int64_t depth) {
+  constexpr int size = Vec<float>::size;
+  for (int64_t k = 0; k < depth; ++k) {
+    __m512bh row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) std::memcpy(&row[v], b + (k * V + v) * size, sizeof row[v]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a[r] + offset + 2 * k, sizeof pair);
+      const __m512bh scalar = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) tile[r][v] = Vec<float>(_mm512_dpbf16_ps(tile[r][v].native, scalar, row[v]));
+    }
+  }
+}
+#endif
+
+template <typename P>
+void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t end) {
+  using E = typename P::Weight;
+  const ConvolutionShape& shape = args.shape;
+  const PackedConvolution<P> packed(shape, args.packed);
+  const int64_t rows = shape.out_height(), columns = shape.out_width();
+  // Taps of one kernel row that lie next to one another are one run of the depth.
+  const bool adjacent = shape.kernel == 3 && shape.dilation == 1 && args.in.column_stride == shape.in_channels;
+  const int64_t runs = adjacent ? 1 : shape.kernel, depth = P::rows(depth_of(shape) / (shape.kernel * runs));
+  const int64_t run_stride = shape.dilation * args.in.column_stride, tap_row = shape.dilation * args.in.row_stride;
+  const int64_t border = shape.kernel == 3 ? run_stride + tap_row : 0;
+  const int64_t block = depth > 0 ? block_of<E>(depth) : 1;
+
+  int64_t panel = 0;
+  in_lane_blocks<float>(0, shape.out_channels, [&](auto vectors, int64_t column, int64_t present) {
+    constexpr int V = decltype(vectors)::value;
+    const int64_t unit = rows * panel++;
+    const int64_t first = begin > unit ? begin - unit : 0, last = smaller(rows, end - unit);
+    if (first >= last) return;
+    const Pixels<const E> in(args.in, image, first, shape.stride, columns);
+    const Pixels<E> out(args.out, image, first, 1, columns);
+    const auto* weights = packed.panels + column * P::rows(depth_of(shape));
+    const float* bias = packed.bias + column;
+    in_steps<kTileRows>((last - first) * columns, [&](auto pixels, int64_t pixel) {
+      constexpr int R = decltype(pixels)::value;
+      const E* a[R];
+      in.locate(pixel, a);
+      Vec<float> tile[R][V];
+      begin_with_bias(tile, bias);
+      const auto* b = weights;
+      float sums[R * V * Vec<float>::size];
+      int64_t in_block = 0;  // steps of the block at hand: short runs share one, such as an image's three of 12 values
+      bool parked = false;
+      const auto end_block = [&] {
+        if (parked) add_tile(tile, sums, V * Vec<float>::size);
+      };
+      for (int64_t i = 0; i < shape.kernel; ++i)
+        for (int64_t j = 0; j < runs; ++j)
+          for (int64_t k = 0; k < depth; k += block) {
+            const int64_t length = smaller(block, depth - k);
+            if (sums_in_blocks<E> && in_block > 0 && in_block + length > kBlock) {
+              end_block();
+              store_tile(sums, V * Vec<float>::size, tile);
+              clear(tile);
+              parked = true;
+              in_block = 0;
+            }
+            multiply_add_at(tile, a, i * tap_row + j * run_stride - border + k * P::kStep, b, length);
+            b += length * V * Vec<float>::size;
+            in_block += length;
+          }
+      end_block();
+      if (shape.silu) map_tile(tile, [](Vec<float> x, int, int) { return silu_for<P>(x); });
+      E* to[R];
+      out.locate(pixel, to);
+      store_pixels(tile, present, [&](int r) { return to[r] + column; });
+    });
+  });
+}
+
+}  // namespace MVIT_ISA
+
+#define MVIT_CONVOLUTION_KERNELS(P)                                                    \
+  {                                                                                    \
+    MVIT_ISA::packed_convolution_bytes<MVIT_ISA::P>, MVIT_ISA::pack_convolution<MVIT_ISA::P>, \
+        MVIT_ISA::convolution_units, MVIT_ISA::convolve<MVIT_ISA::P>                   \
+  }
+
+extern const ConvolutionTable MVIT_TABLE(convolution) = {
+    MVIT_CONVOLUTION_KERNELS(Plain<float>),
+#if defined(MVIT_BF16_PAIRS)
+    MVIT_CONVOLUTION_KERNELS(Bf16Pairs),
+#else
+    {},
+#endif
+};
+
+}  // namespace mvit

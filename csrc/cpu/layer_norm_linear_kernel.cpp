@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// layer_norm_linear, one block of 32 rows at a time, and its gradients: see token_lanes.h and row_gradients.h.
+#include "layer_norm_linear.h"
+#include "row_gradients.h"
+
+namespace mvit {
+namespace MVIT_ISA {
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+template <typename P>
+struct LayerNormLinearScratch {
+  typename P::Value *panel, *out;  // [round_up(channels, size)][kLanes], [kOutChannels][kLanes]
+  typename P::Operand* normalised;
+  std::size_t end;
+
+  LayerNormLinearScratch(const LayerNormLinear& args, void* memory) {
+    Pieces pieces(memory);
+    panel = pieces.take<typename P::Value>(round_up(args.channels, Vec<typename P::Value>::size) * kLanes);
+    out = pieces.take<typename P::Value>(kOutChannels * kLanes);
+    normalised = operand_beside<P>(pieces, panel, args.channels);
+    end = pieces.next;
+  }
+};
+
+template <typename P>
+std::size_t scratch_bytes(const LayerNormLinear& args) {
+  return LayerNormLinearScratch<P>(args, nullptr).end;
+}
+
+template <typename P, typename E>
+void forward_block(const LayerNormLinear& args, int64_t index, void* memory) {
+  using T = typename P::Value;
+  const LayerNormLinearScratch<P> scratch(args, memory);
+  const Block<T> block(index * kLanes, args.count);
+  T mean[kLanes], rstd[kLanes];
+  read_block<E>(scratch.panel, args.x, block, args.channels);
+  layer_norm<P>(scratch.normalised, scratch.panel, args.channels, static_cast<const T*>(args.norm_weight),
+                static_cast<const T*>(args.norm_bias), static_cast<T>(args.eps), block.lanes, mean, rstd);
+  std::memcpy(static_cast<T*>(args.mean) + block.first, mean, sizeof(T) * block.count);
+  std::memcpy(static_cast<T*>(args.rstd) + block.first, rstd, sizeof(T) * block.count);
+
+  const auto* weight = static_cast<const typename P::Weight*>(args.weight);
+  const T* bias = static_cast<const T*>(args.bias);
+  for (int64_t begin = 0; begin < args.out_channels; begin += kOutChannels) {
+    const int64_t count = smaller(kOutChannels, args.out_channels - begin);
+    product<P>(weight + begin * args.channels, args.channels, scratch.normalised, count, args.channels, block.lanes,
+               [&](auto& tile, int64_t row, int64_t lane) {
+                 add_bias(tile, bias, begin + row);
+                 if (args.silu) map_tile(tile, [](Vec<T> x, int, int) { return silu(x); });
+                 store_tile(scratch.out + row * kLanes + lane, kLanes, tile);
+               });
+    write_columns(tokens_of<E>(args.out, begin), block.first, block.count, count, scratch.out, kLanes);
+  }
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+template <typename P>
+struct LayerNormLinearShared {
+  typename P::Weight* transposable;
+  WeightGradient<P> weight;
+  BlockSums<typename P::Value> norm;
+  std::size_t end;
+
+  LayerNormLinearShared(const LayerNormLinearBackward& args, int64_t capacity, Pieces pieces)
+      : transposable(take_transposable<P>(pieces, args.out_channels, args.channels)),
+        weight(pieces, args.out_channels, args.channels, capacity),
+        norm(pieces, args.channels, 2, capacity),
+        end(pieces.next) {}
+};
+
+template <typename P>
+struct LayerNormLinearBackwardScratch {
+  using T = typename P::Value;
+  T *normalised, *grad_x;           // [round_up(channels, size)][kLanes]
+  T* grad;                          // [round_up(out_channels, size)][kLanes]
+  typename P::Operand *norm, *grad_operand;
+  std::size_t end;
+
+  LayerNormLinearBackwardScratch(const LayerNormLinearBackward& args, typename P::Weight* left, void* memory) {
+    Pieces pieces(memory);
+    normalised = pieces.take<T>(round_up(args.channels, Vec<T>::size) * kLanes);
+    grad_x = pieces.take<T>(round_up(args.channels, Vec<T>::size) * kLanes);
+    norm = pieces.take<typename P::Operand>(P::rows(args.channels) * kLanes);
+    grad = values_of_left<P>(pieces, left, args.out_channels);
+    grad_operand = operand_of_left<P>(pieces, left, args.out_channels);
+    end = pieces.next;
+  }
+};
+
+template <typename P>
+std::size_t shared_bytes(const LayerNormLinearBackward& args, int64_t capacity) {
+  return LayerNormLinearShared<P>(args, capacity, Pieces(nullptr)).end;
+}
+
+template <typename P>
+std::size_t scratch_bytes(const LayerNormLinearBackward& args) {
+  return LayerNormLinearBackwardScratch<P>(args, nullptr, nullptr).end;
+}
+
+template <typename P>
+void prepare(const LayerNormLinearBackward& args, int64_t capacity, void* memory) {
+  const LayerNormLinearShared<P> shared(args, capacity, Pieces(memory));
+  make_transposable<P>(shared.transposable, args.weight, args.out_channels, args.channels);
+}
+
+template <typename P, typename E>
+void backward_block(const LayerNormLinearBackward& args, const RowStep& step, int64_t index, void* shared_memory,
+                    void* memory) {
+  using T = typename P::Value;
+  const LayerNormLinearShared<P> shared(args, step.capacity, Pieces(shared_memory));
+  auto* left = shared.weight.left + index * shared.weight.panel;
+  const LayerNormLinearBackwardScratch<P> scratch(args, left, memory);
+  const int64_t channels = args.channels, out_channels = args.out_channels;
+  const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
+  const auto* weight = static_cast<const typename P::Weight*>(args.weight);
+  const T *norm_weight = static_cast<const T*>(args.norm_weight), *norm_bias = static_cast<const T*>(args.norm_bias);
+  RowNormalisers<T> normalisers;
+  read_normalised<E>(scratch.normalised, normalisers, args.x, args.mean, args.rstd, block, channels);
+
+  if (!args.silu) {
+    read_left_and_operand<P, E>(left, scratch.grad_operand, args.grad_out, block, out_channels);
+  } else {
+    read_block<E>(scratch.grad, args.grad_out, block, out_channels);
+    scale_and_shift<P>(scratch.norm, scratch.normalised, channels, norm_weight, norm_bias, block.lanes);
+    product<P>(weight, channels, scratch.norm, out_channels, channels, block.lanes,
+               [&](auto& tile, int64_t row, int64_t lane) {
+                 add_bias(tile, static_cast<const T*>(args.bias), row);
+                 T* at = scratch.grad + row * kLanes + lane;
+                 map_tile(tile, [&](Vec<T> x, int r, int v) {
+                   return silu_backward(load(at + r * kLanes + v * Vec<T>::size), x);
+                 });
+                 store_left_and_operand<P>(left, scratch.grad_operand, row, lane, tile);
+               });
+  }
+  store_right_normalised<P, E>(shared.weight, index * kLanes, args.x, block, normalisers, norm_weight, norm_bias);
+
+  product<P, Operand::column_major>(
+      transposable<P>(shared.transposable, weight), channels, scratch.grad_operand, channels, out_channels, block.lanes,
+      [&](auto& tile, int64_t row, int64_t lane) { store_tile(scratch.grad_x + row * kLanes + lane, kLanes, tile); });
+  layer_norm_backward(scratch.grad_x, scratch.normalised, normalisers.rstd, channels, norm_weight, block.lanes,
+                      shared.norm.of(index, 0), shared.norm.of(index, 1));
+  write_columns(tokens_of<E>(args.grad_x), block.first, block.count, channels, scratch.grad_x, kLanes);
+}
+
+template <typename P>
+int64_t tiles(const LayerNormLinearBackward& args) {
+  return tiles_of(LayerNormLinearShared<P>(args, 0, Pieces(nullptr)).weight) + 1;
+}
+
+template <typename P, typename E>
+void backward_tile(const LayerNormLinearBackward& args, const RowStep& step, int64_t tile, void* memory) {
+  const LayerNormLinearShared<P> shared(args, step.capacity, Pieces(memory));
+  if (tile < tiles_of(shared.weight))
+    return add_weight_gradient(shared.weight, step, tile, static_cast<E*>(args.grad_weight),
+                               static_cast<typename P::Value*>(args.grad_bias));
+  shared.norm.add_to(args.grad_norm_weight, 0, step);
+  shared.norm.add_to(args.grad_norm_bias, 1, step);
+}
+
+template <typename P, typename E>
+constexpr RowForward<LayerNormLinear> layer_norm_linear_forward() {
+  return {scratch_bytes<P>, forward_block<P, E>};
+}
+
+template <typename P, typename E>
+constexpr RowBackward<LayerNormLinearBackward> layer_norm_linear_backward() {
+  return {group_rows<P>, shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
+}
+
+}  // namespace MVIT_ISA
+
+extern const LayerNormLinearKernels MVIT_TABLE(layer_norm_linear) = {MVIT_ROW_TABLE(layer_norm_linear_forward),
+                                                                     MVIT_ROW_TABLE(layer_norm_linear_backward)};
+
+}  // namespace mvit

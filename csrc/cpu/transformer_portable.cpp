@@ -1,4 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#define MVIT_ISA portable
-#define MVIT_VECTOR_BYTES 16
-#include "transformer_kernel.h"

@@ -1,5 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "row_launch.h"
-
-template int mvit::launch_row_product<true>(const RowProduct& args, const RowProductPlan& plan, CUstream_st* stream);
-template int mvit::launch_layer_norm_mlp<true>(const RowMlp& args, CUstream_st* stream);

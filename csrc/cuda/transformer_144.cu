@@ -1,4 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "transformer_launch.h"
-
-template mvit::TransformerLaunch* mvit::find_transformer<144>(int64_t head_dim, int64_t tiles, bool half);
