@@ -3,8 +3,8 @@
 
 Example:
     >>> import timm, mvit_kernels
-    >>> model = mvit_kernels.accelerate(timm.create_model("mobilevit_s"))   # in place, training and inference
-    >>> fast = mvit_kernels.freeze(model)                                   # an inference-only copy
+    >>> model = mvit_kernels.accelerate(timm.create_model("mobilevit_s"))   # in place, for training and inference
+    >>> fast = mvit_kernels.freeze(model)                                   # a copy, for inference only
 
 Names are imported on first use: ``import mvit_kernels`` itself loads neither torch nor a compiled library, and
 touches no GPU.
@@ -81,5 +81,5 @@ def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_EXPORTS))
 
 
-if "timm.models" in sys.modules:  # then torch is loaded too: let timm.create_model know our models
+if "timm.models" in sys.modules:  # then torch is loaded too: register our models with timm.create_model
     importlib.import_module(f"{__name__}.nn")

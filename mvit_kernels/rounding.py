@@ -6,19 +6,19 @@ Example:
     ...     sample = model(images.double())  # a model in float64
     >>> careful_error([sample], truth)       # the largest error that careful float32 code would make
 
-PyTorch's own error says how exact its libraries are on one machine: MKL on Intel sums products three to four times as
-exactly as on AMD. This is the yardstick that stays where it is. It is Monte Carlo arithmetic (Parker 1997) with the
-errors of probabilistic analysis (Higham & Mary 2019, doi:10.1137/18M1226312): every operator of PyTorch is followed
-into its elementary operations, and each result gets an independent random error of the size of a rounding. So errors
-travel through a whole network, forward and backward, as real ones do, and no formula is wanted for any model.
+PyTorch's own error depends on the machine: MKL sums products three to four times as exactly on Intel as on AMD. This
+yardstick does not. It is Monte Carlo arithmetic (Parker 1997) with the errors of probabilistic analysis (Higham & Mary
+2019, doi:10.1137/18M1226312): every operator of PyTorch is decomposed into its elementary operations, and each result
+gets an independent random error of the size of a rounding. So errors propagate through a whole network, forward and
+backward, as real ones do, and no model needs an error formula of its own.
 
-With u = 0.425 · eps / 2, the root mean square of a rounding relative to its value, the variances are
+With u = 0.425 · eps / 2, the root mean square of a rounding error relative to its value, the variances are
 
 - u² · y² for an elementary operation with the result y;
-- u² · (2 · S² + Q · log₂ K) for a sum S of K values whose squares sum to Q, added up in pairs;
-- u² · (S² · (L² / K + K / L) / 3 + Q · (L + K / L) / 2) for a sum of K products with the squares' sum Q, added up in
-  blocks of L = 64 and then the blocks. (Partial sums drift to S and walk at random: their squares sum to S² · K / 3 and
-  to Q · K / 2 in one chain.)
+- u² · (2 · S² + Q · log₂ K) for a pairwise sum S of K values whose squares sum to Q;
+- u² · (S² · (L² / K + K / L) / 3 + Q · (L + K / L) / 2) for a sum S of K products whose squares sum to Q, summed in
+  blocks of L = 64 and then over the blocks. (Partial sums drift to S and walk at random: in one chain their squares sum
+  to S² · K / 3 and to Q · K / 2.)
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ from .backends import use_backend
 
 aten = torch.ops.aten
 
-# Of an error that is uniform in half a unit of the last place, over mantissas that are even in the logarithm.
+# Of an error uniform within half a unit in the last place, for mantissas whose logarithm is uniform.
 ROOT_MEAN_SQUARE = math.sqrt(1 / 3 * 3 / (8 * math.log(2)))
 BLOCK = 64
-RUNS = 8  # samples for `careful_error`: with eight draws of one value, 64 errors
+RUNS = 8  # samples for `careful_error`; over eight draws of one value, that makes 64 errors
 
-# PyTorch's error is no yardstick where it is garbage. Up to so many bands nobody asks; above, it may be at most so many
-# times the careful one: it is 4 times where MKL sums a few hundred products in one chain; 45 and 1400 in LayerNorm's
-# gradients (bfloat16 at a mean of 1000, float16 rows of two columns), whose statistics PyTorch rounds to 16 bits.
+# PyTorch's error is no yardstick where it is garbage. Up to this many bands it is trusted; above, it may be at most so
+# many times the careful one. That ratio is 4 where MKL sums a few hundred products in one chain; 45 and 1400 in
+# LayerNorm's gradients (bfloat16 at a mean of 1000, float16 rows of two columns), whose statistics PyTorch rounds to 16
+# bits.
 PLAUSIBLE_BANDS, PLAUSIBLE_RATIO = 32, 2000
 
-# Pointwise, and exact.
+# Pointwise and exact.
 EXACT = {aten.abs, aten.clamp, aten.clamp_min, aten.clone, aten.maximum, aten.minimum, aten.neg, aten.relu, aten.where}
-# Not pointwise, and rounded like it: a few products each.
+# Not tagged as pointwise, but rounded as if they were: a few products each.
 ROUNDED = {aten._adaptive_avg_pool2d, aten.avg_pool2d}
-# Followed into their elementary operations.
+# Decomposed into their elementary operations.
 COMPOSED = {
     aten.addmm,
     aten.baddbmm,
@@ -63,19 +64,23 @@ COMPOSED = {
     aten._softmax_backward_data,
     aten.var_mean,
 }
-# Of their results the first is in the dtype, and the statistics beside it are in float32.
+# Their first result is in the dtype; the statistics beside it are in float32.
 WITH_STATISTICS = {aten.native_batch_norm, aten.native_layer_norm}
 
 
 class RoundedArithmetic:
-    """Inside, what PyTorch computes in float64, backward passes included, is off by random rounding errors: results of
-    operators by those of `dtype`, the steps inside of them by float32's. Our operators are their references.
+    """A context in which PyTorch's float64 results, backward passes included, carry random rounding errors.
+
+    Example:
+        >>> with RoundedArithmetic(torch.bfloat16, seed=0):
+        ...     sample = model(images.double())
+
+    The result of an operator is off by errors of `dtype`, the steps inside it by float32's. Our operators run as their
+    references. The context can be entered again, and then continues with new errors.
 
     Args:
         dtype: float32, bfloat16 or float16. (Float64's errors are float32's, 2⁻²⁹ times as large.)
-        seed: of the errors.
-
-    It may be entered again, and goes on with other errors.
+        seed: of the random errors.
 
     Raises:
         ValueError: `dtype` is float64.
@@ -86,7 +91,7 @@ class RoundedArithmetic:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        # The plain attention is made of operators that can be followed.
+        # The reference operators and the plain attention are made of operators that can be decomposed.
         for context in (use_backend("reference"), sdpa_kernel(SDPBackend.MATH), self._mode):
             self._stack.enter_context(context)
 
@@ -95,12 +100,16 @@ class RoundedArithmetic:
 
 
 def careful_error(samples: Sequence[Tensor], truth: Tensor) -> float:
-    """The largest error to expect of careful arithmetic: the largest of the samples, or four times their root mean
-    square where that is more, as it is where there are few values.
+    """The largest error to expect of careful arithmetic, in the units of `truth`.
+
+    It is the largest error of the samples, or four times their root mean square where that is more, as with few values.
 
     Args:
-        samples: `RUNS` results under `RoundedArithmetic`, each with a seed of its own.
+        samples: `RUNS` results under `RoundedArithmetic`, each with a seed of its own, of the truth's shape.
         truth: the float64 result.
+
+    Returns:
+        The error; 0 where `truth` is empty.
     """
     if truth.numel() == 0:
         return 0.0
@@ -109,7 +118,11 @@ def careful_error(samples: Sequence[Tensor], truth: Tensor) -> float:
 
 
 def yardstick(pytorch: float, careful: float) -> float:
-    """What an error is judged by: PyTorch's own, or the careful one where that is larger or PyTorch's is garbage."""
+    """The error to judge by: PyTorch's own, or the careful one where that is larger or PyTorch's is garbage.
+
+    Args:
+        pytorch, careful: largest absolute errors against float64.
+    """
     return pytorch if careful <= pytorch <= PLAUSIBLE_RATIO * careful else careful
 
 
@@ -124,7 +137,7 @@ class _Errors(TorchDispatchMode):
         self.generators: dict[torch.device, torch.Generator] = {}
         self.unit = ROOT_MEAN_SQUARE * torch.finfo(dtype).eps / 2
         self.inner_unit = ROOT_MEAN_SQUARE * torch.finfo(torch.float32).eps / 2
-        self.depth = 0  # inside an operator that is followed
+        self.depth = 0  # how deep inside decomposed operators
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -153,7 +166,7 @@ class _Errors(TorchDispatchMode):
         generator = self.generators.get(like.device)
         if generator is None:
             generator = self.generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
-        # in float32, whose normal numbers cost a fifth of float64's
+        # in float32: its normal numbers cost a fifth of float64's
         return torch.randn(like.shape, dtype=torch.float32, device=like.device, generator=generator).to(like.dtype)
 
     def _off(self, total: Tensor, variance: Tensor) -> Tensor:
@@ -193,7 +206,7 @@ class _Errors(TorchDispatchMode):
         return tuple(map(self._products, totals, squares, counts))
 
     def _resize(self, func, x: Tensor, size: list[int] | None, align_corners: bool, *scales) -> Tensor:
-        if size is None:  # by factors, in one list
+        if size is None:  # given as scale factors, in one list
             size = [int(old * factor) for old, factor in zip(x.shape[2:], scales[0], strict=True)]
         return aten.upsample_bilinear2d(x, size, align_corners, *self._drifting(size, x.shape[2:]))
 
@@ -203,8 +216,8 @@ class _Errors(TorchDispatchMode):
         return func(grad, size, input_size, align_corners, *self._drifting(size, input_size[2:]))
 
     def _drifting(self, size: Sequence[int], of: Sequence[int]) -> list[float]:
-        """A resize's scales with the error of their rounding, and of the coordinates' that grows as theirs does: over
-        20 pixels that is 20 times an ordinary error."""
+        """A resize's scales with random errors, for the rounding of the scales and of the coordinates computed from
+        them. Both grow with the coordinate: at 20 pixels they are 20 times an ordinary error."""
         errors = (2 * self.inner_unit * self._random(torch.empty(2, dtype=torch.float64, device="cpu"))).tolist()
         return [new / old * (1 + error) for new, old, error in zip(size, of, errors, strict=True)]
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every part of the package may use, and what uses none of them."""
+"""Helpers for every part of the package, which depend on none of its other parts."""

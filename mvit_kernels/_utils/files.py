@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result files, as CSV and JSON: a file appears whole or not at all."""
+"""Result files as CSV and JSON, written atomically: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from typing import Any
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows`, all of the same keys, with a line of headings; the file appears whole or not at all."""
+    """Write `rows`, with a header line, atomically.
+
+    Args:
+        path: the file; its folder exists.
+        rows: at least one, all with the same keys.
+
+    Raises:
+        OSError: the file cannot be written; the error names it.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -24,12 +32,16 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write `data` as `to_json` has it; the file appears whole or not at all."""
+    """Write `data`, as `to_json` formats it, atomically.
+
+    Raises:
+        OSError: the file cannot be written; the error names it.
+    """
     _write(path, to_json(data) + "\n")
 
 
 def to_json(data: Any, ascii_only: bool = False) -> str:
-    """`data` as JSON, all but ASCII escaped if asked. NaN and infinities, which JSON has not, become null."""
+    """`data` as JSON, with everything but ASCII escaped if asked. NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
@@ -42,12 +54,12 @@ def _finite(data: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    data = text.encode("utf-8", "backslashreplace")  # names of files may have letters that no encoding has
+    data = text.encode("utf-8", "backslashreplace")  # file names may contain bytes that are not UTF-8
     try:
-        if is_special(path):  # nothing to rename, and no half file to fear
+        if is_special(path):  # never replaced, and it cannot keep a partial file
             path.write_bytes(data)
             return
-        path = path.resolve()  # a link stays a link
+        path = path.resolve()  # a symbolic link stays one
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             temporary.write_bytes(data)
@@ -55,10 +67,10 @@ def _write(path: Path, text: str) -> None:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
-    except OSError as error:  # a full disk names no file
+    except OSError as error:  # the error of a full disk names no file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def is_special(path: Path) -> bool:
-    """Whether this is a device or a pipe, as /dev/stdout: to be written to, never to be replaced."""
+    """Whether `path` exists and is not a regular file, such as /dev/stdout or a pipe: written to, never replaced."""
     return path.exists() and not path.is_file()

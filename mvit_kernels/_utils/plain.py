@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a module computes, known for certain or not at all: the ground on which `freeze` and the adapters stand.
+"""What a module computes, known exactly or not at all: the basis of `freeze` and of the adapters.
 
-A name says nothing (anybody may have a class called Swish), nor does ``isinstance`` (timm's ``BatchNormAct2d`` is a
-``BatchNorm2d``, and applies an activation). A module is known if it is exactly a class of PyTorch, or a subclass that
-overrides nothing of it, such as cvnets' ``Conv2d``; or exactly a class of a library that was read.
+A name proves nothing (anyone may have a class called Swish), nor does ``isinstance`` (timm's ``BatchNormAct2d`` is a
+``BatchNorm2d`` that also applies an activation). A module is known if its class is exactly one of PyTorch's, or a
+subclass that overrides nothing of it, such as cvnets' ``Conv2d``; or exactly that of a library whose source was read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# What a subclass may have of its own without computing anything else.
+# What a subclass may define without changing what it computes.
 _HARMLESS = frozenset(
     "__module__ __qualname__ __doc__ __init__ __repr__ __annotations__ __annotate__ __annotate_func__ __orig_bases__ "
     "__annotations_cache__ __constants__ __firstlineno__ __static_attributes__ __dict__ __weakref__ __slots__ "
@@ -29,14 +29,14 @@ _HARMLESS = frozenset(
 
 
 def is_plain(module: nn.Module | None, *bases: type[nn.Module]) -> bool:
-    """Whether `module` computes what one of `bases` computes: neither its class nor itself overrides anything of it."""
+    """Whether `module` computes what one of `bases` computes: neither its class nor the instance overrides anything."""
     return any(isinstance(module, base) and _overrides_nothing(module, base) for base in bases)
 
 
 def _overrides_nothing(module: nn.Module, base: type[nn.Module]) -> bool:
     if any(callable(getattr(base, name, None)) for name in module.__dict__):
-        return False  # a forward of the instance's own
-    # A class attribute that hides one of the instance's is a property, as parametrize makes of a weight.
+        return False  # such as a forward on the instance
+    # A class attribute that hides an instance's is a property, such as parametrize makes of a weight.
     names = {*dir(base), *module.__dict__, *module._parameters, *module._buffers, *module._modules}
     names |= {name for cls in base.__mro__ for name in cls.__dict__.get("__annotations__", ())}
     added = {name for cls in type(module).__mro__ if cls not in base.__mro__ for name in vars(cls)}
@@ -44,13 +44,13 @@ def _overrides_nothing(module: nn.Module, base: type[nn.Module]) -> bool:
 
 
 def is_own(module: nn.Module | None, package: str, *names: str) -> bool:
-    """Whether `module` is of exactly a library's class of one of `names`, also where that is vendored (``x.cvnets.y``),
-    and not patched."""
+    """Whether the class of `module` is exactly one that `package` has under one of `names`, also in a vendored copy
+    (``x.cvnets.y``), and its forward is not patched."""
     cls = type(module)
     return cls.__name__ in names and package in cls.__module__.split(".") and "forward" not in module.__dict__
 
 
-# In what follows classes are compared first: torch.compile traces that, and not what `is_plain` does.
+# The checks below compare classes first: torch.compile can trace that, but not what `is_plain` does.
 
 
 def _is_exactly(module: nn.Module | None, cls: type[nn.Module]) -> bool:
@@ -58,23 +58,23 @@ def _is_exactly(module: nn.Module | None, cls: type[nn.Module]) -> bool:
 
 
 def is_silu(module: nn.Module | None) -> bool:
-    """Whether `module` is x · sigmoid(x): PyTorch's, Hugging Face's, timm's (also memory-efficient and scripted)."""
+    """Whether `module` is x · sigmoid(x), of PyTorch, Hugging Face, cvnets or timm (memory-efficient, scripted too)."""
     return (
         _is_exactly(module, nn.SiLU)
         or is_own(module, "transformers", "SiLUActivation")
         or is_own(module, "cvnets", "Swish")
         or is_own(module, "timm", "Swish", "SwishMe", "SwishJit")
         or is_plain(module, nn.SiLU)
-    ) and not module._parameters  # a Swish with a learned slope
+    ) and not module._parameters  # not a Swish with a learned slope
 
 
 def is_identity(module: nn.Module | None) -> bool:
-    """Whether `module` does nothing, ever."""
+    """Whether `module` is an identity, in training and in evaluation."""
     return _is_exactly(module, nn.Identity) or is_own(module, "cvnets", "Identity") or is_plain(module, nn.Identity)
 
 
 def is_dropout(module: nn.Module | None) -> bool:
-    """Whether `module` is a dropout, which in evaluation does nothing."""
+    """Whether `module` is a dropout, which is an identity in evaluation."""
     return (
         _is_exactly(module, nn.Dropout)
         or is_own(module, "timm", "DropPath", "DropBlock2d")
@@ -86,14 +86,19 @@ def is_dropout(module: nn.Module | None) -> bool:
 
 
 def does_nothing(module: nn.Module | None) -> bool:
-    """Whether `module` does nothing in the mode that it is in; an empty Sequential is such a one too."""
+    """Whether `module` is an identity in its current mode; an empty Sequential is one too."""
     if is_dropout(module):
         return not module.training
     return is_identity(module) or (is_plain(module, nn.Sequential) and len(module) == 0)
 
 
 def tensor_reason(name: str, value: Tensor | None) -> str | None:
-    """Why the values of a weight cannot be read and joined with others; None where they can."""
+    """Why a weight cannot be read and merged with others; None if it can.
+
+    Args:
+        name: the weight's, for the message.
+        value: the weight; None is an absent one, against which there is no reason.
+    """
     if value is None:
         return None
     if type(value) not in (Tensor, nn.Parameter):
@@ -105,7 +110,7 @@ def tensor_reason(name: str, value: Tensor | None) -> str | None:
 
 
 def weight_reasons(block: nn.Module, modules: Collection[nn.Module]) -> list[str]:
-    """`tensor_reason` of every parameter of those of `modules` that are in `block`."""
+    """`tensor_reason` for every parameter of those of `modules` that are in `block`."""
     reasons = []
     for path, module in block.named_modules():
         if module in modules:
@@ -118,13 +123,17 @@ def weight_reasons(block: nn.Module, modules: Collection[nn.Module]) -> list[str
 
 
 def parametrising_hooks(module: nn.Module) -> dict[int, object]:
-    """The hooks that set a weight before every call: of ``prune``, and of the older weight and spectral norm."""
+    """The hooks that compute a weight before every call: of ``prune``, and of the older weight norm and spectral norm.
+
+    Returns:
+        Key -> hook, as in the module's forward pre-hooks.
+    """
     kinds = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
     return {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kinds)}
 
 
 def settle(module: nn.Module) -> None:
-    """Make the weights that `module` would compute at a call in evaluation its own, in place, once and for all."""
+    """Replace computed weights by the values that `module` would compute in evaluation, in place and for good."""
     for hook in parametrising_hooks(module).values():
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
@@ -133,7 +142,7 @@ def settle(module: nn.Module) -> None:
         else:
             remove_spectral_norm(module, hook.name)
     if parametrize.is_parametrized(module):
-        # Not remove_parametrizations: it takes the property from a class that the copied model has too.
+        # Not remove_parametrizations: it deletes the property from the class, which a copied model shares.
         values = {name: getattr(module, name).detach() for name in module.parametrizations}
         module.__class__ = parametrize.type_before_parametrizations(module)
         del module.parametrizations
@@ -145,8 +154,16 @@ def settle(module: nn.Module) -> None:
 
 
 def alike(module: nn.Module, other: nn.Module, channels: int, sizes: Iterable[tuple[int, int]]) -> bool:
-    """Whether both map random maps to the same, in evaluation and float64: how vendored copies of a library's classes
-    are known, beside their names. Neither is changed, nor are anybody's hooks called."""
+    """Whether both modules map random inputs to the same outputs, in evaluation mode and in float64.
+
+    Vendored copies of a library's classes are recognised by this, in addition to their names. Neither module is
+    changed, and no hooks are called but those that compute weights.
+
+    Args:
+        module, other: the modules to compare.
+        channels: of the inputs.
+        sizes: (height, width) of each input map.
+    """
     generator = torch.Generator().manual_seed(0)
     try:
         ours, theirs = (_to_try(each) for each in (module, other))
@@ -155,9 +172,9 @@ def alike(module: nn.Module, other: nn.Module, channels: int, sizes: Iterable[tu
             for size in sizes:
                 x = torch.randn((1, channels, *size), generator=generator, dtype=torch.float64, device="cpu").to(device)
                 expected = theirs(x)
-                if not (ours(x) - expected).abs().max() <= 1e-9 * expected.abs().max():  # nor if on meta: it raises
+                if not (ours(x) - expected).abs().max() <= 1e-9 * expected.abs().max():  # on "meta" this raises
                     return False
-    except Exception:  # whatever somebody's class raises: it is not the one that we know
+    except Exception:  # whatever an unknown class raises: it is not the one that we know
         return False
     return True
 
@@ -169,12 +186,15 @@ def _to_try(module: nn.Module) -> nn.Module:
     return copied
 
 
-# -- whole models, whatever else they hold
+# -- whole models
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also of what PyTorch does not copy: computed tensors, as pruning and weight norm keep them (detached
-    here), compressed sparse ones, and the parameters of a ScriptModule (leaves again)."""
+    """A deep copy, including what ``copy.deepcopy`` does not copy.
+
+    These are computed tensors, as pruning and weight norm keep them (detached in the copy), compressed sparse tensors,
+    and the parameters of a ScriptModule (leaves in the copy).
+    """
     memo = {id(value): value.detach().clone() for value in _uncopied(model)}
     copied = copy.deepcopy(model, memo)
     for parameter in copied.parameters():
@@ -193,5 +213,6 @@ def _uncopied(model: nn.Module) -> Iterator[Tensor]:
 
 
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model.to(dtype)`` for the usual floats; of others, such as 8-bit ones, the bytes may mean something else."""
+    """``model.to(dtype)`` for tensors of the usual floating dtypes; others, such as 8-bit floats, may encode something
+    else and stay as they are."""
     return model._apply(lambda value: value.to(dtype) if value.dtype in DTYPES else value)

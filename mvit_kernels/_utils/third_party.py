@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports of the libraries whose models this package accelerates, and of its peers: all of them optional."""
+"""Imports of the libraries whose models this package accelerates, and of its peers; all of them are optional."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from types import ModuleType
 
 import torch
 
-# The two operators that torchvision's Python code wants to exist as soon as it is imported.
+# The two operators that torchvision's Python code expects to exist when it is imported.
 _TORCHVISION_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_torchvision_library: torch.library.Library | None = None  # the schemas live as long as this does
+_torchvision_library: torch.library.Library | None = None  # the schemas live as long as this object
 
 
 def prepare_torchvision() -> None:
-    """Import torchvision, if it is installed, in a way that works without its compiled part too.
+    """Import torchvision, if it is installed, in a way that also works without its compiled part.
 
     Example:
         >>> mvit_kernels.prepare_torchvision()
         >>> import timm  # which imports torchvision
 
-    A torchvision is compiled for one build of torch, on Linux usually the CUDA one. Beside another build its
-    compiled part does not load, and ``import torchvision`` ends in ``RuntimeError: operator torchvision::nms
-    does not exist``, although timm and transformers need nothing but its image transforms. In this case alone
-    the missing schemas are declared and the import is done again. Where torchvision is whole, or absent, or
-    fails for another reason, nothing is declared; an error of its own is raised as it is.
+    torchvision is compiled for one build of torch, on Linux usually the CUDA one. Beside another build its compiled
+    part does not load, and ``import torchvision`` raises ``RuntimeError: operator torchvision::nms does not exist``,
+    although timm and transformers need only its image transforms. In this case alone the missing schemas are declared
+    and the import is repeated. Nothing is declared where torchvision works, is absent, or fails for another reason; its
+    own error is raised unchanged.
     """
     global _torchvision_library
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
@@ -40,7 +40,7 @@ def prepare_torchvision() -> None:
         if _torchvision_library or not ("torchvision::" in str(error) and "does not exist" in str(error)):
             raise
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]  # imported before the failure, and unaware of what comes now
+            del sys.modules[name]  # imported before the failure, without the schemas
         _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in _TORCHVISION_SCHEMAS:
             _torchvision_library.define(schema)
@@ -74,8 +74,8 @@ def import_onnxruntime() -> ModuleType:
 
 def import_openvino() -> ModuleType:
     """OpenVINO, or an ImportError that says what to install."""
-    # Its converter reports each use over the network, from a process that it forks, which may crash beside torch's
-    # threads. Without the package it reports nothing.
+    # Its converter reports each use over the network from a forked process, which may crash beside torch's threads.
+    # Without this package it reports nothing.
     sys.modules.setdefault("openvino_telemetry", None)
     return _import("openvino", extra="peers", through_torchvision=False)
 

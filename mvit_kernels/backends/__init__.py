@@ -5,14 +5,14 @@ Example:
     >>> with mvit_kernels.use_backend("reference"):
     ...     model(images)
 
-Each backend is a folder here, whose ``BACKEND`` keeps the contract of `mvit_kernels.backends.contract`; adding one is a
-folder, its name in ``library.BACKENDS`` and its place in `PREFERENCE`. An obstacle to all but the reference (a
-transform of PyTorch, a tensor subclass: `mvit_kernels._utils.transforms`) is the call's own.
+Each backend is a folder here whose ``BACKEND`` implements the contract of `mvit_kernels.backends.contract`. To add one,
+add its folder, its name in ``library.BACKENDS`` and its place in `PREFERENCE`. What rules out every backend but the
+reference (a PyTorch transform, a tensor subclass: `mvit_kernels._utils.transforms`) is the `obstacle` of the call.
 
-Who decides, strongest first: ``backend=`` of the call (``accelerate(model, backend=…)`` sets it on the blocks),
-``use_backend``, the environment variable ``MVIT_KERNELS_BACKEND`` (read when the package is imported), the automatic
-choice: the first in order of `PREFERENCE` without a reason against it. The choice depends on devices, dtypes and shapes
-alone, so that ``torch.compile`` folds it.
+Precedence, highest first: ``backend=`` of the call (``accelerate(model, backend=…)`` sets it on the blocks);
+``use_backend``; the environment variable ``MVIT_KERNELS_BACKEND`` (read when the package is imported); the automatic
+choice, which is the first backend in `PREFERENCE` with no reason against it. The choice depends on devices, dtypes and
+shapes alone, so that ``torch.compile`` folds it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ __all__ = [
 
 logger = logging.getLogger("mvit_kernels")
 
-# Fastest first. The reference is plain PyTorch and comes last everywhere.
+# The order of the automatic choice, by device; plain PyTorch comes last everywhere. For single operators on a GPU this
+# is not fastest first: on an H200 all of them were faster in Triton than in CUDA C++, except the MLP at S stage 3
+# (docs/kernels/measured.md).
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 REGISTRY.update({room.BACKEND.name: room.BACKEND for room in (reference, cpu, triton, cuda)})
 
@@ -62,6 +64,15 @@ class BackendError(RuntimeError):
 
 
 def checked_name(name: str | None, source: str) -> str | None:
+    """`name` if it is a backend's; None for the automatic choice, which None, "" and "auto" ask for.
+
+    Args:
+        name: a backend's name, "auto", "" or None.
+        source: the function or variable that the name came from, for the message.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name in (None, "", "auto"):
         return None
     if name not in BACKENDS:
@@ -70,28 +81,31 @@ def checked_name(name: str | None, source: str) -> str | None:
 
 
 def requested() -> str | None:
-    """The backend that `use_backend` or ``MVIT_KERNELS_BACKEND`` asks for, None for the automatic choice."""
+    """The backend that `use_backend` or ``MVIT_KERNELS_BACKEND`` asks for; None for the automatic choice."""
     return _override
 
 
 _override: str | None = checked_name(os.environ.get("MVIT_KERNELS_BACKEND"), "MVIT_KERNELS_BACKEND")
-_choices: dict[tuple[Any, ...], Any] = {}  # what was decided, by the function that decided and what it was given
+_choices: dict[tuple[Any, ...], Any] = {}  # decisions, by the function that decides and its arguments
 _logged: set[str] = set()
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Ask for one backend, for every operator called inside; ``"auto"`` or None returns to the automatic choice.
+    """Ask for one backend for every operator called inside; ``"auto"`` or None returns to the automatic choice.
 
     Example:
         >>> with mvit_kernels.use_backend("reference"):
         ...     model(images)
 
-    It is a setting of the process, not of the thread, like those of ``torch.backends``.
+    The setting belongs to the process, not to the thread, like those of ``torch.backends``.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda", "auto" or None.
 
     Raises:
         ValueError: an unknown name.
-        BackendError: from the operators called inside, where the backend cannot serve the call.
+        BackendError: raised by the operators called inside where the backend cannot serve the call.
     """
     global _override
     name = checked_name(name, "use_backend")
@@ -104,7 +118,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def operators(backend: str) -> tuple[str, ...]:
-    """The operators that `backend` has kernels for (all, for the reference)."""
+    """The names of the operators that `backend` has kernels for; all of them for the reference."""
     return tuple(REGISTRY[backend].supports) if backend in REGISTRY else ()
 
 
@@ -114,17 +128,30 @@ def reasons_against(backend: str, call: Call) -> list[str]:
 
 
 def choose(call: Call, requested: str | None = None) -> str:
-    """The backend that serves `call`.
+    """The name of the backend that serves `call`.
+
+    Args:
+        call: what is to be computed.
+        requested: the backend asked for; None means what `use_backend` or the environment asks for, "auto" the
+            automatic choice.
 
     Raises:
-        ValueError: `requested` is no backend's name.
+        ValueError: `requested` is not a backend's name.
         BackendError: the backend that was asked for cannot serve the call.
     """
     return _remembered(_choose, call, (requested or _override,))
 
 
 def serves(operator: str, call: Call, requested: str | None = None) -> bool:
-    """Whether a backend other than the reference serves `call`: the one asked for, or any by the automatic choice."""
+    """Whether a backend other than the reference serves `call`: the requested one, or any by the automatic choice.
+
+    Args:
+        operator: its name, for the message.
+        call, requested: as in `choose`.
+
+    Raises:
+        ValueError: `requested` is not a backend's name.
+    """
     requested = checked_name(requested or _override, operator)
     if requested is not None:
         return requested != "reference" and not reasons_against(requested, call)
@@ -132,20 +159,20 @@ def serves(operator: str, call: Call, requested: str | None = None) -> bool:
 
 
 def plan_stack(stack: Call, attention: Call, *, dropout: bool, requested: str | None = None) -> StackPlan:
-    """How a stack of transformer layers is divided: by the backend that was asked for, or the first that has a plan.
+    """How a stack of transformer layers is divided: by the requested backend, or by the first that has a plan.
 
     Args:
         stack, attention, dropout: see `Backend.plan_stack`.
         requested: a backend's name, as in `choose`.
 
     Raises:
-        ValueError, BackendError: as `choose` does, for the attention of the stack.
+        ValueError, BackendError: as in `choose`, for the stack's attention.
     """
     return _remembered(_plan_stack, stack, (attention, dropout, requested or _override))
 
 
 def packs_weights(backend: str) -> bool:
-    """Whether `backend` packs the weights of ``transformer`` itself, and wants them as they are."""
+    """Whether `backend` packs the weights of ``transformer`` itself and takes them without a cast."""
     return REGISTRY[backend].packs_weights
 
 
@@ -155,7 +182,12 @@ def pack(
     num_heads: int,
     dtype: torch.dtype,
 ) -> None:
-    """Let every backend prepare the weights of a frozen stack now that it would pack at the first call."""
+    """Let every backend pack a frozen stack's weights now instead of at the first call.
+
+    Args:
+        layers, final_norm, num_heads: as in `mvit_kernels.transformer`.
+        dtype: of the rows.
+    """
     for backend in REGISTRY.values():
         backend.pack(layers, final_norm, num_heads, dtype)
 
@@ -171,28 +203,28 @@ def _plan_stack(stack: Call, attention: Call, dropout: bool, requested: str | No
             break
     else:
         plan = StackPlan.SEQUENCES
-        choose(attention, requested)  # raises, with the reasons, where a backend was asked for
+        choose(attention, requested)  # raises, with the reasons, if a backend was requested
     if requested is None and not dropout and plan is not StackPlan.WHOLE:
-        choose(stack, "auto")  # for the log: why no kernel takes all of it
+        choose(stack, "auto")  # for the log: why no kernel takes the whole stack
     return plan
 
 
 def _remembered(decide: Callable[..., Any], call: Call, more: tuple[Any, ...]) -> Any:
-    """``decide(call, *more)``, once for equal arguments."""
-    # Traced once, and the symbolic sizes of a trace or of fake tensors are no keys.
+    """``decide(call, *more)``, cached by its arguments."""
+    # A trace decides once, and the symbolic sizes of traces and fake tensors cannot be keys.
     if call.obstacle or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return decide(call, *more)
     key = (decide, call, *more)
     decided = _choices.get(key)
     if decided is None:
-        if len(_choices) > 4096:  # multi-scale training sees dozens of shapes; a shape a call must not grow without end
+        if len(_choices) > 4096:  # multi-scale training sees dozens of shapes; a new shape a call must not fill memory
             _choices.clear()
         decided = _choices[key] = decide(call, *more)
     return decided
 
 
 def _exporting() -> bool:
-    """Exporters need plain operators of PyTorch, whatever backend runs otherwise."""
+    """Whether the call is being exported: exporters need PyTorch's own operators, whatever backend runs otherwise."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
@@ -226,7 +258,7 @@ def _describe(call: Call) -> str:
 
 def _log_once(message: str) -> None:
     if message not in _logged:
-        if len(_logged) > 4096:  # reasons tell sizes: these too must not grow without end
+        if len(_logged) > 4096:  # reasons contain sizes, so this must not fill memory either
             _logged.clear()
         _logged.add(message)
         logger.info(message)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one contract between the operators and the backends below them.
+"""The contract between the operators and the backends below them.
 
 Example:
     >>> class Tpu(Backend):
@@ -9,9 +9,10 @@ Example:
     ...     def unavailable(self, device_type):
     ...         return [] if device_type == "xla" else [f"it is for TPUs, and the tensors are on {device_type}"]
 
-An operator describes itself by a `Call`: devices, dtypes and shapes, never values, so that ``torch.compile`` folds
-whatever follows from it. A backend answers with reasons: an empty list means that it serves the call. The same reasons
-feed the automatic choice, the error where a backend was asked for by name, the log, and ``mvit-kernels info``.
+An operator describes a call by a `Call`: devices, dtypes and shapes, never values, so that ``torch.compile`` folds
+everything that follows from it. A backend answers with its reasons against the call; an empty list means that it serves
+it. The same reasons feed the automatic choice, the error where a backend was requested by name, the log, and
+``mvit-kernels info``.
 """
 
 from __future__ import annotations
@@ -28,28 +29,32 @@ from .library import SCHEMAS, TransformerLayerWeights
 
 
 class Call(NamedTuple):
-    """What a backend may base its answer on. `facts` are the operator's own: widths, heads, patch, …"""
+    """All that a backend may base its answer on. `facts` are specific to the operator: widths, heads, patch size, …"""
 
     operator: str
     device_type: str
     dtype: torch.dtype
     needs_grad: bool
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the operator's first tensor
     facts: tuple[tuple[str, Any], ...]
-    obstacle: str = ""  # why nothing but PyTorch's own operators can serve it
+    obstacle: str = ""  # why only PyTorch's own operators can serve it
 
     def fact(self, name: str) -> Any:
-        """The operator's own fact `name`."""
+        """The operator's fact `name`.
+
+        Raises:
+            KeyError: the operator has no such fact.
+        """
         return dict(self.facts)[name]
 
 
-Predicate = Callable[[Call], list[str]]  # the reasons why a backend cannot serve the call
+Predicate = Callable[[Call], list[str]]  # the reasons why a backend cannot serve a call; empty if it can
 
 
 class StackPlan(enum.Enum):
     """How a stack of transformer layers is divided into calls (`mvit_kernels.ops.transformer_on_map`).
 
-    It says where the cuts are. Which backend serves each piece is chosen for that piece, as for any other call.
+    It says where the stack is cut. The backend of each piece is chosen for that piece, as for any other call.
     """
 
     WHOLE = "the operator `transformer`, once"
@@ -67,17 +72,17 @@ class Backend(ABC):
     name: ClassVar[str]
     device_type: str  # of the tensors that its kernels take
     dtypes: tuple[torch.dtype, ...]
-    supports: Mapping[str, Predicate]  # an entry for each operator that there are kernels for
-    # Whether it packs the weights of ``transformer`` once and recognises them by identity: they are then handed over as
-    # they are, not cast to the dtype of the rows.
+    supports: Mapping[str, Predicate]  # an entry for each operator that it has kernels for
+    # Whether it packs the weights of ``transformer`` once and recognises them by identity: they are then passed as they
+    # are, not cast to the dtype of the rows.
     packs_weights: ClassVar[bool] = False
 
     @abstractmethod
     def unavailable(self, device_type: str) -> list[str]:
-        """Why it cannot be used on this machine's `device_type` at all; empty if it can."""
+        """Why it cannot be used at all, on this machine, for tensors on `device_type`; empty if it can."""
 
     def reasons_against(self, call: Call) -> list[str]:
-        """Why it cannot serve `call`; empty if it can."""
+        """Why it cannot serve `call`; empty if it can. All reasons are collected, not just the first."""
         reasons = list(unavailable(self.name, call.device_type))
         if call.obstacle:
             reasons.append(call.obstacle)
@@ -87,12 +92,12 @@ class Backend(ABC):
         return [*reasons, f"it has no {call.operator}"] if predicate is None else reasons + predicate(call)
 
     def plan_stack(self, stack: Call, attention: Call, dropout: bool) -> StackPlan | None:
-        """How it would have a stack of layers divided; None where it has no part in it.
+        """How it wants a stack of layers divided; None if it serves no part of it.
 
         Args:
-            stack: the call of ``transformer`` that would be all of it.
-            attention: the call of ``patch_attention`` of one of its layers.
-            dropout: whether dropout or drop-path is live, which ``transformer`` has none of.
+            stack: the call of ``transformer`` for the whole stack.
+            attention: the call of ``patch_attention`` in one of its layers.
+            dropout: whether dropout or drop-path is live, which ``transformer`` does not have.
         """
         if not dropout and not self.reasons_against(stack):
             return StackPlan.WHOLE
@@ -105,15 +110,20 @@ class Backend(ABC):
         num_heads: int,
         dtype: torch.dtype,
     ) -> None:
-        """Prepare the weights of a frozen stack before its first call; by default there is nothing to prepare."""
+        """Pack the weights of a frozen stack before its first call; does nothing by default.
+
+        Args:
+            layers, final_norm, num_heads: as in `mvit_kernels.transformer`.
+            dtype: of the rows.
+        """
 
 
 REGISTRY: dict[str, Backend] = {}  # in the order of `mvit_kernels.backends.library.BACKENDS`
 
 
-@torch.compiler.assume_constant_result  # it may load a library, which is no business of a trace
+@torch.compiler.assume_constant_result  # it may load a library, which must not be traced
 def unavailable(backend: str, device_type: str) -> tuple[str, ...]:
-    """Why `backend` cannot run on this machine's `device_type` at all; empty if it can."""
+    """Why `backend` cannot be used at all, on this machine, for tensors on `device_type`; empty if it can."""
     if backend not in REGISTRY:
         return (f"this version of mvit_kernels has no {backend} kernels",)
     return tuple(REGISTRY[backend].unavailable(device_type))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two GPU backends ask of the devices, without touching one."""
+"""What the two GPU backends ask about the GPUs: whether they can be used, and their limits. Nothing is launched."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
+CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores and asynchronous copies
 
 
 def no_gpu() -> str:
-    """Why no NVIDIA GPU can be used, or that one of them is too old; "" if all can."""
+    """Why NVIDIA GPUs cannot be used: there is none, or one of them is too old; "" if all of them can."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "there is no NVIDIA GPU, or this build of PyTorch has no CUDA"
     for index in range(torch.cuda.device_count()):
@@ -26,16 +26,16 @@ def no_gpu() -> str:
 
 
 class Limits(NamedTuple):
-    """What launches are planned by: the least of the GPUs here."""
+    """What launches are planned for: the smallest values among the GPUs here."""
 
     multiprocessors: int
-    shared_bytes: int  # that a block may have
+    shared_bytes: int  # of shared memory that a block may have, opted in
 
 
 @torch.compiler.assume_constant_result
 @functools.cache
 def limits() -> Limits:
-    """Of the GPUs here; without one an H100's, for the questions that are asked all the same."""
+    """Of the GPUs here. Without a usable GPU they are an H100's: reasons against a call are collected there too."""
     if no_gpu():
         return Limits(132, 232_448)
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every raw operator's schema, once, the weights that they list, and the loading of the compiled libraries.
+"""The schema of every raw operator, the weights in them, and the loading of the compiled libraries.
 
-A raw operator is named ``mvit_kernels::<operator>.<backend>``: one overload for each backend, all of one schema, so
-that the operator keeps its name in Python, C++, CUDA and Triton and several backends can serve one device. Backends
-only *implement* these schemas (C++ through LibTorch's stable ABI: ``m.impl("patch_attention.cpu", ...)``); shapes of
-the results come from the one fake of each schema, registered by the operator's file in ``ops/``.
+A raw operator is named ``mvit_kernels::<operator>.<backend>``: one overload per backend, all with one schema. So an
+operator has the same name in Python, C++, CUDA and Triton, and several backends can serve one device. Backends only
+*implement* these schemas (C++ through LibTorch's stable ABI: ``m.impl("patch_attention.cpu", ...)``). The shapes of the
+results come from the one fake of each schema, registered by the operator's file in ``ops/``.
 
-What forward operators return beside their result (``mean``, ``rstd``, ``logsumexp``) is what their backward needs;
-statistics are float32, or float64 for float64 inputs.
+What a forward operator returns beside its result (``mean``, ``rstd``, ``logsumexp``) is what its backward needs.
+Statistics are float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 SCHEMAS = {
-    # LayerNorm over the last axis; mean and rstd have the shape of x without it
+    # LayerNorm over the last axis; mean and rstd have the shape of x without its last axis
     "layer_norm": "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps) -> (Tensor out, Tensor mean, "
     "Tensor rstd)",
     "layer_norm_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight) -> "
@@ -51,9 +51,9 @@ SCHEMAS = {
     "Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_fc1_weight, Tensor grad_fc1_bias, "
     "Tensor grad_fc2_weight, Tensor grad_fc2_bias)",
     # one pre-norm layer, x (B, H, W, d); dropout: the probabilities (projection, path1, mlp, path2) of `LayerDropout`.
-    # Its draws are a function of seed, two int64 numbers (see dropout.py), which is None where all four are 0. Beside
-    # out: what backward needs, middle being the rows between attention and MLP. It computes qkv once more: kept, they
-    # would be the half of it
+    # Masks are a function of seed, two int64 numbers (see dropout.py), or None where all four are 0. It returns, beside
+    # out, what backward needs; middle is the rows between attention and MLP. Backward recomputes qkv, which would be
+    # half of what is kept
     "transformer_layer": "(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, "
     "Tensor proj_weight, Tensor proj_bias, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, "
     "Tensor fc2_weight, Tensor fc2_bias, Tensor? seed, int num_heads, int[2] patch_size, float eps, float[4] dropout, "
@@ -71,7 +71,7 @@ SCHEMAS = {
     "inverted_residual": "(Tensor x, Tensor expand_weight, Tensor expand_bias, Tensor depthwise_weight, "
     "Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, int stride, int dilation, bool residual) "
     "-> Tensor",
-    # weights: TransformerLayerWeights of every layer, flattened (twelve a layer, an absent qkv bias as zeros)
+    # weights: the TransformerLayerWeights of all layers, flattened (twelve a layer; zeros for an absent qkv bias)
     "transformer": "(Tensor x, Tensor[] weights, Tensor? final_norm_weight, Tensor? final_norm_bias, int num_heads, "
     "int[2] patch_size, float eps) -> Tensor",
 }
@@ -80,13 +80,19 @@ SCHEMAS = {
 class TransformerLayerWeights(NamedTuple):
     """The weights of one pre-norm transformer layer, as ``nn.Linear`` and ``nn.LayerNorm`` keep them.
 
-    For rows of width d, ``inner = num_heads × head_dim`` (d in the paper, 32 in Kornia) and an MLP of width hidden:
+    Example:
+        >>> layer = TransformerLayerWeights(norm1.weight, norm1.bias, qkv.weight, qkv.bias, proj.weight, proj.bias,
+        ...                                 norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+    The shapes below are for rows of width d, an MLP of width hidden, and ``inner = num_heads × head_dim`` (d in the
+    paper, 32 in Kornia). Outside autocast, operators expect the linear layers' tensors in the dtype of x, and
+    LayerNorm's in that or in float32.
     """
 
     norm1_weight: Tensor  # (d,)
     norm1_bias: Tensor  # (d,)
-    qkv_weight: Tensor  # (3·inner, d): query, key and value rows
-    qkv_bias: Tensor | None  # (3·inner,); Kornia has none
+    qkv_weight: Tensor  # (3·inner, d): the rows of query, key and value
+    qkv_bias: Tensor | None  # (3·inner,); None in Kornia
     proj_weight: Tensor  # (d, inner)
     proj_bias: Tensor  # (d,)
     norm2_weight: Tensor  # (d,)
@@ -98,8 +104,13 @@ class TransformerLayerWeights(NamedTuple):
 
 
 def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool = True) -> list[Tensor]:
-    """The raw operator's list: twelve tensors a layer, an absent qkv bias as zeros (or without elements), linear
-    weights in `dtype` if given."""
+    """The weights as the raw operator takes them: one list, twelve tensors a layer.
+
+    Args:
+        layers: the weights of each layer.
+        dtype: to cast the linear layers' tensors to, if given; LayerNorm's are never cast.
+        zeros: replace an absent qkv bias by zeros, else by a tensor without elements.
+    """
     flat = []
     for layer in layers:
         if layer.qkv_bias is None:
@@ -113,21 +124,20 @@ def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool =
 LIBRARY = torch.library.Library("mvit_kernels", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     for _backend in BACKENDS:
-        # Exact strides: Inductor must hand a kernel the layout that was traced, channels-last maps above all.
+        # Exact strides: Inductor must give a kernel the layout that was traced, channels-last maps above all.
         LIBRARY.define(
             f"{_name}.{_backend}{_schema}", tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
         )
 
 
-# What frozen models run on the CPU is no operator with several backends but a list of steps and their packed weights,
-# made by mvit_kernels.freezing.network: x (B, C, H, W) -> (B, H', W', out_channels), each side halved so many times,
-# rounding up.
+# On the CPU a frozen model runs a list of steps with their packed weights, made by mvit_kernels.freezing.network, which
+# has no other backend: x (B, C, H, W) -> (B, H', W', out_channels), each side halved `halvings` times, rounding up.
 NATIVE_SCHEMAS = {
     "network.cpu": "(Tensor x, Tensor weights, Tensor program, int out_channels, int halvings) -> Tensor",
     "pack_convolution.cpu": "(Tensor weight, Tensor bias) -> Tensor",
     "pack_inverted_residual.cpu": "(Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
     "Tensor project, Tensor project_bias) -> Tensor",
-    # What `transformer.cuda` calls, with weights and plan of mvit_kernels.backends.cuda.transformer's making.
+    # What `transformer.cuda` launches; mvit_kernels.backends.cuda.transformer packs the weights and makes the plan.
     "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "
     "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) "
     "-> Tensor",
@@ -158,8 +168,8 @@ def register_native_fake(name: str) -> Callable[[Callable], Callable]:
 
 
 def _on_one_device(name: str, function: Callable) -> Callable:
-    """The fake, for tensors of one device. A call with a meta tensor among others comes here too, and what the fake
-    makes like the others would be a result that nothing was ever written to."""
+    """The fake, which also checks that all tensors are on one device. A call that mixes meta tensors with others runs
+    the fake too, and the tensor that it allocates on the other device would never be written."""
 
     @functools.wraps(function)
     def fake(*arguments):
@@ -188,19 +198,23 @@ def register_reference(name: str) -> Callable[[Callable], Callable]:
 
 
 def raw(name: str, backend: str) -> torch._ops.OpOverload:
-    """The raw operator ``mvit_kernels::<name>.<backend>``."""
+    """The raw operator ``mvit_kernels::<name>.<backend>``.
+
+    Raises:
+        AttributeError: there is none of that name.
+    """
     return getattr(getattr(torch.ops.mvit_kernels, name), backend)
 
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# The variable names another folder, as that of a build with sanitizers.
+# The variable selects another folder, such as that of a sanitizer build.
 LIBRARY_DIRECTORY = Path(os.environ.get("MVIT_KERNELS_LIBRARIES") or PACKAGE / "lib")
 loaded_paths: dict[str, Path] = {}  # backend -> its library, once loaded
 _loaded: dict[str, str] = {}  # backend -> "" when its library is loaded, else why it could not be
 
 
 def load(backend: str) -> str:
-    """Load the compiled library of `backend` ("cpu" or "cuda") once; return "" or why it can not be used."""
+    """Load the compiled library of `backend` ("cpu" or "cuda"), once; return "", or why it cannot be used."""
     if backend not in _loaded:
         path = LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
         if not path.exists():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators: one file each, with its checks, fake, autograd and public function.
 
-All of them are right under PyTorch's transforms (forward-mode AD, ``torch.func``), for tensor subclasses (quantized,
-distributed and fake weights) and differentiable again (``create_graph=True``): PyTorch's own operators serve those
-calls. A backend that was asked for by name raises `BackendError` instead.
+All of them are correct under PyTorch's transforms (forward-mode AD, ``torch.func``), for tensor subclasses (quantized,
+distributed and fake weights) and when differentiated again (``create_graph=True``): PyTorch's own operators serve those
+calls. A backend that was requested by name raises `BackendError` instead.
 """
 
 from ..backends.library import TransformerLayerWeights

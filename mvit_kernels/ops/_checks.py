@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators check before anything runs, and what autocast makes of their arguments.
+"""What the operators check before anything runs, and what autocast does to their arguments.
 
-Every message names the operator, the argument, what came, what was wanted and what to do. Shapes, dtypes and devices
-are all that is looked at, so a traced call pays nothing at run time.
+Every message names the operator, the argument, what came, what is wanted and what to do. The checks read only shapes,
+dtypes and devices, so a traced call pays nothing at run time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ OPTIONAL = ("bias", "qkv_bias")  # the arguments that may be None
 
 
 def tensor(op: str, name: str, value: Any, ndim: int | None = None, layout: str = "") -> None:
-    """`value` is a floating tensor, with `ndim` axes if given (`layout` names them)."""
+    """Check that `value` is a floating tensor, with `ndim` axes if given.
+
+    Args:
+        op, name: the operator and the argument, for the message.
+        value: the argument.
+        ndim: how many axes it must have.
+        layout: the names of the axes, for the message.
+
+    Raises:
+        TypeError: not a tensor, or of another dtype than float32, bfloat16, float16 and float64.
+        ValueError: another number of axes.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} is {_article(type(value).__name__)}; a torch.Tensor is wanted")
     if value.dtype not in DTYPES:
@@ -35,14 +46,30 @@ def tensor(op: str, name: str, value: Any, ndim: int | None = None, layout: str 
 
 
 def shape(op: str, name: str, value: Tensor, wanted: Sequence[int], why: str) -> None:
-    """`value` has exactly the shape `wanted`; `why` says where the numbers come from."""
+    """Check that `value` has exactly the shape `wanted`; `why` says where the numbers come from.
+
+    Raises:
+        ValueError: another shape.
+    """
     if tuple(value.shape) != tuple(wanted):
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; {tuple(wanted)} is wanted, {why}")
 
 
 def like(op: str, x: Tensor, x_name: str, autocast: bool, **others: Tensor | None) -> None:
-    """All of `others` are on x's device and of x's dtype; LayerNorm's parameters may be kept in float32, and under
-    autocast any floating dtype but float64 goes."""
+    """Check that all of `others` are on x's device and have x's dtype.
+
+    LayerNorm's parameters may be float32 beside 16-bit rows. Under autocast any floating dtype but float64 is allowed.
+
+    Args:
+        op: the operator, for the message.
+        x, x_name: the tensor to compare with, and its name.
+        autocast: whether autocast applies to x.
+        others: argument name -> tensor; those in `OPTIONAL` may be None.
+
+    Raises:
+        TypeError: not a floating tensor, or another dtype.
+        ValueError: another device.
+    """
     for name, other in others.items():
         if other is None and name in OPTIONAL:
             continue
@@ -63,7 +90,11 @@ def like(op: str, x: Tensor, x_name: str, autocast: bool, **others: Tensor | Non
 
 
 def patch(op: str, patch_size: Any) -> tuple[int, int]:
-    """`patch_size` as (height, width): an int or a pair of ints, at least 1."""
+    """`patch_size` as (height, width), from an int or a pair of ints.
+
+    Raises:
+        ValueError: anything else, or a side below 1.
+    """
     pair = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     pair = tuple(pair) if isinstance(pair, Iterable) else ()
     if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
@@ -72,7 +103,11 @@ def patch(op: str, patch_size: Any) -> tuple[int, int]:
 
 
 def whole_patches(op: str, name: str, height: int, width: int, patch_size: tuple[int, int]) -> None:
-    """The map splits into whole patches, and there is at least one."""
+    """Check that a map of `height` × `width` tokens splits into whole patches, at least one.
+
+    Raises:
+        ValueError: it does not.
+    """
     ph, pw = patch_size
     if height == 0 or width == 0 or height % ph or width % pw:
         raise ValueError(
@@ -82,17 +117,27 @@ def whole_patches(op: str, name: str, height: int, width: int, patch_size: tuple
 
 
 def heads(op: str, num_heads: Any) -> None:
+    """Check that `num_heads` is a positive int.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
         raise ValueError(f"{op}: num_heads is {num_heads!r}; a positive int is wanted")
 
 
 def eps(op: str, value: Any) -> None:
+    """Check that `value` is a positive, finite number.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{op}: eps is {value!r}; a positive number is wanted")
 
 
 def autocast_dtype(x: Any) -> torch.dtype | None:
-    """The dtype that autocast gives to x's operator, or None where there is no autocast (float64 is never cast)."""
+    """The dtype that autocast gives an operator on x; None without autocast, and for float64, which is never cast."""
     if not isinstance(x, Tensor) or x.dtype == torch.float64:
         return None
     device_type = x.device.type
@@ -102,13 +147,20 @@ def autocast_dtype(x: Any) -> torch.dtype | None:
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in `dtype`; those that are already, and None, as they are."""
+    """The tensors in `dtype`; None, and those that have it already, are returned as they are."""
     return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 def call(op: str, x: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None, **facts: Any) -> Call:
-    """The `Call` that backends judge, for x (in `dtype` if given); `tensors` are all that could need a gradient, or be
-    an obstacle to kernels."""
+    """The `Call` that backends judge.
+
+    Args:
+        op: the operator.
+        x: its first tensor.
+        tensors: all that may need a gradient or be an obstacle to kernels.
+        dtype: of x when the operator runs, if it is cast first.
+        facts: the operator's own.
+    """
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return Call(
         op, x.device.type, dtype or x.dtype, needs_grad, tuple(x.shape), tuple(facts.items()), obstacle(tensors)

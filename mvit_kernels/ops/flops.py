@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``torch.utils.flop_counter`` counts for our raw operators: their products, as it counts PyTorch's own.
+"""What ``torch.utils.flop_counter`` counts for our raw operators: their products, as for PyTorch's own.
 
 Example:
     >>> with torch.utils.flop_counter.FlopCounterMode() as counter:
     ...     mvit_kernels.layer_norm_mlp(x, *weights)
     >>> counter.get_total_flops()
 
-A multiplication and an addition are two; norms, softmax and SiLU are none. Backward operators compute some products of
-the forward pass once more, and those count, as for PyTorch's fused attention.
+A multiplication and an addition are two FLOPs; norms, softmax and SiLU count as none. Backward operators recompute some
+products of the forward pass, and those count, as they do for PyTorch's fused attention.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ Shape = Sequence[int]
 
 
 def flop_formula(name: str, get_raw: bool = False) -> Callable[[Callable], Callable]:
-    """Register the decorated function for operator `name`, all backends; it is given shapes for tensors unless
-    `get_raw`."""
+    """Register the decorated function for operator `name`, all backends. It is called with shapes in place of tensors,
+    unless `get_raw`."""
     return register_flop_formula(getattr(torch.ops.mvit_kernels, name), get_raw=get_raw)
 
 
 def linear_flops(x: Shape, weight: Shape) -> int:
+    """Of rows x (…, k) times a weight (n, k)."""
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
 def attention_flops(x: Shape, inner: int, patch_size: Shape) -> int:
-    """Of scores and weighted values on a (B, H, W, …) map: a token attends to those at its place in every patch."""
+    """Of scores and weighted values on a (B, H, W, …) map: a token attends to those at its position in every patch."""
     batch, height, width = x[:3]
     tokens = (height // patch_size[0]) * (width // patch_size[1])
     return 4 * batch * height * width * tokens * inner
 
 
 def inverted_residual_flops(x: Shape, hidden: int, out: int, stride: int) -> int:
-    """Of a (B, H, W, C) map."""
+    """Of the three convolutions on a (B, H, W, C) map, with a depthwise filter of 3 × 3."""
     batch, height, width, channels = x
     pixels = ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
     return 2 * batch * hidden * (height * width * channels + pixels * 9 + pixels * out)
 
 
 def layer_flops(x: Shape, qkv: Shape, proj: Shape, fc1: Shape, fc2: Shape, patch_size: Shape) -> int:
+    """Of one transformer layer on a (B, H, W, d) map, from the shapes of its linear weights."""
     inner = (*x[:-1], proj[1])
     rows = (
         linear_flops(x, qkv) + linear_flops(inner, proj) + linear_flops(x, fc1) + linear_flops((*x[:-1], fc2[1]), fc2)
@@ -84,7 +86,7 @@ def _patch_attention(qkv, num_heads, patch_size, scale, out_shape=None) -> int:
 
 @flop_formula("patch_attention_backward")
 def _patch_attention_backward(grad_out, qkv, out, logsumexp, num_heads, patch_size, scale, out_shape=None) -> int:
-    return 5 * attention_flops(qkv, qkv[-1] // 3, patch_size) // 2  # the scores once more, and four gradients
+    return 5 * attention_flops(qkv, qkv[-1] // 3, patch_size) // 2  # the scores again, and four gradients
 
 
 @flop_formula("linear_residual")

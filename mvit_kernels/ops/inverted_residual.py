@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``inverted_residual``: MobileNetV2's block with the batch norms folded; the wide tensor never in memory. Inference
-only."""
+"""``inverted_residual``: MobileNetV2's block with folded batch norms; the expanded tensor never reaches memory.
+Inference only."""
 
 from __future__ import annotations
 
@@ -29,27 +29,29 @@ def inverted_residual(
     residual: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """``project(silu(depthwise3×3(silu(expand(x)))))``, plus ``x`` where `residual`.
+    """``project(silu(depthwise3×3(silu(expand(x)))))``, plus ``x`` if `residual`; kernels are for inference only.
 
     Example:
         >>> y = inverted_residual(x, *expand, *depthwise, *project, stride=2)     # each a (weight, bias)
 
     Args:
-        x: (B, H, W, C), token-major: a channels-last map seen through ``permute(0, 2, 3, 1)``.
-        expand_weight, expand_bias: (hidden, C), (hidden,).
-        depthwise_weight, depthwise_bias: (hidden, 1, 3, 3), (hidden,). Padding is `dilation` zeros of expanded values.
+        x: (B, H, W, C) float32, bfloat16, float16 or float64, token-major: a channels-last map seen through
+            ``permute(0, 2, 3, 1)``.
+        expand_weight, expand_bias: (hidden, C), (hidden,), in x's dtype, like all weights here.
+        depthwise_weight, depthwise_bias: (hidden, 1, 3, 3), (hidden,). The expanded map is padded with `dilation` zeros
+            on each side.
         project_weight, project_bias: (out, hidden), (out,).
-        stride: 1 or 2, of the depthwise convolution.
+        stride: of the depthwise convolution, 1 or 2.
         dilation: of the depthwise convolution, at least 1.
-        residual: add x to the result; wants stride 1 and out = C.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
-            PyTorch's transforms and for tensor subclasses is PyTorch itself.
+        residual: add x to the result; this needs stride 1 and out = C.
+        backend: the backend for this call, by name; None chooses automatically (`mvit_kernels.backends`). Under
+            PyTorch's transforms and for tensor subclasses that choice is PyTorch itself.
 
     Returns:
-        (B, ceil(H / stride), ceil(W / stride), out), in x's dtype, or in autocast's where that is on.
+        (B, ceil(H / stride), ceil(W / stride), out), in x's dtype, or in autocast's dtype where it is enabled.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, dtype, device or shape.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or value.
         BackendError: `backend` cannot serve the call; kernels are for inference and never serve one that needs a
             gradient.
 
@@ -116,7 +118,7 @@ def inverted_residual_call(
     dilation: int,
     residual: bool,
 ) -> Call:
-    """The `Call` that backends judge, for these arguments; `tensors` are all that could need a gradient."""
+    """The `Call` that backends judge, for these arguments; `tensors` are all that may need a gradient."""
     return checks.call(
         OP,
         x,

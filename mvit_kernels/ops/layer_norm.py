@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm``: LayerNorm over the last axis, as after the last layer of a block."""
+"""``layer_norm``: LayerNorm over the last axis, such as the final norm of a block."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def layer_norm(
         x: (..., d) float32, bfloat16, float16 or float64; any strides.
         norm_weight, norm_bias: (d,), in x's dtype or float32.
         eps: added to the variance, positive.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
-            PyTorch's transforms and for tensor subclasses is PyTorch itself.
+        backend: the backend for this call, by name; None chooses automatically (`mvit_kernels.backends`). Under
+            PyTorch's transforms and for tensor subclasses that choice is PyTorch itself.
 
     Returns:
-        (..., d), in x's dtype, or in autocast's where that is on. PyTorch's own, on a GPU under autocast, reads and
-        writes float32.
+        (..., d), in x's dtype, or in autocast's dtype where it is enabled. (PyTorch's own, on a GPU under autocast,
+        reads and writes float32.)
 
     Raises:
-        TypeError, ValueError: an argument of another kind, dtype, device or shape.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or value.
         BackendError: `backend` cannot serve the call.
 
     LayerNorm: Ba et al. 2016, arXiv:1607.06450.
@@ -53,12 +53,12 @@ def layer_norm(
     call = checks.call(OP, x, (x, norm_weight, norm_bias), contiguous=x.is_contiguous())
     chosen = choose(call, backend)
     if chosen == "reference":
-        return reference.layer_norm(x, norm_weight, norm_bias, eps).to(x.dtype)  # CUDA's autocast makes it float32
+        return reference.layer_norm(x, norm_weight, norm_bias, eps).to(x.dtype)  # autocast on CUDA returns float32
     return apply(chosen, call.needs_grad, x, norm_weight, norm_bias, eps)
 
 
 def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
-    """The raw operator of `backend`, with autograd around it where a gradient is needed."""
+    """The raw operator of `backend`, wrapped in autograd if a gradient is needed."""
     if needs_grad:
         return _LayerNorm.apply(backend, *arguments)
     return raw(OP, backend)(*arguments)[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm_linear``: a LayerNorm and the linear layer after it, the normalised rows never in memory."""
+"""``layer_norm_linear``: a LayerNorm fused with the linear layer behind it; normalised rows never reach memory."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def layer_norm_linear(
         bias: (n,) or None.
         eps: added to the variance (of d values, not d − 1), positive.
         activation: None or "silu".
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
-            PyTorch's transforms and for tensor subclasses is PyTorch itself.
+        backend: the backend for this call, by name; None chooses automatically (`mvit_kernels.backends`). Under
+            PyTorch's transforms and for tensor subclasses that choice is PyTorch itself.
 
     Returns:
-        (..., n), in x's dtype, or in autocast's where that is on. Statistics and sums are in float32 or better.
+        (..., n), in x's dtype, or in autocast's dtype where it is enabled. Statistics and accumulation are in float32
+        or better.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, dtype, device or shape.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or value.
         BackendError: `backend` cannot serve the call.
 
     LayerNorm: Ba et al. 2016, arXiv:1607.06450, eq. 3. In MobileViT it precedes the qkv projection and the MLP.
@@ -76,14 +77,14 @@ def layer_norm_linear(
         contiguous=x.is_contiguous(),
     )
     chosen = choose(call, backend)
-    if chosen == "reference":  # under autocast PyTorch casts the weights, and keeps the casts of a step
+    if chosen == "reference":  # under autocast PyTorch casts the weights itself, and caches the casts of a step
         return reference.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation)
     weight, bias = checks.cast(x.dtype, weight, bias)
     return apply(chosen, call.needs_grad, x, norm_weight, norm_bias, weight, bias, eps, activation or "")
 
 
 def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
-    """The raw operator of `backend`, with autograd around it where a gradient is needed."""
+    """The raw operator of `backend`, wrapped in autograd if a gradient is needed."""
     if needs_grad:
         return _LayerNormLinear.apply(backend, *arguments)
     return raw(OP, backend)(*arguments)[0]
@@ -99,7 +100,7 @@ class _LayerNormLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        saved = ctx.saved_tensors  # once: gradient checkpointing hands each tensor out a single time
+        saved = ctx.saved_tensors  # read once: gradient checkpointing returns each tensor a single time
         if again():
             inputs = (saved[0], *saved[3:], ctx.eps, ctx.activation)
             return None, *gradients(reference.layer_norm_linear, grad_out, *inputs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm_mlp``: the whole MLP half of a transformer layer; the hidden rows never in memory."""
+"""``layer_norm_mlp``: the MLP half of a transformer layer as one operator; the hidden rows never reach memory."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def layer_norm_mlp(
         fc1_weight, fc1_bias: (hidden, d) and (hidden,), in x's dtype. MobileViT's hidden is 2·d, Kornia's 2·d or 4·d.
         fc2_weight, fc2_bias: (d, hidden) and (d,), in x's dtype.
         eps: added to the variance, positive.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
-            PyTorch's transforms and for tensor subclasses is PyTorch itself.
+        backend: the backend for this call, by name; None chooses automatically (`mvit_kernels.backends`). Under
+            PyTorch's transforms and for tensor subclasses that choice is PyTorch itself.
 
     Returns:
-        (..., d), in x's dtype, or in autocast's where that is on.
+        (..., d), in x's dtype, or in autocast's dtype where it is enabled.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, dtype, device or shape.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or value.
         BackendError: `backend` cannot serve the call.
 
     MobileViT, arXiv:2110.02178, section 3.1; SiLU: Elfwing et al. 2017, arXiv:1702.03118.
@@ -95,7 +95,7 @@ def layer_norm_mlp(
 
 
 def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
-    """The raw operator of `backend`, with autograd around it where a gradient is needed."""
+    """The raw operator of `backend`, wrapped in autograd if a gradient is needed."""
     if needs_grad:
         return _LayerNormMLP.apply(backend, *arguments)
     return raw(OP, backend)(*arguments)[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_residual``: a linear layer and the residual addition after it."""
+"""``linear_residual``: a linear layer fused with the residual addition behind it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def linear_residual(
     Args:
         x: (..., k) float32, bfloat16, float16 or float64; any strides.
         weight: (n, k), as ``nn.Linear`` keeps it, in x's dtype.
-        bias: (n,) or None.
-        residual: (..., n), the leading axes those of x (no broadcasting).
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
-            PyTorch's transforms and for tensor subclasses is PyTorch itself.
+        bias: (n,) in x's dtype, or None.
+        residual: (..., n) in x's dtype, with the leading axes of x (no broadcasting).
+        backend: the backend for this call, by name; None chooses automatically (`mvit_kernels.backends`). Under
+            PyTorch's transforms and for tensor subclasses that choice is PyTorch itself.
 
     Returns:
-        (..., n), in x's dtype; under autocast all arguments and the result are in autocast's dtype.
+        (..., n), in x's dtype. Where autocast is enabled, all arguments are cast to its dtype, which is the result's.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, dtype, device or shape.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or value.
         BackendError: `backend` cannot serve the call.
 
-    In MobileViT (arXiv:2110.02178, section 3.1) it is the attention's out-projection.
+    In MobileViT (arXiv:2110.02178, section 3.1) this is the out-projection of attention.
     """
     dtype = checks.autocast_dtype(x)
     checks.tensor(OP, "x", x)
@@ -68,7 +68,7 @@ def linear_residual(
 
 
 def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
-    """The raw operator of `backend`, with autograd around it where a gradient is needed."""
+    """The raw operator of `backend`, wrapped in autograd if a gradient is needed."""
     if needs_grad:
         return _LinearResidual.apply(backend, *arguments)
     return raw(OP, backend)(*arguments)

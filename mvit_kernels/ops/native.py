@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fakes of the raw operators that have one backend and no public function: what frozen networks run on the CPU
-(`mvit_kernels.freezing.network`), and what ``transformer.cuda`` launches."""
+"""Fakes of the raw operators with a single backend and no public function: those that frozen networks run on the CPU
+(`mvit_kernels.freezing.network`), and the launch behind ``transformer.cuda``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ..backends import cpu
 from ..backends.library import register_native_fake
 
-# Elements of a vector of float32, in which csrc/cpu packs.
+# float32 elements of a vector, the unit in which csrc/cpu packs.
 LANES = {"avx512bf16": 16, "avx512": 16, "avx2": 8, "portable": 4}
 
 
@@ -37,11 +37,11 @@ def _pack_inverted_residual(expand, expand_bias, depthwise, depthwise_bias, proj
     return expand.new_empty(panels + taps + 2 * _vector(hidden) + _vector(out), dtype=torch.uint8)
 
 
-# Bytes as csrc/cpu/convolution_kernel.h and inverted_residual_kernel.h count them: each piece at a multiple of 64.
+# Bytes, as csrc/cpu/convolution_kernel.h and inverted_residual_kernel.h count them: parts start on multiples of 64.
 
 
 def _panels(weight, columns, depth):
-    """Of a matrix: elements of four bytes, a float32 number or a pair of bfloat16."""
+    """Bytes of a matrix: four an element, which is a float32 number or a pair of bfloat16."""
     rows = (depth + 1) // 2 if weight.dtype == torch.bfloat16 else depth
     return _aligned(4 * _whole_vectors(columns) * rows)
 

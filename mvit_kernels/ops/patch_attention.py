@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``patch_attention``: attention between the pixels at the same place of every patch, without unfold and fold."""
+"""``patch_attention``: attention among the pixels at the same position of every patch, without unfold and fold."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def patch_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Multi-head softmax attention inside each patch-position sequence of a token-major map; differentiable.
+    """Multi-head softmax attention within each patch-position sequence of a token-major map; differentiable.
 
-    Token (h, w) attends to (h', w') iff ``h % ph == h' % ph and w % pw == w' % pw``. The grouping is an index map: a
+    Token (h, w) attends to (h', w') iff ``h % ph == h' % ph and w % pw == w' % pw``. The grouping is pure indexing: a
     channels-last feature map already has this layout, and a 1 × 1 patch is ordinary attention over all H·W tokens.
 
     Example:
@@ -38,18 +38,18 @@ def patch_attention(
     Args:
         qkv: (B, H, W, 3·inner) float32, bfloat16, float16 or float64; any strides. The last axis is q, then k, then v,
             each ``num_heads × head_dim``. H and W are multiples of the patch.
-        num_heads: heads; inner is a multiple of it.
+        num_heads: the number of heads; it divides inner.
         patch_size: (ph, pw), or one int for both.
-        scale: of the scores; ``head_dim ** -0.5`` where None.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
-            PyTorch's transforms and for tensor subclasses is PyTorch itself.
+        scale: of the scores, finite; ``head_dim ** -0.5`` if None.
+        backend: the backend for this call, by name; None chooses automatically (`mvit_kernels.backends`). Under
+            PyTorch's transforms and for tensor subclasses that choice is PyTorch itself.
 
     Returns:
-        (B, H, W, inner), contiguous, in qkv's dtype, or in autocast's where that is on. Softmax is in float32 or
-        better.
+        (B, H, W, inner), contiguous, in qkv's dtype, or in autocast's dtype where it is enabled. Softmax is in float32
+        or better.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, dtype or shape.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or value.
         BackendError: `backend` cannot serve the call.
 
     Attention: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; the grouping: MobileViT, arXiv:2110.02178, section 3.1.
@@ -65,7 +65,7 @@ def patch_attention(
         )
     checks.whole_patches(OP, "qkv", height, width, patch_size)
     head_dim = channels // (3 * num_heads)
-    scale = float(head_dim) ** -0.5 if scale is None else scale  # torch.jit.trace has tensors for sizes
+    scale = float(head_dim) ** -0.5 if scale is None else scale  # under torch.jit.trace sizes are tensors
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"{OP}: scale is {scale!r}; a finite number is wanted")
 
@@ -80,7 +80,7 @@ def patch_attention(
 
 
 def attention_call(stack: Call, channels: int, num_heads: int, patch_size: tuple[int, int]) -> Call:
-    """The `Call` that backends judge, for the qkv, of so many channels, that a stack's layers will make."""
+    """The `Call` that backends judge, for the attention of a stack's layers on a qkv of `channels` channels."""
     facts = _facts(channels, num_heads, patch_size, dense_rows=True)
     return stack._replace(operator=OP, shape=(*stack.shape[:3], channels), facts=tuple(facts.items()))
 
@@ -95,7 +95,7 @@ def _facts(channels: int, num_heads: int, patch_size: tuple[int, int], dense_row
 
 
 def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
-    """The raw operator of `backend`, with autograd around it where a gradient is needed."""
+    """The raw operator of `backend`, wrapped in autograd if a gradient is needed."""
     if needs_grad:
         return _PatchAttention.apply(backend, *arguments)
     return raw(OP, backend)(*arguments)[0]

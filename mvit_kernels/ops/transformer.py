@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer``: the whole stack of a MobileViT block, reading the map once and writing it once. Inference only."""
+"""``transformer``: the whole stack of a MobileViT block; it reads the map once and writes it once. Inference only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def transformer(
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
-    """L pre-norm layers and the last LayerNorm on a token-major map, attention inside each patch-position sequence.
+    """L pre-norm layers and the final LayerNorm on a token-major map, with attention within patch-position sequences.
 
     A layer is ``x = x + Wo·attention(LN(x)·Wqkv)``, then ``x = x + fc2(silu(fc1(LN(x))))``.
 
@@ -35,18 +35,18 @@ def transformer(
 
     Args:
         x: (B, H, W, d) float32, bfloat16, float16 or float64; H and W are multiples of the patch.
-        layers: one `TransformerLayerWeights` a layer, at least one, all of the same widths.
-        final_norm: (weight, bias) of the LayerNorm after the last layer, or None (Kornia).
+        layers: one `TransformerLayerWeights` per layer, at least one. All kernels want the same widths in every layer.
+        final_norm: (weight, bias) of the LayerNorm behind the last layer, each (d,); None for none (Kornia).
         num_heads, patch_size: as in `patch_attention`.
-        eps: of every LayerNorm.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
-            PyTorch's transforms and for tensor subclasses is PyTorch itself.
+        eps: of every LayerNorm, positive.
+        backend: the backend for this call, by name; None chooses automatically (`mvit_kernels.backends`). Under
+            PyTorch's transforms and for tensor subclasses that choice is PyTorch itself.
 
     Returns:
-        (B, H, W, d), in x's dtype, or in autocast's where that is on.
+        (B, H, W, d), in x's dtype, or in autocast's dtype where it is enabled.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, dtype, device or shape.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or value.
         BackendError: `backend` cannot serve the call; kernels are for inference and never serve one that needs a
             gradient (train with `mvit_kernels.ops.transformer_on_map`; the reference is differentiable).
 
@@ -90,7 +90,13 @@ def stack_call(
     patch_size: tuple[int, int],
     dtype: torch.dtype | None = None,
 ) -> Call:
-    """The `Call` that backends judge, for these arguments (x in `dtype` if given)."""
+    """The `Call` that backends judge, for these arguments.
+
+    Args:
+        x, layers, final_norm, num_heads: as in `transformer`.
+        patch_size: (ph, pw).
+        dtype: of x when the operator runs, if it is cast first.
+    """
     inner, hidden = layers[0].proj_weight.shape[1], layers[0].fc1_weight.shape[0]
     tensors = (x, *(tensor for layer in layers for tensor in layer), *(final_norm or ()))
     facts = {
@@ -108,7 +114,19 @@ def stack_call(
 
 
 def check_layer(name: str, x: Tensor, layer: TransformerLayerWeights, num_heads: int, autocast: bool) -> None:
-    """One layer's weights are right for x; `name` is what the messages begin with."""
+    """Check that one layer's weights fit x.
+
+    Args:
+        name: the operator and the argument, which the messages begin with.
+        x: (B, H, W, d).
+        layer: the weights.
+        num_heads: as in `transformer`.
+        autocast: whether autocast applies to x.
+
+    Raises:
+        TypeError: not a `TransformerLayerWeights`, or a wrong dtype.
+        ValueError: a wrong device or shape.
+    """
     if not isinstance(layer, TransformerLayerWeights):
         raise TypeError(f"{name} is a {type(layer).__name__}; a TransformerLayerWeights is wanted")
     checks.like(name, x, "x", autocast, **layer._asdict())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer_layer``: one pre-norm layer with its live dropout, for training.
+"""``transformer_layer``: one pre-norm layer with its dropout, for training.
 
-It is `layer_norm_linear`, `patch_attention`, `linear_residual` and `layer_norm_mlp` in a row. As one operator they cost
-one autograd function instead of four, their backward kernels share launches, no gradients are added up in between, and
-dropout is part of the kernels that write the rows.
+It is `layer_norm_linear`, `patch_attention`, `linear_residual` and `layer_norm_mlp` in sequence. As one operator they
+need one autograd function instead of four, their backward kernels share launches, no gradients are added up in between,
+and dropout is fused into the kernels that write the rows.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def transformer_layer(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``x = x + drop(Wo·attention(LN(x)·Wqkv))``, then ``x + drop(fc2(silu(fc1(LN(x)))))``, differentiable in every
-    tensor; attention inside each patch-position sequence.
+    """``x = x + drop(Wo·attention(LN(x)·Wqkv))``, then ``x + drop(fc2(silu(fc1(LN(x)))))``; differentiable.
+
+    Attention is within each patch-position sequence. Every tensor but `seed` may need a gradient.
 
     Example:
         >>> x = transformer_layer(x, TransformerLayerWeights(*weights), num_heads=4, patch_size=(2, 2),
@@ -41,21 +42,23 @@ def transformer_layer(
 
     Args:
         x: (B, H, W, d) float32, bfloat16, float16 or float64; H and W are multiples of the patch.
-        layer: the weights; those of the linear layers in x's dtype, LayerNorm's in x's dtype or float32.
+        layer: the weights: the linear layers' in x's dtype, LayerNorm's in x's dtype or float32.
         num_heads, patch_size: as in `patch_attention`.
-        eps: of both LayerNorms.
-        dropout: what is dropped, or None. It is always live: leave it out to evaluate.
-        seed: (2,) int64 on x's device, what kernels compute the masks of dropout and drop-path from (see
-            `mvit_kernels.dropout`); None draws one from PyTorch's generator. The reference lets PyTorch draw the masks.
-        backend: a backend's name, for this call; None leaves the choice to `mvit_kernels.backends`, which under
-            PyTorch's transforms and for tensor subclasses is PyTorch itself.
+        eps: of both LayerNorms, positive.
+        dropout: the probabilities, or None. Dropout is always live here: leave it out for evaluation.
+        seed: (2,) int64 on x's device, from which kernels compute the masks of dropout and drop-path (see
+            `mvit_kernels.dropout`); None draws one from PyTorch's generator. The reference ignores it, and PyTorch
+            draws the masks.
+        backend: the backend for this call, by name; None chooses automatically (`mvit_kernels.backends`). Under
+            PyTorch's transforms and for tensor subclasses that choice is PyTorch itself.
 
     Returns:
-        (B, H, W, d), in x's dtype, or in autocast's where that is on.
+        (B, H, W, d), in x's dtype, or in autocast's dtype where it is enabled.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, dtype, device or shape.
-        BackendError: `backend` cannot serve the call; kernels have no dropout on attention weights and after SiLU.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or value (a probability outside
+            [0, 1], for one).
+        BackendError: `backend` cannot serve the call; kernels have no dropout on attention weights or after SiLU.
 
     MobileViT, arXiv:2110.02178, section 3.1.
     """
@@ -96,7 +99,14 @@ def layer_call(
     dropout: LayerDropout,
     dtype: torch.dtype | None = None,
 ) -> Call:
-    """The `Call` that backends judge, for these arguments (x in `dtype` if given)."""
+    """The `Call` that backends judge, for these arguments.
+
+    Args:
+        x, layer, num_heads: as in `transformer_layer`.
+        patch_size: (ph, pw).
+        dropout: the probabilities.
+        dtype: of x when the operator runs, if it is cast first.
+    """
     facts = {
         "num_heads": num_heads,
         "head_dim": layer.proj_weight.shape[1] // num_heads,
@@ -128,15 +138,16 @@ def _checked(dropout: LayerDropout | None, seed: Tensor | None, x: Tensor) -> La
 
 
 def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
-    """The raw operator of `backend`, with autograd around it where a gradient is needed."""
+    """The raw operator of `backend`, wrapped in autograd if a gradient is needed."""
     if needs_grad:
         return _TransformerLayer.apply(backend, *arguments)
     return raw(OP, backend)(*arguments)[0]
 
 
 class _TransformerLayer(torch.autograd.Function):
-    """It keeps three rows of d a token and a few statistics: x, the attended values, and the rows between attention and
-    MLP. With q, k and v it would be six, and a MobileViT block of timm's under autocast keeps less than twice that."""
+    """It saves three rows of d per token and a few statistics: x, the attention's output, and the rows between the
+    attention and the MLP. With q, k and v it would be six, and timm's MobileViT block under autocast saves less than
+    twice that."""
 
     @staticmethod
     def forward(ctx, backend, x, *arguments):
@@ -145,7 +156,7 @@ class _TransformerLayer(torch.autograd.Function):
         )
         out, *kept = raw(OP, backend)(x, *arguments)
         weights = (n1w, n1b, qkv_weight, qkv_bias, proj_weight, n2w, n2b, fc1_weight, fc1_bias, fc2_weight)
-        ctx.save_for_backward(x, *kept, *weights, arguments[12], proj_bias)  # the last for `again` alone
+        ctx.save_for_backward(x, *kept, *weights, arguments[12], proj_bias)  # the last one only for `again`
         ctx.backend, ctx.has_qkv_bias, ctx.settings = backend, qkv_bias is not None, arguments[13:]
         return out
 

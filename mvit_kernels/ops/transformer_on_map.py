@@ -5,12 +5,12 @@ Example:
     >>> y = transformer_on_map(x, layers, (norm.weight, norm.bias), num_heads=4, patch_size=(2, 2))
 
 Sequences never mix and everything but attention is row-wise, so rows may be in any order. Where a kernel serves the
-attention they stay in the map's own order and nothing is copied. Where PyTorch does (the reference backend), they are
-put into sequence order once before the first layer and back once after the last, instead of the gather and scatter that
-each layer's attention would need: two copies of the map a block, against four to six in the usual implementations.
+attention, they stay in the map's own order and nothing is copied. Where PyTorch does (the reference backend), they are
+put into sequence order once before the first layer and back once after the last, which replaces the gather and scatter
+around each layer's attention: two copies of the map per block, against four to six in the usual implementations.
 
-A layer is one operator where a kernel serves it, and under autocast all layers' weights are cast in one launch; else it
-is composed of the differentiable operators, and of PyTorch's dropout where that is live.
+A layer is one operator where a kernel serves it, and under autocast the weights of all layers are cast in one launch.
+Otherwise it is composed of the differentiable operators, and of PyTorch's dropout where that is live.
 """
 
 from __future__ import annotations
@@ -49,23 +49,26 @@ def transformer_on_map(
     dropout: Sequence[LayerDropout] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Unfold, L transformer layers, final LayerNorm and fold, of MobileViT's block, on a (B, d, H, W) map;
-    differentiable.
+    """MobileViT's unfold, L transformer layers, final LayerNorm and fold, on a (B, d, H, W) map; differentiable.
+
+    Example:
+        >>> y = transformer_on_map(x, layers, (norm.weight, norm.bias), num_heads=4, patch_size=(2, 2))
 
     Args:
-        x: (B, d, H, W), of any memory format; channels-last is copied least. A map that does not split into whole
-            patches is resized (bilinear, ``align_corners=False``) before and back after, as in timm, Hugging Face and
-            cvnets.
+        x: (B, d, H, W) float32, bfloat16, float16 or float64, in any memory format; channels-last is copied least. A
+            map that does not split into whole patches is resized before and back after (bilinear,
+            ``align_corners=False``), as in timm, Hugging Face and cvnets.
         layers, final_norm, num_heads, patch_size, eps, backend: as in `mvit_kernels.transformer`.
-        dropout: the live dropout of each layer while training, or None. On the reference backend the draws are made in
-            sequence order, as the usual implementations make them: with the same seed, they are the same. A kernel of
-            the whole layer computes its masks from a seed that PyTorch's generator draws (`mvit_kernels.dropout`).
+        dropout: the live dropout of each layer in training, or None. On the reference backend the masks are drawn in
+            sequence order, as in the usual implementations: with the same seed they are the same. A kernel for the
+            whole layer computes its masks from a seed that PyTorch's generator draws (`mvit_kernels.dropout`).
 
     Returns:
-        (B, d, H, W), in x's memory format and dtype (autocast's dtype where that is on).
+        (B, d, H, W), in x's memory format and dtype (autocast's dtype where it is enabled).
 
     Raises:
-        TypeError, ValueError, BackendError: as the operators do.
+        TypeError, ValueError, BackendError: as in the operators.
+        ValueError: `layers` is empty, `dropout` has not one entry per layer, or the map is empty.
 
     MobileViT, arXiv:2110.02178, section 3.1.
     """
@@ -79,7 +82,7 @@ def transformer_on_map(
     if 0 in x.shape[2:]:
         raise ValueError(f"{OP}: x is an empty map of {x.shape[2]} × {x.shape[3]} pixels")
     size = (x.shape[2], x.shape[3])
-    # Not -(-size // ph): a trace keeps the division, and ONNX's of a negative number rounds towards 0.
+    # Not -(-size // ph): a trace keeps the division, and ONNX's division of a negative number rounds towards 0.
     whole = ((size[0] + ph - 1) // ph * ph, (size[1] + pw - 1) // pw * pw)
     channels_last = is_channels_last(x)
     if size != whole:
@@ -109,7 +112,7 @@ def transformer_on_map(
 
 
 def _composed(rows, layers, final_norm, num_heads, patch_size, eps, dropout, in_sequences, by_layer, backend) -> Tensor:
-    """The stack from the differentiable operators, with live dropout; from `transformer_layer` if `by_layer`."""
+    """The stack from the differentiable operators, with live dropout; from `transformer_layer` too if `by_layer`."""
     size = (rows.shape[1], rows.shape[2])
     inner_patch = patch_size
     if in_sequences:  # a map of N × 1 tokens with 1 × 1 patches is one sequence
@@ -152,7 +155,7 @@ def _attention_half(rows, layer, num_heads, patch_size, eps, drop, backend) -> T
         rows, layer.norm1_weight, layer.norm1_bias, layer.qkv_weight, layer.qkv_bias, eps=eps, backend=backend
     )
     if drop.attention:
-        scale = float(qkv.shape[-1] // (3 * num_heads)) ** -0.5  # torch.jit.trace has tensors for sizes
+        scale = float(qkv.shape[-1] // (3 * num_heads)) ** -0.5  # under torch.jit.trace sizes are tensors
         attended = reference.patch_attention(qkv, num_heads, patch_size, scale, drop.attention)
     else:
         attended = patch_attention(qkv, num_heads=num_heads, patch_size=patch_size, backend=backend)
@@ -180,8 +183,8 @@ def _mlp_half(rows, layer, patch_size, eps, drop, backend) -> Tensor:
 
 
 def _cast_together(layers: Sequence[TransformerLayerWeights], dtype: torch.dtype) -> list[TransformerLayerWeights]:
-    """The layers with the weights of their linear layers in `dtype`: autocast would cast eight tensors a layer, forward
-    and backward, in a launch each, which are more launches than the layer's own kernels."""
+    """The layers with their linear weights and biases in `dtype`. Autocast would cast eight tensors per layer, forward
+    and backward, in a launch each: more launches than the layer's own kernels take."""
     places = [
         (index, name)
         for index, layer in enumerate(layers)
@@ -198,7 +201,7 @@ def _cast_together(layers: Sequence[TransformerLayerWeights], dtype: torch.dtype
 
 
 class _CastTogether(torch.autograd.Function):
-    """``tuple(t.to(dtype) for t in tensors)``, and all their gradients back, each in one launch for all tensors."""
+    """``tuple(t.to(dtype) for t in tensors)``, and its backward, each in one launch for all tensors."""
 
     @staticmethod
     def forward(ctx, dtype, *tensors):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ backend: what ``csrc/cpu`` can serve, call by call (see `mvit_kernels.backends.contract`)."""
+"""The C++ backend: which calls ``csrc/cpu`` can serve (see `mvit_kernels.backends.contract`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ INFERENCE_DTYPES = (torch.float32, torch.bfloat16)  # of the operators without a
 def instruction_set() -> str:
     """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
 
-    It is the best that the processor has, or the one that the environment variable ``MVIT_KERNELS_CPU_ISA`` asks for;
-    "" where that is wrong, or where there is no library.
+    It is the best that the processor supports, or the one that the environment variable ``MVIT_KERNELS_CPU_ISA`` names;
+    "" where that one is unknown or unsupported, or where there is no library.
     """
     if load("cpu"):
         return ""
@@ -28,7 +28,7 @@ def instruction_set() -> str:
 
 
 def multiplies_bf16_pairs() -> bool:
-    """Whether bfloat16 products are bfloat16 products here; elsewhere they are made in float32."""
+    """Whether bfloat16 operands are multiplied as bfloat16 pairs here; elsewhere they are converted to float32."""
     return instruction_set() == "avx512bf16"
 
 
@@ -64,12 +64,12 @@ def _transformer(call: Call) -> list[str]:
 
 
 class CpuBackend(Backend):
-    """C++ for the CPU; `instruction_set` tells which of its variants runs."""
+    """C++ kernels for the CPU; `instruction_set` says which variant runs."""
 
     name = "cpu"
     device_type = "cpu"
     dtypes = DTYPES
-    # The row-wise operators take rows of any strides: those that no pair of strides reaches, or whose channels are not
+    # The row-wise operators take rows with any strides. Rows that two strides cannot address, or whose channels are not
     # adjacent, are copied first, as PyTorch's own layer_norm and linear copy them.
     supports = {
         "layer_norm_linear": _dtype,

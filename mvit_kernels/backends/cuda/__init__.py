@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA backend: what is Python of ``csrc/cuda`` (see `mvit_kernels.backends.contract`).
+"""The CUDA backend: the Python part of ``csrc/cuda`` (see `mvit_kernels.backends.contract`).
 
-Its kernels are for 16-bit floats on tensor cores, with tiles that fit the widths and head dims of the published models.
+Its kernels take 16-bit floats, use tensor cores, and have tiles that fit the widths and head dims of the published
+models.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class CudaBackend(Backend):
         if whole and _one_launch_pays(stack):
             return StackPlan.WHOLE
         if not self.reasons_against(attention):
-            # There are single operators for inference; in training a whole layer of another backend keeps less.
+            # Inference runs single operators. In training, a fused layer of another backend keeps fewer activations.
             return StackPlan.LAYERS if stack.needs_grad else StackPlan.OPERATORS
         return StackPlan.WHOLE if whole else None
 
@@ -45,13 +46,13 @@ class CudaBackend(Backend):
         width, inner = layers[0].proj_weight.shape
         served = dtype in DTYPES and num_heads == HEADS and is_compiled(width, inner // num_heads)
         if served and not self.unavailable(layers[0].proj_weight.device.type):
-            from .transformer import packed_weights  # registers the operator, which takes the library
+            from .transformer import packed_weights  # registers the operator, so the library must be loaded
 
             packed_weights(flatten(layers, zeros=False), final_norm, num_heads, dtype)
 
 
 def _one_launch_pays(stack: Call) -> bool:
-    """Whether a stack is faster in one launch than by one operator after another, all of them ours."""
+    """Whether a stack is faster in one launch than operator by operator, both in CUDA C++."""
     images, height, width, _ = stack.shape
     ph, pw = stack.fact("patch_size")
     return one_launch_pays(height // ph * (width // pw), images * ph * pw, gpu.limits().multiprocessors)
@@ -59,11 +60,11 @@ def _one_launch_pays(stack: Call) -> bool:
 
 @functools.cache
 def _load() -> str:
-    """Load the library and register what calls it; "" or why it can not be used."""
+    """Load the library and register the operators that call it; return "", or why it cannot be used."""
     why = load("cuda")
     if why:
         return why
-    for operator in ("transformer",):  # those with a part in Python
+    for operator in ("transformer",):  # those with a Python part
         importlib.import_module(f"{__name__}.{operator}")
     function = ctypes.CDLL(str(loaded_paths["cuda"])).mvit_kernels_cuda_problem
     function.restype = ctypes.c_char_p

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which calls ``csrc/cuda`` can serve: a function for each operator, from a call to the reasons why not.
+"""Which calls ``csrc/cuda`` can serve: for each operator, a function from a call to the reasons against it.
 
-Only patch_attention has a gradient; a call of another that needs one is Triton's.
+Only patch_attention has a gradient. Triton serves calls of the other operators that need one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..contract import Call, Predicate
 from .plans import plan_transformer
 
 DTYPES = (torch.bfloat16, torch.float16)
-# As csrc/cuda/patch_attention.h and csrc/cuda/rows.h have them.
+# The same limits as in csrc/cuda/patch_attention.h and csrc/cuda/rows.h.
 MAX_HEAD_DIM = 64
 MAX_TOKENS = 2**16 - 1
 MAX_TOKENS_WITH_GRADIENT = 4096
@@ -23,13 +23,13 @@ MAX_STRANDS = 2**31 - 1
 MAX_NORM_WIDTH = 256
 MAX_ROWS = 2**31 - 1
 MAX_WIDTH = 2**20 - 8
-# Of the transformer in one launch.
+# Limits of the one-launch transformer.
 HEADS = 4
 MAX_SEQUENCES = 2**31 - 1
 
 
 def _dtype(call: Call) -> list[str]:
-    """Whether there are kernels for the dtype."""
+    """The reason against a dtype without kernels."""
     return [] if call.dtype in DTYPES else [f"{call.dtype} is not supported in CUDA C++; bfloat16 and float16 are"]
 
 
@@ -82,19 +82,29 @@ def _fits(needed: int) -> list[str]:
 
 
 def _row_bytes(width: int) -> int:
-    """Of a row of 16-bit elements in shared memory, on an odd number of 16-byte units."""
+    """Bytes of a row of 16-bit elements in shared memory: an odd number of 16-byte units."""
     return 16 * (width // 8 | 1)
 
 
 def product_bytes(width: int) -> int:
-    """The least shared memory of a product's block: 32 rows, and two slots of 64 rows of weights, at most 256 wide."""
+    """The least shared memory of a product's block, in bytes: 32 rows, and two slots for 64 rows of weights.
+
+    Weights of more than 256 channels pass in parts of at most 256.
+
+    Args:
+        width: elements of a row of x, a multiple of 8.
+    """
     parts = max(1, math.ceil(width / 256))
     depth = width if parts == 1 else 16 * math.ceil(math.ceil(width / parts) / 16)
     return 32 * _row_bytes(width) + 2 * 64 * _row_bytes(depth)
 
 
 def mlp_bytes(width: int) -> int:
-    """Of the MLP's block: 64 normalised rows and 64 hidden values of each, and the weights of these."""
+    """The shared memory of the MLP's block, in bytes: 64 normalised rows, their 64 hidden values, and both weights.
+
+    Args:
+        width: elements of a row of x, a multiple of 8.
+    """
     return (64 + 64) * _row_bytes(width) + (64 + 16 * math.ceil(width / 16)) * _row_bytes(64)
 
 
@@ -128,7 +138,7 @@ def _transformer(call: Call) -> list[str]:
     ph, pw = call.fact("patch_size")
     if images * ph * pw > MAX_SEQUENCES:
         reasons.append(f"{images * ph * pw} sequences are more than {MAX_SEQUENCES}")
-    # Of one sequence: whether there is a plan depends on no number of images, and a trace is not to either.
+    # For one sequence: whether there is a plan does not depend on the number of images, and a trace must not either.
     plan = plan_transformer(d, call.fact("head_dim"), height // ph * (width // pw), 1, *gpu.limits())
     return [*reasons, plan] if isinstance(plan, str) else reasons
 

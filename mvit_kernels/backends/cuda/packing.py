@@ -4,10 +4,9 @@
 Example:
     >>> packed = pack_transformer(layers, (norm.weight, norm.bias), num_heads=4, dtype=torch.bfloat16)
 
-``csrc/cuda/transformer.h`` tells what a chunk is and how many bytes it has, ``fragments.h`` what a fragment is. What
-is done to the numbers, once and in float64: LayerNorm's weight goes into the matrix behind it, its bias into the bias,
-and column sums of the rounded matrix stand for its mean; the scale of the scores and log2(e) go into the query; fc1 is
-halved.
+``csrc/cuda/transformer.h`` defines chunks and their sizes, ``fragments.h`` defines fragments. Folded in, once and in
+float64: LayerNorm's weight into the matrix behind it and its bias into that layer's bias, with column sums of the
+rounded matrix to subtract the mean; the scale of the scores and log2(e) into the query; a factor of 1/2 into fc1.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from torch import Tensor
 from ..library import TransformerLayerWeights
 from .plans import HIDDEN_CHUNK, Layout
 
-VERSION = 1  # of the order; csrc/cuda/transformer.h has the same
+VERSION = 1  # of this order; kTransformerVersion in csrc/cuda/transformer.h must equal it
 HEADS = 4
 
 
 def columns_of(layout: Layout, device: torch.device) -> Tensor:
-    """Which column of a row stands where in the tiles, `width` for a place that only fills a tile.
+    """The column of a row at each place of the tiles; `width` where a place is padding.
 
-    A lane has eight adjacent columns of two tiles side by side, four of a tile alone.
+    A lane has eight adjacent columns of two tiles side by side, or four of a single tile.
     """
     place = torch.arange(layout.padded, device=device)
     tile, of_lane, two = place // 16, place % 8 // 2, place // 8 % 2 * 2 + place % 2
@@ -51,10 +50,13 @@ def pack_transformer(
         layers, final_norm: as in `mvit_kernels.transformer`, of any floating dtype; an absent qkv bias may also be a
             tensor without elements.
         num_heads: 4.
-        dtype: bfloat16 or float16, of the rows and of the matrices.
+        dtype: bfloat16 or float16, of the rows and of the packed matrices.
+
+    Returns:
+        `Layout.packed_bytes` bytes.
 
     Raises:
-        ValueError: another number of heads.
+        ValueError: `num_heads` is not 4.
     """
     if num_heads != HEADS:
         raise ValueError(f"pack_transformer: num_heads is {num_heads}; the kernel has {HEADS}")
@@ -69,7 +71,7 @@ def pack_transformer(
 
 
 def _layer(layer: TransformerLayerWeights, layout: Layout, columns: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """A layer's chunks, in order."""
+    """The chunks of a layer, in order."""
     wide = TransformerLayerWeights(*(None if tensor is None else tensor.detach().double() for tensor in layer))
     inner, hidden = wide.proj_weight.shape[1], wide.fc1_weight.shape[0]
     bias = (
@@ -90,7 +92,7 @@ def _layer(layer: TransformerLayerWeights, layout: Layout, columns: Tensor, dtyp
         query = _columns(weight[0, head], columns)
         parts += [_by_step(query), _vectors(query, bias[0, head])]
 
-    # Out-projection: of sixteen columns each, all heads' rows; the eight that are over in a head as half fragments.
+    # Out-projection: for each tile of 16 columns, the rows of all heads; the 8 left over in a head as half fragments.
     proj = _heads(wide.proj_weight.t(), layout).to(dtype)  # (heads, head, width)
     proj = _rows(proj.movedim(-1, 0), columns)  # (padded, heads, head)
     proj_bias = _rows(wide.proj_bias, columns).float()
@@ -116,17 +118,17 @@ def _layer(layer: TransformerLayerWeights, layout: Layout, columns: Tensor, dtyp
 
 
 def _behind_norm(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix and bias that act on (x − mean) / σ."""
+    """The matrix and bias that act on (x − mean) / σ, with LayerNorm's weight and bias folded in."""
     return weight * norm_weight, bias + weight @ norm_bias
 
 
 def _heads(rows: Tensor, layout: Layout) -> Tensor:
-    """(…, inner, k) -> (…, heads, head, k), filled up with zeros."""
+    """(…, inner, k) -> (…, heads, head, k), padded with zeros."""
     return F.pad(rows.unflatten(-2, (HEADS, layout.head_dim)), (0, 0, 0, layout.head - layout.head_dim))
 
 
 def _rows(tensor: Tensor, columns: Tensor) -> Tensor:
-    """The rows of `tensor` in the order of `columns`, zeros for what only fills a tile."""
+    """The rows of `tensor` in the order of `columns`, zeros where a place is padding."""
     return torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])])[columns]
 
 
@@ -136,30 +138,30 @@ def _columns(weight: Tensor, columns: Tensor) -> Tensor:
 
 
 def fragments(weight: Tensor) -> Tensor:
-    """(n, k) -> (n / 8, k / 16, 32, 4): what each lane holds of b's 16 × 8 blocks, b being the transpose."""
+    """(n, k) -> (n / 8, k / 16, 32, 4): what each lane holds of the 16 × 8 blocks of b, where b = weightᵀ."""
     blocks = weight.unflatten(0, (-1, 8)).unflatten(2, (-1, 2, 4, 2))  # n, g, k, of eight, t, of two
     return blocks.permute(0, 2, 1, 4, 3, 5).reshape(*blocks.shape[:3:2], 32, 4)
 
 
 def half_fragments(weight: Tensor) -> Tensor:
-    """(n, k) -> (n / 8, k / 8, 32, 2): the same of its 8 × 8 blocks."""
+    """(n, k) -> (n / 8, k / 8, 32, 2): the same for 8 × 8 blocks."""
     blocks = weight.unflatten(0, (-1, 8)).unflatten(2, (-1, 4, 2))
     return blocks.permute(0, 2, 1, 3, 4).reshape(*blocks.shape[:3:2], 32, 2)
 
 
 def joined(group: Tensor) -> Tensor:
-    """(…, count, 32, 4) -> (…, count · 128): fragments that are read together, by twos side by side in each lane."""
+    """(…, count, 32, 4) -> (…, count · 128): fragments that are read together, two side by side in each lane."""
     even = group.shape[-3] // 2 * 2
     pairs = group[..., :even, :, :].unflatten(-3, (-1, 2)).transpose(-3, -2)
     return torch.cat([pairs.flatten(-4), group[..., even:, :, :].flatten(-3)], -1)
 
 
 def _by_step(weight: Tensor) -> Tensor:
-    """(n, k) -> the fragments of each sixteen of k, for all n."""
+    """(n, k) -> for each 16 of k, the fragments of all n."""
     return joined(fragments(weight).transpose(0, 1))
 
 
 def _vectors(weight: Tensor, bias: Tensor) -> Tensor:
-    """Of each eight columns of the product and each t: two sums over the rounded matrix's column, two biases."""
+    """For each eight columns of the product and each t: two column sums of the rounded matrix, and two biases."""
     sums = weight.double().sum(1)
     return torch.cat([sums.view(-1, 4, 2), bias.view(-1, 4, 2)], 2).float()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How launches are cut, and which of two ways is taken: literal tables and what follows from them, by shape and device.
+"""How launches are cut, and when one launch is used for a stack: literal tables, and what follows from shape and GPU.
 
-The numbers are from arithmetic (instruction counts, shared memory, bytes), none from a GPU yet.
+The numbers come from arithmetic (instruction counts, shared memory, bytes). An H200 has been used since; what it
+confirms and contradicts is in docs/kernels/measured.md.
 """
 
 from __future__ import annotations
@@ -9,21 +10,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 WIDTHS = (64, 80, 96, 120, 144, 192, 240)
-SHORT_HEAD = 8  # Kornia's; elsewhere a head is a quarter of the width
+SHORT_HEAD = 8  # Kornia's head dim; in the other models it is a quarter of the width
 MOST_WARPS = 8  # in a block, at up to 255 registers a thread
-# Warps of 32 rows read weights from shared memory half as often, and have the registers for it up to this width.
+# Warps of 32 rows read weights from shared memory half as often as warps of 16, and up to this width registers suffice.
 WIDEST_FOR_32_ROWS = 192
 HIDDEN_CHUNK = 32
 
-# From how many sequences a multiprocessor on one launch beats an operator at a time, by the most tokens of a sequence.
-# A multiprocessor is a block's alone: 256 tokens of width 144 take two layers in some 110 µs on Hopper, from one image
-# to 33, where eight launches take 35 µs for one image and 2.6 µs for each more. Shorter sequences take less than the
-# launches do.
+# (most tokens of a sequence, sequences per multiprocessor from which one launch beats one operator at a time). A block
+# has a multiprocessor to itself: on Hopper two layers of 256 tokens of width 144 take some 110 µs, for 1 image as for
+# 33, where eight launches take 35 µs for one image and 2.6 µs for each more. Shorter sequences take less time than the
+# launches. That is arithmetic. An H200 confirms it at batch 256; at batch 1 one launch loses, which the first row's 0.0
+# does not expect (docs/kernels/measured.md).
 ONE_LAUNCH_FROM = ((32, 0.0), (128, 0.1), (256, 0.5))
 
 
 class Layout:
-    """Sizes of the packed weights and of shared memory, as csrc/cuda/transformer.h has them."""
+    """Sizes of the packed weights and of shared memory; TransformerLayout in csrc/cuda/transformer.h is its twin."""
 
     def __init__(self, width: int, head_dim: int) -> None:
         self.width, self.head_dim = width, head_dim
@@ -43,8 +45,8 @@ class Layout:
         return next(p for p in range(1, self.tiles + 1) if self.tiles % p == 0 and chunk(p) <= most)
 
     def shared_bytes(self, rows: int) -> int:
-        """What a block of so many rows has in shared memory: rows, their means and deviations, key and value of a
-        head, and two chunks."""
+        """The shared memory, in bytes, of a block with that many rows: the rows, their means and deviations, keys and
+        values of one head, and two slots for chunks of weights."""
         joint = self.kv_parts == 1 and self.kv_chunk + self.q_chunk <= 26624
         head_chunk = self.kv_chunk + (self.q_chunk if joint else 0)
         slot = max(self.mlp_chunk, head_chunk, self.q_chunk, self.proj_chunk)
@@ -52,14 +54,14 @@ class Layout:
         return rows * (2 * self.padded + 8 + 2 * self.head + value_stride) + 2 * (-(-slot // 128) * 128)
 
     def packed_bytes(self, layers: int, hidden: int) -> int:
-        """All of a stack's packed weights."""
+        """The size in bytes of all packed weights of a stack."""
         layer = 4 * (self.kv_parts * self.kv_chunk + self.q_chunk) + self.proj_parts * self.proj_chunk
         layer += -(-hidden // HIDDEN_CHUNK) * self.mlp_chunk
         return layers * layer + (layers + 2) * self.padded * 4
 
 
 class TransformerPlan(NamedTuple):
-    """Tiles of 16 rows that a warp has, all of one sequence, and sequences that a block has."""
+    """How many tiles of 16 rows a warp has, all of one sequence, and how many sequences a block has."""
 
     tiles: int
     sequences_of_a_block: int
@@ -73,8 +75,15 @@ def is_compiled(width: int, head_dim: int) -> bool:
 def plan_transformer(
     width: int, head_dim: int, tokens: int, sequences: int, processors: int, shared_bytes: int
 ) -> TransformerPlan | str:
-    """The plan for sequences of so many tokens on a GPU with so many multiprocessors and bytes of shared memory a
-    block, or why there is none."""
+    """The plan of the one-launch transformer, or why there is none.
+
+    Args:
+        width, head_dim: elements of a row, and of a head.
+        tokens: of a sequence.
+        sequences: of the call.
+        processors: multiprocessors of the GPU.
+        shared_bytes: of shared memory that a block may have.
+    """
     if width not in WIDTHS:
         return f"rows of {width} are not supported; {', '.join(map(str, WIDTHS))} are"
     if not is_compiled(width, head_dim):
@@ -96,10 +105,16 @@ def plan_transformer(
             f"a sequence of {tokens} tokens needs {layout.shared_bytes(warps * 16 * tiles)} bytes of shared memory, "
             f"and this GPU gives a block {shared_bytes}"
         )
-    # No more in a block than give each multiprocessor one: the others would idle.
+    # Not so many sequences a block that multiprocessors are left idle.
     return TransformerPlan(tiles, max(1, min(most, -(-sequences // processors))))
 
 
 def one_launch_pays(tokens: int, sequences: int, processors: int) -> bool:
-    """Whether a stack is faster in one launch than by one operator after another."""
+    """Whether a stack is faster in one launch than operator by operator (`ONE_LAUNCH_FROM`).
+
+    Args:
+        tokens: of a sequence.
+        sequences: of the call.
+        processors: multiprocessors of the GPU.
+    """
     return any(tokens <= most and sequences >= least * processors for most, least in ONE_LAUNCH_FROM)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer`` in CUDA C++: weights packed once for all calls, and the one launch.
+"""``transformer`` in CUDA C++: weights packed once for all calls, and one launch.
 
-Packed weights are kept as long as the tensors that they were made from, and made anew, in place, when one of these was
-changed: a CUDA graph that has captured a call reads the new ones too.
+Packed weights are kept as long as the tensors that they were made from. When one of these was changed, they are
+repacked in place, so that a captured CUDA graph reads the new ones too.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from ..library import LIBRARY, TransformerLayerWeights
 from .packing import VERSION, pack_transformer
 from .plans import plan_transformer
 
-# The plan of a call: 20 µs of Python at first, and then none.
+# Planning takes 20 µs of Python for the first call of a shape, then none.
 plan_of = functools.lru_cache(1024)(plan_transformer)
 _FIELDS = len(TransformerLayerWeights._fields)
 
 
 class _Packed(NamedTuple):
-    tensors: tuple[weakref.ref, ...]  # those with elements that it was made from
+    tensors: tuple[weakref.ref, ...]  # its sources, without those that have no elements
     versions: list[int]
     data: Tensor
 
 
-_packed: dict[tuple[int, int, torch.dtype], _Packed] = {}  # by the first tensor and the dtype
+_packed: dict[tuple[int, int, torch.dtype], _Packed] = {}  # by the first tensor, the number of heads and the dtype
 
 
 def packed_weights(
     weights: Sequence[Tensor], final_norm: tuple[Tensor, Tensor] | None, num_heads: int, dtype: torch.dtype
 ) -> Tensor:
-    """`pack_transformer` of the raw operator's weights, from before where these are the same tensors, unchanged.
+    """`pack_transformer` of the raw operator's weights, cached while these are the same tensors, unchanged.
 
-    Tensors made in inference mode do not tell when they are changed, so of these nothing is kept.
+    Tensors made in inference mode have no version counter, so nothing is cached for them.
     """
     sources = [tensor for tensor in (*weights, *(final_norm or ())) if tensor.numel()]
     key = (id(sources[0]), num_heads, dtype)
@@ -61,13 +61,13 @@ def packed_weights(
 
 def _pack(weights, final_norm, num_heads, dtype) -> Tensor:
     layers = [TransformerLayerWeights(*weights[i : i + _FIELDS]) for i in range(0, len(weights), _FIELDS)]
-    # Also of a call in inference mode: what is kept is written anew outside of it too, which its tensors do not allow.
+    # Outside inference mode, even in a call inside it: later calls may repack in place, which inference tensors forbid.
     with torch.inference_mode(False), torch.no_grad():
         return pack_transformer(layers, final_norm, num_heads=num_heads, dtype=dtype)
 
 
 def _capturing() -> bool:
-    """Memory that is taken while a CUDA graph is captured is the graph's."""
+    """Whether a CUDA graph is being captured: memory allocated then belongs to the graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -80,7 +80,11 @@ def forward(
     patch_size: Sequence[int],
     eps: float,
 ) -> Tensor:
-    """The raw operator; weights may be of any floating dtype, and an absent qkv bias a tensor without elements."""
+    """The raw operator. Weights may be of any floating dtype; an absent qkv bias is a tensor without elements.
+
+    Raises:
+        RuntimeError: there is no plan for these shapes on this GPU.
+    """
     images, height, width, d = x.shape
     ph, pw = patch_size
     head_dim, hidden = weights[4].shape[1] // num_heads, weights[8].shape[0]

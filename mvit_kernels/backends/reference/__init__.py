@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The meaning of every operator in plain PyTorch: the oracle of all tests, and the fallback.
+"""The definition of every operator in plain PyTorch: the oracle of all tests, and the fallback.
 
 Example:
     >>> out = reference.patch_attention(qkv, num_heads=4, patch_size=(2, 2), scale=36**-0.5)
 
-`plain` has the operators as differentiable functions, `raw` the raw operators by the formulas that the kernels use.
+`plain` has the operators as differentiable functions, `raw` the raw operators with the formulas that the kernels use.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ReferenceBackend(Backend):
         return []
 
     def plan_stack(self, stack: Call, attention: Call, dropout: bool) -> StackPlan:
-        # No strides express a patch-position sequence for PyTorch's attention: each layer's would be a gather.
+        # No strides describe a patch-position sequence to PyTorch's attention: every layer would need a gather.
         return StackPlan.SEQUENCES
 
 

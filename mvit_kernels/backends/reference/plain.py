@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator as a plain function, differentiable by PyTorch itself in every dtype including float64.
+"""Every operator as a plain function, differentiable by PyTorch itself, in every dtype including float64.
 
-It is what a CPU without the compiled library and an unsupported GPU run, and what an exporter sees.
+They run on a CPU without the compiled library and on an unsupported GPU, and they are what an exporter sees.
 
-MobileViT: Mehta & Rastegari 2021, arXiv:2110.02178, section 3. Shapes are in ``ops/``.
+MobileViT: Mehta & Rastegari 2021, arXiv:2110.02178, section 3. The shapes are documented in ``ops/``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from ...dropout import LayerDropout, dropped
 
 
 def to_sequences(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) -> (B·ph·pw, N, C): the tokens at one place of every patch, as one sequence (the paper's unfold)."""
+    """(B, H, W, C) -> (B·ph·pw, N, C): one sequence for the tokens at one position of every patch (the paper's unfold).
+
+    Args:
+        x: (B, H, W, C), of any dtype.
+        patch_size: (ph, pw); H and W are multiples of it, and N = H / ph · W / pw.
+    """
     (ph, pw), (b, h, w, c) = patch_size, x.shape
     x = x.reshape(b, h // ph, ph, w // pw, pw, c).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(b * ph * pw, (h // ph) * (w // pw), c)
@@ -31,7 +36,13 @@ def to_sequences(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
 def to_map(sequences: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
     """(B·ph·pw, N, C) -> (B, H, W, C): the inverse of `to_sequences` (the paper's fold).
 
-    The batch is -1, since ONNX's exporter of traces takes the size that a tensor had after attention for a constant.
+    The batch size is passed as -1: the tracing ONNX exporter would record it as a constant, as it does all sizes of a
+    tensor after attention.
+
+    Args:
+        sequences: (B·ph·pw, N, C), of any dtype.
+        size: (H, W).
+        patch_size: (ph, pw).
     """
     (ph, pw), (h, w), c = patch_size, size, sequences.shape[-1]
     x = sequences.reshape(-1, ph, pw, h // ph, w // pw, c).permute(0, 3, 1, 4, 2, 5)
@@ -49,11 +60,11 @@ def _merge_heads(x: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) 
 
 
 def constants(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes that the weights alone decide, as numbers also for ``torch.jit.trace``, which has tensors for sizes."""
+    """Sizes that depend on weights alone, as ints also under ``torch.jit.trace``, where sizes are tensors."""
     if not torch.jit.is_tracing():
         return tuple(sizes)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that they are constants from then on
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # it warns that they become constants
         return tuple(int(size) for size in sizes)
 
 
@@ -66,7 +77,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last axis, in x's dtype, also where the affine parameters are kept in float32."""
+    """LayerNorm over the last axis, in x's dtype, also where the affine parameters are in float32."""
     width = constants(x.shape[-1:])
     if weight.dtype == x.dtype:
         return F.layer_norm(x, width, weight, bias, eps)
@@ -90,11 +101,11 @@ def layer_norm_linear(
 def patch_attention(
     qkv: Tensor, num_heads: int, patch_size: tuple[int, int], scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v inside each patch-position sequence; `dropout` on the attention weights."""
+    """softmax(scale · q kᵀ) v within each patch-position sequence; `dropout` applies to the attention weights."""
     q, k, v = _split_heads(qkv, num_heads, patch_size)
-    if scale <= 0:  # PyTorch's fused attention on a GPU takes the largest score before it scales, and gives NaN
+    if scale <= 0:  # PyTorch's fused attention on a GPU takes the row maximum before it scales, and returns NaN
         q, scale = (-q, -scale) if scale else (0 * q, 1.0)
-    if transform() and not dropout:  # PyTorch's fused attention has no tangents either
+    if transform() and not dropout:  # PyTorch's fused attention has no forward-mode derivative either
         out = _attention(q, k, v, scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
@@ -104,7 +115,7 @@ def patch_attention(
 
 
 def patch_attention_written_out(qkv: Tensor, num_heads: int, patch_size: tuple[int, int], scale: float) -> Tensor:
-    """`patch_attention` of nothing that lacks a derivative of some order or mode."""
+    """`patch_attention` from operators that all have derivatives of every order and mode."""
     out = _attention(*_split_heads(qkv, num_heads, patch_size), scale)
     return _merge_heads(out, (qkv.shape[1], qkv.shape[2]), patch_size)
 
@@ -115,8 +126,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 class _DifferentiableAgain(torch.autograd.Function):
-    """`out`, the result of PyTorch's fused attention, whose backward has no derivative: gradients that are to be
-    differentiated again go past it, and through `_attention`."""
+    """`out`, the result of PyTorch's fused attention, whose backward has no derivative. Gradients that will be
+    differentiated again bypass it and go through `_attention`."""
 
     @staticmethod
     def forward(ctx, out, q, k, v, scale):
@@ -182,9 +193,16 @@ def is_one_column(
     dilation: tuple[int, int],
     groups: int,
 ) -> bool:
-    """Whether a convolution is of the kind that PyTorch gets wrong: dense, strided, in bfloat16 on the CPU, and with a
-    result of one column. With AMX, torch 2.13's oneDNN then multiplies memory that nobody wrote, and gives 1e36 or NaN.
-    A second column, thrown away afterwards, cures it."""
+    """Whether PyTorch gets this convolution wrong: dense, strided, in bfloat16 on the CPU, with one column of output.
+
+    With AMX, oneDNN in torch 2.13 then multiplies uninitialised memory, and the result is 1e36 or NaN. Padding the map
+    so that there is a second column, and dropping that, works around it.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (out, C / groups, kh, kw).
+        stride, padding, dilation, groups: as in ``conv2d``, for (height, width).
+    """
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or stride[1] == 1 or groups > 1:
         return False
     reach = dilation[1] * (weight.shape[3] - 1) + 1
@@ -199,7 +217,7 @@ def transformer_layer(
     eps: float,
     dropout: LayerDropout | None = None,
 ) -> Tensor:
-    """One pre-norm layer, its live dropout drawn by PyTorch."""
+    """One pre-norm layer, its dropout drawn by PyTorch."""
     attention, projection, activation, mlp, path1, path2, path_scale = dropout or LayerDropout()
     norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = layer[:6]
     qkv = layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps)
@@ -220,7 +238,7 @@ def transformer(
     patch_size: tuple[int, int],
     eps: float,
 ) -> Tensor:
-    """The whole stack. Everything but attention is row-wise, so the rows are put in sequence order once: a map of
+    """The whole stack. Everything but attention is row-wise, so the rows are put into sequence order once: a map of
     N × 1 tokens with 1 × 1 patches is one sequence, and attention on it copies nothing."""
     size = (x.shape[1], x.shape[2])
     rows = to_sequences(x, patch_size).unsqueeze(2)

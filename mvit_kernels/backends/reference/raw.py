@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The raw operators ``mvit_kernels::<name>.reference`` and ``…_backward.reference``.
 
-The same values as the plain functions' by the formulas that the kernels use: saved statistics, recomputed
-intermediates, explicit gradients. They define what the raw operators of the other backends must return, and prove the
-autograd functions in ``ops/`` without any compiled code.
+They compute the same values as the plain functions, with the formulas that the kernels use: saved statistics,
+recomputed intermediates, explicit gradients. They define what the raw operators of the other backends return, and test
+the autograd functions in ``ops/`` without compiled code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _normalize(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1/sqrt(variance + eps) of the rows; two passes, since the one-pass formula cancels where |mean| ≫ σ."""
+    """Mean and 1/sqrt(variance + eps) of each row, in two passes: the one-pass formula cancels where |mean| ≫ σ."""
     x = x.to(_wide(x.dtype))
     variance, mean = torch.var_mean(x, dim=-1, correction=0)
     return mean, torch.rsqrt(variance + eps)
@@ -197,7 +197,7 @@ def _transformer_layer_backward(grad_out, x, *arguments):
     grad_out, middle, attended, qkv = (t.to(wide) for t in (grad_out, middle, attended, qkv))
     branch = grad_out * _factor(x, seed, MLP_BRANCH, mlp, path2, patch_size, path_scale)
     grad_middle, *grads2 = _layer_norm_mlp_backward(branch, middle, mean2, rstd2, *mlp_weights)
-    grad_middle = grad_middle - branch + grad_out  # that operator's residual takes the branch's gradient
+    grad_middle = grad_middle - branch + grad_out  # the MLP's backward added `branch` as its residual's gradient
     branch = grad_middle * _factor(x, seed, ATTENTION_BRANCH, projection, path1, patch_size, path_scale)
     grad_attended, *grads_of_proj = _linear_residual_backward(branch, attended, proj_weight)
     grad_qkv = _patch_attention_backward(grad_attended, qkv, attended, logsumexp, num_heads, patch_size, scale)
@@ -220,5 +220,5 @@ def _transformer(x, weights, final_norm_weight, final_norm_bias, num_heads, patc
 
 
 def transformer_layer_from_seed(x, *arguments) -> Tensor:
-    """The raw operator's result alone, its dropout computed from the seed, differentiable by PyTorch."""
+    """The result of the raw operator alone, with dropout computed from the seed; differentiable by PyTorch."""
     return _transformer_layer(x, *arguments)[0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton backend: kernels, their launches and their tile tables (see `mvit_kernels.backends.contract`).
 
-They run on NVIDIA GPUs, and in Triton's interpreter on CPU tensors: so their tests run without a GPU. Triton itself is
-imported when `TritonBackend.unavailable` is first asked about a device that could be served.
+The kernels run on NVIDIA GPUs, and in Triton's interpreter on CPU tensors, so that they can be tested without a GPU.
+Triton itself is imported when `TritonBackend.unavailable` is first asked about a device that it could serve.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class TritonBackend(Backend):
 
 @functools.cache
 def _load() -> str:
-    """Import the kernels, which registers them; "" or why they can not be used."""
+    """Import the kernels, which registers them; return "", or why they cannot be used."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (torch's CUDA builds bring it; `pip install triton` does)"
     try:
         for operator in SUPPORTS:
             importlib.import_module(f"{__name__}.{operator}")
-    except (ImportError, AttributeError) as error:  # a Triton too old to have what the kernels use
+    except (ImportError, AttributeError) as error:  # Triton is too old for what the kernels use
         return f"Triton does not import: {error}"
     return ""
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Live dropout and drop-path inside kernels: the factors of `mvit_kernels.dropout`, where rows are written.
+"""Dropout and drop-path inside kernels: the factors of `mvit_kernels.dropout`, applied where rows are written.
 
 Example:
     >>> drop = dropped(x, seed, ATTENTION_BRANCH, 0.1, 0.0, True, (2, 2))
     >>> plan = Plan(_kernel, (K, N, BM, *drop.constants), …)
     >>> plan(grid, (x, drop.seed, out), (rows, *drop.scalars))
 
-Philox's four numbers are of four adjacent channels, so that a tile costs a quarter of the calls. On sm_90 a call is
-about a hundred instructions, a number of its own for every element 2.3 times as many. A row's drop-path is one call for
-a whole row: in the kernel it costs no launch and no memory, where a mask drawn by PyTorch costs two launches each.
+One Philox call yields four numbers, for four adjacent channels, so that a tile needs a quarter of the calls. On sm_90 a
+call takes about a hundred instructions; a call for every element takes 2.3 times as many in all. Drop-path takes one
+call for a whole row: in the kernel it costs no launch and no memory, while each mask drawn by PyTorch costs two
+launches.
 """
 
 from functools import lru_cache
@@ -25,10 +26,10 @@ from ._launch import Plan, ceil_div
 
 
 class Dropped(NamedTuple):
-    """What a kernel gets: a tensor, scalars and constants."""
+    """What a kernel is passed: a tensor, scalars and constants."""
 
     seed: Tensor | None
-    scalars: tuple[int, float, int, float]  # threshold and scale of dropout, and of drop-path
+    scalars: tuple[int, float, int, float]  # threshold and scale of dropout, then of drop-path
     constants: tuple[int, ...]  # DROP, PATH, BRANCH, H, W, PH, PW
 
 
@@ -44,10 +45,15 @@ def dropped(
     path_scale: bool,
     patch_size: tuple[int, int],
 ) -> Dropped:
-    """Of the rows of x, a (B, H, W, d) map."""
+    """The arguments for the rows of x, a (B, H, W, d) map; `NOTHING` if both probabilities are 0.
+
+    Args:
+        x: (B, H, W, d).
+        seed, branch, probability, path, path_scale, patch_size: as in `mvit_kernels.dropout.branch_factor`.
+    """
     if not (probability or path):
         return NOTHING
-    where = (*x.shape[1:3], *patch_size) if path else (0,) * 4  # of dropout alone, one variant serves all maps
+    where = (*x.shape[1:3], *patch_size) if path else (0,) * 4  # with dropout alone, one variant serves all maps
     scalars = (
         _as_int32(threshold(probability)),
         keep_scale(probability),
@@ -72,12 +78,12 @@ def _numbers(seed, c0, c1):
 def element_factor(
     seed, first_row, first_column, threshold, scale, BRANCH: tl.constexpr, BM: tl.constexpr, NB: tl.constexpr
 ):
-    """What dropout multiplies a tile with."""
+    """The factors that dropout applies to a tile."""
     fours = first_column // 4 + tl.arange(0, NB // 4) + BRANCH * 1073741824
     rows = first_row + tl.arange(0, BM)
     a, b, c, d = _numbers(seed, fours[None, :], rows[:, None])
     least = threshold.to(tl.uint32, bitcast=True)
-    # One byte a decision: the tile goes through shared memory on its way to the layout of the rows.
+    # One byte a decision: the tile goes through shared memory to reach the layout of the rows.
     evens = tl.join((a >= least).to(tl.int8), (c >= least).to(tl.int8))
     odds = tl.join((b >= least).to(tl.int8), (d >= least).to(tl.int8))
     keep = tl.reshape(tl.join(evens, odds), (BM, NB))
@@ -97,7 +103,7 @@ def row_factor(
     PW: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """What drop-path multiplies rows with: one decision an (image, patch position) sequence."""
+    """The factors that drop-path applies to rows: one decision per (image, patch position) sequence."""
     rows = first_row + tl.arange(0, BM)
     sequences = (rows // (H * W) * PH + rows // W % PH) * PW + rows % PW  # PH divides H, and PW divides W
     number, _, _, _ = _numbers(seed, tl.full([BM], -2147483648 + BRANCH * 1073741824, tl.int32), sequences)
@@ -147,8 +153,10 @@ def _drop_plan(device, dtype, N, constants):
 
 
 def drop_rows(x: Tensor, drop: Dropped) -> Tensor:
-    """The contiguous rows of x after dropout and drop-path: the gradient of a branch, from that of what it was added
-    to. A kernel of its own where several others read it: computing the mask again in each of them costs more."""
+    """The contiguous rows of x after dropout and drop-path: the gradient of a branch, from that of the sum behind it.
+
+    It is a kernel of its own for gradients that several kernels read: computing the mask in each costs more.
+    """
     if drop is NOTHING:
         return x
     out, N = torch.empty_like(x), x.shape[-1]

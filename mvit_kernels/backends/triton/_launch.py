@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launching kernels at a few microseconds of the host's time, and registering them.
+"""Launching kernels at a few microseconds of host time, and registering them.
 
 Example:
     >>> plan = Plan(_kernel, (K, N, BM), num_warps=4, num_stages=2)     # one for each kind of call, kept by the caller
     >>> plan((grid,), (x, out), (rows,))
 
-``kernel[grid](…)`` looks at every argument to find the compiled variant: 9.8 µs a launch, measured with a driver that
-does nothing; the compiled kernel's own ``run`` takes 1.8 µs. So a `Plan` holds what decides the variant (constants, and
-through its key the dtypes) and keeps the compiled kernel for the one thing left, the alignment of pointers: all on 16
-bytes, as PyTorch's allocator has them. Anything else goes the slow way, and gets the variant that Triton finds for it.
+``kernel[grid](…)`` inspects every argument to find the compiled variant: 9.8 µs a launch, measured with a driver that
+does nothing. The compiled kernel's own ``run`` takes 1.8 µs. So a `Plan` holds what selects the variant (the constants,
+and through its cache key the dtypes) and keeps the compiled kernel for the one thing left, the alignment of pointers:
+all on 16 bytes, as PyTorch's allocator returns them. Other calls take the slow path, where Triton finds the variant.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from triton.runtime import driver
 from ..library import LIBRARY
 from .target import DEVICE_TYPE, DTYPES, INTERPRETED
 
-# Of every launch. 3.9 warns where it is not given, and the default is about to change.
+# For every launch. Triton 3.9 warns if it is not given, and its default is about to change.
 FP_FUSION = True
 
 
 class Launch(NamedTuple):
-    """What `watching` notes of a launch."""
+    """What `watching` records of a launch."""
 
     plan: Plan
     grid: tuple[int, ...]
@@ -40,26 +40,31 @@ class Launch(NamedTuple):
 
 
 _watcher: list[Launch] | None = None
-_target: int | None = None  # the architecture that is planned for, where nothing is launched
+_target: int | None = None  # the architecture to plan for, when nothing is launched
 
 
 class Plan:
-    """One kernel with its constants and options, and its compiled form on each device."""
+    """One kernel with its constants and options, and its compiled form for each device."""
 
     __slots__ = ("kernel", "constants", "num_warps", "num_stages", "_compiled")
 
     def __init__(self, kernel: Any, constants: tuple[Any, ...], *, num_warps: int, num_stages: int) -> None:
         self.kernel, self.constants = kernel, constants
         self.num_warps, self.num_stages = num_warps, num_stages
-        self._compiled: dict[int, Any] = {}  # device index -> compiled kernel, for pointers on 16 bytes
+        self._compiled: dict[int, Any] = {}  # device index -> compiled kernel, for 16-byte-aligned pointers
 
     def __call__(
         self, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], scalars: tuple[int | float, ...] = ()
     ) -> None:
-        """Launch on the current stream of the tensors' device, which is that of the first (never None).
+        """Launch on the current stream of the tensors' device, which is that of the first tensor (never None).
 
-        The kernel takes the tensors, the scalars and the constants, in this order. Scalars are not specialised upon
-        (``do_not_specialize``) and their types are annotated or always 32 bits wide.
+        The kernel takes the tensors, the scalars and the constants, in this order. Scalars are not specialised on
+        (``do_not_specialize``), and their types are annotated or always 32 bits wide.
+
+        Args:
+            grid: one to three numbers of programs.
+            tensors: all on one device; None for absent ones.
+            scalars: ints and floats.
         """
         if _watcher is not None:
             _watcher.append(Launch(self, grid, tensors, scalars))
@@ -102,7 +107,7 @@ class Plan:
             driver.active.get_current_stream(device),
             compiled.function,
             compiled.packed_metadata,
-            None,  # launch metadata, enter and exit hooks: for profilers, see _profiled
+            None,  # launch metadata, enter and exit hooks: only profilers use them, see _profiled
             None,
             None,
             *tensors,
@@ -112,13 +117,13 @@ class Plan:
 
 
 def _profiled() -> bool:
-    """A profiler hooks into Triton's launches, which the short way would not call."""
+    """Whether a profiler hooks into Triton's launches: the fast path would not call its hooks."""
     hook = triton.knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def architecture(x: Tensor) -> int:
-    """80, 86, 89, 90, 100 or 120: what x's device is, or what is planned for. The interpreter takes 90's tiles."""
+    """80, 86, 89, 90, 100 or 120: that of x's device, or the one planned for. The interpreter uses the tiles of 90."""
     if _target is not None:
         return _target
     return 90 if INTERPRETED else _architecture(x.get_device())
@@ -131,14 +136,14 @@ def _architecture(device: int) -> int:
 
 
 def is_small(arch: int) -> bool:
-    """Compute capability 8.x and 12.x: products are mma.sync's, from registers alone, and 8.6, 8.9 and 12.0 give a
-    block 99 KB of shared memory. The large ones (9.0, 10.0) have wgmma and tcgen05, and 227 KB."""
+    """Whether `arch` is compute capability 8.x or 12.x. There products are mma.sync's, with operands in registers, and
+    a block of 8.6, 8.9 and 12.0 has 99 KB of shared memory. 9.0 and 10.0 have wgmma and tcgen05, and 227 KB."""
     return arch < 90 or arch >= 120
 
 
 @contextlib.contextmanager
 def watching(target: int | None = None) -> Iterator[list[Launch]]:
-    """Note every launch inside; with `target`, an architecture, plan for it and launch nothing.
+    """Record every launch inside. With `target`, an architecture, plan for it and launch nothing.
 
     Example:
         >>> with watching(target=90) as launches:
@@ -154,7 +159,11 @@ def watching(target: int | None = None) -> Iterator[list[Launch]]:
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """Which tiles serve: "half", or for float32 "tf32" where PyTorch's user allows TF32 and "ieee" where not."""
+    """The kind of tiles for a dtype: "half"; for float32 "tf32" if PyTorch's precision setting allows it, else "ieee".
+
+    Raises:
+        TypeError: there are no kernels for the dtype.
+    """
     if dtype == torch.float32:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if dtype not in DTYPES:
@@ -163,7 +172,7 @@ def kind_of(dtype: torch.dtype) -> str:
 
 
 def register(name: str) -> Callable[[Callable], Callable]:
-    """Register the decorated function as ``mvit_kernels::<name>.triton``, on GPUs, or on the CPU where interpreted."""
+    """Register the decorated function as ``mvit_kernels::<name>.triton``: on GPUs, or on the CPU if interpreted."""
 
     def decorate(function: Callable) -> Callable:
         LIBRARY.impl(f"{name}.triton", function, DEVICE_TYPE.upper())
@@ -173,8 +182,8 @@ def register(name: str) -> Callable[[Callable], Callable]:
 
 
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, those that are not contiguous copied: weights and gradients with strides. Calls whose activations
-    have strides are refused (see operators.py), so that their copies are no surprise."""
+    """The tensors, with those that are not contiguous copied. That concerns weights and gradients: calls whose
+    activations are not contiguous are declined (see operators.py), so that no copy comes as a surprise."""
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
@@ -188,8 +197,9 @@ def next_power_of_2(n: int) -> int:
 
 @functools.cache
 def chunked(width: int, widest: int, most: int | None = None) -> tuple[int, int]:
-    """(chunk, chunks) that cover `width`, or as many columns as `most` allows: the widest power of two that covers them
-    with the least waste, from 16 (the least that tensor cores take) up to `widest`.
+    """(chunk, chunks) that cover `width`: the widest power of two, from 16 up to `widest`, with the least waste.
+
+    16 is the smallest that tensor cores take. With `most`, as many chunks as that number of columns allows.
 
     Example:
         >>> chunked(144, 64), chunked(192, 64), chunked(240, 64), chunked(120, 64), chunked(20, 64)
@@ -200,7 +210,7 @@ def chunked(width: int, widest: int, most: int | None = None) -> tuple[int, int]
     while chunk <= widest:
         chunks = ceil_div(width, chunk)
         waste = chunks * chunk - width
-        # up to 10 % of waste for fewer chunks: 240 is 4 · 64, and not 15 · 16, which takes more registers
+        # up to 10 % of waste for fewer chunks: 240 is 4 · 64 and not 15 · 16, which needs more registers
         if best is None or waste <= best[2] or waste * 10 <= width:
             best = chunk, chunks, waste
         chunk *= 2

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the attention kernels share: where tokens lie, and head rows in one or two parts of columns.
+"""What the attention kernels share: the addresses of tokens, and head rows as one or two parts of columns.
 
-Tiles are powers of two wide, heads of MobileViT-S 36, 48 and 60. A head of 36 or 48 is held as 32 + 16 columns and not
-as 64: a quarter less work, and on compute capability 8.0 what keeps backward from spilling. Others are one part.
+Tiles are powers of two wide, but the heads of MobileViT-S are 36, 48 and 60. A head of 36 or 48 is held as 32 + 16
+columns instead of 64: a quarter less work, and on compute capability 8.0 it keeps backward from spilling. A head of 60
+is one part of 64.
 """
 
 import functools
@@ -17,8 +18,8 @@ from ._rows import add_product
 
 
 class Geometry(NamedTuple):
-    """The kernels' constants: of a head, the patch, the patches down and across, and the map's strides. As constants
-    they tell the compiler how addresses are aligned; with a run-time stride every load would be of one element."""
+    """The kernels' constants: heads, head dim, patch, patches down and across, and the map's strides. As constants
+    they tell the compiler how addresses are aligned; with run-time strides every load would be of one element."""
 
     heads: int
     head_dim: int
@@ -26,13 +27,14 @@ class Geometry(NamedTuple):
     PW: int
     NH: int
     NW: int
-    SB: int  # elements from an image to the next, from a row of the map, and from a token
+    SB: int  # strides in elements, of an image, of a row of the map, and of a token
     SH: int
     SW: int
     WIDE: bool  # offsets inside one image need 64 bits
 
 
 def geometry(qkv: Tensor, num_heads: int, PH: int, PW: int) -> Geometry:
+    """The geometry of qkv (B, H, W, 3·inner), whose channels are adjacent, and of the patch PH × PW."""
     _, H, W, channels = qkv.shape
     SB, SH, SW = qkv.stride()[:3]
     wide = (H - 1) * abs(SH) + (W - 1) * abs(SW) + channels >= 2**31 or H * W * channels >= 2**31
@@ -41,7 +43,7 @@ def geometry(qkv: Tensor, num_heads: int, PH: int, PW: int) -> Geometry:
 
 @functools.cache
 def parts_of(head_dim: int) -> tuple[int, int]:
-    """The powers of two, from 16 on, that cover a head's columns; the second is 0 where one does.
+    """The powers of two, at least 16, that cover a head's columns; the second is 0 where one is enough.
 
     Example:
         >>> parts_of(36), parts_of(60), parts_of(20), parts_of(72)
@@ -56,7 +58,7 @@ def parts_of(head_dim: int) -> tuple[int, int]:
 
 @triton.jit
 def steps_of(n, NW: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, WIDE: tl.constexpr):
-    """How far the tokens n of a sequence lie from its first."""
+    """The offsets of the tokens n of a sequence from its first, in elements."""
     if WIDE:
         n = n.to(tl.int64)
     return (n // NW) * STEP_H + (n % NW) * STEP_W
@@ -77,7 +79,7 @@ def _load_part(base, steps, n, N, columns, D: tl.constexpr, CHECK_N: tl.constexp
 
 @triton.jit
 def load_parts(base, steps, n, N, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CHECK_N: tl.constexpr):
-    """Rows of D elements of the tokens n, one or two parts; 0 outside."""
+    """Rows of D elements of the tokens n, as one or two parts; 0 outside."""
     parts = (_load_part(base, steps, n, N, tl.arange(0, D0), D, CHECK_N, D0 > D),)
     if D1 > 0:
         parts = parts + (_load_part(base, steps, n, N, D0 + tl.arange(0, D1), D, CHECK_N, D0 + D1 > D),)
@@ -100,7 +102,7 @@ def _store_part(base, tile, steps, n, N, columns, D: tl.constexpr, CHECK_N: tl.c
 
 @triton.jit
 def store_parts(base, parts, steps, n, N, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CHECK_N: tl.constexpr):
-    """`load_parts`' opposite, rounding to the type of `base`."""
+    """The inverse of `load_parts`; rounds to the element type of `base`."""
     _store_part(base, parts[0], steps, n, N, tl.arange(0, D0), D, CHECK_N, D0 > D)
     if D1 > 0:
         _store_part(base, parts[1], steps, n, N, D0 + tl.arange(0, D1), D, CHECK_N, D0 + D1 > D)
@@ -108,6 +110,7 @@ def store_parts(base, parts, steps, n, N, D: tl.constexpr, D0: tl.constexpr, D1:
 
 @triton.jit
 def zero_parts(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Accumulators for ROWS rows of a head."""
     parts = (tl.zeros([ROWS, D0], tl.float32),)
     if D1 > 0:
         parts = parts + (tl.zeros([ROWS, D1], tl.float32),)
@@ -116,7 +119,7 @@ def zero_parts(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def product(a, b, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """a bᵀ, rows by rows."""
+    """a bᵀ, of rows with rows."""
     s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     if D1 > 0:
         s = add_product(a[1], tl.trans(b[1]), s, PRECISION)
@@ -134,15 +137,15 @@ def weigh(p, rows, sums, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def score_gradients(p, grad_p, delta, scale, N: tl.constexpr):
-    """dS of the weights p, their gradients and delta = Σ p · grad_p; of one token 0 to the last bit. (Its weight is 1
-    whatever its score, and its gradient and delta are two sums of the same.)"""
+    """dS of the weights p, from their gradients and delta = Σ p · grad_p; exactly 0 for a sequence of one token. (Its
+    weight is 1 whatever its score, but grad_p and delta are two sums of the same values.)"""
     ds = p * (grad_p - delta) * scale
     return ds * 0.0 if N == 1 else ds
 
 
 @triton.jit
 def row_dots(a, b, D1: tl.constexpr):
-    """The inner products of the rows of a with those of b."""
+    """The dot products of the rows of a with those of b."""
     dots = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), axis=1)
     if D1 > 0:
         dots += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), axis=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of a linear layer's input rows, through the LayerNorm before it, for the row-wise operators."""
+"""The gradient of a linear layer's input rows, through the LayerNorm before it; for the row-wise operators."""
 
 from functools import lru_cache
 
@@ -45,9 +45,8 @@ def _norm_backward(
     PH: tl.constexpr,
     PW: tl.constexpr,
 ):
-    """The gradient of x from that of LN(x) Wᵀ: whole rows of grad · W stay in registers until LayerNorm's sums over
-    them are there. Where x is itself a residual plus a branch that was dropped, grad_branch is the branch's
-    gradient."""
+    """The gradient of x from that of LN(x) Wᵀ. Whole rows of grad · W stay in registers until LayerNorm's two sums over
+    them are complete. If x is itself a residual plus a dropped branch, grad_branch is the gradient of that branch."""
     first_row = tl.program_id(0) * BM
     offset = first_row.to(tl.int64)
     rows, end = tl.arange(0, BM), M - first_row
@@ -95,8 +94,8 @@ _NORM_TILES = {
     "tf32": (32, 16, 64, 8, 2),
     "ieee": (16, 16, 64, 8, 1),
 }
-_NORM_TILE_WIDE = (16, 16, 64, 8, 1)  # of more than 256 columns
-_NORM_TILE_240 = (32, 32, 64, 8, 2)  # 64 rows of 256 columns spill 240 bytes where products are mma.sync's
+_NORM_TILE_WIDE = (16, 16, 64, 8, 1)  # above 256 columns
+_NORM_TILE_240 = (32, 32, 64, 8, 2)  # with mma.sync, 64 rows of 256 columns spill 240 bytes
 
 
 @lru_cache(maxsize=4096)
@@ -111,8 +110,21 @@ def _norm_plan(device, dtype, norm_dtype, kind, arch, K, N, residual, drop):
 
 
 def norm_backward(grad, weight, x, mean, rstd, norm_weight, grad_residual, grad_x, drop: Dropped = NOTHING) -> Tensor:
-    """grad_x = LayerNorm's backward of grad · weight, plus grad_residual if there is one; contiguous rows. Returns
-    the gradient of the branch that x ends with, which is grad_x where nothing of it was dropped."""
+    """grad_x = LayerNorm's backward of grad · weight, plus grad_residual unless it is None; of contiguous rows.
+
+    Args:
+        grad: (..., N), the gradient of the linear layer's output.
+        weight: (N, K).
+        x: (..., K), the input of the LayerNorm.
+        mean, rstd: float32, of x's rows.
+        norm_weight: (K,).
+        grad_residual: (..., K), or None.
+        grad_x: (..., K), written.
+        drop: how the branch that was added into x was dropped.
+
+    Returns:
+        The gradient of that branch; grad_x where nothing of it was dropped.
+    """
     (N, K), rows = weight.shape, mean.numel()
     grad_branch = grad_x if drop is NOTHING else torch.empty_like(grad_x)
     if not rows:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the row-wise kernels share: tiles of rows, LayerNorm's statistics, and a product over whole rows.
 
-A row is held as a tuple of NC chunks of KC columns. Widths such as 144 = 9 · 16 are no powers of two, which tiles must
-be: padded to 256, half of the work and of the registers would be for nothing (LayerNorm + linear: 215 registers a
-thread instead of 128; the whole MLP spills). Tuples also go round a loop, so accumulators have this form as well.
+A row is held as a tuple of NC chunks of KC columns. Tiles must be powers of two wide, and widths such as 144 = 9 · 16
+are not: padded to 256, half of the work and of the registers would be wasted (LayerNorm + linear: 215 registers a
+thread instead of 128; the whole MLP spills). Tuples can also be carried through a loop, so accumulators have the same
+form.
 
-Offsets inside a tile are 32 bits wide, its first element's is a 64-bit scalar: wide tile offsets cost 10 to 22
-instructions, wide scalars none.
+Offsets inside a tile are 32 bits wide, and that of its first element is a 64-bit scalar: 64-bit tile offsets cost 10 to
+22 instructions, 64-bit scalars none.
 """
 
 import triton
@@ -25,7 +26,7 @@ def load(
     CHECK_I: tl.constexpr,
     CHECK_J: tl.constexpr,
 ):
-    """The tile of elements (i, j), 0 outside of the bounds that are checked."""
+    """The tile of elements (i, j); 0 outside those bounds that are checked."""
     pointers = base + i[:, None] * STRIDE_I + j[None, :] * STRIDE_J
     if CHECK_I and CHECK_J:
         return tl.load(pointers, mask=(i < end_i)[:, None] & (j < end_j)[None, :], other=0.0)
@@ -39,7 +40,7 @@ def load(
 
 @triton.jit
 def store(base, tile, i, j, end_i, end_j, STRIDE_I: tl.constexpr, CHECK_J: tl.constexpr):
-    """Write the tile, rounded to the type of `base`, at the elements (i, j) inside the bounds; j is contiguous."""
+    """Store the tile, rounded to the element type of `base`, at the elements (i, j) within bounds; j is contiguous."""
     mask = (i < end_i)[:, None]
     if CHECK_J:
         mask = mask & (j < end_j)[None, :]
@@ -48,7 +49,7 @@ def store(base, tile, i, j, end_i, end_j, STRIDE_I: tl.constexpr, CHECK_J: tl.co
 
 @triton.jit
 def load_vector(base, i, end, CHECK: tl.constexpr):
-    """A vector of parameters in float32, 0 outside."""
+    """A vector of parameters in float32; 0 outside."""
     if CHECK:
         return tl.load(base + i, mask=i < end, other=0.0).to(tl.float32)
     else:
@@ -67,7 +68,7 @@ def load_rows(base, rows, end, K: tl.constexpr, KC: tl.constexpr, NC: tl.constex
 
 @triton.jit
 def centred(x, middle, columns, K: tl.constexpr, CHECK: tl.constexpr):
-    """x − middle in float32, 0 in the columns after the last: without that, padding would count as −middle each."""
+    """x − middle in float32; 0 in padded columns, which would otherwise count as −middle each."""
     difference = x.to(tl.float32) - middle[:, None]
     if CHECK:
         difference = tl.where((columns < K)[None, :], difference, 0.0)
@@ -76,7 +77,7 @@ def centred(x, middle, columns, K: tl.constexpr, CHECK: tl.constexpr):
 
 @triton.jit
 def mean_and_rstd(first, shift, squares, mean, eps, K: tl.constexpr):
-    """Of rows: the mean first + shift was rounded to `mean`, whose squared error is in the sum of squares as well."""
+    """`mean`, which is first + shift rounded, and 1/sqrt(variance + eps), with that rounding error taken out."""
     error = shift - (mean - first)
     variance = tl.sum(squares, axis=1) * (1.0 / K) - error * error
     return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
@@ -85,9 +86,9 @@ def mean_and_rstd(first, shift, squares, mean, eps, K: tl.constexpr):
 @triton.jit
 def statistics(base, chunks, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
     """Mean and 1/sqrt(variance + eps) of each row, in two passes over registers: E[x²] − E[x]² cancels where
-    |mean| ≫ σ. The mean is that of differences from the row's first element: so the mean of equal values is that value,
-    to the last bit (144 times 7.1, over 144, is not 7.1, and 1/σ makes 316 times as much of what is left). Chunks are
-    added up before columns are: a shorter sum."""
+    |mean| ≫ σ. The mean is taken of differences from the row's first element, so that the mean of equal values is that
+    value exactly (the sum of 144 times 7.1, over 144, is not 7.1, and 1/σ makes 316 times as much of the difference).
+    Chunks are added up before columns are, for a shorter sum."""
     first = tl.load(base + rows * K, mask=rows < end, other=0.0).to(tl.float32)
     total = centred(chunks[0], first, tl.arange(0, KC), K, KC > K)
     for c in tl.static_range(1, NC):
@@ -104,7 +105,7 @@ def statistics(base, chunks, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, 
 
 @triton.jit
 def statistics_of_long_rows(base, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, BM: tl.constexpr):
-    """`statistics` of rows that are read chunk by chunk, twice; the second time from cache."""
+    """`statistics` of rows that are read chunk by chunk, twice; the second time from the cache."""
     first = tl.load(base + rows * K, mask=rows < end, other=0.0).to(tl.float32)
     total = tl.zeros([BM, KC], tl.float32)
     for k in range(0, K, KC):
@@ -124,8 +125,8 @@ def statistics_of_long_rows(base, rows, end, eps, K: tl.constexpr, KC: tl.conste
 
 @triton.jit
 def normalized(x, mean, rstd, norm_weight, norm_bias, columns, K: tl.constexpr, CHECK: tl.constexpr):
-    """LayerNorm of a chunk, in its dtype: the operand of a product. Columns after the last become 0, by weight and
-    bias."""
+    """LayerNorm of a chunk in its dtype, as the operand of a product. Padded columns become 0, since weight and bias
+    are 0 there."""
     weight = load_vector(norm_weight, columns, K, CHECK)
     bias = load_vector(norm_bias, columns, K, CHECK)
     return ((x.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]).to(x.dtype)
@@ -133,7 +134,7 @@ def normalized(x, mean, rstd, norm_weight, norm_bias, columns, K: tl.constexpr, 
 
 @triton.jit
 def normalized_rows(chunks, mean, rstd, norm_weight, norm_bias, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
-    """`normalized` of every chunk."""
+    """`normalized` for every chunk."""
     results = ()
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)
@@ -143,16 +144,18 @@ def normalized_rows(chunks, mean, rstd, norm_weight, norm_bias, K: tl.constexpr,
 
 @triton.jit
 def rounded_product(a, b):
-    """a · b, rounded wherever it goes. Of a plain product whose mean is taken and subtracted the compiler makes
-    fma(a, b, −mean), with the product in full: the gradient of x in rows of one column, which is 0, was the rounding
-    error of a · b over σ, 1e-5. An fma with 0 is the rounded product by definition, and takes no part in another."""
+    """a · b, always rounded. Where a plain product has its mean subtracted later, the compiler contracts it to
+    fma(a, b, −mean), with the unrounded product: then the gradient of x in rows of one column, which is 0, came out as
+    the rounding error of a · b over σ, 1e-5. An fma with 0 is the rounded product by definition, and is not contracted
+    further."""
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
 def row_mean(rows, K: tl.constexpr):
-    """The mean of K columns, rounded right: 1/K alone is off for 74 of the widths up to 512, as in 61 · (1/61) < 1,
-    where x's gradient from Σ LN(x) would not be 0."""
+    """The mean of K columns, correctly rounded. A product with 1/K is not: x's gradient from Σ LN(x) would not be 0.
+    The mean of ones is off at 74 of the widths up to 512 (61 · (1/61) < 1), that of other values at nearly every width
+    that is not a power of two."""
     total = tl.sum(rows, axis=1)
     mean = total * (1.0 / K)
     return tl.fma(tl.fma(-mean, K, total), 1.0 / K, mean)
@@ -160,10 +163,10 @@ def row_mean(rows, K: tl.constexpr):
 
 @triton.jit
 def add_product(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a · b. In float32 the product is summed by itself and then added: of K terms in steps of 16 no chain is
-    longer than 16 + K/16. One chain over all of them, as tl.dot would go on with `sums`, is three times as far off at
-    K = 576 (its error grows with K, and not with K^(3/4)). The addition is an fma because of a plain one Triton would
-    make that chain. Tensor cores add up in steps of their own, and their operands' rounding is far larger."""
+    """sums + a · b. In float32 the product is summed by itself and then added: for K terms in steps of 16, no chain is
+    longer than 16 + K/16. A single chain, as from accumulating in tl.dot, has three times the error at K = 576: it
+    grows with K, not with K^(3/4). The addition is an fma because Triton would fold a plain one into that chain. Tensor
+    cores accumulate in steps of their own, and the rounding of their operands is far larger."""
     if PRECISION == "ieee":
         return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, sums)
     else:
@@ -198,8 +201,8 @@ def row_product(
 ):
     """x · weight for the NC · NB output columns from `first` on, as a tuple: x is read once for all of them.
 
-    x has rows of K elements; weight(k, n) lies at ``k · STRIDE_K + n · STRIDE_N``, so that a matrix serves as itself
-    and as its transpose.
+    x has rows of K elements. weight(k, n) is at ``k · STRIDE_K + n · STRIDE_N``, so that a matrix can be used as it is
+    or transposed.
     """
     accumulators = zero_rows(BM, NB, NC)
     for k in range(0, K, BK):
@@ -216,13 +219,13 @@ def row_product(
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(−x)), without infinities on the way: exp is taken of −|x| alone."""
+    """1 / (1 + exp(−x)), without overflow: exp is only taken of −|x|."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
 def silu_backward(grad, x):
-    """The gradient before SiLU from the one after it."""
+    """The gradient before SiLU, from the gradient behind it and the value x before it."""
     s = sigmoid(x)
     return grad * s * (1.0 + x * (1.0 - s))

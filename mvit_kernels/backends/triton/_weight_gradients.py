@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the weights of linear layers, and of the LayerNorms before them, for the row-wise operators.
+"""Gradients of the weights of linear layers, and of the LayerNorms before them; for the row-wise operators.
 
-They are sums over all rows: rows are split into parts by their number alone (never by the number of SMs), each part's
-sum is kept, and one more kernel adds the parts up: the same bits every time, without atomics.
+They are sums over all rows. Rows are split into parts by their number alone (never by the number of SMs), the sum of
+each part is stored, and a second kernel adds up the parts: the same bits every time, without atomics.
 
-The LayerNorm's parameters need no pass over the rows of their own. With x̂ the rows before weight γ and bias β are
-applied, and P = gᵀ x̂ and b = Σ g the sums that the linear weight W needs anyway, dW = P·γ + b ⊗ β, dγ = Σₙ W·P and dβ
-= Wᵀ b.
+The LayerNorm's parameters need no pass over the rows of their own. Let x̂ be the rows before weight γ and bias β are
+applied, and P = gᵀ x̂ and b = Σ g the sums that the gradient of the linear weight W needs anyway. Then dW = P·γ + b ⊗ β,
+dγ = Σₙ W·P and dβ = Wᵀ b.
 """
 
 from functools import lru_cache
@@ -50,10 +50,10 @@ def _product_part(
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """If `tile` is one of this product's: gradᵀ · x of the tile over one part of the rows, and what follows from it
-    (see above). `sums` has room for what `_sum_parts` adds up: parts of the weight's gradient, of the bias's, and with
-    a LayerNorm, a row of K for each part and tile of n, of its weight's and its bias's. Returns the number of the tile
-    and where the sums lie, for the next product."""
+    """If `tile` is one of this product's: gradᵀ · x of that tile over one part of the rows, and what follows from it
+    (see above). `sums` has room for what `_sum_parts` adds up: parts of the gradients of the weight and of the bias,
+    and with a LayerNorm those of its weight and bias, a row of K for each part and tile of n. Returns the tile's number
+    and the place of the sums for the next product."""
     K_TILES: tl.constexpr = (K + BK - 1) // BK
     N_TILES: tl.constexpr = (N + BN - 1) // BN
     bias_sums = sums + on_16_bytes(parts * (N * K))
@@ -73,8 +73,8 @@ def _product_part(
             mean += offset
             rstd += offset
         product = tl.zeros([BN, BK], tl.float32)
-        grads = tl.zeros([BM, BN], tl.float32)  # added up over its rows once, after the loop
-        TOGETHER: tl.constexpr = 32 * BM  # in float32, 20,000 rows are sums of 32, of 32 of these, and of 20
+        grads = tl.zeros([BM, BN], tl.float32)  # summed over its rows once, after the loop
+        TOGETHER: tl.constexpr = 32 * BM  # in float32: 20,000 rows are sums of 32, 32 of these added, 20 of those added
         if PRECISION == "ieee":
             recent = tl.zeros_like(product)
         for m in range(0, end, BM):
@@ -155,8 +155,8 @@ def _weight_gradients(
     BM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Up to four products over the same rows, a whole layer's, 0 and 2 after a LayerNorm: as one launch they fill a
-    GPU with fewer parts of the rows, and so with fewer sums, than one after the other."""
+    """Up to four products over the same rows, those of a whole layer; 0 and 2 are behind a LayerNorm. In one launch
+    they fill a GPU with fewer parts of the rows, and so with fewer sums, than one after another."""
     tile, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1).to(tl.int64)
     if grad0 is not None:
         tile, sums = _product_part(
@@ -182,8 +182,8 @@ def _weight_gradients(
 
 @triton.jit
 def _add_up(block, sums, out, parts, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """If `block` is one of this result's: add its sums over the parts up. Returns the number of the block, and where
-    the sums lie, for the next result."""
+    """If `block` is one of this result's: add up its sums over the parts. Returns the block's number and the place of
+    the sums for the next result."""
     AT_ONCE: tl.constexpr = 8
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     if (block >= 0) & (block < BLOCKS):
@@ -240,7 +240,7 @@ def _sum_parts(
     BN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What `_weight_gradients` left, in its order."""
+    """Add up what `_weight_gradients` stored, in the same order."""
     block = tl.program_id(0)
     if weight0 is not None:
         block, sums = _add_up_linear(block, sums, weight0, bias0, parts, N0, K0, BLOCK)
@@ -255,7 +255,7 @@ def _sum_parts(
 
 
 class Norm(NamedTuple):
-    """The LayerNorm in front of a linear layer."""
+    """The LayerNorm before a linear layer."""
 
     mean: Tensor
     rstd: Tensor
@@ -264,7 +264,7 @@ class Norm(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A linear layer: the gradient of its output rows, its input rows (before the LayerNorm, if it has one) and its
+    """A linear layer: the gradient of its output rows, its input rows (before the LayerNorm, if there is one) and its
     weight."""
 
     grad: Tensor
@@ -274,13 +274,13 @@ class Product(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of a linear layer: its weight's and its bias's, and those of the LayerNorm in front of it."""
+    """The gradients of a linear layer's weight and bias, and of the LayerNorm's before it."""
 
     of_linear: tuple[Tensor, Tensor]
     of_norm: tuple[Tensor, Tensor] | tuple[()]
 
 
-# By kind: columns of grad, columns of x, rows at a time, warps, stages.
+# By kind: columns of grad, columns of x, rows per step, warps, stages.
 _WEIGHT_TILES = {
     "half": (64, 64, 64, 4, 2),
     "tf32": (64, 64, 32, 4, 2),
@@ -291,19 +291,19 @@ _BLOCK = 256
 
 
 class _Schedule(NamedTuple):
-    """The two launches that compute the weights' gradients of a call."""
+    """The two launches that compute the weight gradients of a call."""
 
     products: Plan
     grid: tuple[int, int]
     part_rows: int
-    numbers: int  # float32 sums of parts
+    numbers: int  # float32 elements for the sums of all parts
     sum_parts: Plan
     blocks: int
 
 
 @lru_cache(maxsize=4096)
 def _schedule(device, dtype, norm_dtype, kind, arch, rows, shapes) -> _Schedule:
-    """`shapes`: (N, K) of each of the four products, (0, 0) of absent ones."""
+    """`shapes`: (N, K) of each of the four products; (0, 0) for an absent one."""
     BN, BK, BM, warps, stages = _WEIGHT_TILES[kind]
     BN = min(BN, max(next_power_of_2(max(N for N, _ in shapes)), 16))
     BK = min(BK, max(next_power_of_2(max(K for _, K in shapes)), 16))
@@ -323,7 +323,7 @@ def _schedule(device, dtype, norm_dtype, kind, arch, rows, shapes) -> _Schedule:
     return _Schedule(products, (tiles, parts), part_rows, numbers, sum_parts, sum_blocks)
 
 
-@lru_cache(maxsize=1024)  # a plan for all numbers of rows
+@lru_cache(maxsize=1024)  # one plan for any number of rows
 def _weight_plan(device, dtype, norm_dtype, constants, warps, stages):
     return Plan(_weight_gradients, constants, num_warps=warps, num_stages=stages)
 
@@ -334,7 +334,15 @@ def _sum_plan(device, dtype, norm_dtype, constants):
 
 
 def weight_gradients(rows: int, *products: Product) -> list[Gradients]:
-    """The gradients of up to two linear layers after a LayerNorm and two without, over the same rows."""
+    """The gradients of up to two linear layers behind a LayerNorm and two without one, over the same rows.
+
+    Args:
+        rows: their number; with none, all gradients are 0.
+        products: contiguous tensors.
+
+    Returns:
+        One `Gradients` per product, in their order.
+    """
     slots: list[Product | None] = [None] * 4
     for product in products:
         first = 0 if product.norm else 1
@@ -368,9 +376,11 @@ def weight_gradients(rows: int, *products: Product) -> list[Gradients]:
 
 
 def add_columns(sums: Tensor, parts: int, *outs: Tensor) -> None:
-    """outs[0] and outs[1], of K numbers, from sums[0] and sums[1], each of which has `parts` rows of K and is filled up
-    to 16 bytes: one more launch of the kernel above, for which a column of K numbers is the bias of a linear layer, or
-    the weight of one with one input."""
+    """outs[0] and outs[1], of K elements each, from sums[0] and sums[1], each `parts` rows of K padded to 16 bytes.
+
+    This is one more launch of the kernel above, for which a column of K elements is the bias of a linear layer, or the
+    weight of one with a single input.
+    """
     K = outs[0].numel()
     plan = _sum_plan(sums.get_device(), None, outs[0].dtype, (0, 0, K, 1, 0, 0, 0, 0, 1, _BLOCK))
     plan((2 * ceil_div(K, _BLOCK),), (sums, *[None] * 4, *outs, *[None] * 6), (parts,))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``layer_norm`` in Triton: rows as tuples of chunks, read once forward and once backward.
 
-A program of backward takes one part of the rows, by their number alone, and leaves its sums of the parameters'
-gradients; the kernel that adds up weights' gradients adds these up too.
+A program of backward takes one part of the rows, split by their number alone, and stores its sums of the parameters'
+gradients. The kernel that adds up weight gradients adds these up too.
 """
 
 from functools import lru_cache
@@ -118,7 +118,7 @@ def _backward(
 
 
 _TILE = (16, 64, 8)  # rows, widest chunk of columns, warps; 32 rows spill 8 to 72 bytes from 144 columns on
-_TILE_240 = (8, 64, 4)  # of more than 192 columns: 16 rows of 240 spill 8 bytes on 10.0, 8 in 8 warps as many on 9.0
+_TILE_240 = (8, 64, 4)  # above 192 columns: 16 rows of 240 spill 8 bytes on 10.0, 8 rows in 8 warps as many on 9.0
 _PARTS = 264  # two for each SM of a large GPU; a constant, so that the same rows give the same bits everywhere
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm_linear`` in Triton: rows are normalised in registers, and are a product's operand there.
+"""``layer_norm_linear`` in Triton: rows are normalised in registers, where they are the operand of the product.
 
-Backward computes the rows before the activation once more (the same kernel), then what a linear layer and a LayerNorm
-need (`_gradients`).
+Backward recomputes the rows before the activation with the same kernel, then takes the gradients of a linear layer and
+a LayerNorm (`_row_gradients`, `_weight_gradients`).
 """
 
 from functools import lru_cache
@@ -42,10 +42,10 @@ def _normed_product(
     SILU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = act(LN(x) Wᵀ + b), and mean and rstd; or, with grad_out and from mean and rstd, the gradient before SiLU.
+    """out = act(LN(x) Wᵀ + b), mean and rstd; or, given grad_out with mean and rstd, the gradient before SiLU.
 
-    RESIDENT keeps the normalised rows in registers for all tiles of columns; else they are read again for each, chunk
-    by chunk. The columns are shared out among the programs of the grid's second axis.
+    RESIDENT keeps the normalised rows in registers for all tiles of columns; otherwise they are read again for each,
+    chunk by chunk. The programs of the grid's second axis share the columns.
     """
     first_row = tl.program_id(0) * BM
     offset = first_row.to(tl.int64)
@@ -97,7 +97,7 @@ _TILES = {
     "tf32": (64, 64, 32, 4, 2, 0),
     "ieee": (32, 32, 16, 4, 2, 0),  # chunks of 32 spill 8 to 24 bytes
 }
-_PROGRAMS = 264  # two for each SM of a large GPU: with fewer row tiles, columns are shared out
+_PROGRAMS = 264  # two for each SM of a large GPU: with fewer tiles of rows, programs share the columns
 
 
 @lru_cache(maxsize=4096)
@@ -106,7 +106,7 @@ def _plan(device, dtype, norm_dtype, kind, arch, K, N, bias, activation, backwar
     BN = min(BN, max(next_power_of_2(N), 16))
     KC, NC = chunked(K, widest if K <= resident else min(widest, 32))
     if K > 192 and kind == "half" and is_small(arch):
-        stages = 1  # two take 104 KB of shared memory, and 8.6, 8.9 and 12.0 have 99
+        stages = 1  # two take 104 KB of shared memory, and a block of 8.6, 8.9 and 12.0 has 99
     constants = (K, N, BM, BN, KC, NC, K <= resident, activation == "silu", "ieee" if kind == "ieee" else "tf32")
     return Plan(_normed_product, constants, num_warps=warps, num_stages=stages), BM, ceil_div(N, BN)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm_mlp`` in Triton: one kernel forward, the hidden activations a chunk at a time and never in memory.
+"""``layer_norm_mlp`` in Triton: a fused forward kernel, with hidden activations a chunk at a time and never in memory.
 
-Backward writes them and their gradients once: with both products of the weights' gradients in the same program,
-accumulators of 2 · chunk · d spill kilobytes at every tile from d = 144 on. The rest is a linear layer after a
-LayerNorm and one without (`_gradients`).
+Backward writes them and their gradients once: with both weight-gradient products in one program, accumulators of
+2 · chunk · d spill kilobytes with every tile from d = 144 on. The rest is a linear layer behind a LayerNorm and one
+without (`_row_gradients`, `_weight_gradients`).
 """
 
 from functools import lru_cache
@@ -55,8 +55,8 @@ def _mlp(
     PH: tl.constexpr,
     PW: tl.constexpr,
 ):
-    """out = x + fc2(silu(fc1(LN(x)))): fc1's accumulator, through SiLU, is fc2's operand. fc2's rows are dropped where
-    dropout is live."""
+    """out = x + fc2(silu(fc1(LN(x)))): fc1's accumulator, after SiLU, is fc2's operand. Live dropout is applied to
+    fc2's rows."""
     first_row = tl.program_id(0) * BM
     offset = first_row.to(tl.int64)
     rows, end = tl.arange(0, BM), M - first_row
@@ -148,10 +148,10 @@ def _hidden(
 _TILES = {
     "half": (64, 32, 64, 8, 2),
     "tf32": (32, 16, 64, 8, 2),
-    "ieee": (16, 16, 32, 8, 1),  # chunks are fc1's sums as well, which are to be short
+    "ieee": (16, 16, 32, 8, 1),  # a chunk is also one of the partial sums of fc1, which must be short
 }
-_TILE_WIDE = (16, 16, 64, 8, 1)  # of more than 256 columns
-_TILE_240 = (32, 32, 64, 8, 2)  # 64 rows of 256 columns spill 112 bytes where products are mma.sync's
+_TILE_WIDE = (16, 16, 64, 8, 1)  # above 256 columns
+_TILE_240 = (32, 32, 64, 8, 2)  # with mma.sync, 64 rows of 256 columns spill 112 bytes
 # By kind: rows, hidden columns, k step, warps, stages.
 _HIDDEN_TILES = {
     "half": (64, 64, 16, 4, 2),
@@ -199,7 +199,10 @@ def forward(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bia
 
 
 def hidden_gradient(grad, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight):
-    """silu(fc1(LN(x))) and the gradient before SiLU, of contiguous tensors; `grad` is that of fc2's output."""
+    """silu(fc1(LN(x))) and the gradient before SiLU, both (rows, hidden), from contiguous tensors.
+
+    `grad` is the gradient of fc2's output; the other arguments are those of ``layer_norm_mlp_backward``.
+    """
     rows = mean.numel()
     hidden = x.new_empty((rows, fc1_weight.shape[0]))
     grad_hidden = torch.empty_like(hidden)

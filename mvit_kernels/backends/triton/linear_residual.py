@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_residual`` in Triton: a product over whole rows, with the bias and the residual added on its way out.
+"""``linear_residual`` in Triton: a product over whole rows, with the bias and the residual added in the epilogue.
 
-Backward is the same kernel on the weight as it lies, and the weight's own gradient.
+Backward is the same kernel with the weight not transposed, and the gradient of the weight.
 """
 
 from functools import lru_cache
@@ -48,7 +48,7 @@ def _product(
     PH: tl.constexpr,
     PW: tl.constexpr,
 ):
-    """out = x · weight (+ bias), after dropout where it is live (+ residual): BM rows and NC · NB columns a program."""
+    """out = x · weight (+ bias), dropped if dropout is live, (+ residual): BM rows and NC · NB columns a program."""
     first_row = tl.program_id(0) * BM
     offset = first_row.to(tl.int64)
     rows, end = tl.arange(0, BM), M - first_row
@@ -77,9 +77,9 @@ def _product(
 _TILES = {
     "half": (64, 32, 64, 256, 4, 2),
     "tf32": (64, 32, 32, 64, 4, 2),
-    "ieee": (32, 16, 32, 32, 4, 2),  # FFMA: all of a tile's operands go through registers
+    "ieee": (32, 16, 32, 32, 4, 2),  # FFMA: all operands of a tile go through registers
 }
-_FEW_ROWS = 8192  # less than one program of 64 rows for each of 128 SMs: then columns are shared out as well
+_FEW_ROWS = 8192  # at most one program of 64 rows for each of 128 SMs: programs then share the columns too
 
 
 @lru_cache(maxsize=4096)
@@ -93,7 +93,18 @@ def _plan(device, dtype, kind, arch, K, N, transposed, few_rows, bias, residual,
 
 
 def product(x, weight, bias, residual, out, rows, *, transposed, drop: Dropped = NOTHING):
-    """out = x · weight, or x · weightᵀ where `transposed`, (+ bias), dropped, (+ residual), of contiguous rows."""
+    """out = x · weight, or x · weightᵀ if `transposed`, (+ bias), dropped, (+ residual); of contiguous rows.
+
+    Args:
+        x: (..., K).
+        weight: (K, N), or (N, K) if `transposed`.
+        bias: (N,), or None.
+        residual: (..., N), or None.
+        out: (..., N), written.
+        rows: their number, at least 1.
+        transposed: see above.
+        drop: what is dropped before the residual is added.
+    """
     K, N = x.shape[-1], out.shape[-1]
     plan, BM, columns = _plan(
         x.get_device(),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which calls the kernels in this folder can serve: a function for each operator, from a call to the reasons why
-not."""
+"""Which calls the kernels in this folder can serve: for each operator, a function from a call to the reasons against
+it."""
 
 from __future__ import annotations
 

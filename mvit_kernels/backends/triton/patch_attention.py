@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``patch_attention`` in Triton: the grouping is in the addresses, and softmax is taken block by block of keys.
+"""``patch_attention`` in Triton: the grouping is in the addresses, and softmax runs block by block over the keys.
 
-Token n of the sequence at place (i, j) of the patches lies at row ``(n // NW) · ph + i`` and column ``(n % NW) · pw +
-j`` of the map, NW being the patches in a row. NW and N are constants of the kernel: a division by a run-time NW costs
-430 of 1389 instructions.
+Token n of the sequence at position (i, j) of the patches is at row ``(n // NW) · ph + i`` and column ``(n % NW) · pw +
+j`` of the map, where NW is the number of patches in a row. NW and N are constants of the kernel: a division by a
+run-time NW costs 430 of 1389 instructions.
 
-Forward is FlashAttention's (arXiv:2205.14135, algorithm 1). Exponents become those of 2 only after the largest score is
-taken out: scores of a thousand would lose three more bits of their differences, and float32 gradients were three times
-as far off as PyTorch's. Backward needs no atomics: a program owns a whole (sequence, head) where its queries fit on
-chip (5 products), or else one block of queries and then the same block of keys (7 products). Sequences of up to 16
-tokens take kernels of their own (`patch_attention_short`).
+Forward is FlashAttention (arXiv:2205.14135, algorithm 1). Exponents are converted to base 2 only after the maximum is
+subtracted: before, scores of a thousand would lose three more bits of their differences, and float32 gradients were
+three times as far off as PyTorch's. Backward needs no atomics: a program owns a whole (sequence, head) where its
+queries fit on chip (5 products), and otherwise one block of queries, then the same block of keys (7 products).
+Sequences of up to 16 tokens have kernels of their own (`patch_attention_short`).
 """
 
 from functools import lru_cache
@@ -41,8 +41,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _place(HEADS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
-    """This program's image, row and column inside the patch, head and sequence-and-head; heads vary fastest, so that
-    neighbours read the same rows."""
+    """This program's image, row and column inside the patch, head, and index of sequence and head. Heads vary fastest,
+    so that neighbouring programs read the same rows."""
     both = tl.program_id(0)
     head, sequence = both % HEADS, both // HEADS
     return sequence // (PH * PW), sequence // PW % PH, sequence % PW, head, both.to(tl.int64)
@@ -70,7 +70,7 @@ def _forward(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BM queries of one head of one sequence a program."""
+    """BM queries of one head of one sequence per program."""
     N: tl.constexpr = NH * NW
     INNER: tl.constexpr = HEADS * D
     OUT_H: tl.constexpr = NW * PW * INNER
@@ -132,7 +132,7 @@ def _backward_whole(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One head of one sequence a program: all queries stay, keys pass by in blocks of BN."""
+    """One head of one sequence per program: all queries stay on chip, keys pass in blocks of BN."""
     N: tl.constexpr = NH * NW
     INNER: tl.constexpr = HEADS * D
     OUT_H: tl.constexpr = NW * PW * INNER
@@ -196,7 +196,7 @@ def _backward_blocks(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of one head of one sequence a program: the gradient of BM queries over all keys, then those of the BM
+    """One block of one head of one sequence per program: the gradient of BM queries over all keys, then those of the BM
     keys and values of the same tokens over all queries, BN at a time."""
     N: tl.constexpr = NH * NW
     INNER: tl.constexpr = HEADS * D
@@ -242,7 +242,7 @@ def _backward_blocks(
         grads = load_parts(grad_out, row_steps, ns, N, D, D0, D1, CHECK_N)
         deltas = row_dots(load_parts(out, row_steps, ns, N, D, D0, D1, CHECK_N), grads, D1)
         lses = tl.load(logsumexp + ns, mask=ns < N, other=0.0)
-        # keys by queries: the transposes that the products want. Rows of keys after the last are never stored.
+        # keys by queries: the transposes that the products need. Rows of keys past the end are never stored.
         p = tl.exp2((product(keys, queries, D1, PRECISION) * scale - lses[None, :]) * LOG2_E)
         ds = score_gradients(p, product(values, grads, D1, PRECISION), deltas[None, :], scale, N)
         grad_v = weigh(p.to(qkv.dtype.element_ty), grads, grad_v, D1, PRECISION)
@@ -251,19 +251,19 @@ def _backward_blocks(
     store_parts(grad_qkv + 2 * INNER, grad_v, grad_steps, ms, N, D, D0, D1, CHECK_M)
 
 
-# By kind and columns of a head (as padded): queries, keys at a time, warps, stages.
+# By kind and (padded) columns of a head: queries, keys per step, warps, stages.
 _FORWARD = {
     "half": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
     "tf32": {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     "ieee": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
-_LONG = (128, 64, 8, 2)  # from 128 tokens on, 16-bit, where there are many queries:
-_MANY = 128 * 128  # a program for each of 128 SMs
-_FEW_BLACKWELL = 32  # heads of 32 + 16 columns on 10.x, where queries are few: 64 keys spill 24 bytes, 32 none
-# Backward with all queries on chip: by columns, up to 64 tokens and up to 256; keys at a time, warps, stages.
+_LONG = (128, 64, 8, 2)  # 16-bit, from 128 tokens on, where there are many queries:
+_MANY = 128 * 128  # enough for a program on each of 128 SMs
+_FEW_BLACKWELL = 32  # 32 + 16 columns on 10.x, unless `_LONG`: 64 keys spill 24 bytes, 32 none
+# Backward with all queries on chip, by columns: for up to 64 tokens, and up to 256; keys per step, warps, stages.
 _WHOLE = {32: ((64, 4, 1), (32, 8, 1)), 64: ((64, 8, 1), (16, 8, 1))}
-_WHOLE_AMPERE = 32  # heads of 32 + 16 columns on 8.x: 16 keys spill 8 bytes there, 32 none; on 12.0 it is the other way
-# Backward by blocks.
+_WHOLE_AMPERE = 32  # 32 + 16 columns on 8.x: 16 keys spill 8 bytes there and 32 none; on 12.0 it is the other way round
+# Backward by blocks, by kind and columns: tokens of the block, other tokens per step, warps, stages.
 _BLOCKS = {
     "half": {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     "tf32": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
@@ -295,7 +295,8 @@ def _backward_plan(device, dtype, kind, arch, where: Geometry):
     N = where.NH * where.NW
     precision = "ieee" if kind == "ieee" else "tf32"
     queries = max(next_power_of_2(N), 16)
-    # Padding N to a power of two may cost a fifth; more, and the two more products of the other kernel cost less.
+    # Padding N to a power of two may cost a fifth. Beyond that, the two additional products of `_backward_blocks` cost
+    # less.
     if kind == "half" and D0 + D1 <= 64 and N <= 256 and queries * 5 <= N * 6:
         BN, warps, stages = _row(_WHOLE, D0 + D1)[N > 64]
         if D1 and N > 64 and arch < 90:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``patch_attention`` of at most 16 tokens a sequence (stage 5 at 256 px): all heads of a sequence in one program.
+"""``patch_attention`` for at most 16 tokens a sequence (stage 5 at 256 px): all heads of a sequence in one program.
 
-A head's scores are one 16 × 16 tile, so heads are the first axis of three-dimensional products, with a warp for each:
-four heads for the price of one, and whole rows of the map read together.
+The scores of a head are one 16 × 16 tile, so heads are the batch axis of three-dimensional products, with a warp each:
+four heads cost as much as one, and whole rows of the map are read together.
 """
 
 from functools import lru_cache
@@ -20,7 +20,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _first_token(qkv, SB: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
-    """This program's sequence: where its first token lies, and its image, row and column inside the patch."""
+    """This program's sequence: the address of its first token, and its image, row and column inside the patch."""
     sequence = tl.program_id(0)
     image, i, j = (sequence // (PH * PW)).to(tl.int64), sequence // PW % PH, sequence % PW
     return qkv + image * SB + i.to(tl.int64) * SH + j * SW, image, i, j
@@ -28,7 +28,7 @@ def _first_token(qkv, SB: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: 
 
 @triton.jit
 def _offsets(steps, HB: tl.constexpr, D: tl.constexpr, DB: tl.constexpr):
-    """Of the elements (head, token, column) from a sequence's first."""
+    """The offsets of the elements (head, token, column) from a sequence's first."""
     heads, columns = tl.arange(0, HB), tl.arange(0, DB)
     return steps[None, :, None] + heads[:, None, None] * D + columns[None, None, :]
 
@@ -145,13 +145,17 @@ def backward(
     tl.store(into + 2 * INNER, grad_v.to(q.dtype), mask=inside)
 
 
-# By kind: the most elements of a tile, heads (as padded) · 16 · columns (as padded). 4 heads of 60 are 4096.
+# By kind: the most elements of a tile, (padded) heads · 16 · (padded) columns. 4 heads of 60 make 4096.
 _LARGEST = {"half": 8192, "tf32": 4096, "ieee": 2048}
 
 
 @lru_cache(maxsize=4096)
 def plan(kernel, device, dtype, kind, arch, where: Geometry) -> Plan | None:
-    """One of these kernels, a program a sequence; None where the sequence is long or all heads' tiles do not fit."""
+    """The plan of `kernel`, `forward` or `backward` above, one program per sequence.
+
+    Returns:
+        None where the sequences are longer than 16 tokens, or the tiles of all heads are too large.
+    """
     HB, DB = next_power_of_2(where.heads), max(next_power_of_2(where.head_dim), 16)
     if where.NH * where.NW > TOKENS or HB * TOKENS * DB > _LARGEST[kind]:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels run on, and how large their tiles may be.
+"""Where the kernels run, and the limits of their tiles.
 
 With ``TRITON_INTERPRET=1`` in the environment (read when this module is imported) they run in Triton's interpreter, on
 CPU tensors and slowly.
@@ -14,7 +14,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The widest row that a LayerNorm's kernels keep in registers, and the widest head: beyond, tiles spill by kilobytes.
+# The widest row that LayerNorm kernels keep in registers, and the widest head: beyond these, tiles spill by kilobytes.
 MAX_WIDTH = 512
 MAX_HEAD_DIM = 256
 MAX_ROWS = 2**31 - 1

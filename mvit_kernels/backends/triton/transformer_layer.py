@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer_layer`` in Triton: the kernels of its four operators, launched as one.
+"""``transformer_layer`` in Triton: the kernels of its four operators, launched by one operator.
 
-Four kernels forward. Backward takes eight, where the operators one by one take eleven and an addition: the gradient of
-the residual is added up where the LayerNorm's gradient is written, and all weights' gradients of the layer are one
-launch, and one more that adds up their parts. One of the eight computes q, k and v once more, which are the half of
-what would be kept. Dropout after fc2 takes a ninth, for its gradient is read by two kernels; dropout after the
-out-projection none, for the kernel that writes the gradient of the rows between writes both.
+Forward launches four kernels. Backward launches eight, where the four operators launch eleven and an addition: the
+gradient of the residual is added where the LayerNorm's gradient is written, and all weight gradients of the layer are
+one launch, plus one that adds up their parts. One of the eight recomputes q, k and v, which would be half of what is
+saved. Dropout or drop-path on the MLP branch takes a ninth, since two kernels read its gradient. On the attention
+branch it takes none: the kernel that writes the gradient of the rows between the branches writes both.
 """
 
 import torch

@@ -4,9 +4,9 @@
 Example:
     $ python -m mvit_kernels.backends.triton.tune --width 144 --batch 64
 
-The rows of the row-wise operators' tables are varied around what stands there; forward or backward is timed with each,
-at the shapes of MobileViT's stage of that width, and rows that do not launch are passed over. Nothing is chosen at call
-time: what is printed has no effect until it stands in a table. Attention's tables are not varied.
+The tables of the row-wise operators are searched around their present rows. Each candidate is timed, forward or
+backward, at the shapes of MobileViT's stage of that width; those that do not launch are skipped. Nothing is chosen at
+call time: what is printed has no effect until it is in a table. Attention's tables are not searched.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from types import ModuleType
 
 import torch
 
-SIDES = {64: 32, 80: 16, 96: 32, 120: 16, 144: 32, 192: 16, 240: 8}  # of the map, at 256 px
+SIDES = {64: 32, 80: 16, 96: 32, 120: 16, 144: 32, 192: 16, 240: 8}  # of the map, for images of 256 px
 WARPS, STAGES = (4, 8), (1, 2, 3)
 
 
 def candidates(row: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Rows like (rows, columns, …, warps, stages[, more]): the first two halved and doubled, other warps and stages."""
+    """Variants of a row (rows, columns, …, warps, stages[, limit]): the first two numbers halved and doubled, and other
+    warps and stages."""
     first, second, *rest = row
-    at = len(row) - 2 if row[-1] < 16 else len(row) - 3  # a limit may follow the stages
+    at = len(row) - 2 if row[-1] < 16 else len(row) - 3  # of the warps; a limit may follow the stages
     for a, b, warps, stages in itertools.product(
         *[[n for n in (size // 2, size, 2 * size) if n >= 16] for size in (first, second)], WARPS, STAGES
     ):
@@ -34,7 +35,7 @@ def candidates(row: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def forget(modules: list[ModuleType]) -> None:
-    """Drop the plans that were made with other tables."""
+    """Clear the cached plans, which were made with other tables."""
     for module in modules:
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
@@ -44,8 +45,17 @@ def forget(modules: list[ModuleType]) -> None:
 def best_row(
     table: dict, key: object, run: Callable[[], object], time: Callable[[Callable], float], modules: list[ModuleType]
 ) -> tuple[tuple[int, ...], float, float]:
-    """The fastest row for ``table[key]``, its time, and that of the row that stands there, which stands there after it
-    as before."""
+    """The fastest row for ``table[key]``, its time, and the time of the present row. The table is left as it was.
+
+    Args:
+        table, key: where the row is.
+        run: the launch to time.
+        time: times a function, in ms.
+        modules: those whose cached plans depend on the table.
+
+    Raises:
+        RuntimeError: no candidate runs, not even the present row.
+    """
     standing = table[key]
     times = {}
     try:
@@ -66,7 +76,7 @@ def best_row(
 
 
 def jobs(width: int, batch: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, dict, Callable]]:
-    """(a table's name, the table, what to time) of every row-wise operator, forward and backward."""
+    """(name of the table, the table, what to time), for every row-wise operator, forward and backward."""
     from . import _row_gradients, _weight_gradients, layer_norm_linear, layer_norm_mlp, linear_residual
 
     def t(*shape: int) -> torch.Tensor:
@@ -83,7 +93,7 @@ def jobs(width: int, batch: int, dtype: torch.dtype, device: str) -> Iterator[tu
     def norm_backward():
         _row_gradients.norm_backward(out, qkv, x, mean, rstd, norm[0], None, torch.empty_like(x))
 
-    def weight_gradients():  # a whole layer's, in training one launch
+    def weight_gradients():  # of a whole layer, as one launch in training
         before = _weight_gradients.Norm(mean, rstd, *norm)
         _weight_gradients.weight_gradients(
             mean.numel(),
