@@ -10,12 +10,14 @@ namespace {
 
 struct InstructionSet {
   const char* name;
+  int vector_bytes;
   bool bf16_pairs;
   bool (*supported)();
 };
 
 // __builtin_cpu_supports also asks whether the operating system saves the registers.
-#define MVIT_ENTRY(set, plain_set, bf16_pairs, supported) {#set, bf16_pairs, [] { return static_cast<bool>(supported); }},
+#define MVIT_ENTRY(set, plain_set, vector_bytes, bf16_pairs, supported) \
+  {#set, vector_bytes, bf16_pairs, [] { return static_cast<bool>(supported); }},
 constexpr InstructionSet kBestFirst[] = {MVIT_INSTRUCTION_SETS(MVIT_ENTRY)};
 #undef MVIT_ENTRY
 constexpr int kCount = sizeof kBestFirst / sizeof *kBestFirst;
@@ -54,11 +56,21 @@ bool this_cpu_has_bf16_pairs() { return kBestFirst[current_isa()].bf16_pairs; }
 
 }  // namespace mvit
 
-// For `mvit-kernels info` and the tests, by ctypes: the set in use, or the empty string where the variable is wrong.
-extern "C" __attribute__((visibility("default"))) const char* mvit_kernels_cpu_isa() noexcept {
+// For Python, by ctypes: the set in use, its vectors' bytes and whether it has products of bfloat16 pairs; the empty string
+// and zeros where MVIT_KERNELS_CPU_ISA is wrong.
+#define MVIT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+const mvit::InstructionSet& in_use() noexcept {
+  static constexpr mvit::InstructionSet none{"", 0, false, nullptr};
   try {
-    return mvit::kBestFirst[mvit::current_isa()].name;
+    return mvit::kBestFirst[mvit::current_isa()];
   } catch (const std::exception&) {
+    return none;
   }
-  return "";
 }
+}  // namespace
+
+MVIT_EXPORT const char* mvit_kernels_cpu_isa() noexcept { return in_use().name; }
+MVIT_EXPORT int mvit_kernels_cpu_vector_bytes() noexcept { return in_use().vector_bytes; }
+MVIT_EXPORT int mvit_kernels_cpu_bf16_pairs() noexcept { return in_use().bf16_pairs; }

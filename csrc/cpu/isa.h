@@ -8,8 +8,9 @@
 // best one below.
 //
 // The sets are listed in CMakeLists.txt and nowhere in here. CMake writes instruction_sets.h, which defines
-//   MVIT_INSTRUCTION_SETS(X, ...)  X(set, plain_set, bf16_pairs, supported, ...) for each set in the library, best first:
-//                                  plain_set is the best without pairs up to this one, supported asks the processor
+//   MVIT_INSTRUCTION_SETS(X, ...)  X(set, plain_set, vector_bytes, bf16_pairs, supported, ...) for each set in the library,
+//                                  best first: plain_set is the best without pairs up to this one, supported asks
+//                                  the processor
 //   MVIT_KNOWN_INSTRUCTION_SETS    the names of these and of those that the compiler has no flags for, best first
 #pragma once
 
@@ -26,16 +27,16 @@ int current_isa();
 bool this_cpu_has_bf16_pairs();
 
 // In an operator's header: the tables that its kernels define.
-#define MVIT_DECLARE_TABLE_(set, plain_set, bf16_pairs, supported, Kernels, op) extern const Kernels op##_##set;
+#define MVIT_DECLARE_TABLE_(set, plain_set, vector_bytes, bf16_pairs, supported, Kernels, op) extern const Kernels op##_##set;
 #define MVIT_DECLARE_KERNELS(Kernels, op) \
   MVIT_INSTRUCTION_SETS(MVIT_DECLARE_TABLE_, Kernels, op) static_assert(true)
 
 // Use: const auto& kernels = MVIT_KERNELS_FOR_THIS_CPU(patch_attention);
-#define MVIT_PLAIN_TABLE_(set, plain_set, bf16_pairs, supported, op) &op##_##plain_set,
+#define MVIT_PLAIN_TABLE_(set, plain_set, vector_bytes, bf16_pairs, supported, op) &op##_##plain_set,
 #define MVIT_KERNELS_FOR_THIS_CPU(op) MVIT_SELECT_(op, MVIT_PLAIN_TABLE_)
 
 // The same for operators whose kernels are compiled for every set.
-#define MVIT_TABLE_WITH_PAIRS_(set, plain_set, bf16_pairs, supported, op) &op##_##set,
+#define MVIT_TABLE_WITH_PAIRS_(set, plain_set, vector_bytes, bf16_pairs, supported, op) &op##_##set,
 #define MVIT_KERNELS_WITH_BF16_PAIRS(op) MVIT_SELECT_(op, MVIT_TABLE_WITH_PAIRS_)
 
 #define MVIT_SELECT_(op, X)                                                                    \

@@ -9,8 +9,6 @@ import torch
 from ..backends import cpu
 from ..backends.library import register_native_fake
 
-# float32 elements of a vector, the unit in which csrc/cpu packs.
-LANES = {"avx512bf16": 16, "avx512": 16, "avx2": 8, "portable": 4}
 
 
 @register_native_fake("network.cpu")
@@ -37,7 +35,7 @@ def _pack_inverted_residual(expand, expand_bias, depthwise, depthwise_bias, proj
     return expand.new_empty(panels + taps + 2 * _vector(hidden) + _vector(out), dtype=torch.uint8)
 
 
-# Bytes, as csrc/cpu/convolution_kernel.h and inverted_residual_kernel.h count them: parts start on multiples of 64.
+# Bytes, as csrc/cpu/convolution_kernel.cpp and inverted_residual_kernel.cpp count them: parts start on multiples of 64.
 
 
 def _panels(weight, columns, depth):
@@ -51,7 +49,7 @@ def _vector(size):
 
 
 def _whole_vectors(count):
-    lanes = LANES[cpu.instruction_set()]
+    lanes = cpu.vector_lanes()
     return (count + lanes - 1) // lanes * lanes
 
 

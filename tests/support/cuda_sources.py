@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+from . import ROOT
+
+FOLDER = ROOT / "csrc" / "cuda"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 
@@ -15,21 +16,29 @@ INFERENCE_DTYPES = (torch.float32, torch.bfloat16)  # of the operators without a
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
+    """The instruction set in use, one of those listed in csrc/cpu/CMakeLists.txt: "avx512bf16", …, "portable".
 
     It is the best that the processor supports, or the one that the environment variable ``MVIT_KERNELS_CPU_ISA`` names;
     "" where that one is unknown or unsupported, or where there is no library.
     """
-    if load("cpu"):
-        return ""
-    function = ctypes.CDLL(str(loaded_paths["cpu"])).mvit_kernels_cpu_isa
-    function.restype = ctypes.c_char_p
-    return function().decode()
+    return "" if load("cpu") else _ask("isa", ctypes.c_char_p).decode()
+
+
+def vector_lanes() -> int:
+    """float32 elements of a vector of that instruction set, the unit in which csrc/cpu packs; 0 where there is none."""
+    return 0 if load("cpu") else _ask("vector_bytes") // 4
 
 
 def multiplies_bf16_pairs() -> bool:
     """Whether bfloat16 operands are multiplied as bfloat16 pairs here; elsewhere they are converted to float32."""
-    return instruction_set() == "avx512bf16"
+    return not load("cpu") and bool(_ask("bf16_pairs"))
+
+
+def _ask(what: str, kind: type = ctypes.c_int) -> Any:
+    """A fact that csrc/cpu/isa.cpp exports about the instruction set in use."""
+    function = getattr(ctypes.CDLL(str(loaded_paths["cpu"])), f"mvit_kernels_cpu_{what}")
+    function.restype = kind
+    return function()
 
 
 def _dtype(call: Call) -> list[str]:
