@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make demo` and `make test` do all their set-up; `make help` tells the rest.
+# Every target does the set-up that it needs; `make help` lists them.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ SUITE ?= all
 BUDGET ?= 30
 DEVICE ?= cpu
 
-# The set-up is done when this file exists, is newer than what it was made from, and $(IS_SOUND) agrees.
+# The set-up is complete if this file exists, is newer than its prerequisites, and $(IS_SOUND) succeeds.
 READY := $(VENV)/.mvit_kernels-ready
 
 ifeq ($(USE_SYSTEM_PYTHON),1)
@@ -53,7 +53,7 @@ demo: setup
 	@$(PY) setup.py -q build_native --inplace
 	@$(PY) -m mvit_kernels demo
 
-# A process for each core, whole files to each: the tests run on one thread, and what a file's fixtures made serves all of it.
+# One process per core, each running whole files: tests use one thread, and the tests of a file share its fixtures.
 IN_PARALLEL = $$($(PY) -c 'import xdist; print("-n auto --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
 
 test: lint build
@@ -76,9 +76,9 @@ test-emulated: setup
 	@MVIT_KERNELS_EMULATED=1 $(PY) -m pytest -q tests/ops/test_linear_residual.py tests/ops/test_layer_norm_linear.py \
 		tests/ops/test_layer_norm_mlp.py tests/ops/test_patch_attention.py tests/ops/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
 
-# PyTorch's libraries held down: without AMX, as on machines with AVX2, and with SSE4.2. What errors are measured against
-# differs fourfold between them; what is right on one is right on all. Inductor's cache does not know the capability: code
-# that was generated for AVX-512 is run, and wrong, where the rest is held to AVX2.
+# PyTorch's libraries limited to AVX-512 without AMX, to AVX2, and to SSE4.2. PyTorch's own errors, which ours are compared
+# with, differ by a factor of four between them; a correct result passes on all. Each run gets its own Inductor cache, whose
+# key does not contain the capability: code generated for AVX-512 would run, and give wrong results, in an AVX2 run.
 NO_AMX := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
 AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 AS_SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
@@ -144,9 +144,9 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	echo "error: Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1): name another, make PYTHON=/path/to/python3" >&2; exit 1; }
 endef
 
-# Succeeds iff the environment is what a finished set-up leaves: everything pinned is there at its version, and the
-# package is imported from this very folder. The stamp alone would still stand after `pip install -U numpy`, after the
-# folder was moved or copied, and after the base Python was removed.
+# Succeeds iff the environment is as a completed set-up leaves it: everything pinned is installed at its version, and the
+# package is installed from this folder. The stamp file alone would remain after `pip install -U numpy`, after the folder
+# was moved or copied, and after the base Python was removed.
 define IS_SOUND
 import importlib.metadata as metadata, json, pathlib, sys
 from packaging.requirements import Requirement
@@ -169,8 +169,8 @@ if origin != pathlib.Path.cwd().as_uri():
 endef
 export IS_SOUND
 
-# torch first, by itself: then everything that depends on torch finds it there, and pip has no reason to fetch another.
-# --no-compile: of the 14,000 Python files that come few are ever imported, and those are then compiled anyway.
+# torch is installed first, so that everything that depends on it finds it and pip does not fetch another one.
+# --no-compile: few of the 14,000 Python files that are installed are ever imported, and importing compiles them anyway.
 $(READY): constraints.txt pyproject.toml setup.py mvit_kernels/__init__.py
 	@$(PYTHON_IS_NEW_ENOUGH)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \

@@ -3,19 +3,20 @@
 
     python benchmarks/boundary.py [--results FOLDER] [--rounds N]
 
-Every operator is called on 4 tokens of 16 channels (``inverted_residual`` on 16 of 24), along these paths:
+Every operator is called on 4 tokens of 16 channels (``inverted_residual`` on 16 tokens of 24 channels), along these
+paths:
 
-- ``plain``: the reference's function, no boundary at all;
+- ``plain``: the reference's function, without any boundary;
 - ``raw``: the raw operator ``mvit_kernels::<operator>.<backend>``, through PyTorch's dispatcher;
-- ``function``: the same with the autograd function around it, as where a gradient is needed;
-- ``public``: ``mvit_kernels.<operator>`` under no_grad: checks of the arguments, choice of the backend, the call;
-- ``public, grad``: the same on an input that requires a gradient.
+- ``function``: the raw operator inside its autograd function, as when a gradient is needed;
+- ``public``: ``mvit_kernels.<operator>`` under no_grad: argument checks, choice of the backend, the call;
+- ``public, grad``: the same with an input that requires a gradient.
 
-Beside them ``torch.add`` of two such tensors, in the same run. The raw reference operators are written in Python and
-compute what a backward needs: their own time is no measure of a kernel's. What counts is ``function`` − ``raw``,
-``public`` − ``plain`` (reference) and ``public`` − ``raw`` (compiled).
+``torch.add`` of two such tensors is timed in the same run for comparison. The raw reference operators are written in
+Python and compute what backward needs, so their own time says nothing about a kernel's. The overheads are
+``function`` − ``raw``, ``public`` − ``plain`` (reference) and ``public`` − ``raw`` (compiled backends).
 
-At the end, what an accelerated block spends at each call to see that it may still be accelerated.
+The last rows are the time that an accelerated block spends at each call to check that it may still be accelerated.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from mvit_kernels.bench.origin import environment
 from mvit_kernels.bench.suites.operands import OPERATORS, Operands, Stage, operands
 from mvit_kernels.bench.timing import Timing, interleave
 
-CALLS = 20  # a sample: long beside the clock's resolution, short beside the scheduler's time slice
+CALLS = 20  # per sample: long compared with the clock's resolution, short compared with the scheduler's time slice
 TINY = Stage("xxs", 3, 1, 16, 2, 1)
 
 
 def paths(name: str, case: Operands, backend: str) -> dict[str, Callable[[], object]]:
-    """The paths that there are for this operator on this backend."""
+    """The paths that exist for this operator on this backend, as functions to time."""
     tensors, constants = case.tensors, case.constants
     needing = (tensors[0].clone().requires_grad_(), *tensors[1:])
     raw_operator, raw_tensors = _library.raw(name, backend), tensors
@@ -65,7 +66,7 @@ def _with_grad(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def validation() -> dict[str, Callable[[], object]]:
-    """For each block of an accelerated model, the check of the plan that it runs by."""
+    """For each block of an accelerated model, the check that its plan still holds."""
     model = mvit_kernels.accelerate(mvit_kernels.MobileViT("xxs").eval())
     model(torch.rand(1, 3, 64, 64))
     found = {}
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200, help="samples a path, of 20 calls each (default: 200)")
     args = parser.parse_args()
 
-    torch.set_num_threads(1)  # nothing here is worth a second one
+    torch.set_num_threads(1)  # the work is too small for a second thread
     table = {name: operands(name, TINY) for name in OPERATORS}
     candidates: dict[tuple[str, str, str], Callable[[], object]] = {}
     a, b = table["linear_residual"].tensors[0], table["linear_residual"].tensors[3]

@@ -3,13 +3,14 @@
 
     python benchmarks/compare.py OLD NEW [--absolute] [--least PERCENT] [--all]
 
-OLD and NEW are each a CSV file, a folder of them, or a commit (its first digits), whose rows are then looked for in
-``benchmarks/results``. Compared are rows of one identity, device and number of threads, the newest of each set.
+OLD and NEW are each a CSV file, a folder of CSV files, or a commit (its first digits), whose rows are then searched for
+in ``benchmarks/results``. Rows with the same identity, device and number of threads are compared, the newest of each
+set.
 
-A candidate has moved where its 20th to 80th percentiles of before and now do not meet, and its median by more than
-`--least` per cent. Two runs on a shared machine differ by its other users, so times are taken relative to eager's
-median of the same turns (for eager itself as they are); ``--absolute`` takes all as they are. Also told: candidates
-that were timed before and are not now, and the other way round.
+A candidate has moved if its ranges from the 20th to the 80th percentile do not overlap and its median differs by more
+than `--least` percent. Two runs on a shared machine differ because of its other users, so times are taken relative to
+the median of eager in the same turns (except eager's own); ``--absolute`` compares times as they are. Candidates that
+were timed before and are not now, or the reverse, are listed too.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ Line = dict[str, str]
 
 
 class Change(NamedTuple):
-    """One candidate then and now."""
+    """One candidate before and after."""
 
     key: tuple[str, ...]
     verdict: str  # faster, slower, same, lost, new, wrong
     old: Line
     new: Line
-    factor: float  # the time now over the time then, relative to eager's; nan where one is missing
+    factor: float  # new time divided by old time, each relative to eager's; nan if one is missing
 
 
 def load(what: str, root: Path = RESULTS) -> list[Line]:
-    """The newest rows of a file, a folder, or a commit.
+    """The newest rows of a file, a folder, or a commit; without those of the machine's own rates.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no such rows.
     """
     path = Path(what)
     if path.is_dir() or path.is_file():
@@ -58,7 +59,13 @@ def load(what: str, root: Path = RESULTS) -> list[Line]:
 
 
 def changes(old: list[Line], new: list[Line], *, absolute: bool = False, least: float = 3.0) -> list[Change]:
-    """Each candidate that both sets have."""
+    """The change of each candidate that is in both sets.
+
+    Args:
+        old, new: rows, as `load` returns them.
+        absolute: compare times as they are, not relative to eager's.
+        least: change of the median in percent below which a candidate is "same".
+    """
     then, now = ({results.key(line, KEY): line for line in lines} for lines in (old, new))
     found = []
     for key in (key for key in then if key in now):
@@ -77,7 +84,7 @@ def changes(old: list[Line], new: list[Line], *, absolute: bool = False, least: 
 
 
 def _interval(line: Line, lines: dict[tuple[str, ...], Line], absolute: bool) -> tuple[float, float, float]:
-    """(median, 20th, 80th percentile), relative to eager's median of the same turns where there is one."""
+    """(median, 20th, 80th percentile), relative to eager's median in the same turns if there is one."""
     eager = lines.get(results.key(line | {"candidate": "eager"}, KEY))
     relative = not absolute and line["candidate"] != "eager" and eager is not None and eager["median_ms"]
     unit = float(eager["median_ms"]) if relative else 1.0
@@ -86,7 +93,7 @@ def _interval(line: Line, lines: dict[tuple[str, ...], Line], absolute: bool) ->
 
 
 def text(change: Change) -> str:
-    """One line for people."""
+    """The change as one readable line."""
     a, b = change.old, change.new
     kept = ("subject", "stage", "mode", "size", "batch", "dtype")
     about = " ".join(value for value in results.key(a, kept) if value)

@@ -33,20 +33,21 @@ from mvit_kernels.freezing.modules import FrozenConv2d
 
 Arrays = dict[str, np.ndarray]
 
-# (rows, channels, out channels): K is the second forward, the third for x's gradient, the first for the weight's.
+# (rows, channels, out channels). The length K of a sum is the second number in forward, the third for x's gradient, and
+# the first for the weight's.
 PRODUCTS = [
     (1, 512, 512), (6, 64, 192), (6, 192, 576), (6, 240, 480), (6, 1024, 256), (6, 2048, 64),
     (32, 64, 64), (32, 144, 432), (64, 240, 480), (64, 512, 4), (32, 512, 512), (16, 1024, 256), (16, 2048, 256),
     (16, 256, 2048), (1024, 64, 64), (4096, 64, 64), (20000, 16, 32),
 ]  # fmt: skip
-TOKENS = [(64, 1, 36), (256, 1, 16), (1024, 1, 32)]  # (a sequence's, heads, head dim)
+TOKENS = [(64, 1, 36), (256, 1, 16), (1024, 1, 32)]  # (tokens per sequence, heads, head dim)
 MAPS = [(8, 16, 64, 16), (8, 64, 256, 96), (6, 128, 512, 160), (4, 512, 1024, 256)]  # (side, in, hidden, out)
 CONVOLUTIONS = [(8, 64, 64, 1), (8, 640, 160, 1), (6, 2048, 64, 1), (8, 32, 64, 3), (8, 128, 96, 3), (6, 320, 160, 3)]
 LAYERS = [(8, 64, 4), (16, 144, 4), (8, 240, 4)]  # (side, width, heads)
-MEANS = [0.0, 1e4]  # of LayerNorm's rows
+MEANS = [0.0, 1e4]  # mean of LayerNorm's input rows
 
 
-# ---- truths, in the dtype of what they are given --------------------------------------------------------------------
+# ---- reference results, in the dtype of their arguments -------------------------------------------------------------
 
 
 def _normalise(x, weight, bias, eps):
@@ -97,7 +98,7 @@ def layer_norm_mlp(t: Arrays, grad, eps=1e-5) -> Arrays:
 
 
 def patch_attention(t: Arrays, grad, num_heads, patch_size, scale) -> Arrays:
-    """Of maps of one row and patches of one pixel: the rows of an image are a sequence."""
+    """For maps of one row and patches of one pixel, where the tokens of an image are one sequence."""
     assert patch_size == (1, 1)
     (images, _, tokens, _), heads = t["qkv"].shape, num_heads
     q, k, v = t["qkv"].reshape(images, tokens, 3, heads, -1).transpose(2, 0, 3, 1, 4)
@@ -145,7 +146,7 @@ def _with_gradients(function, tensors: dict[str, Tensor], grad: Tensor, wanted) 
 
 
 def differentiable_case(operator: str, tensors: dict[str, Tensor], out_shape, generator, dtype, **settings):
-    """{name: (ours, PyTorch's, truth)} of the result and of every gradient."""
+    """{name: (ours, PyTorch's, truth)} for the result and every gradient."""
     wide = np.float64 if dtype == torch.float32 else np.longdouble
     tensors = {name: t.to(dtype) for name, t in tensors.items()}
     grad = torch.randn(out_shape, generator=generator).to(dtype)
@@ -163,7 +164,7 @@ def differentiable_case(operator: str, tensors: dict[str, Tensor], out_shape, ge
 
 
 def forward_case(function, tensors, **settings):
-    """The same of an operator that has no gradients here: `function(backend, tensors, **settings)`."""
+    """The same for an operator without gradients here, which is called as `function(backend, tensors, **settings)`."""
     with torch.inference_mode():
         ours, pytorch = function("cpu", tensors, **settings), function("reference", tensors, **settings)
         truth = function("reference", tensors, double=True, **settings)
@@ -172,7 +173,7 @@ def forward_case(function, tensors, **settings):
 
 def _inverted_residual(backend, tensors, double=False):
     tensors = [t.double() for t in tensors] if double else tensors
-    if backend == "reference":  # as convolutions, which is how every library runs it
+    if backend == "reference":  # as convolutions, as every library runs it
         x, expand, expand_bias, depthwise, depthwise_bias, project, project_bias = tensors
         y = silu(conv2d(x.permute(0, 3, 1, 2), expand[:, :, None, None], expand_bias))
         y = silu(conv2d(y, depthwise, depthwise_bias, padding=1, groups=y.shape[1]))
@@ -194,7 +195,7 @@ def _transformer(backend, tensors, heads, double=False):
 
 
 def cases(dtype: torch.dtype) -> dict[tuple[str, str], Callable[[torch.Generator], dict]]:
-    """(operator, sizes) -> one draw of {name: (ours, PyTorch's, truth)}."""
+    """(operator, sizes) -> function that makes one random draw of {name: (ours, PyTorch's, truth)}."""
     found: dict[tuple[str, str], Callable[[torch.Generator], dict]] = {}
 
     def add(operator: str, sizes: str, draw) -> None:
@@ -228,7 +229,7 @@ def cases(dtype: torch.dtype) -> dict[tuple[str, str], Callable[[torch.Generator
 
         add("patch_attention", f"{tokens} tokens of {heads} x {head_dim}", draw)
     if dtype == torch.float64:
-        return found  # what follows has no float64 kernels
+        return found  # the following operators have no float64 kernels
 
     for side, inp, hidden, out in MAPS:
 
@@ -271,7 +272,7 @@ def cases(dtype: torch.dtype) -> dict[tuple[str, str], Callable[[torch.Generator
 
 
 class Errors:
-    """Of one result over the draws: both sides' sums of squares and largest errors."""
+    """Errors of one result over the draws, of ours and of PyTorch's: sums of squares and sums of largest errors."""
 
     def __init__(self) -> None:
         self.squares, self.largest, self.count = np.zeros(2), np.zeros(2), 0
@@ -285,11 +286,12 @@ class Errors:
 
     @property
     def rms(self) -> float:
-        """Ours over PyTorch's; 1 where both are exact."""
+        """Ratio of the root mean square errors, ours over PyTorch's; 1 if both are exact."""
         return _ratio(*np.sqrt(self.squares))
 
     @property
     def maximum(self) -> float:
+        """The same ratio of the mean largest errors."""
         return _ratio(*self.largest)
 
 

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds, checks and measures everything on a machine with a GPU, within a budget, the most valuable first:
+# Builds, checks and measures everything on a machine with a GPU within a time budget, the most valuable steps first:
 #
 #     benchmarks/gpu.sh [FOLDER] [MINUTES]
 #
-# Nothing need be installed but torch, triton and pytest; what else there is (timm, transformers, ...) is measured too.
-# FOLDER ($OUT, else gpu_results) gets few files, each written as its lines come, so that a cut run leaves what it has:
+# Requires only torch, triton and pytest; other libraries that are installed (timm, transformers, ...) are measured too.
+# FOLDER (default: $OUT, or gpu_results) gets a few files, written line by line, so that an interrupted run keeps its
+# results:
 #
 #     report.txt      what ran, how it ended, how long it took: read this first
 #     log.txt         everything that was printed
 #     <suite>.csv     the rows of operators, models, training, blocks, as in benchmarks/results/<device>/
 #
-# MINUTES ($BUDGET, else 9) are for all of it. Environment:
+# MINUTES (default: $BUDGET, or 9) is the budget of the whole run. Environment variables:
 #
-#     PYTHON                  the interpreter (else python3)
-#     MVIT_KERNELS_LIBRARIES  a folder of libraries that were built elsewhere: they are tried, and built here if they
-#                             do not load
-#     MVIT_KERNELS_COMMIT     the commit, where this is no checkout of git
-#     STEPS                   some of: build correctness speed sanitizer tests cpu (else all, in an order of worth)
-#     SUITES                  some of: operators models training blocks (else all); torch.compile's rows need minutes of
-#                             a suite: SUITES=models STEPS="build speed" benchmarks/gpu.sh FOLDER 9
+#     PYTHON                  the interpreter (default: python3)
+#     MVIT_KERNELS_LIBRARIES  a folder of libraries that were built elsewhere; if they do not load, they are built here
+#     MVIT_KERNELS_COMMIT     the commit, if this is not a git checkout
+#     STEPS                   some of: build correctness speed sanitizer tests cpu (default: all, in this order)
+#     SUITES                  some of: operators models training blocks (default: all). The rows of torch.compile need
+#                             several minutes for a suite: SUITES=models STEPS="build speed" benchmarks/gpu.sh FOLDER 9
 #
-# Without a GPU it says so, and does the CPU's part. It installs nothing and changes no setting of the card. It ends with
-# 0 if every step that ran was right.
+# Without a GPU it says so and runs the CPU's part. It installs nothing and does not change settings of the GPU. The exit
+# code is 0 if every step that ran succeeded.
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -45,7 +45,7 @@ left() { echo $((END - $(date +%s))); }
 note() { printf '%4d s  %s\n' "$(elapsed)" "$*" | tee -a "$REPORT" "$LOG"; }
 wanted() { [[ " ${STEPS:-build correctness speed sanitizer tests cpu} " == *" $1 "* ]]; }
 
-# step NAME SECONDS COMMAND...: within so many seconds and what is left of the budget; its end is noted.
+# step NAME SECONDS COMMAND...: run COMMAND for at most SECONDS and the rest of the budget, and note how it ended.
 step() {
   local name=$1 seconds=$2 code before
   shift 2
@@ -56,7 +56,7 @@ step() {
   fi
   before=$(elapsed) MARK=$(wc -l <"$LOG")
   { echo; echo "=== $name: $*"; } >>"$LOG"
-  timeout --signal=INT --kill-after=15 "$seconds" "$@" >>"$LOG" 2>&1 # interrupted, pytest tells what failed so far
+  timeout --signal=INT --kill-after=15 "$seconds" "$@" >>"$LOG" 2>&1 # SIGINT: pytest then lists the failures so far
   code=$?
   case $code in
     0) note "$name: ok in $(($(elapsed) - before)) s" ;;
@@ -66,12 +66,12 @@ step() {
   return $code
 }
 
-summary() { # of the last step's lines in the log those that match, into the report
+summary() { # summary PATTERN: copy the last step's matching log lines into the report
   tail -n "+$((MARK + 1))" "$LOG" | grep -E "$1" | tail -n 12 | cut -c1-200 | sed 's/^/        /' | tee -a "$REPORT"
 }
 PYTEST_LINES='^[0-9]+ (passed|failed|skipped|error|deselected)|^(FAILED|ERROR) '
 
-# --------------------------------------------------------------------------------------------------------- what is here
+# --------------------------------------------------------------------------------------------------------- the machine
 
 note "mvit_kernels ${MVIT_KERNELS_COMMIT:-}, $MINUTES minutes, into $OUT"
 "$PYTHON" -c '
@@ -89,7 +89,7 @@ esac
 
 # -------------------------------------------------------------------------------------------------------------- build
 
-# Whether the library of a backend is there and loads.
+# loads BACKEND: whether the library of the backend exists and loads.
 loads() { "$PYTHON" -c "import sys; from mvit_kernels.backends import library; why = library.load('$1'); print(why); sys.exit(bool(why))" >>"$LOG" 2>&1; }
 
 if [[ -n ${MVIT_KERNELS_LIBRARIES:-} ]]; then
@@ -112,12 +112,12 @@ fi
 
 # -------------------------------------------------------------------------------------------------------- correctness
 
-# Of each operator's own tests those on our GPU kernels; the rest of the suite comes last.
+# The operators' own tests; -k selects the backend. A few tests beyond them run last, in the step "tests".
 OPERATORS=(tests/ops/test_layer_norm_linear.py tests/ops/test_patch_attention.py tests/ops/test_linear_residual.py
   tests/ops/test_layer_norm_mlp.py tests/ops/test_layer_norm.py tests/ops/test_transformer_layer.py tests/ops/test_transformer.py
   tests/ops/test_inverted_residual.py)
 
-suite() { # suite NAME SECONDS: its rows into $OUT/NAME.csv; once more from where it stood if the GPU was lost
+suite() { # suite NAME SECONDS: append its rows to $OUT/NAME.csv; resume it, up to twice, if the GPU was lost
   local name=$1 seconds=$2 try
   for try in 1 2 3; do
     if (($(left) < seconds)); then seconds=$(left); fi
@@ -127,11 +127,11 @@ suite() { # suite NAME SECONDS: its rows into $OUT/NAME.csv; once more from wher
     fi
     step "speed, $name" $((seconds + 30)) "$PYTHON" -m mvit_kernels bench --suite "$name" --device "$DEVICE" \
       --budget "$(awk "BEGIN { print $seconds / 60 }")" --results "$OUT" --resume && break
-    (($? == 2)) || break # 2: an error, as a lost GPU; the case at fault has its row, and is left out now
+    (($? == 2)) || break # 2: an error such as a lost GPU; the case at fault has a row, and is skipped now
   done
 }
 
-suites() { # suites SECONDS NAME WEIGHT ...: those of $SUITES, each its share
+suites() { # suites SECONDS NAME WEIGHT ...: run those in $SUITES, each for its share of SECONDS
   local seconds=$1 total=0 name
   shift
   local -A weight=()
@@ -152,7 +152,7 @@ if [[ $DEVICE == cuda ]]; then
   if wanted correctness; then
     step "correctness, every kernel once" 100 "$PYTHON" benchmarks/gpu_small.py
     summary 'WRONG|refused|Error'
-    for backend in cuda triton; do # a first failure says most; -x would hide whether the other operators are right
+    for backend in cuda triton; do # not -x, which would hide whether the other operators are right
       step "correctness, $backend" $((part / 2)) "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --maxfail=20 \
         "${OPERATORS[@]}" -k "$backend"
       summary "$PYTEST_LINES"
@@ -175,7 +175,7 @@ raise SystemExit(not right)
 PY
   fi
   if wanted speed; then
-    # Half of what is left for speed now; then the sanitizer, and the rest of the speed last.
+    # All but 100 s, which are for the sanitizer and the remaining tests; if little is left, three quarters.
     budget=$(($(left) - 100))
     ((budget < 60)) && budget=$(($(left) * 3 / 4))
     suites "$budget" operators 45 models 35 training 10 blocks 10

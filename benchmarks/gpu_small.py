@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel of ours once on tiny maps, forward and backward: what `benchmarks/gpu.sh` runs beside compute-sanitizer.
+"""Every kernel of ours on tiny maps, forward and backward: `benchmarks/gpu.sh` runs it alone and in compute-sanitizer.
 
     compute-sanitizer --tool memcheck python benchmarks/gpu_small.py [BACKEND ...]
 
-Widths that are no power of two, maps of few tokens and a batch of one and three reach the masks. Each result is held to
-the tolerance rule, and the exit code is 1 where one is wrong. The sanitizer makes a launch a hundred times as slow.
+Widths that are not powers of two, maps with few tokens, and batches of one and three exercise the masks. Each result is
+checked against the tolerance rule, and the exit code is 1 if one is wrong. The maps are tiny because a launch takes a
+hundred times as long in the sanitizer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 def check(backend: str, operator: str, stage: Stage, dtype: torch.dtype, device: str) -> bool:
-    """Run one operator on `backend`, print how it went; whether nothing was wrong."""
+    """Run one operator on `backend` and print the outcome; return False if a result is wrong."""
 
     def draw(seed: int) -> Operands:
         return operands(operator, stage, seed=seed).to(device, dtype)

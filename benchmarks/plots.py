@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's plots, from tables of results, in Okabe and Ito's colours, which colour-blind readers can tell apart."""
+"""The report's plots, from tables of results, in the colorblind-safe palette of Okabe and Ito."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tables import NAMES, NETWORKS, OURS, Line, Table, place, short_place, table
 
 from mvit_kernels.bench import results
 
-KINDS = {  # kind -> its text for who sees no pictures
+KINDS = {  # kind -> alt text
     "roofline": "Operators of MobileViT-S under the machine's own roofline",
     "scaling": "Cost of MobileViT-S's first transformer against batch and tokens",
 }
@@ -30,20 +30,20 @@ DPI = 110
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # without pyplot: no display is looked for
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # no version of matplotlib, so that bytes repeat
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # without matplotlib's version: reproducible bytes
 
 
 # --------------------------------------------------------------------------------------------------------- networks
 
 
 def headline(devices: list[list[Table]], path: Path) -> None:
-    """Bars of milliseconds, a panel a setting: the S and XXS of each device, 20th to 80th percentile."""
+    """Bars of milliseconds with 20th to 80th percentile, one panel per setting: S and XXS on each device."""
     chosen = []
     for found in devices:
         found = [t for t in found if t.any["subject"] in NETWORKS and t.any["clock"] == "wall" and t.ms("eager")]
@@ -77,7 +77,7 @@ def _bars(panel: Any, table: Table) -> None:
         ratio = "" if name == "eager" else f"  {table.ms('eager') / ms:.2f}×"
         panel.text(high + 0.015 * slowest, index, f"{ms:.3g} ms{ratio}", va="center", fontsize=8)
     panel.set_yticks(range(len(names)), [NAMES[name] for name in names], fontsize=8)
-    panel.set_xlim(0, 1.3 * slowest)  # room for the numbers behind the bars
+    panel.set_xlim(0, 1.3 * slowest)  # leaves room for the numbers next to the bars
     panel.tick_params(axis="x", labelsize=8)
     panel.set_xlabel("ms (blue: ours; ×: times as fast as eager)", fontsize=8)
     panel.set_title(f"{short_place(table.any)}: {table.label}", fontsize=9)
@@ -88,14 +88,14 @@ def _bars(panel: Any, table: Table) -> None:
 
 
 def has(kind: str, operators: list[Table]) -> bool:
-    """Whether the tables of the suite ``operators`` have what this plot shows."""
+    """Whether the tables of the suite ``operators`` contain what a plot of this kind shows."""
     if kind == "roofline":
         return bool(_under_the_roof(operators))
     return any(len(points) > 1 for points in _scaling(operators).values())
 
 
 def draw(kind: str, folder: Path, path: Path) -> None:
-    """Draw one of `KINDS` from the results in `folder`."""
+    """Draw one of `KINDS` from the results in `folder` into the PNG file `path`."""
     operators = tables(folder, "operators")
     if kind == "roofline":
         machine = [line for line in results.read(folder / "operators.csv") if line["subject"] == "machine"]
@@ -105,7 +105,7 @@ def draw(kind: str, folder: Path, path: Path) -> None:
 
 
 def _under_the_roof(operators: list[Table]) -> list[Table]:
-    """S at 256 px, inference, of the dtype and batch that come first, by the device's own clock where it has one."""
+    """The roofline's tables: S at 256 px, inference, first dtype and batch, by the device clock if there is one."""
     found = [t for t in operators if t.any["stage"].startswith("s/") and t.any["mode"] == "inference"]
     found = [t for t in found if t.any["size"] == "256" and _ours(t) and t.ms("eager")]
     found = [t for t in found if t.any["subject"] in MARKERS]  # layer_norm has no products
@@ -120,7 +120,7 @@ def _ours(table: Table) -> str | None:
 
 
 def roofline(found: list[Table], machine: list[Line], path: Path) -> None:
-    """Rate of arithmetic against FLOP a byte, each operator from eager's point to ours, under what the machine did."""
+    """GFLOP/s against FLOP/byte: each operator from eager's point to ours, under the machine's measured roofline."""
     line = found[0].any
     mine = [m for m in machine if m["commit"] == line["commit"] and m["device_name"] == line["device_name"]]
     product = max(float(m["gflop_per_s"]) for m in mine if m["dtype"] == line["dtype"])
@@ -162,7 +162,7 @@ Points = list[tuple[float, Line]]
 
 
 def _scaling(operators: list[Table]) -> dict[tuple[str, str], Points]:
-    """("batch" or "tokens", candidate) -> (x, line), of the transformer at stage 3 of S."""
+    """("batch" or "tokens", candidate) -> [(x, line), …] for the transformer at stage 3 of S."""
     found: dict[tuple[str, str], Points] = {}
     wanted = ("transformer", "s/3", "inference")
     mine = [t for t in operators if results.key(t.any, ("subject", "stage", "mode")) == wanted]
@@ -184,7 +184,7 @@ def _scaling(operators: list[Table]) -> dict[tuple[str, str], Points]:
 
 
 def scaling(found: dict[tuple[str, str], Points], line: Line, path: Path) -> None:
-    """Milliseconds against images, and against tokens of a sequence, both logarithmic."""
+    """Milliseconds against batch size, and against tokens per sequence, on logarithmic axes."""
     figure = _figure(9.6, 4.2)
     panels = dict(zip(("batch", "tokens"), figure.subplots(1, 2), strict=True))
     styles = {"eager": (ORANGE, "o", "eager PyTorch"), "compile": (GREY, "s", "torch.compile")}
@@ -216,7 +216,7 @@ def scaling(found: dict[tuple[str, str], Points], line: Line, path: Path) -> Non
 
 
 def _plain_numbers(panel: Any) -> None:
-    """1, 2, 5, 10, ... on logarithmic axes, instead of powers of ten."""
+    """Label logarithmic axes with 1, 2, 5, 10, ... instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis in (panel.xaxis, panel.yaxis):

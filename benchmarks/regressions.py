@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU path under pytest-benchmark: ``make bench-regressions`` runs it and shows the run before beside this one.
+"""The CPU path under pytest-benchmark: ``make bench-regressions`` runs it and compares it with the previous run.
 
     python -m pytest benchmarks/regressions.py --benchmark-autosave --benchmark-compare
 
-Run it by hand, before and after a change, on a machine that does nothing else; runs are kept in ``.benchmarks/``. Every
-call is held to the tolerance rule first. One thread, so that the scheduler has no say.
+Run it by hand, before and after a change, on an otherwise idle machine; runs are saved in ``.benchmarks/``. Every call
+is first checked against the tolerance rule. It uses one thread, so that scheduling does not affect the times.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def one_thread():
 @pytest.mark.parametrize("stage", stages(["s"], 256, 1), ids=lambda stage: f"stage{stage.index}")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operator(benchmark, operator, stage, dtype):
-    """The C++ operator, forward."""
+    """The C++ operator, forward, at every stage of S."""
     if why := backends.unavailable("cpu", "cpu"):
         pytest.skip(why[0])
 
@@ -65,7 +65,7 @@ def test_operator_with_backward(benchmark, operator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["xxs", "s"])
 def test_frozen_network(benchmark, variant, dtype):
-    """A whole network at batch 1 and 256 px."""
+    """A whole frozen network at batch 1 and 256 px."""
     torch.manual_seed(0)
     model = MobileViT(variant, num_classes=1000).eval()
     images = torch.rand(1, 3, 256, 256)

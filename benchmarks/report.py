@@ -4,9 +4,9 @@
     python benchmarks/report.py            # rewrite README.md between its markers, and benchmarks/plots/
     python benchmarks/report.py --check    # change nothing; exit with 1 where README.md is not what the CSV gives
 
-Read are the newest rows of each subject in ``benchmarks/results/<device>/`` (see `mvit_kernels.bench.results`). All
-candidates of a row of a table took turns in one process. What is not there is left empty; rows where another candidate
-wins stay.
+It reads the newest rows of each subject in ``benchmarks/results/<device>/`` (see `mvit_kernels.bench.results`). All
+candidates in a row of a table were timed in turns in one process. Missing values are left empty; rows in which another
+candidate is faster are kept.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mvit_kernels.bench import results
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots"
 FIRST_SCREEN = ("mobilevit_s", "mobilevit_xxs")
-HEADLINE = {"cpu": ("1", "float32"), "cuda": ("64", "bfloat16")}  # batch and dtype of the first sentence
+HEADLINE = {"cpu": ("1", "float32"), "cuda": ("64", "bfloat16")}  # batch and dtype of the headline sentence
 
 
 def folders(root: Path) -> list[Path]:
-    """Those with rows of the suite ``models``, GPUs first."""
+    """The result folders that have rows of the suite ``models``, GPUs first."""
     found = [(tables(folder, "models"), folder) for folder in sorted(root.iterdir()) if folder.is_dir()]
     found = [(known[0].any["device"] != "cuda", folder) for known, folder in found if known]
     return [folder for _, folder in sorted(found, key=lambda pair: pair[0])]
@@ -38,7 +38,7 @@ def folders(root: Path) -> list[Path]:
 
 
 def milliseconds(value: float) -> str:
-    """Three digits."""
+    """The value with three significant digits."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
@@ -47,7 +47,7 @@ def times(slow: float, fast: float) -> str:
 
 
 def sentence(root: Path) -> str:
-    """What is gained, in one sentence: the headline setting of each device."""
+    """The speedup in one sentence, for the headline setting of each device."""
     parts = []
     for folder in folders(root):
         for table in tables(folder, "models"):
@@ -69,7 +69,7 @@ def sentence(root: Path) -> str:
 
 
 def headline_table(root: Path) -> list[str]:
-    """One line a setting: eager, the fastest of the others, ours, and what is gained on both."""
+    """One line per setting: eager, the fastest of the others, ours, and the speedups over both."""
     lines = ["| | eager | fastest other | ours | on eager | on the fastest other |", "|---|---|---|---|---|---|"]
     for folder in folders(root):
         found = [t for s in ("models", "training") for t in tables(folder, s)]
@@ -88,7 +88,7 @@ def headline_table(root: Path) -> list[str]:
 
 
 def full_table(found: list[Table]) -> list[str]:
-    """Every candidate of every table: ms, and how many times as fast as eager."""
+    """Every candidate of every table: ms, and the speedup over eager."""
     names = [name for name in NAMES if any(name in table.lines for table in found)]
     lines = [f"| | {' | '.join(NAMES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
     for table in found:
@@ -104,7 +104,7 @@ def full_table(found: list[Table]) -> list[str]:
 
 
 def mobile(found: list[Table]) -> list[str]:
-    """The paper's protocol: the fastest form of each network."""
+    """A sentence on the paper's protocol: the fastest form of each network."""
     if not found:
         return []
     parts = []
@@ -120,7 +120,7 @@ def mobile(found: list[Table]) -> list[str]:
 
 
 def boundary(folder: Path) -> list[str]:
-    """A call's fixed cost, of one operator on four tokens."""
+    """A sentence on the fixed overhead of a call, for one operator on four tokens."""
     path = folder / "boundary.csv"
     lines = results.latest(results.read(path)) if path.exists() else []
     us = {(one["subject"], one["backend"], one["candidate"]): 1e3 * float(one["median_ms"]) for one in lines}
@@ -140,7 +140,7 @@ def boundary(folder: Path) -> list[str]:
 
 
 def sections(root: Path = RESULTS) -> dict[str, str]:
-    """What stands between the markers of README.md, by the marker's name."""
+    """The generated sections of README.md, by the name of their marker."""
     headline = [
         sentence(root),
         "",
@@ -182,7 +182,7 @@ def rewritten(text: str, new: dict[str, str]) -> str:
     """The README's text with its generated sections replaced.
 
     Raises:
-        ValueError: a marker is not there.
+        ValueError: a marker is missing.
     """
     for name, body in new.items():
         pattern = re.compile(rf"(<!-- report: {name} -->\n).*?(<!-- end of report: {name} -->)", re.DOTALL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The newest results of a device as tables: what the report's words and its plots are both made from."""
+"""The newest results of a device as tables, from which the report's text and plots are made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Line = dict[str, str]
 
 
 class Table(NamedTuple):
-    """The lines of one subject that took turns, by candidate; those without times included."""
+    """The lines of one subject that were timed in turns, by candidate; including those without times."""
 
     lines: dict[str, Line]
 
@@ -43,7 +43,7 @@ class Table(NamedTuple):
         return float(text) if text else None
 
     def best(self, names: Iterable[str]) -> str | None:
-        """The fastest of `names`, None where none was timed."""
+        """The fastest of `names`; None if none was timed."""
         timed = [name for name in names if self.ms(name)]
         return min(timed, key=self.ms, default=None)
 
@@ -59,7 +59,7 @@ class Table(NamedTuple):
 
 
 def tables(folder: Path, suite: str) -> list[Table]:
-    """The newest tables of a suite in their files' order, but for the machine's own rates."""
+    """The newest tables of a suite in the order of the file, without the machine's own rates."""
     path = folder / f"{suite}.csv"
     lines = results.latest(results.read(path)) if path.exists() else []
     found: dict[tuple[str, ...], dict[str, Line]] = {}
@@ -70,7 +70,7 @@ def tables(folder: Path, suite: str) -> list[Table]:
 
 
 def place(line: Line) -> str:
-    """The device for people."""
+    """The device as a phrase for sentences and titles."""
     if line["device"] == "cuda":
         return f"one {line['device_name']}"
     generation = line["cpu"].partition(": ")[2] or line["cpu"]
@@ -79,5 +79,5 @@ def place(line: Line) -> str:
 
 
 def short_place(line: Line) -> str:
-    """A word for a line of a table."""
+    """The device as a short label for table rows."""
     return line["device_name"].removeprefix("NVIDIA ") if line["device"] == "cuda" else "CPU"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mvit-kernels``, also as ``python -m mvit_kernels``."""
+"""Entry point of ``mvit-kernels`` and of ``python -m mvit_kernels``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryErro
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as all others are: by an exception that `main` prints."""
+    """Reports usage errors as all other errors are: by an exception that `main` prints."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
@@ -52,10 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 1 for a verification that failed, 2 for an error."""
+    """Run one command.
+
+    Args:
+        argv: command-line arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0, 1 if a verification failed, 2 for an error, 130 after Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a letter that its encoding has not must not cost the result
+        if isinstance(stream, io.TextIOWrapper):  # a character that the encoding lacks must not lose the result
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in argv or os.environ.get("MVIT_KERNELS_DEBUG", "0") not in ("", "0")
     try:
@@ -63,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(getattr(args, "json", None), Path) and args.json == args.csv:
             raise ValueError(f"--csv and --json both name {args.csv}; give two files")
         code = args.run(args)
-        sys.stdout.flush()  # here, where a closed pipe is caught
+        sys.stdout.flush()  # inside the try, which catches a closed pipe
         return code
-    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

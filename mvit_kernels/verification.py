@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``verify``: the fast path and PyTorch's own path, both against float64, block by block.
+"""``verify``: the fast path and PyTorch's own path, both compared with float64, block by block.
 
 The tolerance rule: with e(·) the largest absolute difference from the float64 result on the same inputs,
-``e(fast) ≤ 2 · (e(PyTorch in the same dtype) + band)``; the band is one unit of the dtype at the largest value of the
-result.
+``e(fast) ≤ 2 · (e(PyTorch in the same dtype) + band)``. The band is one unit (eps) of the dtype at the largest value of
+the result.
 
-Two readings make the rule fit whole models. PyTorch's own error is the larger of its two memory formats, NCHW and
-channels-last: they run different convolutions, and at XXS's third stage the errors of the two already differ by 1.8
-times. For gradients each is run on the batch in both orders, since sums over a batch round differently: one sample of
-a rounding error is below half of another right one about once in some thousand tensors, and a model has hundreds. And
-some gradients are zero in exact arithmetic (a key's bias shifts all scores of a row alike), so that all of
-their value is rounding: a gradient's band is taken at the largest gradient of the same module's parameters.
+Two details adapt the rule to whole models:
 
-PyTorch's error differs from machine to machine. Where the fast path misses the rule by it, the error that careful
-arithmetic in the dtype would make stands in (`mvit_kernels.rounding`), which is the same on all; and where PyTorch's
-own is more than two thousand times that, its result is garbage, and no yardstick.
+- PyTorch's own error is the larger one of its two memory formats, NCHW and channels-last. They run different
+  convolutions, and at XXS's third stage their errors already differ by a factor of 1.8. For gradients each format is
+  also run with the batch in reverse order, since sums over a batch then round differently: one sample of a rounding
+  error is below half of another correct one about once in some thousand tensors, and a model has hundreds.
+- Some gradients are zero in exact arithmetic (a key's bias shifts all scores of a row alike), so that their value is
+  nothing but rounding. A gradient's band is therefore taken at the largest gradient of the same module's parameters.
+
+PyTorch's error depends on the machine. If the fast path misses the rule, PyTorch's error is replaced by the error that
+careful arithmetic in the dtype would make (`mvit_kernels.rounding`) if that is larger; it is the same on all machines.
+If PyTorch's error is more than two thousand times the careful one, its result is garbage and not used as a yardstick.
 """
 
 from __future__ import annotations
@@ -35,23 +37,23 @@ GRADIENT = "gradient of "
 
 
 class ErrorRow(NamedTuple):
-    """Errors of one tensor: a block's output, the model's, or a gradient."""
+    """Errors of one tensor: the output of a block or of the model, or a gradient. All are largest absolute values."""
 
     name: str
     error: float  # of the fast path, against float64
     pytorch_error: float  # of PyTorch's own path in the same dtype, against float64
     allowed: float  # 2 · (pytorch_error + band), or the same with careful_error
-    scale: float  # the float64 result's largest value
-    careful_error: float | None = None  # of careful arithmetic in the dtype; None where PyTorch's error decides
+    scale: float  # largest value at which the band is taken: the float64 result's, or of a module's gradients
+    careful_error: float | None = None  # of careful arithmetic in the dtype; None if PyTorch's error decides
 
     @property
     def ok(self) -> bool:
-        """Whether the tolerance rule holds; it does not for an error that is not a number."""
+        """Whether the tolerance rule holds; it does not hold for a NaN error."""
         return self.error <= self.allowed
 
 
 class VerificationReport(NamedTuple):
-    """The errors of a model on the operators, beside PyTorch's own; printable."""
+    """The errors of a model's fast path, with PyTorch's own for comparison; printable."""
 
     rows: tuple[ErrorRow, ...]
 
@@ -77,9 +79,19 @@ def error_row(
     scale: float | None = None,
     careful: Callable[[int], Tensor] | None = None,
 ) -> ErrorRow:
-    """The tolerance rule on one tensor: `pytorch` are PyTorch's own results, `truth` is float64, the band is taken at
-    `scale`, the truth's largest value where None; `careful` gives samples of careful arithmetic by their seed, and is
-    asked only where PyTorch's error does not decide."""
+    """Apply the tolerance rule to one tensor.
+
+    Args:
+        name: of the tensor.
+        fast: the result to judge.
+        pytorch: PyTorch's own results in the same dtype.
+        truth: the float64 result.
+        scale: value at which the band is taken; None for the largest one of `truth`.
+        careful: from a seed to a sample of careful arithmetic; called only if PyTorch's error does not decide.
+
+    Raises:
+        ValueError: results of different shapes.
+    """
     if scale is None:
         scale = largest(truth)
     unit = max(torch.finfo(t.dtype).eps for t in (fast, *pytorch))
@@ -101,14 +113,14 @@ def error_row(
 
 
 def largest(value: Tensor) -> float:
-    """The largest absolute value; 0 of nothing."""
+    """The largest absolute value; 0 for an empty tensor."""
     return value.abs().max().item() if value.numel() else 0.0
 
 
 def verify(
     model: nn.Module, example: Any, *, reference: nn.Module | None = None, gradients: bool = False
 ) -> VerificationReport:
-    """Run `model` as it is and on PyTorch's own path, and measure both against the same model in float64.
+    """Run `model` as it is and on PyTorch's own path, and compare both with the same model in float64.
 
     Example:
         >>> model = mvit_kernels.accelerate(model)
@@ -116,21 +128,22 @@ def verify(
         >>> print(mvit_kernels.verify(mvit_kernels.freeze(model), images, reference=model))
 
     Args:
-        model: an accelerated model, or a frozen one with its `reference`.
-        example: a batch of images (B, 3, H, W), a list of images or whatever else the model takes as its one argument,
-            or its keyword arguments as a dict. Floats in it are cast to the model's dtype.
-        reference: the model that is right by definition; `model` restored where None.
-        gradients: also compare the gradients of every parameter, in training mode without dropout; batch norms use the
-            batch's statistics, and their running ones are left alone.
+        model: an accelerated model, or a frozen one together with its `reference`.
+        example: a batch of images (B, 3, H, W), a list of images or whatever else the model takes as its only argument,
+            or a dict of its keyword arguments. Floating tensors in it are cast to the model's dtype.
+        reference: the model that is correct by definition; None for `model` itself, restored.
+        gradients: compare the output and the gradients of all parameters in training mode without dropout instead of
+            the blocks' outputs in evaluation mode. Batch norms use the batch's statistics.
 
     Returns:
-        The errors of every MobileViT block's output, of the output, and of the gradients if asked for. No model is
-        changed.
+        A `VerificationReport` with a row for each MobileViT block's output and for the model's outputs; with
+        `gradients`, for the model's outputs and each parameter's gradient. No model is changed, nor its running
+        statistics.
 
     Raises:
-        TypeError: `model` is no ``nn.Module``.
-        ValueError: an empty example, an output that is not finite on PyTorch's own path, or a frozen model without
-            reference.
+        TypeError: `model` is not an ``nn.Module``.
+        ValueError: an empty example; a frozen model without `reference` or with `gradients`; an output that is not
+            finite in float64; outputs of different shapes on the two paths.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"verify: model is {type(model).__name__}; a torch.nn.Module is wanted")
@@ -148,7 +161,7 @@ def verify(
     pytorch = restore(copy_of(model if reference is None else reference))
     truth = cast_floats(copy_of(pytorch), torch.float64)
     dtype = _dtype(model)
-    if frozen and dtype != _dtype(pytorch):  # the same for PyTorch's own path, so that the comparison is fair
+    if frozen and dtype != _dtype(pytorch):  # PyTorch's own path in the same dtype, for a fair comparison
         pytorch = _casting(cast_floats(pytorch, dtype))
     run = _gradients if gradients else _outputs
     fast = run(copy_of(model), example, dtype)
@@ -179,13 +192,13 @@ def error_rows(
     truth: Mapping[str, Tensor],
     careful: Callable[[int], Mapping[str, Tensor]] | None = None,
 ) -> Iterator[ErrorRow]:
-    """The tolerance rule on every one of `outputs`, by name; gradients are named ``GRADIENT`` + the parameter's name.
+    """Apply the tolerance rule to each of `outputs`; a gradient's name is ``GRADIENT`` + the parameter's name.
 
     Args:
-        outputs: the results to judge.
-        own: PyTorch's own results in the same dtype, one mapping for each memory format.
+        outputs: the results to judge, by name.
+        own: PyTorch's own results in the same dtype, one mapping per memory format and order of the batch.
         truth: the float64 results.
-        careful: the float64 computation under `RoundedArithmetic` with a seed.
+        careful: from a seed to the results of the float64 computation under `RoundedArithmetic`.
     """
     samples = None if careful is None else functools.cache(careful)
     for name, value in outputs.items():
@@ -198,7 +211,7 @@ def error_rows(
 
 
 def _outputs(model: nn.Module, example: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every block's output and the model's, in evaluation mode."""
+    """The outputs of every block and of the model, in evaluation mode."""
     outputs: dict[str, Tensor] = {}
     model.eval()
     for name, module, _ in named_blocks(model):
@@ -210,8 +223,10 @@ def _outputs(model: nn.Module, example: Any, dtype: torch.dtype) -> dict[str, Te
 
 
 def _gradients(model: nn.Module, example: Any, dtype: torch.dtype, reverse: bool = False) -> dict[str, Tensor]:
-    """The output in training mode without dropout, and the gradient of every parameter for one fixed random cotangent;
-    the same by the batch in reverse order, if asked for."""
+    """The outputs in training mode without dropout, and the gradient of every parameter for one fixed random cotangent.
+
+    With `reverse`, they are computed with the batch in reverse order.
+    """
     model.train()
     for module in model.modules():
         if "drop" in type(module).__name__.lower():
@@ -233,7 +248,7 @@ def _gradients(model: nn.Module, example: Any, dtype: torch.dtype, reverse: bool
 
 
 class _Double(TorchFunctionMode):
-    """What a float64 model asks for by name (``x.float()``, ``dtype=torch.float32``) is float64 too."""
+    """Makes explicit casts inside a float64 model (``x.float()``, ``dtype=torch.float32``) stay in float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
@@ -248,17 +263,17 @@ def _is_float(value: Any) -> bool:
 
 
 def _casting(model: nn.Module) -> nn.Module:
-    """`model` with modules that cast their input to their parameters' dtype, as frozen ones do."""
+    """Make the modules of `model` cast their input to their parameters' dtype, as frozen modules do."""
     for module in model.modules():
         weight = next(module.parameters(recurse=False), None)
-        if weight is not None and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+        if weight is not None and not isinstance(module, torch.jit.ScriptModule):  # a ScriptModule takes no hooks
             dtype = weight.dtype
             module.register_forward_pre_hook(lambda _, args, dtype=dtype: tuple(_cast(value, dtype) for value in args))
     return model
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that a model computes in: its blocks', where it has any."""
+    """The dtype that a model computes in: that of its MobileViT blocks, if it has any."""
     modules = (*(module for _, module, _ in named_blocks(model)), model)
     weights = (weight for module in modules for weight in (*module.parameters(), *module.buffers()))
     return next((weight.dtype for weight in weights if weight.dtype in DTYPES), torch.float32)
@@ -271,7 +286,7 @@ def _call(model: nn.Module, example: Any, dtype: torch.dtype) -> Any:
 
 
 def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `function` of every tensor in it, however nested."""
+    """`value` with `function` applied to every tensor in it, however nested."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -304,13 +319,13 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _is_one_batch(example: Any) -> bool:
-    """Whether images are the first axis of every tensor, and none is in a list: then their order can be reversed."""
+    """Whether the first axis of every tensor is the batch, and no tensor is in a list, so that it can be reversed."""
     values = example.values() if isinstance(example, Mapping) else [example]
     return not any(isinstance(value, (list, tuple, Mapping)) and _tensors(value) for value in values)
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """The floating tensors of a model's output, by name: "output", or "output.logits" of a Hugging Face output."""
+    """The floating tensors of a model's output by name: "output", or e.g. "output.logits" for Hugging Face."""
     if isinstance(output, Tensor):
         return {"output": output}
     items = output.items() if isinstance(output, Mapping) else enumerate(output)

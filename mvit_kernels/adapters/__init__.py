@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``accelerate`` and ``restore``: other people's MobileViT blocks on our operators, in place; one file a library.
+"""``accelerate`` and ``restore``: run the MobileViT blocks of other libraries on our operators, in place.
 
 Example:
     >>> model = mvit_kernels.accelerate(timm.create_model("mobilevit_xs"))
@@ -8,10 +8,11 @@ Example:
       stages.2.1  timm  accelerated
       ...
 
-The block's ``__class__`` becomes a subclass of the same name whose ``forward`` calls `transformer_on_map`; modules,
-parameters, ``state_dict`` and hooks stay where they are. (Patching ``forward`` instead kills Hugging Face's gradient
-checkpointing.) What the fast path would get wrong is declined, with the reasons: when `accelerate` is called, and
-again when a block runs, since hooks, LoRA and parametrizations may come later.
+Each library has an adapter in a file of its own. `accelerate` sets the block's ``__class__`` to a subclass of the same
+name whose ``forward`` calls `transformer_on_map`; modules, parameters, ``state_dict`` and hooks are untouched.
+(Replacing ``forward`` on the instance would break Hugging Face's gradient checkpointing.) A block that the fast path
+would compute incorrectly is declined, with the reasons. This is checked when `accelerate` is called and again at every
+call of the block, because hooks, LoRA layers and parametrizations may be added later.
 """
 
 from __future__ import annotations
@@ -34,36 +35,38 @@ from ._swap import derived_from_accelerated, global_hooks, is_accelerated, swap,
 
 ADAPTERS: tuple[ModuleType, ...] = (timm, huggingface, kornia, cvnets, own)
 BLOCK_OPERATORS = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
-# The blocks of the two later networks: timm's MobileVitV2Block, Hugging Face's MobileViTV2Layer, cvnets'
-# MobileViTBlockv2, MobileViTBlockv3 of its fork.
+# Block classes of MobileViTv2 and MobileViTv3: timm's MobileVitV2Block, Hugging Face's MobileViTV2Layer, cvnets'
+# MobileViTBlockv2, and MobileViTBlockv3 of a cvnets fork.
 _RELATIVE = re.compile(r"mobilevit_?v([23])_?(?:block|layer)|mobilevit_?block_?v([23])", re.IGNORECASE)
 logger = logging.getLogger("mvit_kernels")
 
 
 class BlockReport(NamedTuple):
-    """One MobileViT block of a model: where it is, whose it is, whether it is accelerated, and the reasons why not."""
+    """One MobileViT block of a model: its path, its library, whether it is accelerated, and the reasons if not."""
 
-    name: str
-    library: str
+    name: str  # path in the model; "" for the model itself
+    library: str  # NAME of the adapter, or "frozen"
     accelerated: bool
     reasons: tuple[str, ...]
 
 
 class AccelerationReport(NamedTuple):
-    """Every MobileViT block found in a model; printable. Of MobileViTv2's and v3's, which are others, the class and how
-    many there are."""
+    """Every MobileViT block found in a model; printable.
+
+    `relatives` counts the blocks of MobileViTv2 and MobileViTv3, which are different networks and not supported.
+    """
 
     blocks: tuple[BlockReport, ...]
-    relatives: tuple[tuple[str, int], ...] = ()
+    relatives: tuple[tuple[str, int], ...] = ()  # (class name, number of blocks)
 
     @property
     def accelerated(self) -> tuple[BlockReport, ...]:
-        """The blocks that run on the operators."""
+        """The blocks that run on our operators."""
         return tuple(block for block in self.blocks if block.accelerated)
 
     @property
     def declined(self) -> tuple[BlockReport, ...]:
-        """The blocks with reasons against them."""
+        """The blocks that cannot be accelerated, with the reasons."""
         return tuple(block for block in self.blocks if block.reasons)
 
     def __str__(self) -> str:
@@ -84,40 +87,41 @@ class AccelerationReport(NamedTuple):
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
-    """Let every MobileViT block of `model` run on our operators, in place, for training and inference.
+    """Run every MobileViT block of `model` on our operators, in place, for training and inference.
 
     Example:
         >>> model = mvit_kernels.accelerate(timm.create_model("mobilevit_s", pretrained=True))
         >>> model = mvit_kernels.accelerate(MobileViTForImageClassification.from_pretrained("apple/mobilevit-small"))
 
     Parameters, ``state_dict``, hooks on the blocks, ``deepcopy``, pickling, gradient checkpointing, ``features_only``,
-    DDP, FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions stay
-    the model's own: put the model in ``torch.channels_last`` to spare their layout copies, or `freeze` it.
+    DDP, FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions
+    remain the model's own modules: convert the model to ``torch.channels_last`` to avoid layout copies, or `freeze` it.
 
-    While a block cannot be served (a hook on an inner module, a LoRA layer, quantized weights, a hook on all modules)
-    it runs as it was, and says so once in the log; it is fast again as soon as that is gone. Wrap with ``fully_shard``
-    afterwards.
+    While a block cannot be served (a hook on an inner module, a LoRA layer, quantized weights, a global module hook),
+    it runs its original forward and logs one warning. It is fast again once the obstacle is removed. Call
+    ``fully_shard`` after `accelerate`, not before.
 
-    Kernels know no transforms: inside a level of forward-mode AD and under ``torch.func`` (``jvp``, ``vmap``, ``grad``,
-    …) the same steps are PyTorch's own operators. So are gradients with ``create_graph=True``, which can be
-    differentiated again. ``make_fx`` and other modes see the operators by name, and ``torch.utils.flop_counter`` counts
-    their products.
+    The kernels do not support PyTorch's transforms: inside a forward-mode AD level and under ``torch.func`` (``jvp``,
+    ``vmap``, ``grad``, …) the same steps run as plain PyTorch operators. So do gradients with ``create_graph=True``,
+    which can be differentiated again. ``make_fx`` and other dispatch modes see our operators by name, and
+    ``torch.utils.flop_counter`` counts the FLOPs of their matrix products.
 
     Args:
         model: a model that contains blocks of timm, Hugging Face transformers, Kornia, cvnets or `mvit_kernels.nn`, or
-            such a block itself. Accelerating again only changes `backend`.
-        backend: which backend must serve these blocks, e.g. "triton"; None leaves the choice to each call.
-        strict: raise where a block would be declined (or none is found) instead of leaving it as it is.
+            such a block itself. Accelerating it again only changes `backend`.
+        backend: name of the backend that must serve these blocks, e.g. "triton"; None or "auto" leaves the choice to
+            each call.
+        strict: raise if a block would be declined, or if there is none, instead of leaving the block unchanged.
 
     Returns:
-        `model` itself. What was swapped, and why the rest was not: ``mvit_kernels.report(model)``; also logged
-        (logger ``mvit_kernels``; a declined block as a warning).
+        `model` itself. ``mvit_kernels.report(model)`` tells which blocks were swapped, and why the others were not.
+        The logger ``mvit_kernels`` receives the same, with a warning for each declined block.
 
     Raises:
-        TypeError: `model` is no ``nn.Module``.
-        ValueError: an unknown backend; with ``strict``, a declined block, or none found. The model is then unchanged.
-        BackendError: `backend` cannot run on the model's device at all, or lacks an operator that the blocks need; from
-            a call of the model, too, where it cannot serve that, under a transform for one.
+        TypeError: `model` is not an ``nn.Module``.
+        ValueError: an unknown backend; with `strict`, a declined block or no block. The model is then unchanged.
+        BackendError: `backend` cannot run on the model's device, or lacks an operator that the blocks need. A later
+            call of the model raises it as well if `backend` cannot serve that call, for example under a transform.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is {type(model).__name__}; a torch.nn.Module is wanted")
@@ -151,16 +155,19 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`, in place: every block gets its own class, and so its own forward, back.
+    """Undo `accelerate` in place: give every block its original class, and with it its original forward.
 
     Example:
         >>> mvit_kernels.restore(model)
 
+    Args:
+        model: an ``nn.Module``, accelerated or not.
+
     Returns:
-        `model` itself; a model that was not accelerated is left as it is.
+        `model` itself; blocks that are not accelerated are left unchanged.
 
     Raises:
-        ValueError: a block was wrapped by ``fully_shard`` since; the model is then unchanged.
+        ValueError: a block was wrapped by ``fully_shard`` after `accelerate`; the model is then unchanged.
     """
     blocks = [(name, module) for name, module in model.named_modules() if is_accelerated(module)]
     for name, block in blocks:
@@ -175,10 +182,18 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> AccelerationReport:
-    """What of `model` is accelerated now, and the reasons where a block cannot be (hooks and LoRA added later count).
+    """Report which blocks of `model` are accelerated now, and why the others are not.
 
     Example:
         >>> print(mvit_kernels.report(model))
+
+    Hooks and LoRA layers that were added after `accelerate` are taken into account.
+
+    Args:
+        model: an ``nn.Module``, accelerated, frozen or neither.
+
+    Returns:
+        An `AccelerationReport`; printable. Frozen blocks are listed first and count as accelerated.
     """
     blocks = [BlockReport(name, "frozen", True, ()) for name, _, adapter in named_blocks(model) if adapter is None]
     for name, block, adapter, reasons in _find(model):
@@ -188,7 +203,7 @@ def report(model: nn.Module) -> AccelerationReport:
 
 
 def _relatives(model: nn.Module) -> tuple[tuple[str, int], ...]:
-    """The classes of MobileViTv2's and v3's blocks in `model`, and how many there are of each."""
+    """(class name, number) of the MobileViTv2 and MobileViTv3 blocks in `model`."""
     names = (type(module).__name__ for module in model.modules())
     return tuple(Counter(name for name in names if _RELATIVE.match(name)).items())
 
@@ -200,8 +215,11 @@ def _about_relative(name: str, count: int) -> str:
 
 
 def adapter_of(module: nn.Module) -> ModuleType | None:
-    """The adapter for which `module` is a MobileViT block: by its class, which is known by name and package without any
-    import, and its children; cvnets' also in another package."""
+    """The adapter for which `module` is a MobileViT block, or None.
+
+    A block is recognized by the name and package of its class and by its children, so no library has to be imported.
+    A copy of cvnets' block is recognized in any package.
+    """
     for adapter in ADAPTERS:
         if all(child in module._modules for child in adapter.CHILDREN) and any(
             cls.__name__ == adapter.BLOCK and adapter.PACKAGE in cls.__module__.split(".")
@@ -212,11 +230,11 @@ def adapter_of(module: nn.Module) -> ModuleType | None:
 
 
 def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType | None]]:
-    """Every MobileViT block below `model` with its name and adapter; the adapter of a frozen block is None."""
+    """Every MobileViT block of `model` with its path and adapter; the adapter of a frozen block is None."""
     inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
-            continue  # a frozen block may keep the library's own one for the calls that it leaves to it
+            continue  # a frozen block counts once, whatever it contains
         adapter = adapter_of(module)
         if isinstance(module, FrozenBlock):
             inside = f"{name}." if name else ""
@@ -226,7 +244,7 @@ def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType 
 
 
 def _find(model: nn.Module) -> list[tuple[str, nn.Module, ModuleType, list[str]]]:
-    """Every MobileViT block that is not frozen: its name, itself, its adapter, and the reasons against it."""
+    """Every MobileViT block that is not frozen: its path, the module, its adapter, and the reasons against it."""
     found = []
     by_fsdp = any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
     for name, module, adapter in named_blocks(model):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the adapters share: a library's block as plain parts, and its fast forward.
+"""Shared by all adapters: a library's block as plain parts, and its fast forward.
 
-An adapter says where a library keeps the parts of its block (`BlockParts`), `Inspector` whether they are what they
-should be. Parameters are read from the modules at every call, so that optimizers, FSDP, EMA or a user may replace them.
+An adapter says where its library keeps the parts of a block (`BlockParts`); `Inspector` checks that they are what is
+expected. Parameters are read from the modules at every call, so optimizers, FSDP, EMA or the user may replace them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..ops import TransformerLayerWeights, transformer_on_map
 
 
 class LayerModules(NamedTuple):
-    """One transformer layer of a library, as the modules that hold its weights and its dropout."""
+    """One transformer layer of a library: the modules that hold its weights and its dropouts."""
 
     norm1: nn.LayerNorm
-    qkv: tuple[nn.Linear, ...]  # one Linear, or query, key and value
+    qkv: tuple[nn.Linear, ...]  # one joint Linear, or query, key and value
     proj: nn.Linear
     norm2: nn.LayerNorm
     fc1: nn.Linear
@@ -35,14 +35,14 @@ class LayerModules(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What an adapter's answer rests on, beside parameters and buffers."""
+    """What an adapter's answer depends on, apart from parameters and buffers."""
 
-    modules: tuple[nn.Module, ...]  # the block, then all that the fast path does not call
+    modules: tuple[nn.Module, ...]  # the block, then every module that the fast path bypasses
     facts: tuple[tuple[nn.Module, str, Any], ...]  # plain attributes: module, name, value
 
 
 class BlockParts(NamedTuple):
-    """A MobileViT block of some library: ``fusion(cat(x, after(transformer(before(x)))))``."""
+    """The parts of a library's MobileViT block: ``fusion(cat(x, after(transformer(before(x)))))``."""
 
     downsampling: nn.Module | None  # Hugging Face keeps the stride-2 inverted residual inside the block
     before: tuple[nn.Module, ...]
@@ -50,7 +50,7 @@ class BlockParts(NamedTuple):
     final_norm: nn.LayerNorm | None
     after: tuple[nn.Module, ...]
     fusion: nn.Module | None
-    input_first: bool  # the order of the concatenation
+    input_first: bool  # order of the concatenation
     num_heads: int
     patch_size: tuple[int, int]
     eps: float
@@ -58,9 +58,9 @@ class BlockParts(NamedTuple):
 
 
 class Refusal(Exception):
-    """A block that the fast path would get wrong: the reasons why, and what they rest on.
+    """Raised for a block that the fast path would compute incorrectly: the reasons, and what they depend on.
 
-    It keeps both in `args`: torch.compile traces no exception with an ``__init__`` of its own.
+    Both are kept in `args`, because torch.compile cannot trace an exception with an ``__init__`` of its own.
     """
 
     @property
@@ -76,7 +76,7 @@ class Refusal(Exception):
 
 
 class FrozenBlock:
-    """Base of what `freeze` puts in a block's place, by which the frozen blocks of a model are found."""
+    """Base class of the modules that `freeze` puts in place of blocks; it marks the frozen blocks of a model."""
 
 
 def original_class(block: nn.Module) -> type[nn.Module]:
@@ -85,12 +85,12 @@ def original_class(block: nn.Module) -> type[nn.Module]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is to be called around the module's forward or backward."""
+    """Whether `module` has forward or backward hooks of its own."""
     return any(hooks_of(module))
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """The dictionaries of a module's own hooks."""
+    """The dictionaries that hold a module's own forward and backward hooks."""
     return (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -100,7 +100,7 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
 
 
 def forward(parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
-    """The block on a (B, C, H, W) map, its transformer by `transformer_on_map`. Convolutions stay the library's own."""
+    """Run the block on a (B, C, H, W) map: `transformer_on_map`, and the library's own convolution modules."""
     if parts.downsampling is not None:
         x = parts.downsampling(x)
     y = x
@@ -124,7 +124,7 @@ def forward(parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
 
 
 def layer_weights(layer: LayerModules) -> TransformerLayerWeights:
-    """The layer's present weights; separate query, key and value are joined (a copy of 3·d² values, differentiable)."""
+    """The layer's current weights; separate query, key and value are concatenated (differentiable, 3·d² values)."""
     if len(layer.qkv) == 1:
         qkv_weight, qkv_bias = layer.qkv[0].weight, layer.qkv[0].bias
     else:
@@ -147,7 +147,7 @@ def layer_weights(layer: LayerModules) -> TransformerLayerWeights:
 
 
 def live_dropout(layer: LayerModules) -> LayerDropout:
-    """The probabilities in force now: each dropout module has its own training flag."""
+    """The dropout probabilities in effect now; each dropout module has its own training flag."""
     return LayerDropout(
         _probability(layer.attention_dropout),
         _probability(layer.projection_dropout),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Inspector`: how an adapter reads a block's parts, and every check of them."""
+"""`Inspector`: reads the parts of a block for an adapter, and checks each of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ._block import BlockParts, LayerModules, Refusal, Seen, has_hooks, original
 class Inspector:
     """Collects the reasons against a block while an adapter reads its parts; paths are relative to the block.
 
-    Types are compared exactly, and by the library's package where they are its own: a subclass, a quantised,
-    LoRA-wrapped or parametrised linear, or somebody else's class of the same name, computes something else. For
-    the same reason there may be no module below the transformer that the adapter did not look at.
+    Types are compared exactly, and a library's own classes by package as well: a subclass, a quantized, LoRA-wrapped
+    or parametrized linear, or an unrelated class of the same name computes something else. For the same reason the
+    bypassed part of the block must not contain a module that the adapter did not read.
 
     Args:
         block: the library's block, accelerated or not.
-        package: the name that the library is imported by; "" where its classes were copied to another one.
-        name: of the block's class.
-        bypassed: the block's children that the fast path does not call; all that is below them.
+        package: the library's import name; "" if its classes were copied into another package.
+        name: name of the block's class.
+        bypassed: children of the block that the fast path does not call, with everything below them.
     """
 
     def __init__(self, block: nn.Module, package: str, name: str, bypassed: Sequence[str]) -> None:
@@ -48,7 +48,7 @@ class Inspector:
         self.require(not replaced, "its forward was replaced on the instance")
 
     def get(self, path: str) -> nn.Module | None:
-        """The module at `path`, None (and a reason) if there is none."""
+        """The module at `path`; None, and a reason, if there is none."""
         self._looked_at.add(path)
         module = self._modules.get(path)
         if module is None:
@@ -56,14 +56,14 @@ class Inspector:
         return module
 
     def own(self, path: str, name: str) -> nn.Module | None:
-        """The library's class `name`, exactly: a step of the forward that the fast path replaces."""
+        """The module at `path`, exactly of the library's class `name`: the fast path replaces its forward."""
         module = self.get(path)
         if module is None or self._is_own(module, name):
             return module
         return self._refuse(path, module, f"{self.package or 'the library'}'s {name} is wanted")
 
     def sequence(self, path: str, cls: type[nn.Sequential] | type[nn.ModuleList], length: int | None = None) -> int:
-        """A plain container; returns its length, 0 if it does not fit."""
+        """Require a plain container at `path`; return its length, or 0 if it is something else."""
         module = self.get(path)
         if type(module) is not cls:
             self._refuse(path, module, f"a plain {cls.__name__} is wanted")
@@ -79,7 +79,7 @@ class Inspector:
         return self._refuse(path, module, "a quantised, LoRA-wrapped or parametrised linear computes something else")
 
     def norm(self, path: str) -> nn.LayerNorm | None:
-        """nn.LayerNorm, or the library's subclass of that name (timm's has a switch for apex; cvnets': see there)."""
+        """nn.LayerNorm, or the library's subclass of that name (timm's can use apex; cvnets': see `cvnets.takes`)."""
         norm = self.get(path)
         if type(norm) is not nn.LayerNorm:
             if not (isinstance(norm, nn.LayerNorm) and self._is_own(norm, "LayerNorm")):
@@ -97,6 +97,7 @@ class Inspector:
             self._refuse(path, module, "only SiLU is fused")
 
     def dropout(self, path: str, also: str = "") -> nn.Module | None:
+        """An identity, nn.Dropout, the library's own Dropout, or its class `also`."""
         module = self.get(path)
         if is_identity(module) or type(module) is nn.Dropout or self._is_own(module, also):
             return module
@@ -112,7 +113,7 @@ class Inspector:
             self._refuse(path, module, "a softmax over the last axis is wanted")
 
     def absent(self, owner: str, name: str) -> None:
-        """A step that the fast path does not have: Identity, None, or not there in this release of the library."""
+        """Require that a step the fast path lacks is Identity, None, or missing in this release of the library."""
         if getattr(self._modules.get(owner), name, None) is not None:
             path = f"{owner}.{name}"
             module = self.get(path)
@@ -120,7 +121,7 @@ class Inspector:
                 self._refuse(path, module, "the fast path has no such step")
 
     def fact(self, path: str, name: str) -> Any:
-        """A plain attribute of the module at `path` (None if there is none), which decides what is computed."""
+        """A plain attribute that affects the computation, or None. Its value is compared again at every call."""
         module = self._modules.get(path)
         value = getattr(module, name, None)
         if value is not None:
@@ -130,7 +131,7 @@ class Inspector:
     def heads(
         self, path: str, num_heads: str = "num_heads", head_dim: str | None = None, scale: str | None = None
     ) -> None:
-        """How a layer's attention splits its channels; `head_dim` and `scale` where the library keeps them too."""
+        """Record how a layer's attention splits its channels; `head_dim` and `scale` if the library has these too."""
         heads = self.fact(path, num_heads)
         if not isinstance(heads, int) or heads < 1:
             self.reasons.append(f"{path} has no {num_heads}, a positive int")
@@ -153,13 +154,13 @@ class Inspector:
         downsampling: nn.Module | None = None,
         input_first: bool = True,
     ) -> BlockParts:
-        """The block's parts, as in `BlockParts`; raises `Refusal` where something speaks against them."""
+        """The block as `BlockParts`; raises `Refusal` if there is any reason against it."""
         for path, module in self._modules.items():
             if path and has_hooks(module):
                 self.reasons.append(f"{path} carries a hook, which would no longer be called; put it on the block")
             if path and "forward" in module.__dict__:
                 self.reasons.append(f"the forward of {path} was replaced on the instance")
-        if not torch.compiler.is_compiling():  # tracers put tensors of their own in place
+        if not torch.compiler.is_compiling():  # tracers replace parameters with tensor subclasses of their own
             self._subclasses()
         if not layers:
             self.reasons.append("it has no transformer layers")
@@ -196,7 +197,7 @@ class Inspector:
         )
 
     def _subclasses(self) -> None:
-        """A reason for each subclass of Tensor among the parameters; shards come whole when the block is called."""
+        """Add a reason for each Tensor subclass among the parameters. Shards pass: FSDP gathers them before a call."""
         found: dict[type, list[str]] = {}
         for path, module in self._modules.items():
             for name, value in module._parameters.items() if path else ():
@@ -227,12 +228,12 @@ class Inspector:
             self.reasons.append(f"a linear of layer {index} has no bias")
 
     def _is_own(self, module: nn.Module, name: str) -> bool:
-        """Whether `module` is of exactly the library's class `name`, also where that is vendored (``x.cvnets.y``)."""
+        """Whether `module` is exactly the library's class `name`, also if the library is vendored (``x.cvnets.y``)."""
         return type(module).__name__ == name and (
             not self.package or self.package in type(module).__module__.split(".")
         )
 
     def _refuse(self, path: str, module: nn.Module | None, why: str) -> None:
-        """Add the reason, unless `get` added that there is no such module."""
+        """Add the reason, unless `get` already reported that the module is missing."""
         if module is not None:
             self.reasons.append(f"{path} is {type(module).__module__}.{type(module).__name__}; {why}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class swap behind `accelerate`: a subclass of the same name, one for each class, that pickles as the original."""
+"""The class swap behind `accelerate`: one subclass per block class, of the same name, pickled by the original class."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ from ._block import BlockParts, Refusal
 logger = logging.getLogger("mvit_kernels")
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 _warned: set[str] = set()
-_BACKEND, _PLAN = "_mvit_backend", "_mvit_plan"  # in the block's __dict__
+_BACKEND, _PLAN = "_mvit_backend", "_mvit_plan"  # keys in the block's __dict__
 
 
-@dataclass(frozen=True, slots=True)  # no tuple: torch.export walks those that it finds in a module, and this has cycles
+@dataclass(frozen=True, slots=True)  # not a tuple: torch.export walks tuples it finds in a module, and this has cycles
 class Plan:
-    """An adapter's answer for a block, and what must still be so for it to be right.
+    """An adapter's answer for a block, and the conditions under which it remains valid.
 
-    Checked at every eager call, by loops in C only: 2.9 µs a layer, where generator expressions take 4.9.
+    They are checked at every eager call, with loops that run in C only: 2.9 µs a layer, where generator expressions
+    take 4.9 µs.
     """
 
     parts: BlockParts | None  # None: declined
-    owners: tuple[dict, ...]  # the `_modules` of each module that has any
-    children: tuple[tuple[nn.Module | None, ...], ...]  # what was in them
+    owners: tuple[dict, ...]  # the `_modules` of each module that has children
+    children: tuple[tuple[nn.Module | None, ...], ...]  # their values when the plan was made
     modules: tuple[nn.Module, ...]
     types: tuple[type, ...]  # parametrize and quantization change a module's class in place
-    attributes: tuple[dict, ...]  # `__dict__` of some module
-    names: tuple[str, ...]  # a name in it: eps, heads, …, and "forward", which nobody may replace
+    attributes: tuple[dict, ...]  # for each name below, the `__dict__` of its module
+    names: tuple[str, ...]  # attributes: eps, heads, …, and "forward", which must not be set on the instance
     values: tuple[Any, ...]
     hooks: tuple[dict, ...]
     hooked: bool
     parameters: tuple[dict, ...]  # the `_parameters` of each module that has any
-    kinds: frozenset[type]  # the classes of what is in them: quantization puts subclasses of Tensor there
+    kinds: frozenset[type]  # classes of the parameters: quantization puts subclasses of Tensor there
 
     def holds(self, block: nn.Module) -> bool:
         return (
-            self.owners[0] is block._modules  # DataParallel copies a block's __dict__, this plan and all
+            self.owners[0] is block._modules  # DataParallel copies a block's __dict__, including this plan
             and tuple(map(tuple, map(dict.values, self.owners))) == self.children
             and tuple(map(type, self.modules)) == self.types
             and tuple(map(dict.get, self.attributes, self.names)) == self.values
@@ -59,7 +60,7 @@ class Plan:
 
 
 def global_hooks() -> list[str]:
-    """The reason against any fast path while somebody listens to the calls of all modules, as FLOP counters do."""
+    """The reason against any fast path while a global module hook is registered, as FLOP counters do; else empty."""
     if not _has_any_global_hook():
         return []
     return ["a hook on all modules (register_module_forward_hook and the like) is registered, which wants every call"]
@@ -70,17 +71,17 @@ def is_accelerated(module: nn.Module) -> bool:
 
 
 def derived_from_accelerated(module: nn.Module) -> bool:
-    """Whether something made a subclass of an accelerated class, as ``fully_shard`` does."""
+    """Whether the class of `module` is derived from an accelerated class, as ``fully_shard`` makes it."""
     return is_accelerated(module) and "_mvit_original" not in type(module).__dict__
 
 
 def backend_of(block: nn.Module) -> str | None:
-    """The backend that `accelerate` was asked for."""
+    """The backend that `accelerate` was given, or None."""
     return block.__dict__.get(_BACKEND)
 
 
 def swap(block: nn.Module, adapter: ModuleType, backend: str | None) -> None:
-    """Make `block` an instance of the accelerated subclass of its class."""
+    """Change the class of `block` to the accelerated subclass of its class."""
     if not is_accelerated(block):
         block.__class__ = _accelerated(type(block), adapter)
     block.__dict__[_BACKEND] = backend
@@ -101,7 +102,7 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
     takes = getattr(adapter, "takes", None)
 
     def forward(self, *args, **kwargs):
-        # cvnets passes tuples and keywords for video: anything but a plain map is the block's own business
+        # cvnets passes tuples and keywords for video: anything but a single map goes to the original forward.
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             parts = _parts(self, adapter)
             if parts is not None and (takes is None or takes(self, args[0])):
@@ -122,10 +123,11 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
 
 
 def _scriptable(fast: Callable, original: FunctionType) -> FunctionType:
-    """`fast`, which TorchScript takes for `original`: scripting compiles the library's own forward.
+    """`fast` in a form that TorchScript takes for `original`: scripting compiles the library's own forward.
 
-    `torch.jit.script` looks at ``__wrapped__`` for the source and at ``__globals__`` for the names in it. (Its hook
-    ``__prepare_scriptable__`` would not do: what that returns also replaces the block in the model being scripted.)
+    `torch.jit.script` finds the source through ``__wrapped__`` and resolves the names in it through ``__globals__``.
+    (The hook ``__prepare_scriptable__`` does not work here: the module that it returns also replaces the block in the
+    model that is being scripted.)
     """
 
     def forward(self, *args, **kwargs):
@@ -136,8 +138,11 @@ def _scriptable(fast: Callable, original: FunctionType) -> FunctionType:
 
 
 def _parts(block: nn.Module, adapter: ModuleType) -> BlockParts | None:
-    """The block's parts, None where they are declined now. The plan is kept; a traced call reads the modules afresh, so
-    that torch.compile guards on what it saw."""
+    """The block's parts, or None if it is declined now.
+
+    Eager calls keep the answer as a `Plan`. A traced call reads the modules afresh, so that torch.compile guards on
+    what it reads.
+    """
     if torch.compiler.is_compiling():
         try:
             return None if global_hooks() else adapter.parts(block)
@@ -191,7 +196,8 @@ def _warn_once(block: nn.Module, reason: str) -> None:
         logger.warning(message)
 
 
-# Pickling and deepcopy go by the original class, which can be imported by name; its accelerated subclass cannot.
+# Pickle and deepcopy store the original class, which can be imported by name; the accelerated subclass cannot be, and
+# is made again on loading.
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Apple's cvnets ``MobileViTBlock`` (cvnets.modules.mobilevit_block, 0.1 to 0.4).
 
-Two things are left to the block itself, call by call:
+Two kinds of input are left to the block's own forward, call by call:
 
-- a tuple as input, which means video (temporal mode);
-- from 0.3 on, maps with as many patches as channels (S at 192 px, XXS at 128 px): cvnets' LayerNorm takes a
-  (rows, N, d) tensor with N = d for a channel-first one and normalises over the patches. It moves logits by 5e-2; it
-  is what those models compute, so it is kept.
+- a tuple, which means video (temporal mode);
+- from 0.3 on, maps with as many patches as channels (S at 192 px, XXS at 128 px). cvnets' LayerNorm mistakes a
+  (rows, N, d) tensor with N = d for a channel-first one and normalizes over the patches. This moves logits by 5e-2,
+  but it is what those models compute, so it is preserved.
 
-Its code is copied more often than its package is installed, into a ``model.py`` with a ``transformer.py`` beside it. A
-copy is known by the class's name, its children and its keys, and is then tried: on two random maps it must compute
-what the fast path does, in float64.
+The code is copied more often than the package is installed, typically into a ``model.py`` with a ``transformer.py``
+beside it. A copy is recognized by its class name and children, and is then tested: on two random maps, in float64, it
+must compute what the fast path does.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ NAME = "cvnets"
 PACKAGE = "cvnets"
 BLOCK = "MobileViTBlock"
 CHILDREN = ("local_rep", "global_rep", "conv_proj")
-_tried: dict[tuple[type, ...], bool] = {}  # the classes of a copy's block and of all below its transformer
+_tried: dict[tuple[type, ...], bool] = {}  # classes of a copy's block and of all modules below its transformer
 
 
 def parts(block: nn.Module) -> BlockParts:
-    """Where cvnets keeps what; raises `Refusal` with every reason against it."""
+    """The parts of a cvnets block; raises `Refusal` with every reason against it."""
     if PACKAGE in original_class(block).__module__.split("."):
         return _read(block, PACKAGE)
     found = _read(block, "")
-    # A traced block was tried when it was accelerated.
+    # A traced block was tested when it was accelerated.
     if not torch.compiler.is_compiling() and not _is_cvnets(block, found):
         reason = f"it is a {BLOCK} of {original_class(block).__module__}, which computes something else than cvnets'"
         raise Refusal([reason], found.seen)
@@ -43,7 +43,7 @@ def parts(block: nn.Module) -> BlockParts:
 
 
 def may_be(block: nn.Module) -> bool:
-    """Whether `block` may be a copy of cvnets' in another package: by its class's name, its children and its keys."""
+    """Whether `block` may be a copy of cvnets' block in another package, by class name and children."""
     classes = [cls.__name__ for cls in type(block).__mro__]
     return (
         BLOCK in classes
@@ -60,13 +60,13 @@ def _is_cvnets(block: nn.Module, found: BlockParts) -> bool:
         copied.__class__ = original_class(block)  # not accelerated
         channels = next(conv.in_channels for conv in copied.local_rep.modules() if hasattr(conv, "in_channels"))
         ph, pw = found.patch_size
-        # 15 patches, and 6 after a resize: as many as channels no block has
+        # 15 patches, and 6 after a resize: no block has that few channels
         _tried[classes] = alike(_Fast(copied), copied, channels, ((3 * ph, 5 * pw), (2 * ph + 1, pw + 1)))
     return _tried[classes]
 
 
 class _Fast(nn.Module):
-    """A copy of cvnets' block as the fast path sees it."""
+    """A copy of cvnets' block, run through the fast path."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def _read(block: nn.Module, package: str) -> BlockParts:
 
 
 def takes(block: nn.Module, x: Tensor) -> bool:
-    """Not the maps on which cvnets' own LayerNorm normalises over patches."""
+    """False for maps on which cvnets' own LayerNorm would normalize over the patches."""
     norm = block.global_rep[-1]
     if type(norm).forward is nn.LayerNorm.forward:
         return True
@@ -125,7 +125,7 @@ def _layer(look: Inspector, path: str) -> LayerModules:
 
 
 def _linear(look: Inspector, path: str) -> nn.Module | None:
-    """cvnets' own linear layer keeps its weight as nn.Linear does, unless told to work on channel-first tensors."""
+    """nn.Linear or cvnets' LinearLayer, which stores its weight alike unless it works on channel-first tensors."""
     if type(look.get(path)) is nn.Linear:
         return look.linear(path)
     linear = look.own(path, "LinearLayer")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's ``MobileViTLayer`` (transformers.models.mobilevit): the stride-2 inverted residual and the block."""
+"""Hugging Face's ``MobileViTLayer`` (transformers.models.mobilevit): a stride-2 inverted residual and the block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHILDREN = ("conv_kxk", "conv_1x1", "transformer", "layernorm", "conv_projection
 
 
 def parts(block: nn.Module) -> BlockParts:
-    """Where transformers keeps what; raises `Refusal` with every reason against it."""
+    """The parts of a transformers block; raises `Refusal` with every reason against it."""
     look = Inspector(block, PACKAGE, BLOCK, bypassed=("transformer", "layernorm"))
     look.own("transformer", "MobileViTTransformer")
     depth = look.sequence("transformer.layer", nn.ModuleList)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kornia's ``MobileViTBlock`` (kornia.models.vit_mobile, in older releases kornia.contrib): the variant that it is.
+"""Kornia's ``MobileViTBlock`` (kornia.models.vit_mobile; in older releases kornia.contrib), a variant of the network.
 
-Four heads of eight channels whatever the width, no qkv bias, batch norm and SiLU on the 1×1 into the transformer, no
-final LayerNorm, dropout after SiLU too, and the block's input last in the concatenation. Maps that do not split into
-whole patches are an error in Kornia, and stay one.
+It has four heads of eight channels at any width, no qkv bias, batch norm and SiLU on the 1×1 convolution into the
+transformer, no final LayerNorm, an additional dropout after SiLU, and the block's input last in the concatenation.
+Kornia raises an error for maps that do not divide into whole patches, and still does when accelerated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHILDREN = ("conv1", "conv2", "transformer", "conv3", "conv4")
 
 
 def parts(block: nn.Module) -> BlockParts:
-    """Where Kornia keeps what; raises `Refusal` with every reason against it."""
+    """The parts of a Kornia block; raises `Refusal` with every reason against it."""
     look = Inspector(block, PACKAGE, BLOCK, bypassed=("transformer",))
     look.require(_release() >= (0, 6, 10), "Kornia unfolded maps wrongly before 0.6.10; upgrade it")
     look.own("transformer", "Transformer")
@@ -41,13 +41,13 @@ def parts(block: nn.Module) -> BlockParts:
 
 @torch.compiler.assume_constant_result
 def _release() -> tuple[int, ...]:
-    """Kornia's version: where the block is, its package has been imported."""
+    """Kornia's version. A block exists, so the package has been imported."""
     numbers = sys.modules["kornia"].__version__.split(".")[:3]
     return tuple(int("".join(filter(str.isdigit, number)) or 0) for number in numbers)
 
 
 def takes(block: nn.Module, x: Tensor) -> bool:
-    """Kornia raises on maps that do not split into whole patches: leave it its error."""
+    """Whether the map divides into whole patches; for others Kornia's own forward raises its error."""
     return x.shape[-2] % block.ph == 0 and x.shape[-1] % block.pw == 0
 
 

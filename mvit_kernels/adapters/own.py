@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own ``MobileViTBlock`` (mvit_kernels.nn): born on the operators; `restore` gives it the textbook path."""
+"""Our own ``MobileViTBlock`` (mvit_kernels.nn). `MobileViT` accelerates its blocks on construction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHILDREN = ("conv_local", "conv_in", "transformer", "norm", "conv_out", "conv_fu
 
 
 def parts(block: nn.Module) -> BlockParts:
-    """Where our block keeps what; raises `Refusal` with every reason against it."""
+    """The parts of our block; raises `Refusal` with every reason against it."""
     look = Inspector(block, PACKAGE, BLOCK, bypassed=("transformer", "norm"))
     depth = look.sequence("transformer", nn.ModuleList)
     return look.parts(

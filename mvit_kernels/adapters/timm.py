@@ -15,7 +15,7 @@ CHILDREN = ("conv_kxk", "conv_1x1", "transformer", "norm", "conv_proj")
 
 
 def parts(block: nn.Module) -> BlockParts:
-    """Where timm keeps what; raises `Refusal` with every reason against it."""
+    """The parts of a timm block; raises `Refusal` with every reason against it."""
     look = Inspector(block, PACKAGE, BLOCK, bypassed=("transformer", "norm"))
     depth = look.sequence("transformer", nn.Sequential)
     return look.parts(

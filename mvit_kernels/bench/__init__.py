@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measuring part: nothing here runs when a model does.
+"""Benchmarks: nothing in here runs when a model does.
 
-What is measured is in `suites`, what it is compared with in `peers` and `runtimes`, how in `comparison` (candidates in
-turns, checked first), `timing`, `device_clock` and `peak_memory`; `ceilings` are the machine's own rates, `results` the
-rows and `origin` where they come from; `profiling` tells what a call's time is spent on.
+`suites` define what is measured, `peers` and `runtimes` what it is compared with. `comparison` checks the candidates
+and times them in turns; `timing`, `device_clock` and `peak_memory` are its instruments. `ceilings` measures the
+machine's own rates, `results` reads and writes rows, `origin` says where they were measured, and `profiling` breaks a
+call's time down by category.
 """

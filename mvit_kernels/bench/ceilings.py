@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine can do at best, measured in the run whose rows are compared with it.
+"""The machine's peak rates of arithmetic and memory, measured in the same run as the rows that refer to them.
 
 Example:
     >>> ceilings = measure(torch.float32, "cpu")
     >>> ceilings.gflop_per_s, ceilings.gb_per_s
     (210.4, 31.2)
 
-The rate of products is that of the fastest large square ``torch.mm`` of the dtype (MKL's and cuBLAS's best case), or
-on the CPU of a dense 3 × 3 convolution (oneDNN's), on random numbers: zeros run faster. MKL gives AMD's processors
-half of their rate in float32: on two cores of a Zen 5 219 GFLOP/s where the convolution has 500, and multiplications
-in registers 553. The bandwidth is that of a copy far larger than the caches, bytes read plus bytes written. Both by
-the 20th percentile of the times: what the machine can do, which its other users only slow.
+The rate of products, in GFLOP/s, is that of the fastest large square ``torch.mm`` of the dtype (the best case of MKL
+and cuBLAS) or, on the CPU, of a dense 3 × 3 convolution (oneDNN's). Operands are random, because zeros run faster. MKL
+reaches half of the float32 rate of AMD's processors: 219 GFLOP/s on two cores of a Zen 5, where the convolution reaches
+500, and multiplications in registers 553. The bandwidth, in GB/s, is that of a copy far larger than the caches, bytes
+read plus bytes written. Both are taken from the 20th percentile of the times, because other users of the machine can
+only slow it down.
 """
 
 from __future__ import annotations
@@ -23,37 +24,37 @@ import torch
 
 from .timing import Timing, interleave
 
-# Sides of the matrices, and elements of the copy; the largest product takes 36 ms on two cores and 1.5 ms on an H100.
+# Sides of the square matrices. The largest product takes 36 ms on two cores and 1.5 ms on an H100.
 SQUARES = {"cpu": (1024, 1536), "cuda": (4096, 8192)}
-CONVOLUTION = (256, 56)  # channels in and out, and the side of the map
+CONVOLUTION = (256, 56)  # channels (in and out), side of the map
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
 SECONDS = {"cpu": 0.6, "cuda": 0.3}
 
 
 class Work(NamedTuple):
-    """The least that a call can do, whatever its candidate does."""
+    """The minimal work of a call, independent of how a candidate does it."""
 
-    gflop: float  # of products, two operations for a multiplication and an addition
-    megabytes: float  # every input and weight read once, every result written once
+    gflop: float  # of matrix products and convolutions; a multiply-add counts as two operations
+    megabytes: float  # 10⁶ bytes: every input and weight read once, every result written once
 
 
 class Ceilings(NamedTuple):
-    """The machine's best, and what it is of."""
+    """The machine's peak rates, and the measurements behind them."""
 
     gflop_per_s: float
     gb_per_s: float
-    timings: dict[str, Timing]  # "product of 1536 × 1536" -> milliseconds, the copy's too
-    work: dict[str, Work]  # of each of these
+    timings: dict[str, Timing]  # "product of 1536 × 1536" -> milliseconds; the copy is among them
+    work: dict[str, Work]  # of each entry of `timings`
 
     def amounts(self, name: str) -> dict[str, float]:
-        """What one of `timings` did, and its rate, by their columns' names."""
+        """The work and the rate of one entry of `timings`, by column name."""
         (gflop, megabytes), ms = self.work[name], self.timings[name].p20
         if gflop:
             return {"gflop": gflop, "gflop_per_s": gflop / ms * 1e3}
         return {"mb": megabytes, "gb_per_s": megabytes / ms}
 
     def columns(self, work: Work, milliseconds: float) -> dict[str, float]:
-        """The rates of a call that does `work` in so long, and per cent of the machine's, by their columns' names."""
+        """The rates of a call that does `work` in `milliseconds`, also in percent of the peak, by column name."""
         gflop_per_s, gb_per_s = work.gflop / milliseconds * 1e3, work.megabytes / milliseconds
         return {
             "gflop_per_s": gflop_per_s,
@@ -64,7 +65,13 @@ class Ceilings(NamedTuple):
 
 
 def measure(dtype: torch.dtype, device: str | torch.device = "cpu", *, seconds: float | None = None) -> Ceilings:
-    """Measure both rates on `device`, which should do nothing else."""
+    """Measure the peak rates of `dtype` on `device`, which should be otherwise idle.
+
+    Args:
+        dtype: of the products.
+        device: "cpu" or "cuda".
+        seconds: measuring time; by default 0.6 s on the CPU and 0.3 s on a GPU.
+    """
     kind = torch.device(device).type
     calls: dict[str, Callable[[], object]] = {}
     work: dict[str, Work] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model in several forms, each checked against float64 and then timed against the others.
+"""Compares several forms of one model: each is checked against float64 and then timed against the others.
 
 Example:
     >>> results = compare(Subject(model, images), ["eager", "accelerated", "frozen", "compile"], seconds=10)
@@ -8,9 +8,9 @@ Example:
     eager              60.18   58.90 - 63.02     1.00  2.1e-06   5.0e-06
     ...
 
-A candidate is timed only if its output (in training, every gradient too) keeps the tolerance rule of
-`mvit_kernels.verification`: a wrong result has no speed. One that cannot be built, is wrong, or takes too long to
-compile stays in the table, with the reason in place of its times.
+A candidate is timed only if its outputs (in training also all gradients) satisfy the tolerance rule of
+`mvit_kernels.verification`: the speed of a wrong result is meaningless. A candidate that cannot be built, is wrong, or
+takes too long to compile stays in the table, with the reason instead of times.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from .results import Row, row
 from .timing import THREADS_ASLEEP, Timing, interleave, synchronize
 
 Progress = Callable[[str], None]
-SAMPLE_SECONDS = 2e-3  # a sample of a call that takes less is of several
-IMAGE_SETS = 4  # in the graph of a model, whose own maps go through the cache anyway
+SAMPLE_SECONDS = 2e-3  # a sample of a shorter call consists of several calls
+IMAGE_SETS = 4  # in the graph of a model; few are enough, since its own maps pass through the cache
 
 
 class Result(NamedTuple):
-    """One line of the table. Without times where the candidate was not timed; `note` says why."""
+    """One line of the table. It has no times if the candidate was not timed; `note` says why."""
 
     candidate: str
-    timing: Timing | None = None
-    ratio: float | None = None  # eager's median over this one's: above 1 is faster than eager
-    row: ErrorRow | None = None  # the output or gradient that is nearest to what is allowed
-    build_seconds: float = 0.0  # until the first call was done: what compiling costs
-    peak_mb: float | None = None  # memory at its highest during one call, see `mvit_kernels.bench.peak_memory`
+    timing: Timing | None = None  # wall clock
+    ratio: float | None = None  # eager's median divided by this one's: above 1 is faster than eager
+    row: ErrorRow | None = None  # the output or gradient closest to its limit, or beyond it
+    build_seconds: float = 0.0  # until the end of the first call, including compilation
+    peak_mb: float | None = None  # peak memory of one call in MiB, see `mvit_kernels.bench.peak_memory`
     note: str = ""
-    launches: int | None = None  # of kernels, in one call on a GPU
-    graph: Timing | None = None  # a GPU's own time, see `mvit_kernels.bench.device_clock`
+    launches: int | None = None  # kernel launches of one call on a GPU
+    graph: Timing | None = None  # device clock, see `mvit_kernels.bench.device_clock`
     graph_ratio: float | None = None
-    graph_note: str = ""  # why there is none
+    graph_note: str = ""  # why there is no `graph`
 
 
 # -------------------------------------------------------------------------------------------------- comparing
@@ -71,23 +71,23 @@ def compare(
     memory: bool | Collection[str] = False,
     progress: Progress = lambda line: None,
 ) -> list[Result]:
-    """Build, check and time `peers`, in this order; see this module's head.
+    """Build, check and time `peers`, as described at the top of this module.
 
     Args:
-        subject: the model and the images.
-        peers: names from `PEERS`.
-        seconds: measuring time of all candidates together (but three rounds at least).
-        warmup_seconds: of each candidate.
-        build_seconds: a candidate whose building and first call take longer is given up (in the main thread).
-        memory: also measure the peak memory of a call on the CPU, of all peers or of those named, which builds them
-            once more, in a process of their own; on a GPU it is measured always.
+        subject: the model and the images; not changed.
+        peers: names from `PEERS`, or "all"; "eager" is always included, and comes first.
+        seconds: measuring time of all candidates together, at least three rounds.
+        warmup_seconds: warm-up time of each candidate.
+        build_seconds: give up a candidate whose building and first call take longer. Works in the main thread only.
+        memory: also measure peak memory on the CPU, for all peers or for those named; each is built once more, in a
+            fresh process. On a GPU it is always measured.
         progress: called with a line of text before each step.
 
     Returns:
-        One `Result` a peer.
+        One `Result` per peer.
 
     Raises:
-        ValueError: an unknown peer; a subject whose output is not finite in float64.
+        ValueError: an unknown peer; in training a peer for inference only; an output that is not finite in float64.
     """
     names = check_peers(peers, subject.training)
     with torch.set_grad_enabled(subject.training):
@@ -102,7 +102,7 @@ def compare(
         measure(results, calls, replays=replays, seconds=seconds, warmup_seconds=warmup_seconds, device=device)
     if any(PEERS[name].lazy for name in names):
         del calls, forms, replays
-        torch.compiler.reset()  # its limit of recompilations counts all models of one class
+        torch.compiler.reset()  # the recompilation limit counts all models of one class
     return [results[name] for name in names]
 
 
@@ -113,12 +113,12 @@ def prepare(
     build_seconds: float | None = None,
     progress: Progress = lambda line: None,
 ) -> tuple[dict[str, Result], dict[str, Form]]:
-    """Build and check the peers `names`: a `Result` for each, without times, and the form of each that is right.
+    """Build and check the peers `names`: a `Result` without times for each, and the form of each correct one.
 
-    Called with gradients enabled as the subject wants them. Arguments and errors are those of `compare`.
+    The caller sets the grad mode that the subject needs. Arguments and errors are those of `compare`.
     """
     progress("float64 reference")
-    orders = (False, True) if subject.training else (False,)  # as `verify` does, and for its reasons
+    orders = (False, True) if subject.training else (False,)  # both orders of the batch, for the reasons of `verify`
     own = [_outputs(build(subject), subject, order) for build in (eager, channels_last) for order in orders]
     wide = subject._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
     truth = _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
@@ -152,8 +152,8 @@ def prepare(
 def build_and_check(
     name: str, build: Callable[[], object], check: Callable[[object], ErrorRow], seconds: float | None
 ) -> tuple[object | None, Result]:
-    """What `build` gives if `check` finds it right, else None; and a `Result` that tells the error, or what was in the
-    way: an exception, or more than `seconds` spent."""
+    """What `build` returns if it passes `check`, otherwise None; and a `Result` with the error row, or with the reason
+    for a failure: an exception, or more than `seconds` spent."""
     start = time.perf_counter()
     try:
         with time_limit(seconds):
@@ -179,13 +179,13 @@ def measure(
     baselines: Mapping[str, str] | None = None,
     **how_long: float,
 ) -> None:
-    """Time `calls` in turns, by the wall's clock and on a GPU by the device's, and put it into `results`.
+    """Time `calls` in interleaved runs, by wall clock and on a GPU also by device clock; add the times to `results`.
 
     Args:
-        results: by the candidates' names; changed.
-        calls: what is timed; set the grad mode outside.
-        replays: on a GPU, what captures a candidate's graph.
-        baselines: whose median a candidate's ratio is of; "eager" for those that are not in it.
+        results: `Result` by candidate; changed in place.
+        calls: the functions to time; set the grad mode outside.
+        replays: on a GPU, functions that capture a candidate's graph.
+        baselines: candidate -> candidate whose median its ratio refers to; "eager" if it is not in it.
         how_long: ``seconds`` or ``rounds`` of `interleave`.
     """
     if not calls:
@@ -202,8 +202,8 @@ def measure(
 
 
 def _measure_device(results, calls, replays, baselines, device, options) -> None:
-    """Launches, memory and the device's own clock. What goes wrong here is noted, and leaves the wall's clock as it is,
-    unless the GPU is lost, which `synchronize` raises: nothing on it can be trusted then."""
+    """Measure launches, memory and device times. A failure is noted and does not affect the wall-clock times, unless
+    the GPU is lost: then `synchronize` raises, and nothing on it can be trusted."""
     captured: dict[str, Replay] = {}
     for name, call in calls.items():
         try:
@@ -211,7 +211,7 @@ def _measure_device(results, calls, replays, baselines, device, options) -> None
             results[name] = results[name]._replace(launches=launches(call, device) or None, peak_mb=peak)
             if name in replays:
                 captured[name] = replays[name]()
-        except Exception as error:  # waits for the device, or something else that a graph cannot hold
+        except Exception as error:  # it waits for the device, or does something else that cannot be captured
             synchronize(device)
             results[name] = results[name]._replace(graph_note=f"no graph: {_sentence(error)}")
     if not captured:
@@ -259,16 +259,16 @@ def worst_row(
     truth: dict[str, Tensor],
     careful: Callable[[int], dict[str, Tensor]] | None = None,
 ) -> ErrorRow:
-    """The tolerance rule on every tensor of a candidate: the row with the largest error for what it is allowed.
+    """Apply the tolerance rule to every tensor of a candidate; return the row closest to its limit, or beyond it.
 
     Args:
-        outputs: the candidate's, by name; gradients by ``GRADIENT`` and the parameter's name.
-        own: PyTorch's own results in the same dtype, one dict for each memory format.
+        outputs: the candidate's outputs by name; a gradient's name is ``GRADIENT`` + the parameter's name.
+        own: PyTorch's own results in the same dtype, one dict per memory format and order of the batch.
         truth: the float64 results.
-        careful: as of `verification.error_rows`.
+        careful: as in `verification.error_rows`.
 
     Raises:
-        ValueError: the candidate has no such output, or one of another shape.
+        ValueError: an output is missing, is not one of the model's, or has another shape.
     """
     if outputs.keys() != truth.keys():
         odd = sorted(outputs.keys() ^ truth.keys())
@@ -278,7 +278,7 @@ def worst_row(
 
 
 def _outputs(form: Form, subject: Subject, reverse: bool = False) -> dict[str, Tensor]:
-    """The outputs of one call by name, and in training the gradients; with `reverse` by the batch in reverse order."""
+    """The outputs of one call by name, in training also the gradients; `reverse` runs the batch in reverse order."""
     dtype = subject.dtype
     if not subject.training:
         return {name: value.detach() for name, value in named_outputs(form.model(form.images)).items()}
@@ -303,12 +303,12 @@ def _sentence(error: Exception | str) -> str:
 
 
 class TimeLimit(BaseException):
-    """The time is over. No `Exception`: torch.compile turns those into its own, or falls back and goes on."""
+    """The time is over. Not an `Exception`, which torch.compile would wrap, or handle by falling back to eager."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise `TimeLimit` after `seconds` inside. Needs a signal, so it is without effect outside the main thread."""
+    """Raise `TimeLimit` after `seconds` inside. It uses a signal, so it has no effect outside the main thread."""
     possible = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if seconds is None or not possible:
         yield
@@ -330,7 +330,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def table(results: list[Result]) -> str:
-    """The results as text, one line a candidate; those without times say why."""
+    """The results as a text table, one line per candidate; those without times say why. Times are in ms."""
     width = max(len("candidate"), *(len(result.candidate) for result in results))
     header = f"{'candidate':<{width}}  {'median ms':>9}  {'p20 - p80':>17}  {'ratio':>5}  {'error':>7}  {'allowed':>7}"
     lines = [header + "    peak MB" * any(result.peak_mb is not None for result in results)]
@@ -350,7 +350,7 @@ def table(results: list[Result]) -> str:
 def csv_rows(
     results: list[Result], subject: Subject, model: str, origin: dict[str, str], /, **more: object
 ) -> list[Row]:
-    """The results in long form, see `rows_of`, with the columns that `subject` tells."""
+    """The results in long form (see `rows_of`), with the columns that follow from `subject`."""
     batch, _, height, width = subject.images.shape
     identity = {
         "subject": model,
@@ -371,13 +371,13 @@ def rows_of(
     ceilings: Ceilings | None = None,
     **identity: object,
 ) -> list[Row]:
-    """A row a candidate, and on a GPU one more for its second clock: `results.COLUMNS`.
+    """One row per candidate, and on a GPU a second one for the device clock, with `results.COLUMNS`.
 
     Args:
         origin: `mvit_kernels.bench.origin.environment()`.
-        work: what one call does at least.
-        ceilings: what the machine can do at best.
-        identity: the columns that tell the subject.
+        work: minimal work of one call.
+        ceilings: peak rates of the machine.
+        identity: the columns that identify the subject.
     """
     rows = []
     for result in results:

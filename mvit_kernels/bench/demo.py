@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """MobileViT-S and -XXS accelerated, frozen, verified on photographs and timed: ``mvit-kernels demo``.
 
-It prints what was swapped, the error of every block and of the output against float64 beside PyTorch's own, and a
-table of milliseconds, which it also writes as CSV and as a plot into ``demo_results/``. It takes less than five minutes
-on two cores: what does not fit into ``--budget`` is left out, and said.
+It prints which blocks were swapped, the errors of every block and of the output against float64 next to PyTorch's own,
+and a table of milliseconds, which is also written as CSV and as a plot into ``demo_results/``. It takes less than five
+minutes on two cores: what does not fit into ``--budget`` is skipped, with a message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .origin import environment
 from .peers import PEERS, Subject
 from .timing import interleave
 
-FORMS = {  # candidate -> what the table and the plot call it
+FORMS = {  # candidate -> label in the table and the plot
     "eager": "as it was",
     "channels_last": "as it was, channels-last",
     "accelerated": "accelerated",
@@ -39,7 +39,7 @@ _START = time.perf_counter()
 
 
 class Setting(NamedTuple):
-    """One table: what is timed, and how."""
+    """The parameters of one table."""
 
     model: str
     dtype: torch.dtype
@@ -50,7 +50,14 @@ class Setting(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo by the arguments of `mvit_kernels.cli.demo`; return 0, or 1 if an error was larger than allowed."""
+    """Run the demo with the arguments of `mvit_kernels.cli.demo`.
+
+    Returns:
+        The exit code: 0, or 1 if an error was larger than allowed or a candidate of ours did not run.
+
+    Raises:
+        ValueError: no photographs are installed, or arguments that do not fit together.
+    """
     device = checked_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(args.threads or _threads())
     origin = environment(device)
@@ -101,10 +108,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _threads() -> int:
-    """PyTorch's number of threads, or 1 where that is faster now.
+    """PyTorch's default number of threads, or 1 if that is faster at the moment.
 
-    OpenMP's threads wait for each other after every layer. Where other processes have the cores, they wait for a time
-    slice each: a forward of 60 ms was seen to take two seconds on two threads, and 100 ms on one.
+    OpenMP threads wait for each other after every layer. If other processes occupy the cores, each wait takes a time
+    slice: a forward pass of 60 ms was observed to take two seconds on two threads, and 100 ms on one.
     """
     usual = torch.get_num_threads()
     x, weight = torch.rand(1024, 192, device="cpu"), torch.rand(384, 192, device="cpu")
@@ -140,7 +147,7 @@ def _names(args: argparse.Namespace) -> list[str]:
 
 
 def _prepared(name: str, checkpoint: str | None, images: Tensor) -> nn.Module:
-    """The model, its batch norms holding the statistics of the photographs where no checkpoint brings its own."""
+    """The model; without a checkpoint its batch norms get the statistics of the photographs."""
     model = load(name, checkpoint=checkpoint, device=str(images.device))
     if checkpoint:
         _step(f"{name}: weights of {checkpoint}")
@@ -151,12 +158,12 @@ def _prepared(name: str, checkpoint: str | None, images: Tensor) -> nn.Module:
 
 
 def views(images: Tensor) -> list[Tensor]:
-    """The images upright and mirrored."""
+    """The images as they are, and flipped horizontally, vertically, and both ways."""
     return [images, images.flip(3), images.flip(2), images.flip(2, 3)]
 
 
 def _verified(name: str, model: nn.Module, images: Tensor) -> bool:
-    """Accelerate and freeze copies of the model, print what was done and the errors; whether all are allowed."""
+    """Accelerate and freeze copies of the model, print reports and errors; return whether all errors are allowed."""
     fast = accelerate(copy.deepcopy(model))
     print(_indented(str(report(fast))))
     _step(f"{name}: errors of the accelerated model against float64, beside PyTorch's own")
@@ -173,15 +180,15 @@ def _verified(name: str, model: nn.Module, images: Tensor) -> bool:
 def _measured(
     setting: Setting, subject: Subject, earlier: dict[Setting, list[Result]], left: float, tables: int
 ) -> list[Result]:
-    """One table, within the time that is left for it and the `tables - 1` after it; empty where there is none."""
+    """One table, within the `left` seconds for it and the `tables - 1` after it; empty if there is no time."""
     print()
     first = setting.batch == min(s.batch for s in (setting, *earlier))
     reserve = 25.0 * (tables - 1)  # what a table takes on two busy cores, without compiling
     if not first and left < 30:
         _step(f"{setting}: left out, --budget is nearly spent")
         return []
-    # torch.compile takes about as long for every batch and for S as for XXS, which have as many layers: an earlier
-    # table tells whether to begin at all.
+    # torch.compile takes about as long for every batch size, and for S as for XXS, which have equally many layers: an
+    # earlier table tells whether to begin at all.
     forms = list(FORMS)
     compile_seconds = left - reserve - 30
     compiled = [result for results in earlier.values() for result in results if result.candidate == "compile"]
@@ -201,7 +208,7 @@ def _measured(
 
 
 def _repeated(images: Tensor, batch: int) -> Tensor:
-    """The photographs, over and over, as a batch of `batch`."""
+    """The photographs, repeated to a batch of `batch`."""
     return images[torch.arange(batch, device=images.device) % len(images)]
 
 
@@ -217,12 +224,12 @@ def _summary(measured: dict[Setting, list[Result]]) -> list[str]:
 
 
 def plot(measured: dict[Setting, list[Result]], title: str, path: Path) -> None:
-    """Bars of milliseconds, one panel a table, written as PNG.
+    """Draw bars of milliseconds, one panel per table, and write them as PNG.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure  # without pyplot: no display is looked for
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
     colours = {"eager": "#7f7f7f", "channels_last": "#b0b0b0", "compile": "#e08a2e"}
     rows = list(dict.fromkeys(setting.model for setting in measured))
@@ -250,13 +257,13 @@ def plot(measured: dict[Setting, list[Result]], title: str, path: Path) -> None:
             panel.text(timing.p80 + 0.02 * slowest, index, text, va="center", fontsize=9)
         panel.set_yticks(range(len(results)), [FORMS[result.candidate] for result in results], fontsize=9)
         panel.set_ylim(len(results) - 0.5, -0.5)
-        panel.set_xlim(0, 1.38 * slowest)  # room for the numbers behind the bars
+        panel.set_xlim(0, 1.38 * slowest)  # leaves room for the numbers next to the bars
         panel.set_xlabel("ms", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 
-# --------------------------------------------------------------------------------------------------------- the frame
+# ------------------------------------------------------------------------------------------------------------ output
 
 
 def _step(text: str) -> None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where and when a result was measured: what every row of results must tell about its origin.
+"""Where and when a result was measured: the columns of origin in every row of results.
 
 Example:
     >>> environment()["cpu"], folder_name(environment())
     ('family 26 model 2: Zen 5', 'amd-epyc-zen5')
 
-The name that a virtual machine shows ("AMD EPYC") says nothing of the generation, so family and model go with it.
+The processor's name in a virtual machine ("AMD EPYC") does not show its generation, so family and model are recorded
+too.
 """
 
 from __future__ import annotations
@@ -25,19 +26,25 @@ import torch
 from .. import __version__
 from ..backends.cpu import instruction_set
 
-# Whose versions change what a candidate does.
+# Libraries whose versions affect what a candidate does.
 LIBRARIES = ("timm", "transformers", "kornia", "onnxruntime", "openvino")
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, str]:
-    """Device, processor, instruction set, threads, driver, versions, commit and date, all of them text.
+    """Device, processor, instruction set, threads, driver, versions, commit and date, all as text.
 
     Example:
         >>> environment()["device_name"]
         'AMD EPYC 7763 64-Core Processor'
 
-    ``cpu`` and ``isa`` are the host's, on a GPU too: what launching costs is the host's speed. ``isa`` is that of our
-    C++ kernels, or of PyTorch's own where there are none.
+    ``cpu`` and ``isa`` describe the host, also on a GPU: its speed determines the launch overhead. ``isa`` is the
+    instruction set of our C++ kernels, or PyTorch's own if they are not built.
+
+    Args:
+        device: where the candidates run: "cpu" or "cuda".
+
+    Returns:
+        The columns `mvit_kernels.bench.results.ORIGIN`; the date is UTC. What is unknown is "".
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
@@ -60,7 +67,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, str]:
 
 
 def folder_name(origin: dict[str, str]) -> str:
-    """The name of the folder for results of this `environment`: one a kind of device.
+    """The name of the folder for results of this `environment`: one per kind of device.
 
     Example:
         >>> folder_name({"device": "cuda", "device_name": "NVIDIA H200", "cpu": ""})
@@ -78,7 +85,7 @@ def folder_name(origin: dict[str, str]) -> str:
 
 @functools.cache
 def cpuinfo() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
+    """The first processor's entry in /proc/cpuinfo; empty if there is no such file."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
@@ -88,12 +95,12 @@ def cpuinfo() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name for itself."""
+    """The processor's model name."""
     return cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def _processor() -> str:
-    """Family and model, and for AMD's since Zen 3 the generation; "" where the system does not tell."""
+    """Family and model, for AMD's since Zen 3 also the generation; "" if the system does not provide them."""
     known = cpuinfo()
     if "cpu family" not in known:
         return ""
@@ -103,7 +110,7 @@ def _processor() -> str:
 
 
 def amd_generation(family: int, model: int) -> str:
-    """ "Zen 3", "Zen 4" or "Zen 5" by the ranges of models that Linux knows (arch/x86/kernel/cpu/amd.c); else ""."""
+    """ "Zen 3", "Zen 4" or "Zen 5" by the model ranges in Linux (arch/x86/kernel/cpu/amd.c); otherwise ""."""
     if family == 25:
         return "Zen 4" if 0x10 <= model <= 0x1F or 0x60 <= model <= 0x7F or 0xA0 <= model <= 0xAF else "Zen 3"
     if family == 26 and (model <= 0x2F or 0x40 <= model <= 0x4F or 0x60 <= model <= 0x7F):
@@ -116,7 +123,7 @@ def amd_generation(family: int, model: int) -> str:
 
 @functools.cache
 def driver() -> str | None:
-    """The version of NVIDIA's driver; None where nvidia-smi is not there or does not answer."""
+    """The version of the NVIDIA driver; None if nvidia-smi is missing or does not answer."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -138,10 +145,10 @@ def _version(distribution: str) -> str:
 
 @functools.cache
 def _commit() -> str:
-    """The commit of this checkout, "+" behind it where files differ from it. Where the package is no checkout, what
-    the environment variable MVIT_KERNELS_COMMIT tells: a copy of the files alone knows nothing of its origin."""
+    """The commit of this checkout, followed by "+" if files differ from it. Outside of a checkout, the value of the
+    environment variable MVIT_KERNELS_COMMIT, since a copy of the files alone does not know its commit."""
     root = Path(__file__).resolve().parent.parent.parent
-    if not (root / ".git").exists():  # installed, perhaps into the environment of another project's checkout
+    if not (root / ".git").exists():  # installed, perhaps inside another project's checkout
         return os.environ.get("MVIT_KERNELS_COMMIT", "")
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory one call of a peer takes at its peak, weights not counted.
+"""Peak memory of one call of a peer, not counting weights.
 
-On a GPU PyTorch's allocator knows: what was allocated at most, less what was before. On the CPU nobody does: OpenVINO,
-ONNX Runtime, oneDNN and the memory that our kernels keep for a thread all pass PyTorch's allocator by. So the operating
-system is asked, which counts the pages that a process really holds, in a process for each candidate where nothing ran
-before:
+On a GPU PyTorch's allocator provides it: the maximum allocated, minus what was allocated before. On the CPU no
+allocator does: OpenVINO, ONNX Runtime, oneDNN and the per-thread scratch memory of our kernels bypass PyTorch's. There
+the operating system is asked for the pages that a process holds, in a fresh process for each candidate:
 
-- before: anonymous memory once the candidate is built (and compiled), and malloc has given back what is free;
-- kept: how much more of it there is after the first call: memory that a runtime or a kernel keeps for the next call,
-  weights that were packed late, code that was generated;
-- rise: how far the resident memory rises above its level while a later call runs, by the kernel's own high-water mark
-  (``VmHWM``), which is set back before each of three such calls.
+- before: anonymous memory once the candidate is built (and compiled), after malloc has returned its free memory;
+- kept: its increase by the first call: memory that a runtime or a kernel keeps for the next call, weights that are
+  packed late, generated code;
+- rise: how far resident memory rises above its level during a later call, by Linux's high-water mark (``VmHWM``), which
+  is reset before each of three such calls; the largest counts.
 
-The peak is kept + rise. Pages of program code, which the first call reads from its file, are in neither. In the process
-that times the candidates this would be wrong: what one of them keeps there, the next one finds free.
+The peak is kept + rise. Pages of program code, which the first call loads from files, are in neither. The process that
+times all candidates could not measure this, because memory that one candidate keeps is free for the next.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ from .._utils.third_party import prepare_torchvision
 from .peers import PEERS, Subject, call_of
 from .timing import synchronize
 
-CALLS = 3  # that are measured: what two threads hold at once, and where malloc finds room, changes from call to call
+CALLS = 3  # measured calls: what two threads hold at the same time, and where malloc finds room, varies between calls
 
 
 def on_gpu(call: Callable[[], object], device: torch.device) -> float:
-    """Mebibytes that PyTorch's allocator held at most during `call`, beyond what was there before."""
+    """Peak memory of PyTorch's allocator during `call`, in MiB, minus what was allocated before."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     call()
@@ -51,8 +50,17 @@ def on_gpu(call: Callable[[], object], device: torch.device) -> float:
 
 
 def on_cpu(subject: Subject, peers: Iterable[str], *, timeout: float | None = None) -> dict[str, float | str]:
-    """For each of `peers`, the mebibytes that one call takes at its peak (see this module's head), or why they could
-    not be measured: no Linux, a model that cannot be pickled, more than `timeout` seconds in all."""
+    """The peak memory of one call of each of `peers`, as described at the top of this module.
+
+    Args:
+        subject: the model and the images; pickled for a fresh process.
+        peers: names from `PEERS`.
+        timeout: seconds for all peers together.
+
+    Returns:
+        name -> MiB, or the reason why it could not be measured: the system is not Linux, the model cannot be pickled,
+        the timeout expired, the process failed.
+    """
     peers = list(peers)
     if not Path("/proc/self/clear_refs").exists():
         return dict.fromkeys(peers, "this system has no /proc/self/clear_refs")
@@ -62,7 +70,7 @@ def on_cpu(subject: Subject, peers: Iterable[str], *, timeout: float | None = No
             task.write_bytes(pickle.dumps((subject, peers, torch.get_num_threads(), backends._override)))
         except Exception as error:  # whatever a class that cannot be pickled raises
             return dict.fromkeys(peers, f"the model cannot be pickled: {error}")
-        # The same modules as here, also where sys.path was changed by hand.
+        # Find the same modules as this process, also if sys.path was changed.
         code = f"import sys; sys.path[:] = {sys.path!r}; from mvit_kernels.bench import peak_memory; peak_memory.main()"
         why = "its process ended without a word"
         try:
@@ -76,18 +84,18 @@ def on_cpu(subject: Subject, peers: Iterable[str], *, timeout: float | None = No
 
 
 def main() -> None:
-    """What runs in the fresh process, which loads everything and forks for each peer, since loading takes seconds.
+    """Entry point of the fresh process. It loads everything once, since that takes seconds, and forks for each peer.
 
-    The argument names the file of the task; beside it comes a file for each peer that is done.
+    The command-line argument names the task file; the result of each peer is written to a file beside it.
     """
     task = Path(sys.argv[1])
-    prepare_torchvision()  # timm's and Hugging Face's models import it when they are unpickled
+    prepare_torchvision()  # unpickling timm's and Hugging Face's models imports torchvision
     subject, peers, threads, backends._override = pickle.loads(task.read_bytes())
     torch.set_num_threads(threads)
     for name in peers:
-        child = os.fork()  # safe: no parallel work was done here, so that no thread is lost
+        child = os.fork()  # safe: no parallel work was done here, so no thread is lost
         if child == 0:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a timeout ends this one too
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a timeout also ends the child
             try:
                 result: float | str = _measured(subject, name) / 1024
             except BaseException as error:
@@ -100,7 +108,7 @@ def main() -> None:
 
 
 def _measured(subject: Subject, name: str) -> int:
-    """Kibibytes of one call of the peer at its peak, in a process where it never ran before."""
+    """Peak memory of one call of the peer in KiB; to be called in a process in which it has not run before."""
     with torch.set_grad_enabled(subject.training):
         call = call_of(PEERS[name].build(subject), subject)
         if PEERS[name].lazy:
@@ -110,7 +118,7 @@ def _measured(subject: Subject, name: str) -> int:
         kept = _anonymous() - before
         rise = 0
         for _ in range(CALLS):
-            _anonymous()  # gives back what is free
+            _anonymous()  # returns free memory to the system
             Path("/proc/self/clear_refs").write_text("5")
             level = _field("/proc/self/status", "VmHWM")
             call()
@@ -119,13 +127,13 @@ def _measured(subject: Subject, name: str) -> int:
 
 
 def _anonymous() -> int:
-    """Kibibytes of memory that is no file's, after malloc gave back what is free."""
+    """Anonymous memory in KiB, after malloc has returned its free memory."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:
-        pass  # no glibc
-    # Not RssAnon of /proc/self/status: newer kernels keep it by the processor, and do not add up exactly.
+        pass  # not glibc
+    # Not RssAnon of /proc/self/status: newer Linux kernels count it per CPU and do not sum it up exactly.
     return _field("/proc/self/smaps_rollup", "Anonymous")
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms of a model that can be timed beside each other, each by a name.
+"""The forms of a model that can be timed against each other, by name.
 
 Example:
     >>> form = PEERS["frozen"].build(Subject(model, images))
     >>> form.model(form.images)
 
-What other runtimes make of a model (ONNX Runtime, OpenVINO) is in `mvit_kernels.bench.runtimes`; they are optional, and
-a build without its library raises an ImportError that says what to install.
+Other runtimes (ONNX Runtime, OpenVINO) are in `mvit_kernels.bench.runtimes`. They are optional: building a form whose
+library is not installed raises an ImportError that says what to install.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from .runtimes import OnnxRuntime, OpenVino
 
 
 class Subject(NamedTuple):
-    """What the candidates are made from; `compare` changes none of it."""
+    """What the candidates are built from; `compare` does not change it."""
 
     model: nn.Module  # float32, on the images' device
     images: Tensor  # (B, C, H, W) float32
-    dtype: torch.dtype = torch.float32  # of weights and images; in training, of autocast, the weights staying float32
-    backend: str | None = None  # for the accelerated and frozen ones
-    training: bool = False  # forward and backward, without dropout, which would make the gradients incomparable
-    step: bool = False  # with training: the optimiser's step too (AdamW of learning rate 0, so that no weight changes)
+    dtype: torch.dtype = torch.float32  # of weights and images; in training of autocast, with float32 weights
+    backend: str | None = None  # of the accelerated and frozen forms
+    training: bool = False  # forward and backward, without dropout, which would make gradients incomparable
+    step: bool = False  # with training: an optimizer step too (AdamW with learning rate 0, so that no weight changes)
 
     @property
     def mode(self) -> str:
-        """As results call it: inference, training or step."""
+        """The column `mode` of results: inference, training or step."""
         return ("step" if self.step else "training") if self.training else "inference"
 
 
 class Form(NamedTuple):
-    """A model and the images as it takes them: what a peer makes of a `Subject`."""
+    """What a peer makes of a `Subject`: a model, and the images in the form that it takes."""
 
-    model: Callable[[Tensor], Any]  # a module; of an `inference_only` peer, any function
+    model: Callable[[Tensor], Any]  # a module; for an `inference_only` peer, any function
     images: Tensor
 
 
 class Peer(NamedTuple):
-    """One form of a model that can be asked for by name."""
+    """One form of a model, selectable by name."""
 
     summary: str
     build: Callable[[Subject], Form]
     inference_only: bool = False
-    ours: bool = False  # its errors are ours, and not a compiler's
-    lazy: bool = False  # its first call compiles
-    has_graphs: bool = False  # on a GPU it replays CUDA graphs by itself
+    ours: bool = False  # a wrong result is a defect of this package
+    lazy: bool = False  # the first call compiles
+    has_graphs: bool = False  # on a GPU it replays CUDA graphs of its own
 
 
 def eager(subject: Subject) -> Form:
-    """The model as it was before `accelerate`, its dropouts off."""
+    """The model in plain PyTorch, as before `accelerate`, with dropout off."""
     model = restore(copy.deepcopy(subject.model)).train(subject.training)
     for module in model.modules():
         if "drop" in type(module).__name__.lower():
@@ -70,7 +70,7 @@ def eager(subject: Subject) -> Form:
 
 
 def channels_last(subject: Subject) -> Form:
-    """`eager` with weights and images in channels-last."""
+    """`eager` with weights and images in channels-last memory format."""
     model, images = eager(subject)
     return Form(model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last))
 
@@ -91,7 +91,7 @@ def _frozen(subject: Subject) -> Form:
 def _compiled(build: Callable[[Subject], Form], **options: Any) -> Callable[[Subject], Form]:
     def compiled(subject: Subject) -> Form:
         model, images = build(subject)
-        # Static shapes, as a first call has them by default: the second batch size of a process would be dynamic.
+        # Static shapes, as by default in a first call: a second batch size in the process would make them dynamic.
         return Form(torch.compile(model, dynamic=False, **options), images)
 
     return compiled
@@ -99,8 +99,8 @@ def _compiled(build: Callable[[Subject], Form], **options: Any) -> Callable[[Sub
 
 def _runtime(runtime: Callable[..., Any], **options: Any) -> Callable[[Subject], Form]:
     def built(subject: Subject) -> Form:
-        # Other runtimes take float32 weights and images, whatever they compute in; the images' values are those that
-        # everybody has.
+        # Other runtimes take float32 weights and images, whatever they compute in. The images are rounded to `dtype`
+        # first, so that all candidates see the same values.
         model, _ = eager(subject._replace(dtype=torch.float32))
         images = subject.images.to(subject.dtype).float().contiguous()
         threads = torch.get_num_threads()
@@ -144,8 +144,8 @@ PEERS: dict[str, Peer] = {
 
 
 def call_of(form: Form, subject: Subject, reverse: bool = False) -> Callable[[], object]:
-    """What is timed: the plain call, or forward and backward of one fixed random cotangent (`reverse`: from the last
-    image to the first), with the optimiser's step if asked for."""
+    """The function to time: in inference a plain call; in training forward, backward with a fixed random cotangent, and
+    the optimizer step if `subject.step`. With `reverse` the cotangent's batch order is reversed."""
     if not subject.training:
         return lambda: form.model(form.images)
     cast = subject.dtype not in (torch.float32, torch.float64)
@@ -170,10 +170,10 @@ def call_of(form: Form, subject: Subject, reverse: bool = False) -> Callable[[],
 
 
 def check_peers(names: Iterable[str], training: bool = False) -> list[str]:
-    """`names` without repeats, eager first, which all ratios refer to; "all" is every peer that there is.
+    """`names` without repeats, with eager first, to which ratios refer; "all" stands for every peer (that can train).
 
     Raises:
-        ValueError: an unknown peer, or one that cannot train.
+        ValueError: an unknown peer; with `training`, one for inference only.
     """
     names = list(names)
     if "all" in names:

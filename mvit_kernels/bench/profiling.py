@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a call's time goes, by category, and which copies of feature maps it makes.
+"""A call's time by category, and the copies of feature maps that it makes.
 
 Example:
     >>> profile = time_by_category(lambda: model(images))
@@ -9,8 +9,8 @@ Example:
     ...     print(copy)
     LayoutCopy(operator='aten::reshape', shape=(1, 64, 16, 2, 16, 2), count=1)
 
-Times are torch.profiler's self times: what an operator spends in itself, without the operators that it calls. So they
-add up, and what is missing up to the wall clock is the time between operators.
+Times are torch.profiler's self times: the time in an operator without the operators that it calls. They add up, and the
+difference to the wall clock is the time between operators.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from .timing import synchronize
 
-LAUNCH_GAPS = "launch gaps"  # the wall clock's time outside of all operators: Python, dispatch, an idle device
+LAUNCH_GAPS = "launch gaps"  # wall-clock time outside of all operators: Python, dispatch, an idle device
 OTHER = "other"
 
-# Category -> patterns of operator names: without namespace, leading and trailing underscores, and "_backward". The
-# first category with a match has the operator; whatever matches none (views, allocation, pooling) is "other".
+# Category -> patterns of operator names, without namespace, leading and trailing underscores, and "_backward". An
+# operator is in the first category that matches; those that match none (views, allocation, pooling) are "other".
 CATEGORIES = {
     "convolution": (
         "*convolution*",
@@ -49,11 +49,11 @@ CATEGORIES = {
         "linear_residual",
         "layer_norm_mlp",
     ),
-    # bmm and softmax are an attention that is written out, as in Hugging Face's eager one
+    # bmm and softmax are attention in separate steps, as in Hugging Face's eager attention.
     "attention": ("*scaled_dot_product*", "patch_attention", "bmm", "baddbmm", "matmul", "softmax*"),
     "fused transformer": ("transformer",),
     "frozen network": ("network",),
-    # With the residual additions, dropout and other arithmetic that reads a map and writes one.
+    # Includes residual additions, dropout and other elementwise arithmetic on maps.
     "norm and activation": (
         "*batch_norm*",
         "*layer_norm*",
@@ -68,14 +68,14 @@ CATEGORIES = {
         "*dropout*",
         "bernoulli",
     ),
-    # A conversion of the dtype is a copy too, and under autocast it is counted here.
+    # A dtype conversion is also a copy, so autocast's casts are counted here.
     "layout copies": ("copy", "clone", "contiguous", "cat", "to_copy", "to_mkldnn", "to_dense"),
     "fused by torch.compile": ("*fused_*", "Torch-Compiled Region*", "*CompiledFxGraph*"),
 }
 
 
 class Operator(NamedTuple):
-    """One operator of a profile: self time in milliseconds a call, and how often it ran in a call."""
+    """One operator of a profile: self time in milliseconds per call of the function, and how often it ran in it."""
 
     name: str
     category: str
@@ -84,7 +84,7 @@ class Operator(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """A call's time in milliseconds: the wall clock's under the profiler, and its parts, which sum up to it."""
+    """A call's time in milliseconds: wall-clock time under the profiler, and its parts, which add up to it."""
 
     wall_ms: float
     categories: dict[str, float]  # every one of `CATEGORIES`, "other" and "launch gaps", in this order
@@ -92,7 +92,7 @@ class Profile(NamedTuple):
 
 
 class LayoutCopy(NamedTuple):
-    """A tensor that was copied: the outermost operator that asked for it, its shape, and how often."""
+    """A tensor that was copied: the outermost operator that caused the copy, its shape, and how often."""
 
     operator: str
     shape: tuple[int, ...]
@@ -101,7 +101,7 @@ class LayoutCopy(NamedTuple):
 
 @functools.cache
 def category(operator: str) -> str:
-    """The category of an operator by the profiler's name for it.
+    """The category of an operator, from its name in the profiler.
 
     Example:
         >>> category("aten::_softmax"), category("aten::native_batch_norm_backward"), category("aten::view")
@@ -126,15 +126,18 @@ def time_by_category(
     Example:
         >>> print(table({"before": time_by_category(before), "after": time_by_category(after)}))
 
-    On the CPU it is the operators' own time. On CUDA it is the time of the kernels that they launch, and the gaps are
-    the time in which the device waits. The profiler costs some microseconds an operator, more than an operator on a
-    tiny map: compare profiles with each other, and speeds by `mvit_kernels.bench.timing`.
+    On the CPU this is the operators' self time. On CUDA it is the time of the kernels that they launch, and the gaps
+    are the time in which the device is idle. The profiler costs some microseconds per operator, more than an operator
+    on a tiny map takes: compare profiles only with each other, and measure speed with `mvit_kernels.bench.timing`.
 
     Args:
-        function: what is profiled, without arguments; set the grad mode outside.
-        calls: how many calls the profile is the mean of.
-        warmup: calls before, without the profiler.
-        device: "cpu" or "cuda", where its work is done.
+        function: the function to profile, without arguments; set the grad mode outside.
+        calls: number of calls that the profile is averaged over.
+        warmup: warm-up calls without the profiler.
+        device: device type on which it runs, "cpu" or "cuda".
+
+    Returns:
+        A `Profile` in milliseconds per call.
 
     Raises:
         ValueError: `calls` or `warmup` is not positive.
@@ -162,8 +165,8 @@ def time_by_category(
 
 
 def launches(function: Callable[[], object], device: str | torch.device) -> int:
-    """How many kernels one call of `function` launches on a GPU, those of a replayed graph too; copies and fills that
-    are no kernels are not counted."""
+    """How many kernels one call of `function` launches on a GPU, including those of a replayed graph. Memcpy and memset
+    operations are not counted."""
     function()
     synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
@@ -183,7 +186,7 @@ def _operators(events: Iterable[Any], calls: int, on_gpu: bool) -> list[Operator
     kernels = 0.0
     for event in events:
         ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / calls
-        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel; its operator has its time as well
+        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel; its operator's event has its time as well
             kernels += event.self_device_time_total / 1e3 / calls
         elif _lays_down_a_bias(event):
             times[event.cpu_parent.name] += ms
@@ -197,13 +200,13 @@ def _operators(events: Iterable[Any], calls: int, on_gpu: bool) -> list[Operator
 
 
 def _lays_down_a_bias(event: Any) -> bool:
-    """addmm begins by copying its bias into every row of the result: part of a linear layer, no copy of a map."""
+    """Whether it is addmm's copy of the bias into the rows of its result: part of a linear layer, not a map's copy."""
     parent = event.cpu_parent
     return event.name == "aten::copy_" and parent is not None and parent.name in ("aten::addmm", "aten::baddbmm")
 
 
 def table(profiles: dict[str, Profile]) -> str:
-    """Profiles of one model in several forms side by side: milliseconds a call, and per cent of the call's time."""
+    """Profiles of one model in several forms side by side: milliseconds per call, and percent of the call's time."""
     names = [*CATEGORIES, OTHER, LAUNCH_GAPS]
     names = [name for name in names if any(profile.categories[name] for profile in profiles.values())]
     width = max(map(len, names))
@@ -226,10 +229,10 @@ def layout_copies(function: Callable[[], object]) -> list[LayoutCopy]:
         >>> layout_copies(lambda: x.permute(0, 2, 3, 1).contiguous())
         [LayoutCopy(operator='aten::contiguous', shape=(1, 64, 64, 32), count=1)]
 
-    A copy is an ``aten::copy_`` (the end of every contiguous, clone, reshape and dtype conversion) or an ``aten::cat``,
-    of which the profiler does not record the shapes: its shape is (). Left out are scalars, and the bias that a matrix
-    product starts its sums from. What a kernel moves inside itself cannot be seen: oneDNN's reorders within a
-    convolution, the packing of a matrix product.
+    A copy is an ``aten::copy_`` (in which every contiguous, clone, reshape and dtype conversion ends) or an
+    ``aten::cat``, for which the profiler does not record shapes: its shape is (). Scalars are left out, and so is the
+    bias with which a matrix product initializes its sums. Data that a kernel moves internally is not visible: oneDNN's
+    reorders within a convolution, the packing of a matrix product.
     """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiler:
         function()
@@ -246,6 +249,6 @@ def _outermost(event: Any) -> str:
     name = event.name
     while event.cpu_parent is not None:
         event = event.cpu_parent
-        if "::" in event.name and not event.name.startswith("autograd::"):  # no range with a name of somebody's
+        if "::" in event.name and not event.name.startswith("autograd::"):  # an operator, not a user-defined range
             name = event.name
     return name

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as long-form CSV: one line a candidate and clock, of one set of columns whatever was measured.
+"""Results as long-form CSV: one line per candidate and clock, with the same columns for everything that is measured.
 
 Example:
     >>> append(Path("benchmarks/results/nvidia-h200/operators.csv"), rows)
     >>> rows = latest(read(Path("benchmarks/results/nvidia-h200/operators.csv")))
 
-Files are appended to and never edited. What a line compares itself with (``ratio``) was measured in turns with it: such
-lines have one ``date``, and `latest` keeps them together.
+Files are appended to and never edited. A line's ``ratio`` refers to a candidate that was measured in turns with it.
+Such lines have the same ``date``, and `latest` keeps them together.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 # What was measured. `stage` is "s/3" for stage 3 of MobileViT-S; `mode` is inference, training (forward and backward)
-# or step (the optimiser's as well); `size` is the image's in pixels, `tokens` the transformer's, in sequences of
-# `sequence`; `clock` is wall or graph, see `mvit_kernels.bench.timing`.
+# or step (training with an optimizer step); `size` is the image's side in pixels; `tokens` is the transformer's number
+# of tokens, in sequences of `sequence` tokens; `clock` is wall or graph, see `mvit_kernels.bench.timing`.
 SUBJECT = ("suite", "subject", "stage", "mode", "size", "batch", "tokens", "sequence", "dtype", "backend")
 IDENTITY = (*SUBJECT, "candidate", "clock")
-# `ratio` is eager's median over this one's; gflop and mb are the least that a call can do, and the percentages are of
-# what the machine did in the same run, see `mvit_kernels.bench.ceilings`.
+# `ratio` is the median of eager divided by this median; gflop and mb are a call's minimal work; the percentages are of
+# the machine's peak rates in the same run, see `mvit_kernels.bench.ceilings`.
 MEASURED = (
     *("median_ms", "p20_ms", "p80_ms", "samples", "ratio", "images_per_s"),
     *("gflop", "mb", "gflop_per_s", "gb_per_s", "percent_product", "percent_bandwidth"),
@@ -40,10 +40,10 @@ Row = dict[str, Any]
 
 
 def row(**known: Any) -> Row:
-    """A line of all columns in their order, empty where nothing is known.
+    """A line with all columns in order; those that are not given are empty. Floats are rounded to four digits.
 
     Raises:
-        ValueError: a column that there is not.
+        ValueError: an unknown column.
     """
     unknown = known.keys() - set(COLUMNS)
     if unknown:
@@ -58,8 +58,9 @@ def _text(value: Any) -> Any:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Append `rows` to the file, which is made with a line of headings where there is none yet; in one write, so that a
-    run that is cut leaves whole lines.
+    """Append `rows` to the file, which is created with a header line if it does not exist or is empty.
+
+    All rows are written at once, so that an interrupted run leaves complete lines.
 
     Raises:
         ValueError: the file has other columns.
@@ -81,21 +82,21 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The lines of a file, each with all columns as text; an older file's lack some, which are empty."""
+    """The lines of a file, each with all columns as text; columns that an older file lacks are empty."""
     with path.open(newline="", encoding="utf-8") as file:
         return [dict.fromkeys(COLUMNS, "") | line for line in csv.DictReader(file)]
 
 
 def key(line: Mapping[str, Any], columns: Iterable[str] = SUBJECT) -> tuple[str, ...]:
-    """What identifies the line, as text."""
+    """The values of the columns that identify a line, as text."""
     return tuple(str(line[name]) for name in columns)
 
 
 def latest(lines: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    """For each subject and clock the lines that were measured last, in the order in which subjects first came.
+    """For each subject and clock the lines that were measured last, in the order in which the subjects first appear.
 
-    Those of one subject and date were measured in turns with each other, and stay together. A date on which no
-    candidate was timed hides none on which one was.
+    Lines of one subject and date were measured in turns with each other, and are kept together. A date on which no
+    candidate was timed does not replace one on which some were.
     """
     lines = list(lines)
     group = functools.partial(key, columns=(*SUBJECT, "clock"))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in ONNX Runtime and in OpenVINO, as peers on the CPU: built from a plain model, called with a torch tensor.
+"""Models in ONNX Runtime and OpenVINO, as peers on the CPU: built from a plain model, called with a torch tensor.
 
 Example:
     >>> fast = OpenVino(model, images, dtype=torch.bfloat16, threads=2)
     >>> logits = fast(images)
 
-Both get the ONNX graph that PyTorch's exporter makes of the model, with the shapes of the example. Images go in as a
-numpy view and results come out as one, so that nothing but the runtime's own work is timed. Such a result is memory
-of the runtime and is valid until its next call: copy what is to be kept.
+Both run the ONNX graph that PyTorch's exporter makes of the model, with the shapes of the example. Images are passed
+and results returned as numpy views, so that only the runtime's own work is timed. A result is the runtime's memory and
+valid until its next call: copy what you want to keep.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..verification import named_outputs
 
 
 class _Flat(nn.Module):
-    """The model with its outputs in a tuple, whatever structure they have: ONNX graphs know no other."""
+    """The model with its outputs in a tuple, whatever their structure: ONNX graphs support no other."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,8 +36,7 @@ class _Flat(nn.Module):
 
 
 def export(model: nn.Module, images: Tensor) -> tuple[bytes, list[str]]:
-    """The serialised ONNX graph of `model` for the shape of `images`, and its outputs' names as `named_outputs` has
-    them.
+    """The serialized ONNX graph of `model` for the shape of `images`, and its outputs' names as in `named_outputs`.
 
     Raises:
         ImportError: onnxscript, which PyTorch's exporter needs, is not installed.
@@ -51,11 +50,11 @@ def export(model: nn.Module, images: Tensor) -> tuple[bytes, list[str]]:
 
 
 class OnnxRuntime:
-    """`model` in ONNX Runtime, float32, on `threads` threads.
+    """`model` in ONNX Runtime, in float32 on `threads` threads of the CPU.
 
     Raises:
         ImportError: onnxruntime or onnxscript is not installed.
-        ValueError: another dtype than float32.
+        ValueError: another dtype than float32, or images on another device.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, *, dtype: torch.dtype, threads: int) -> None:
@@ -64,7 +63,7 @@ class OnnxRuntime:
         graph, self._names = export(model, images)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Its threads otherwise spin for a while after a call, on the cores that the next candidate needs.
+        # Otherwise its threads spin for a while after a call, on the cores that the next candidate needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
@@ -74,14 +73,15 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """`model` in OpenVINO on `threads` threads, computing in `dtype`; images and results are float32 all the same.
+    """`model` in OpenVINO on `threads` threads, computing in `dtype` (float32, bfloat16); images and results are
+    float32.
 
-    With `by_image` the batch is run image by image, as many at once as there are threads, each by one thread: its
-    THROUGHPUT mode, which beats a batch of one request.
+    With `by_image` each image is a request of its own, and as many run at the same time as there are threads, one
+    thread each. This is OpenVINO's THROUGHPUT mode, which is faster than one request for the whole batch.
 
     Raises:
         ImportError: openvino or onnxscript is not installed.
-        ValueError: a dtype that it has not on this processor.
+        ValueError: a dtype that it does not support on this processor, or images on another device.
     """
 
     def __init__(
@@ -116,9 +116,9 @@ class OpenVino:
 
 @functools.cache
 def _openvino_core() -> Any:
-    """One for the life of the process: OpenVINO 2026.4's CPU plugin gives the thread an alternate signal stack when a
-    core first uses it, and when that core goes puts back the stack before, which of two cores may be gone already:
-    Python's next signal handler then ends the process."""
+    """One core for the life of the process. OpenVINO 2026.4's CPU plugin sets an alternate signal stack for the thread
+    when a core first uses it, and restores the previous one when the core is destroyed. With two cores that stack may
+    already be freed, and Python's next signal handler crashes the process."""
     return import_openvino().Core()
 
 
@@ -131,7 +131,7 @@ def _check(images: Tensor, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...], 
 
 
 def _structured(names: list[str], arrays: list[np.ndarray]) -> Tensor | dict[str, Tensor]:
-    """The results so that `named_outputs` gives them the names that the model's own have."""
+    """The results in a form for which `named_outputs` gives the names of the model's own outputs."""
     tensors = [torch.from_numpy(array) for array in arrays]
     if names == ["output"]:
         return tensors[0]

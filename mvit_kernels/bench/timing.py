@@ -6,12 +6,13 @@ Example:
     >>> times["eager"].median / times["frozen"].median
     1.8
 
-Candidates take turns, so that a slow minute of the machine (another process, a lower clock) falls on all of them
-alike; a comparison of numbers from two runs means nothing on a shared machine. Medians, since the noise has one sign.
+Runs are interleaved: candidates take turns, so that a slow minute of the machine (another process, a lower clock)
+affects all of them alike. Numbers from two separate runs cannot be compared on a shared machine. Times are medians,
+because noise only ever makes a call slower.
 
-There are two clocks. The wall's counts what a caller waits for: Python, the dispatcher, the launches, and the device
-until it is idle again. The device's (`interleave(..., events=True)` on replays of CUDA graphs, see
-`mvit_kernels.bench.device_clock`) counts the kernels alone. On the CPU both are one.
+There are two clocks. The wall clock counts what a caller waits for: Python, the dispatcher, kernel launches, and the
+device until it is idle again. The device clock (`interleave(..., events=True)` on replays of CUDA graphs, see
+`mvit_kernels.bench.device_clock`) counts the kernels alone. On the CPU the two are the same.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from typing import NamedTuple
 import torch
 
 Candidate = Callable[[], object]
-MIN_ROUNDS = 3  # the fewest whose median ignores one outlier
-# libgomp's threads, which are PyTorch's, spin for 5 ms after a parallel loop in the hope of another one: on cores that
-# the threads of another runtime would need by then.
+MIN_ROUNDS = 3  # the smallest number whose median ignores one outlier
+# The threads of libgomp, PyTorch's OpenMP runtime, spin for 5 ms after a parallel loop in case another one follows, and
+# occupy cores that the threads of another runtime may need by then. Seconds after which they are asleep:
 THREADS_ASLEEP = 0.01
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call: the median, the 20th and 80th percentile, and how many samples they are of."""
+    """Milliseconds per call: the median, the 20th and 80th percentile, and the number of samples."""
 
     median: float
     p20: float
@@ -42,14 +43,14 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, samples: Iterable[float]) -> Timing:
-        """The statistics of `samples` (milliseconds), by linear interpolation between neighbours."""
+        """The statistics of `samples` (milliseconds); percentiles are interpolated linearly between neighbors."""
         ordered = sorted(samples)
         if not ordered:
             raise ValueError("Timing.of: no samples")
         return cls(statistics.median(ordered), _percentile(ordered, 0.2), _percentile(ordered, 0.8), len(ordered))
 
     def per(self, calls: int) -> Timing:
-        """The same for one of `calls` calls that each sample was of."""
+        """The same statistics per call, for samples of `calls` calls each."""
         return Timing(self.median / calls, self.p20 / calls, self.p80 / calls, self.count)
 
 
@@ -67,36 +68,37 @@ def interleave(
     progress: Callable[[int, float], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time every candidate, one sample of each a round, in an order that is drawn anew for each round.
+    """Time every candidate in interleaved runs: one sample of each per round, in a new random order each round.
 
     Example:
         >>> interleave({"add": lambda: a + b, "mul": lambda: a * b}, rounds=50, calls=1000)
         {'add': Timing(median=0.0011, p20=0.0011, p80=0.0012, count=50), 'mul': ...}
 
-    Drawn, not cyclic: with a fixed cycle one candidate would always find the caches as the same other one left them.
-    The draws are seeded; two runs take the same order. On CUDA a sample begins when the device is idle and ends when it
-    is again, so that the launch of the kernels counts where it is the slower part.
+    The order is random and not cyclic: in a fixed cycle a candidate would always find the caches as the same other one
+    left them. It is seeded, so two runs take the same order. On CUDA a sample begins and ends with an idle device, so
+    that launch overhead counts where launching is slower than the kernels.
 
     Args:
         candidates: name -> function without arguments.
-        seconds: stop after this much measuring, of all candidates together, but not before three rounds.
-        rounds: or take exactly so many rounds. One of the two is wanted.
-        warmup_seconds: each candidate is called for so long first, untimed, and once at least.
-        calls: calls a sample; its time is divided by them. Above 1 for what takes microseconds.
-        sample_seconds: let each candidate's sample be of as many calls more as make it so long, by a trial after the
-            warm-up; the clock, and on CUDA the wait for the device, then cost little of it.
-        pause: seconds of idleness before each sample, so that the threads of the candidate before are asleep; see
+        seconds: stop after this much measuring time of all candidates together, but not before three rounds.
+        rounds: take exactly this many rounds instead. Give one of the two.
+        warmup_seconds: warm-up: each candidate is first called for this long, at least once, without timing.
+        calls: calls per sample; the time is divided by it. Use more than 1 for calls that take microseconds.
+        sample_seconds: take as many more calls per sample as make it this long, judged by a trial after the warm-up, so
+            that the cost of reading the clock and, on CUDA, of waiting for the device is small.
+        pause: idle seconds before each sample, after which the previous candidate's threads are asleep; see
             `THREADS_ASLEEP`.
         device: where the candidates run: "cpu" or "cuda".
-        events: on CUDA, let the device take the time with events around the calls.
+        events: on CUDA, measure device time with events around the calls.
         progress: called after each round with the number of rounds done and the seconds measured.
-        clock: seconds, monotonic; for tests.
+        clock: a monotonic clock in seconds; for tests.
 
     Returns:
-        name -> `Timing`, in the order of `candidates`.
+        name -> `Timing` (milliseconds per call), in the order of `candidates`.
 
     Raises:
-        ValueError: no candidates, neither or both of `seconds` and `rounds`, or one of them not positive.
+        ValueError: no candidates; neither or both of `seconds` and `rounds`; `seconds`, `rounds` or `calls` is not
+            positive.
     """
     if not candidates:
         raise ValueError("interleave: candidates is empty; give at least one function")
@@ -113,7 +115,7 @@ def interleave(
     count: dict[str, int] = {}
     for name, function in candidates.items():
         _warm_up(function, warmup_seconds, device, clock)
-        # A trial of one call: the warm-up's own first calls may have compiled.
+        # A trial of one call, because the first calls of the warm-up may have compiled.
         count[name] = (
             max(calls, round(sample_seconds * 1e3 / max(sample(function, 1), 1e-6))) if sample_seconds else calls
         )
@@ -133,7 +135,7 @@ def interleave(
 
 
 def synchronize(device: str | torch.device) -> None:
-    """Wait until everything that was launched on `device` is done; nothing to wait for on the CPU."""
+    """Wait until everything that was launched on `device` is done; does nothing on the CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 

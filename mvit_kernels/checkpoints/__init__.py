@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State dicts of timm, Hugging Face, cvnets and this package, strictly from each into each.
+"""Strict conversion of state dicts between timm, Hugging Face, cvnets and this package.
 
-The table of names is in `_checkpoint_keys`. A state dict is read into this package's names ("own") and
-written from there.
+The table of names is in `mvit_kernels.checkpoints.keys`. A state dict is first read into this package's names ("own")
+and then written in the target's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LAST_OF_STAGES = "stages.4.1.conv_fusion.norm.bias"
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], to: Layout) -> dict[str, Tensor]:
-    """The same network under another library's names.
+    """Rename the keys of a MobileViT state dict to another library's layout.
 
     Example:
         >>> own = convert_state_dict(timm.create_model("mobilevit_s").state_dict(), to="own")
@@ -38,22 +38,21 @@ def convert_state_dict(state_dict: Mapping[str, Any], to: Layout) -> dict[str, T
         <All keys matched successfully>
 
     Args:
-        state_dict: of a timm, Hugging Face, cvnets or own MobileViT of any width, with or without the
-            classifier; or a training checkpoint around one, as for `load_checkpoint`. What all keys begin with
-            is taken off.
-        to: "own", "timm", "huggingface" or "cvnets". Hugging Face's keys come out as
-            `MobileViTForImageClassification` has them if there is a classifier, else as the bare
-            `MobileViTModel` has.
+        state_dict: state dict of a timm, Hugging Face, cvnets or own MobileViT of any width, with or without the
+            classifier; or a training checkpoint that contains one, as for `load_checkpoint`. A prefix common to the
+            network's keys is removed.
+        to: "own", "timm", "huggingface" or "cvnets". Hugging Face's keys are those of
+            `MobileViTForImageClassification` if there is a classifier, otherwise those of the bare `MobileViTModel`.
 
     Returns:
-        A new dict in the network's order. The tensors are those of `state_dict`, but for Hugging Face's
-        query, key and value, which are joined into new tensors or copied out of one.
+        A new dict in the network's order. It shares the tensors of `state_dict`, except Hugging Face's query, key and
+        value, which are concatenated into new tensors or copied out of one.
 
     Raises:
-        TypeError: not a mapping of names to tensors.
-        ValueError: an unknown layout; keys that fit none (the message has the nearest and the first that
-            differ); keys beside the network, such as a segmentation head's, which have no place elsewhere;
-            Kornia's network.
+        TypeError: `state_dict` is not a mapping of names to tensors.
+        ValueError: an unknown layout; keys that match no layout (the message names the nearest layout and the first
+            keys that differ); additional keys, such as a segmentation head's, which other layouts have no place for;
+            missing stages; Kornia's network.
     """
     if to not in LAYOUTS:
         raise ValueError(f"convert_state_dict: to={to!r} is unknown; choose one of {', '.join(LAYOUTS)}")
@@ -80,7 +79,7 @@ def load_checkpoint(
     *,
     flip_stem_channels: bool = False,
 ) -> Model:
-    """Load a checkpoint of any of the four layouts into a model of any of the four: all of it, or nothing.
+    """Load a checkpoint in any of the four layouts into a model of any of the four: all of it or nothing.
 
     Example:
         >>> model = load_checkpoint(timm.create_model("mobilevit_xxs", num_classes=21), "land_use21.pth")
@@ -88,33 +87,35 @@ def load_checkpoint(
     Args:
         model: a timm, Hugging Face, cvnets or own MobileViT, accelerated or not, also under DDP,
             `torch.compile` or timm's `features_only`. It keeps its dtype and device.
-        path_or_state_dict: a file of `torch.save` (read with `weights_only=True`, never otherwise; objects that
-            training scripts save beside the weights become stand-ins that do nothing) or of safetensors; or a state
-            dict. Training checkpoints are unwrapped, wherever in them the network is: averaged weights
-            (`state_dict_ema`, `model_ema`, …) if there are any, else `state_dict`, `model_state_dict`, `model`, ….
+        path_or_state_dict: path of a file written by `torch.save` or in safetensors format, or a state dict. Files of
+            `torch.save` are only ever read with `weights_only=True`; objects that training scripts save beside the
+            weights are replaced by inert stand-ins. The network is found anywhere in a training checkpoint: averaged
+            weights (`state_dict_ema`, `model_ema`, …) if there are any, otherwise `state_dict`, `model_state_dict`,
+            `model`, ….
         flip_stem_channels: reverse the stem's three input channels. Hugging Face's published weights expect
             BGR images, timm's and cvnets' RGB.
 
-    The keys of the checkpoint, and of the model, may all stand below one prefix, whatever it is: that of DDP,
-    `torch.compile`, a Lightning module (`net.`), a larger network (`backbone.`). What is beside a network with its
-    classifier (`loss.weight`, `teacher.`) is left aside, and a warning of the logger `mvit_kernels` names it, as it
-    names the place that was taken of several.
+    The keys of the checkpoint and of the model may have any common prefix: that of DDP, `torch.compile`, a Lightning
+    module (`net.`), or a larger network (`backbone.`). Keys beside a network with its classifier (`loss.weight`,
+    `teacher.`) are ignored. The logger `mvit_kernels` warns of them, and names the state dict that was chosen if there
+    are several.
 
-    A checkpoint may go further than the model: a classifier is dropped where the model has none
-    (`num_classes=0`, Hugging Face's `MobileViTModel`), and so are layers beyond the last of a backbone. The
-    head of another task loads only into a model that has it under the same names.
+    A checkpoint may contain more than the model: a classifier is dropped if the model has none (`num_classes=0`,
+    Hugging Face's `MobileViTModel`), and so are layers after the last one of a backbone. The head of another task is
+    loaded only into a model that has it under the same names.
 
     Returns:
         `model`, loaded in place.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: the path.
-        ImportError: a safetensors file, and safetensors is not installed.
-        TypeError: neither a path nor a mapping of names to tensors; `model` is no module.
-        ValueError: a file that is empty, corrupt (the archive's record that is damaged), holds more than tensors,
-            or is of another kind; keys, the checkpoint's or the model's, that fit no layout, or of two networks;
-            another variant, number of classes or of channels; a part of the model that the checkpoint lacks;
-            values that are not finite. All is checked first: after an error the model is as it was.
+        FileNotFoundError, IsADirectoryError, PermissionError: the path cannot be read.
+        ImportError: the file is in safetensors format, and safetensors is not installed.
+        TypeError: `path_or_state_dict` is neither a path nor a mapping of names to tensors; `model` is not a module.
+        ValueError: a file that is empty, corrupt (the message names the damaged record of the archive), contains other
+            objects than tensors, or has another format; keys of the checkpoint or of the model that match no layout, or
+            belong to two networks; another variant, number of classes or of channels; a part of the model that the
+            checkpoint lacks; values that are not finite. Everything is checked before loading: after an error the model
+            is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_checkpoint: model must be a torch.nn.Module; got {type(model).__name__}")
@@ -130,7 +131,7 @@ def load_checkpoint(
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, what: str, flip_stem_channels: bool = False) -> None:
-    """`load_checkpoint` of what `read_checkpoint` has read."""
+    """`load_checkpoint` for a checkpoint that `read_checkpoint` has read; `what` names it in messages."""
     state_dict, remarks = checkpoint
     current = model.state_dict()
     source = read_keys(state_dict, what)
@@ -141,7 +142,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, what: str, flip_stem_cha
 
 
 def _tell(what: str, keys: Keys, aside: list[str], remarks: list[str]) -> None:
-    """What was chosen or left, as a warning; the plain taking off of a prefix as information."""
+    """Log what was chosen or ignored as warnings, and a removed prefix as information."""
     if keys.prefix:
         logger.info("%s has the network's keys below %r", what, keys.prefix)
     if aside:
@@ -158,7 +159,7 @@ def _fit(
     flip_stem_channels: bool,
     what: str,
 ) -> dict[str, Tensor]:
-    """A tensor of the checkpoint, in the right shape, for each key of the model's state dict `current`."""
+    """A tensor of the checkpoint, of the right shape, for each key of the model's state dict `current`."""
     target = read_keys(current, f"load_checkpoint: the model ({model})")
     own = _own_tensors(state_dict, source, what)
     if flip_stem_channels:
@@ -174,7 +175,7 @@ def _fit(
         elif is_counter(key):
             values[names[0]] = torch.zeros((), dtype=torch.long, device="cpu")
     beside = {*target.extra, *target.aside}
-    heads = beside.intersection(source.extra + source.aside)  # of another task, in both, under the same names
+    heads = beside.intersection(source.extra + source.aside)  # of another task, under the same names in both
     values.update({key: state_dict[key] for key in heads})
     _refuse_extra(source._replace(extra=[key for key in source.extra if key not in heads]), what)
 
@@ -197,13 +198,13 @@ def _fit(
 
 
 def _where(state_dict: Mapping[str, Tensor], keys: Keys) -> str:
-    """The attributes in which a model holds the network: what stands before its stem."""
+    """The attribute path of the network in a model: what precedes the name of its stem."""
     own, names = next(iter(keys.found.items()))
     return names[0].removesuffix(network(keys.layout)[own][0]).rstrip(".")
 
 
 def _own_tensors(state_dict: Mapping[str, Tensor], keys: Keys, what: str) -> dict[str, Tensor]:
-    """own key -> tensor; Hugging Face's query, key and value are joined along axis 0."""
+    """own key -> tensor; Hugging Face's query, key and value are concatenated along axis 0."""
     tensors = {}
     for own, names in keys.found.items():
         parts = [state_dict[name] for name in names]
@@ -215,7 +216,7 @@ def _own_tensors(state_dict: Mapping[str, Tensor], keys: Keys, what: str) -> dic
 
 
 def _split(tensor: Tensor, names: tuple[str, ...], what: str) -> dict[str, Tensor]:
-    """`tensor` under its one name; or in equal parts along axis 0, copied, for safetensors saves no views."""
+    """`tensor` under its one name, or split into equal parts along axis 0: copies, since safetensors saves no views."""
     if len(names) == 1:
         return {names[0]: tensor}
     if tensor.ndim == 0 or tensor.shape[0] % len(names):
@@ -236,7 +237,7 @@ VARIANT_OF_WIDTH = {96: "xxs", 144: "xs", 240: "s"}  # the transformer's width i
 
 
 def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> str:
-    """What explains the shapes that differ between checkpoint and model, and what to do about it."""
+    """An explanation of the shapes that differ between checkpoint and model, and what to do about it."""
     width = "stages.4.1.norm.weight"
     source, target = (
         VARIANT_OF_WIDTH.get(tensors[width].numel()) if width in tensors else None for tensors in (own, current)
@@ -258,7 +259,7 @@ def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> s
 
 
 def _check_values(values: dict[str, Tensor], current: Mapping[str, Tensor], what: str) -> None:
-    """What could still go wrong: meta tensors, integers for weights, values not finite here or there."""
+    """Reject meta tensors, integer weights, and values that are not finite, as saved or in the model's dtype."""
     if any(tensor.is_meta for tensor in current.values()):
         raise ValueError(f"{what} cannot be loaded into a model on the meta device; call model.to_empty() first")
     kinds = [k for k, value in values.items() if value.is_floating_point() != current[k].is_floating_point()]
@@ -276,7 +277,7 @@ def _check_values(values: dict[str, Tensor], current: Mapping[str, Tensor], what
         )
 
 
-# Where training scripts keep the state dict; the first of these that there is.
+# Names under which training scripts keep the state dict, in order of preference.
 _PLACES = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
     *("params", "weights", "backbone", "encoder"),
@@ -284,14 +285,14 @@ _PLACES = (
 
 
 class Checkpoint(NamedTuple):
-    """A state dict, and what is to be told of how it was found: nothing for a plain one."""
+    """A state dict, and remarks for the log on how it was found; none for a plain state dict."""
 
     state_dict: dict[str, Tensor]
     remarks: list[str]
 
 
 def read_checkpoint(path: Path, what: str) -> Checkpoint:
-    """The state dict in a file, as `load_checkpoint` takes it, of any layout; `what` is what errors call it."""
+    """The state dict in a file that `load_checkpoint` accepts, in any layout; `what` names it in error messages."""
     return _unwrap(read_file(path), what)
 
 
@@ -301,7 +302,7 @@ def _unwrap(checkpoint: object, what: str) -> Checkpoint:
         kind = type(checkpoint).__name__
         raise TypeError(f"{what} must be a state dict, names to tensors, or the path of one; got {kind}")
     place, chosen, others = _choose(checkpoint, what)
-    # torch.optim.swa_utils.AveragedModel keeps this count beside the weights.
+    # torch.optim.swa_utils.AveragedModel stores this count beside the weights.
     state_dict = {key: value for key, value in chosen.items() if key != "n_averaged"}
     if not state_dict:
         raise ValueError(f"{what} is an empty state dict")
@@ -313,15 +314,15 @@ def _unwrap(checkpoint: object, what: str) -> Checkpoint:
 
 
 def _choose(checkpoint: Mapping[str, Any], what: str) -> tuple[str, Mapping[str, Any], list[str]]:
-    """The state dict below a training checkpoint: its place, itself, and the places of others that might be meant."""
+    """The state dict in a training checkpoint: its place, the dict, and the places of others that might be meant."""
     found = dict(_state_dicts(checkpoint, ()))
     networks = {place: each for place, each in found.items() if any(map(is_stem, each))} or found
-    if not networks:  # nothing that could be one, or one of no tensors: errors tell what is there
+    if not networks:  # no state dict, or one without tensors: the caller's errors name what is there
         inner = next((name for name in _PLACES if isinstance(checkpoint.get(name), Mapping)), None)
         return "", checkpoint if inner is None else checkpoint[inner], []
 
     def rank(place: tuple[str, ...]) -> int:
-        if any(map(AVERAGED.search, place)):  # averaged weights are what was evaluated
+        if any(map(AVERAGED.search, place)):  # averaged weights are the ones that were evaluated
             return 0
         return 1 + next((i for i, name in enumerate(_PLACES) if name in place), len(_PLACES))
 
@@ -336,7 +337,7 @@ def _choose(checkpoint: Mapping[str, Any], what: str) -> tuple[str, Mapping[str,
 
 
 def _state_dicts(mapping: Mapping[str, Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
-    """Every mapping of names to tensors in `mapping`, but for an optimizer's, and where it is."""
+    """Every mapping of names to tensors in `mapping`, except an optimizer's, with its place."""
     if any(isinstance(key, str) and isinstance(value, Tensor) for key, value in mapping.items()):
         yield place, mapping
     if len(place) < 5:

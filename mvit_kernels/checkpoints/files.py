@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a checkpoint file, its checksums checked and nothing in it run.
+"""Reads checkpoint files: verifies their checksums, and executes nothing in them.
 
-PyTorch reads an archive's records without looking at their checksums, so that a flipped byte becomes a weight. They are
-checked here first: 30 ms for the 22 MB of MobileViT-S, beside 70 ms for reading them. Files of torch < 1.6 and of
-safetensors have no checksums; of those all is checked that their structure tells.
+PyTorch does not check the checksums of an archive's records, so a flipped byte silently becomes a weight. They are
+checked here first: 30 ms for the 22 MB of MobileViT-S, in addition to 70 ms for reading. Files of torch < 1.6 and of
+safetensors have no checksums; for these everything is checked that their structure allows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .foreign import AGAIN, first_line, foreign_kind, kind_of_archive, kind_of_d
 
 _TORCH_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch < 1.6: its magic number, pickled
 
-# Beside their weights, training scripts save settings, metrics and paths. What these names stand for is not imported,
-# but replaced by the stand-ins below, which do nothing: timm's CheckpointSaver, Lightning, Hydra.
+# Objects that training scripts save beside the weights: settings, metrics, paths (timm's CheckpointSaver, Lightning,
+# Hydra). The classes are not imported, but replaced by the inert stand-ins below.
 _OBJECTS = (
     *("argparse.Namespace", "types.SimpleNamespace", "torch.torch_version.TorchVersion", "typing.Any"),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
@@ -51,7 +51,7 @@ _DICTS = (
 
 
 class _Ignored:
-    """Stands for an object that is no weight: takes whatever a pickle gives it, and keeps nothing."""
+    """Stand-in for an object that is not a weight: accepts whatever a pickle passes to it, and keeps nothing."""
 
     def __init__(self, *args: object) -> None:
         pass
@@ -61,7 +61,7 @@ class _Ignored:
 
 
 class _IgnoredDict:
-    """Stands for a subclass of dict: becomes a plain one, the only one that PyTorch's unpickler fills."""
+    """Stand-in for a subclass of dict: becomes a plain dict, the only kind that PyTorch's unpickler fills."""
 
     def __new__(cls, *args: object) -> dict:
         return {}
@@ -73,19 +73,21 @@ _stand_ins_lock = threading.Lock()
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
-    """PyTorch's list of safe globals is one for the whole process: one file at a time."""
+    """Allow the stand-ins, for one file at a time: PyTorch's list of safe globals is process-wide."""
     with _stand_ins_lock, torch.serialization.safe_globals(_STAND_INS):
         yield
 
 
 def read_file(path: Path) -> object:
-    """What the file holds, on the CPU. Nothing in the file is run; objects that are no tensors come as stand-ins.
+    """The contents of a file of `torch.save` or of safetensors, on the CPU.
+
+    Nothing in the file is executed; known objects that are not tensors become stand-ins.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: the path.
-        ImportError: it is of safetensors, which is not installed.
-        ValueError: it is empty, damaged (which record, where there are checksums), holds more than weights, or is of
-            another kind (which, and what to do).
+        FileNotFoundError, IsADirectoryError, PermissionError: the path cannot be read.
+        ImportError: the file is in safetensors format, and safetensors is not installed.
+        ValueError: the file is empty, damaged (with checksums, the message names the record), contains objects that are
+            neither tensors nor known, or has another format (the message names it and says what to do).
     """
     if path.is_dir():
         kind, advice = kind_of_directory(path)
@@ -135,7 +137,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(path, device="cpu")
     except OSError:
         raise
-    except Exception as error:  # its parser's and its reader's
+    except Exception as error:  # its parser and its reader raise many kinds
         raise ValueError(
             f"load_checkpoint: {path} is corrupt or no safetensors file ({first_line(error)}); {AGAIN}"
         ) from error
@@ -145,11 +147,11 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_archive(path: Path, file: IO[bytes]) -> None:
-    """That it is an archive of torch.save, every record of which has the checksum that it was saved with."""
+    """Check that it is an archive of torch.save, and that every record matches its checksum."""
     try:
         archive = zipfile.ZipFile(file)
         records = archive.infolist()
-    except Exception as error:  # BadZipFile for the most part; others where a field is damaged
+    except Exception as error:  # mostly BadZipFile; others if a field is damaged
         raise ValueError(
             f"load_checkpoint: {path} is corrupt: the archive's directory, at its end, is missing or damaged "
             f"(a download that broke off?); {AGAIN}"
@@ -158,16 +160,16 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
     pickled = next((name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None)
     if pickled is None or any(name.endswith("/constants.pkl") for name in names):
         _refuse(path, *kind_of_archive(names))
-    # torch.serialization.set_crc32_options(False) saves without checksums: they are all 0 then.
+    # After torch.serialization.set_crc32_options(False) files have no checksums: all are 0.
     has_checksums = any(record.CRC for record in records)
     for record in records if has_checksums else ():
         try:
-            if record.external_attr & 0x10:  # of a folder, to PyTorch's reader, which then leaves the tensor unwritten
+            if record.external_attr & 0x10:  # a folder to PyTorch's reader, which then leaves the tensor uninitialized
                 raise zipfile.BadZipFile("it is marked as a folder")
             with archive.open(record) as content:
                 while content.read(1 << 20):
                     pass
-        except Exception as error:  # zipfile raises what its parts do
+        except Exception as error:  # zipfile passes on what its decoders raise
             raise ValueError(
                 f"load_checkpoint: {path} is corrupt: its record {record.filename} is not as it was saved "
                 f"({first_line(error)}); {AGAIN}"
@@ -182,7 +184,7 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
 
 
 def _check_legacy(path: Path, file: IO[bytes], checkpoint: object) -> None:
-    """All that the structure tells: the file ends with its last tensor, and every tensor is one piece of memory."""
+    """Check what the structure allows: the file ends with its last tensor, and every tensor is dense in memory."""
     if file.tell() != path.stat().st_size:
         raise ValueError(f"load_checkpoint: {path} is corrupt: it goes on after its last tensor; {AGAIN}")
     for name, tensor in _tensors("", checkpoint):
@@ -205,7 +207,7 @@ def _tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _load(path: Path, file: IO[bytes]) -> object:
-    """Read by PyTorch; again with stand-ins for the objects beside the weights, if there are any."""
+    """Read with PyTorch, and again with stand-ins if there are objects beside the weights."""
     try:
         try:
             file.seek(0)
@@ -214,7 +216,7 @@ def _load(path: Path, file: IO[bytes]) -> object:
             file.seek(0)
             with _stand_ins():
                 return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the parser's are of many kinds
+    except Exception as error:  # the parser raises many kinds
         if isinstance(error, OSError) and error.errno == errno.EIO:
             raise
         if isinstance(error, pickle.UnpicklingError):

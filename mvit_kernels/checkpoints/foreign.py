@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are no weights: what each is, by its first bytes or what its pickle names, and what to do instead."""
+"""Files that are not PyTorch weights: what each one is, by its first bytes or its pickle, and what to do instead."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OTHER_FRAMEWORK = (
 )
 _STATE_DICT = "where it was made, save torch.save(model.state_dict(), path)"
 
-# (where in the file, these bytes, are of, what to do)
+# (offset, magic bytes, kind of file, what to do)
 _MAGIC = (
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras saves", _OTHER_FRAMEWORK),
     (4, b"TFL3", "a TensorFlow Lite model", _OTHER_FRAMEWORK),
@@ -39,12 +39,12 @@ _MAGIC = (
     (0, b"%PDF-", "a PDF document", "give the weights' file"),
 )
 
-# What the pickle of a tensor names.
+# Names that the pickle of a tensor refers to.
 _OF_TENSORS = re.compile(
     r"torch\.((_utils|_tensor|storage|serialization|nn\.parameter|cuda)\.)?\w+|collections\.(OrderedDict|Counter)|"
     r"_codecs\.encode|builtins\.(set|complex|bytearray)"
 )
-# What no honest checkpoint names. The list makes the message; that nothing runs does not depend on it.
+# Modules that no honest checkpoint refers to. The list only decides the message; safety does not depend on it.
 _RUN_COMMANDS = frozenset(
     "os posix nt subprocess sys runpy importlib shutil socket pty ctypes webbrowser code codeop commands pickle "
     "_pickle marshal operator pydoc timeit pip cProfile asyncio multiprocessing".split()
@@ -53,7 +53,7 @@ _BUILTINS_THAT_RUN = {"__import__", "apply", "breakpoint", "compile", "eval", "e
 
 
 def refuse_objects(path: Path, names: list[str], error: Exception | None = None) -> None:
-    """Raise ValueError if of these names, which a pickle would import, one is of no tensor."""
+    """Raise ValueError if one of `names`, which a pickle would import, does not belong to a tensor."""
     running = [name for name in names if _runs_commands(name)]
     if running:
         raise ValueError(
@@ -76,8 +76,8 @@ def _runs_commands(name: str) -> bool:
 
 
 def pickled_names(path: Path) -> list[str]:
-    """What a file's pickles would import, each once, as far as they can be read. It is read from their opcodes, which
-    runs nothing."""
+    """The names that a file's pickles would import, each once, as far as they can be read. They are taken from the
+    opcodes; nothing is executed."""
     names: dict[str, None] = {}
     try:
         with contextlib.ExitStack() as stack:
@@ -87,21 +87,21 @@ def pickled_names(path: Path) -> list[str]:
                 file = stack.enter_context(archive.open(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
             else:
                 file.seek(0)
-            for _ in range(5):  # torch < 1.6: magic number, protocol, machine, the object, its storages' keys
+            for _ in range(5):  # torch < 1.6: magic number, protocol, system, the object, keys of its storages
                 names.update(dict.fromkeys(_names_of_one_pickle(file)))
-    except Exception:  # damaged, or no pickle: pickletools raises many kinds
+    except Exception:  # damaged, or not a pickle: pickletools raises many kinds
         pass
     return list(names)
 
 
 def _names_of_one_pickle(file: IO[bytes]) -> Iterator[str]:
     memo: dict[int, object] = {}
-    strings: list[object] = []  # what STACK_GLOBAL takes its two names from
+    strings: list[object] = []  # STACK_GLOBAL takes module and name from the last two
     last: object = None
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
-            if (module, name) in NAME_MAPPING:  # protocols 0 to 2 name Python 2's modules
+            if (module, name) in NAME_MAPPING:  # protocols 0 to 2 use Python 2's module names
                 module, name = NAME_MAPPING[module, name]
             yield f"{IMPORT_MAPPING.get(module, module)}.{name}"
         elif opcode.name == "STACK_GLOBAL":
@@ -118,7 +118,7 @@ def _names_of_one_pickle(file: IO[bytes]) -> Iterator[str]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or its class name."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -126,14 +126,14 @@ def first_line(error: Exception) -> str:
 
 
 def foreign_kind(path: Path, head: bytes) -> tuple[str, str] | None:
-    """What a file is that begins with `head`, and what to do; None if that is not known."""
+    """(kind, what to do) for a file that begins with `head`; None if the kind is unknown."""
     for offset, magic, kind, advice in _MAGIC:
         if head.startswith(magic, offset):
             return kind, advice
     text = _as_text(head)
     if text is not None:
         return _kind_of_text(path, text)
-    # ONNX, TensorFlow and Core ML write protocol buffers, which bear no mark: a version first, then other fields.
+    # ONNX, TensorFlow and Core ML write protocol buffers, which have no magic number: a version, then other fields.
     if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x2a", b"\x32", b"\x3a", b"\x42"):
         if path.suffix == ".mlmodel":
             return "a Core ML model", _OTHER_FRAMEWORK
@@ -146,7 +146,7 @@ def foreign_kind(path: Path, head: bytes) -> tuple[str, str] | None:
 
 
 def kind_of_archive(names: Collection[str]) -> tuple[str, str]:
-    """The same of a zip archive with these files in it."""
+    """(kind, what to do) for a zip archive that contains these files."""
     if any(name.endswith("/constants.pkl") for name in names):
         return "a TorchScript archive", f"{_STATE_DICT}; or pass torch.jit.load(path).state_dict()"
     if any(name.endswith("archive_format") for name in names):
@@ -159,7 +159,7 @@ def kind_of_archive(names: Collection[str]) -> tuple[str, str]:
 
 
 def kind_of_directory(path: Path) -> tuple[str, str]:
-    """The same of a folder."""
+    """(kind, what to do) for a folder."""
     names = {each.name for each in path.iterdir()}
     if any(name.endswith(".distcp") for name in names):
         convert = "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file)"
@@ -173,11 +173,11 @@ def kind_of_directory(path: Path) -> tuple[str, str]:
 
 
 def _as_text(head: bytes) -> str | None:
-    """The start of the file, if it is text."""
+    """The start of the file as text; None if it is not text."""
     try:
         text = head.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if error.start < max(len(head) - 3, 1):  # not a letter that was cut off
+        if error.start < max(len(head) - 3, 1):  # not a character cut off at the end
             return None
         text = head[: error.start].decode("utf-8-sig")
     return text if all(char.isprintable() or char in "\r\n\t\f" for char in text) else None

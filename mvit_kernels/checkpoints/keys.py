@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How timm, Hugging Face, cvnets and this package name the parameters of the one network."""
+"""The names that timm, Hugging Face, cvnets and this package give to the parameters of the same network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._utils.text import some
 
 LAYOUTS = ("own", "timm", "huggingface", "cvnets")
 
-# The key table. A row: what it is, then its name in
+# The key table. Each row: kind of layer, then its name in
 #                    own            timm           huggingface    cvnets
 _STEM = (("conv+norm", "stem", "stem", "conv_stem", "conv_1"),)
 _INVERTED_RESIDUAL = (
@@ -41,7 +41,7 @@ _BLOCK_OUT = (
 _FINAL_CONV = (("conv+norm", "final_conv", "final_conv", "conv_1x1_exp", "conv_1x1_exp"),)
 _CLASSIFIER = (("affine", "classifier", "head.fc", "classifier", "classifier.fc"),)
 
-# What each calls the two parts of "conv+norm".
+# Names of the two parts of "conv+norm" in each layout.
 _CONV_NORM = (
     ("conv", "norm"),
     ("conv", "bn"),
@@ -50,7 +50,7 @@ _CONV_NORM = (
 )
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
-# Where the rows sit: stage s, block i and layer j count from 0, cvnets' stage k from 1.
+# Prefixes of the rows: stage s, block i and layer j count from 0, cvnets' stage k from 1.
 _TOP = ("", "", "", "")
 _RESIDUAL = ("stages.{s}.{i}.", "stages.{s}.{i}.", "encoder.layer.{s}.layer.{i}.", "layer_{k}.{i}.block.")
 _DOWNSAMPLE = (
@@ -64,19 +64,19 @@ _IN_BLOCK = ("transformer.{j}.", "transformer.{j}.", "transformer.layer.{j}.", "
 _IN_LAYER = tuple(block + layer for block, layer in zip(_BLOCK, _IN_BLOCK, strict=True))
 _DEPTHS = {2: 2, 3: 4, 4: 3}  # transformer layers of stage s
 
-# Names that wrappers of modules put anywhere into a key: torch.compile, FSDP, activation checkpointing.
+# Names that module wrappers insert anywhere in a key: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _STAGE = re.compile(r"(^|\.)stages_(\d+)\.")  # in timm's features_only
-# Children of a training module that are no part of what it trains.
+# Children of a training module that are not part of the trained network.
 _ASIDE = re.compile(r"(.*_)?(loss(es)?|criterion|metrics?|teacher|optimi[sz]er)(_.*)?", re.IGNORECASE)
-# Weights that are averaged over training: they are what was evaluated.
+# Weights averaged over training: the ones that were evaluated.
 AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)", re.IGNORECASE)
 _LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
 _V2 = re.compile(r"(attn\.|pre_norm_attn\.1\.)qkv_proj\.|attention\.qkv_proj\.convolution\.")
 
 
 def _sections() -> Iterator[tuple[tuple[str, ...], tuple[tuple[str, ...], ...], dict[str, int]]]:
-    """(where, rows, the numbers to fill in), in the network's order."""
+    """(prefixes, rows, numbers to fill in), in the network's order."""
     yield _TOP, _STEM, {}
     for s, i in ((0, 0), (1, 0), (1, 1), (1, 2)):
         yield _RESIDUAL, _INVERTED_RESIDUAL, {"s": s, "k": s + 1, "i": i}
@@ -93,7 +93,7 @@ def _sections() -> Iterator[tuple[tuple[str, ...], tuple[tuple[str, ...], ...], 
 
 @functools.cache
 def network(layout: str) -> dict[str, tuple[str, ...]]:
-    """own key -> (key in `layout`,), or Hugging Face's three for qkv; 311 of them, in the network's order."""
+    """own key -> (key in `layout`,), or Hugging Face's three keys for qkv; 311 entries, in the network's order."""
     column = LAYOUTS.index(layout)
     keys: dict[str, tuple[str, ...]] = {}
     for where, rows, numbers in _sections():
@@ -115,7 +115,7 @@ def network(layout: str) -> dict[str, tuple[str, ...]]:
 
 
 def is_counter(own_key: str) -> bool:
-    """BatchNorm's count of batches: old checkpoints lack it, and at a fixed momentum it decides nothing."""
+    """Whether it is batch norm's count of batches: old checkpoints lack it, and a fixed momentum does not use it."""
     return own_key.endswith("num_batches_tracked")
 
 
@@ -123,26 +123,29 @@ _STEMS = (*{f".{next(iter(network(layout).values()))[0]}" for layout in LAYOUTS}
 
 
 def is_stem(key: object) -> bool:
-    """Whether this is the first key of a MobileViT, behind whatever prefix."""
+    """Whether this is the first key of a MobileViT, after any prefix."""
     return isinstance(key, str) and f".{_bare(key)}".endswith(_STEMS)
 
 
 class Keys(NamedTuple):
-    """Where a state dict has the network."""
+    """Where the network is in a state dict."""
 
     layout: str
-    prefix: str  # what all the network's keys begin with, beside what the layout itself puts there
+    prefix: str  # common prefix of the network's keys, apart from the one of the layout itself
     found: dict[str, tuple[str, ...]]  # own key -> the state dict's keys that hold it
-    extra: list[str]  # other keys, which may be of the network's or of a head of another task
-    aside: list[str]  # other keys, which are not: losses, metrics, what stands beside a network with its classifier
+    extra: list[str]  # other keys that may belong to the network or to a head of another task
+    aside: list[str]  # other keys that do not: losses, metrics, anything beside a network with its classifier
 
 
 def read_keys(keys: Iterable[str], what: str) -> Keys:
-    """Find the network among these keys: its layout, and the prefix below which it is.
+    """Find the network among these keys: its layout and its prefix.
+
+    Args:
+        keys: keys of a state dict.
+        what: names the state dict in error messages.
 
     Raises:
-        ValueError: there is none from its stem up to some point, without a gap, in any layout; or two of them.
-            `what` names the state dict in the message.
+        ValueError: no layout matches from the stem up to some point without a gap, or there are two networks.
     """
     keys = list(keys)
     lora = [key for key in keys if _LORA.search(key)]
@@ -185,7 +188,7 @@ def read_keys(keys: Iterable[str], what: str) -> Keys:
 
 
 def _places(bare: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(layout, prefix) of what may be a network, the best first: those with half as many of its keys as the best."""
+    """(layout, prefix) of possible networks, best first: those with at least half as many keys as the best."""
     votes: Counter[tuple[str, str]] = Counter()
     known = {layout: {name for names in network(layout).values() for name in names} for layout in LAYOUTS}
     for key in bare:
@@ -196,7 +199,7 @@ def _places(bare: Mapping[str, str]) -> list[tuple[str, str]]:
             if not dot:
                 break
             start = len(key) - len(tail)
-    best: dict[str, tuple[int, str]] = {}  # of each prefix: how many, and the layout; the first of several
+    best: dict[str, tuple[int, str]] = {}  # prefix -> (number of keys, layout); on a tie the first layout
     for layout in LAYOUTS:
         for (other, prefix), count in votes.items():
             if other == layout and count > best.get(prefix, (0, ""))[0]:
@@ -207,8 +210,8 @@ def _places(bare: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _read_at(bare: Mapping[str, str], layout: str, prefix: str) -> tuple[Keys, list[str]]:
-    """The network below `prefix`, and the names that are missing in it."""
-    # The task models of Hugging Face have their classifier beside the network, which they call `mobilevit`.
+    """The network below `prefix`, and the names that are missing from it."""
+    # Hugging Face's task models have the classifier beside the network, which is their child `mobilevit`.
     owner = prefix.removesuffix("mobilevit.") if layout == "huggingface" else prefix
     table = network(layout)
 
@@ -243,7 +246,7 @@ def _refuse_kornia(bare: Mapping[str, str], what: str) -> None:
 
 
 def _bare(key: str) -> str:
-    """`key` without the names of wrappers, and with stages.0 for the stages_0 of timm's features_only."""
+    """`key` without wrapper names, and with stages.0 instead of stages_0 (timm's features_only)."""
     key = _WRAPPERS.sub("", key)
     while key.startswith("module."):  # of DDP
         key = key.removeprefix("module.")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, one module a command: ``add_arguments(subparsers)`` declares it, ``run(args)`` is it.
+"""The command line, one module per command: ``add_arguments(subparsers)`` declares it, ``run(args)`` executes it.
 
-torch and everything that imports it are imported inside functions here, so that ``--help`` answers at once.
+torch, and everything that imports it, is imported inside functions here, so that ``--help`` answers immediately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,16 @@ def add_command(
     description: str,
     examples: str,
 ) -> argparse.ArgumentParser:
-    """The parser of the command `name`, its summary in ``mvit-kernels --help``, its examples at its foot."""
+    """Add the parser of the command `name`.
+
+    Args:
+        subparsers: of the main parser.
+        name: of the command.
+        run: executes the command and returns the exit code.
+        summary: its line in ``mvit-kernels --help``.
+        description: text at the top of its own help.
+        examples: text at the end of its own help.
+    """
     parser = subparsers.add_parser(
         name,
         help=summary,
@@ -43,7 +52,7 @@ def add_command(
 
 
 def output_file(text: str) -> Path:
-    """An argument's type: a file to be written, whose folder must exist before any work is done."""
+    """Argument type: a file to be written. Its folder is checked here, before any work is done."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
@@ -55,7 +64,7 @@ def output_file(text: str) -> Path:
 
 
 def print_json(data: Any) -> None:
-    """Print `data` as `to_json` has it; where the output's encoding has not all letters, in ASCII."""
+    """Print `data` as `to_json` formats it, in ASCII if the output's encoding lacks some characters."""
     text = to_json(data)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mvit-kernels bench``: a model as it was, accelerated, frozen and compiled, checked and then timed in turns."""
+"""``mvit-kernels bench``: a model in eager, accelerated, frozen and compiled form, checked and timed in turns."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def subject_of(args: argparse.Namespace, subject_class: type):
 
 
 def _number(text: str) -> float:
-    """An argument's type: a positive number."""
+    """Argument type: a positive finite number."""
     try:
         value = float(text)
     except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mvit-kernels classify``: what is in these photos, by an accelerated and frozen model."""
+"""``mvit-kernels classify``: the most probable classes of photos, by an accelerated and frozen model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     check_size(args, len(args.images))
     labels = read_labels(args.labels) if args.labels else None
     bgr = is_huggingface(args.model) and args.pretrained if args.bgr is None else args.bgr
-    # Every photo before the model: a broken one is reported at once, and nothing is half done.
+    # All photos before the model, so that a broken one is reported at once and nothing is half done.
     photos = torch.stack(
         [preprocess(load_image(path), args.size, args.resize, args.mean, args.std, bgr) for path in args.images]
     )
@@ -107,14 +107,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(model: nn.Module, labels: dict[int, str] | None, pretrained: bool) -> Mapping[int, str]:
-    """The labels given, else those that come with Hugging Face's weights, else none."""
+    """The labels that were given, or those of Hugging Face's weights, or none."""
     if labels is not None:
         return labels
     return getattr(getattr(model, "config", None), "id2label", {}) if pretrained else {}
 
 
 def _probabilities(model: nn.Module, photos: Tensor, batch: int, device: str) -> Tensor:
-    """(photos, classes), float32 on the CPU."""
+    """Probabilities, (photos, classes), float32 on the CPU."""
     import torch
 
     with torch.inference_mode():

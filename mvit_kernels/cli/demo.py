@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mvit-kernels demo``: the main job, on photographs."""
+"""``mvit-kernels demo``: accelerate, freeze, verify and time models on photographs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mvit-kernels info``: versions, machine, and what each backend can do here or why it cannot."""
+"""``mvit-kernels info``: versions, machine, and each backend: available, or the reasons why not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import add_command, print_json
 _PACKAGES = ("torch", "triton", "numpy", "timm", "transformers", "kornia")
 _INSTRUCTION_SETS = "avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 avx512_vnni avx512_fp16 amx_bf16"
 _INSTRUCTION_SETS += " asimd sve bf16"  # Arm's
-_DEVICE_TYPES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # what each backend is for
+_DEVICE_TYPES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # each backend's device type
 
 
 def add_arguments(subparsers: argparse._SubParsersAction) -> None:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def gather() -> dict[str, Any]:
-    """All that ``info`` tells, as plain values: versions, machine, gpus, backends, libraries."""
+    """Everything that ``info`` prints, as plain values: versions, machine, gpus, backends, libraries."""
     return {
         "versions": _versions(),
         "machine": _machine(),
@@ -118,7 +118,7 @@ def _backends() -> dict[str, dict[str, Any]]:
 
 
 def _libraries() -> dict[str, Any]:
-    """What ``lib/build_info.json`` tells about the compiled libraries, or why it tells nothing."""
+    """The contents of ``lib/build_info.json`` about the compiled libraries, or the reason why there are none."""
     from ..backends.library import LIBRARY_DIRECTORY
 
     path = LIBRARY_DIRECTORY / "build_info.json"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label files: the names of a classifier's classes, in the forms in which they are passed around."""
+"""Label files: the names of a classifier's classes, in the formats that are in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 
 _INDEX = ("index", "id", "idx", "class_id", "class_index", "label_id")
 _NAME = ("name", "label", "class", "class_name", "label_name")
-# Where a JSON object keeps the names among other things: Hugging Face's config.json, timm's, training scripts'.
+# Keys under which a JSON object with other contents keeps the names: config.json of Hugging Face and timm, files of
+# training scripts.
 _INSIDE = ("id2label", "label_names", "idx_to_class", "class_to_idx", "label2id", "class_names", "classes", "labels")
 _INSIDE += ("names", "categories")
 _NUMBERED = re.compile(r"\s*(\d+)\s*(?:[:;,\t]|\s)\s*(\S.*)")
@@ -22,15 +23,18 @@ _WANTED = "wanted are names as JSON (a list, index to name, name to index) or CS
 
 
 def read_labels(path: Path) -> dict[int, str]:
-    """Class index -> name.
+    """Read a label file; return class index -> name.
 
-    Reads JSON: a list of names, index to name, name to index (torchvision's ``class_to_idx``), Keras'
-    ``imagenet_class_index.json``, the ``config.json`` of Hugging Face and timm; the same as a Python literal; CSV with
-    a column of indices and one of names, or of names alone; text, one name a line, with or without its index before it.
+    Supported formats:
+
+    - JSON: a list of names, index to name, name to index (torchvision's ``class_to_idx``), Keras'
+      ``imagenet_class_index.json``, the ``config.json`` of Hugging Face and timm; or the same as a Python literal;
+    - CSV or TSV with a column of indices and one of names, or with names only;
+    - text with one name per line, with or without its index before it.
 
     Raises:
-        ValueError: the file is none of these, or its indices are not 0, 1, 2, …
-        OSError: it cannot be read.
+        ValueError: the file has none of these formats, or its indices are not 0, 1, 2, …
+        OSError: the file cannot be read.
     """
     text = _decode(path)
     if text.lstrip().startswith(("{", "[")):
@@ -51,7 +55,7 @@ def read_labels(path: Path) -> dict[int, str]:
 
 
 def _decode(path: Path) -> str:
-    """Text in UTF-8, or in UTF-16 as Windows writes it, without the mark that may stand before it."""
+    """The text of a file in UTF-8, or in UTF-16 as Windows writes it, without a byte order mark."""
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -65,7 +69,7 @@ def _parse(path: Path, text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         try:
-            return ast.literal_eval(text.strip())  # ImageNet's names are also passed around as {0: 'tench', …}
+            return ast.literal_eval(text.strip())  # ImageNet's names are also distributed as {0: 'tench', …}
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise ValueError(f"{path} is no valid JSON: {error}") from None
 
@@ -75,7 +79,7 @@ def _from_data(path: Path, data: Any) -> dict[int, str]:
         inside = next((name for name in _INSIDE if isinstance(data.get(name), Mapping | list)), None)
         if inside is not None:
             labels = _from_data(path, data[inside])
-            described = data.get("label_descriptions")  # timm's, by the name
+            described = data.get("label_descriptions")  # timm's: name -> description
             if isinstance(described, Mapping):
                 labels = {index: str(described.get(name, name)) for index, name in labels.items()}
             return labels
@@ -122,11 +126,11 @@ def _from_lines(path: Path, text: str) -> dict[int, str]:
 
 
 def _numbered(path: Path, pairs: Sequence[tuple[Any, Any]]) -> dict[int, str]:
-    """Pairs of index and name, of which neither may be something else, and no index may come twice."""
+    """index -> name from pairs, with both types checked and repeated indices rejected."""
     labels: dict[int, str] = {}
     for index, name in pairs:
         if isinstance(name, list | tuple) and name and all(isinstance(each, str) for each in name):
-            name = name[-1]  # Keras: WordNet's number, then the name
+            name = name[-1]  # Keras: the WordNet ID, then the name
         if not isinstance(name, str):
             raise ValueError(f"{path} has {name!r:.40} for a name of its labels; {_WANTED}")
         if not (_is_index(index) or (isinstance(index, str) and index.strip().isdecimal())):

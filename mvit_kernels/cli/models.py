@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments that name a model and say what it runs on, for every command."""
+"""The arguments that select a model and how it runs, shared by the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command that runs a model: which one, on what, and how."""
+    """Add the arguments of every command that runs a model: which model, on which images, and how."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
@@ -54,21 +54,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """An argument's type: a whole number of 1 or more."""
+    """Argument type: an integer from 1 to 2³¹ - 1."""
     if not text.isdecimal() or not 1 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more (below 2³¹)")
     return int(text)
 
 
 def thread_count(text: str) -> int:
-    """An argument's type: 1 to 1024, beyond which the system refuses threads, and OpenMP ends the process."""
+    """Argument type: 1 to 1024. With more threads the system refuses them, and OpenMP ends the process."""
     if positive(text) > 1024:
         raise argparse.ArgumentTypeError(f"{text!r} threads are too many; give 1 to 1024")
     return int(text)
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """An argument's type: ``256``, or height and width as ``250x270``."""
+    """Argument type: a size in pixels, ``256``, or height and width as ``250x270``; at least 32 each."""
     sides = text.lower().replace("×", "x").split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give 256, or HxW as 250x270, of 32 pixels or more")
@@ -76,7 +76,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def load_model(args: argparse.Namespace) -> nn.Module:
-    """The model that the arguments of `add_model_arguments` ask for, in their dtype and on their device."""
+    """The model that the arguments of `add_model_arguments` select, in that dtype and on that device."""
     import torch
 
     if args.threads:
@@ -86,12 +86,17 @@ def load_model(args: argparse.Namespace) -> nn.Module:
 
 
 def check_size(args: argparse.Namespace, images: int | None = None) -> None:
-    """Raise ValueError where --size is one that the model cannot take, or so many `images` (--batch) the memory."""
+    """Raise ValueError if the model does not support --size, or if the images would not fit into memory.
+
+    Args:
+        args: of `add_model_arguments`.
+        images: number of images; None for --batch.
+    """
     height, width = args.size
     count = args.batch if images is None else images
     gigabytes = count * 3 * height * width * 4 / 1e9
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 if hasattr(os, "sysconf") else gigabytes * 4
-    if gigabytes > memory / 4:  # Linux grants it, and kills who then writes to it
+    if gigabytes > memory / 4:  # Linux would grant the memory, and kill the process when it is written to
         raise ValueError(
             f"{count} × 3 × {height} × {width} pixels take {gigabytes:.3g} GB, and this machine has {memory:.3g}; "
             f"give a smaller --size or {'--batch' if images is None else 'fewer images'}"
@@ -101,7 +106,7 @@ def check_size(args: argparse.Namespace, images: int | None = None) -> None:
 
 
 def random_images(args: argparse.Namespace) -> Tensor:
-    """(batch, 3, H, W) from 0 to 1, the same at every call, by the arguments of `add_model_arguments`."""
+    """Random images (batch, 3, H, W) in [0, 1), the same at every call, for the arguments of `add_model_arguments`."""
     import torch
 
     check_size(args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mvit-kernels profile``: where the time goes, by category, before and after."""
+"""``mvit-kernels profile``: a model's time by category, in eager, accelerated and frozen form."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch 2.13's profiler reports its start and stop on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch 2.13's profiler logs its start and stop on stderr
     import torch
 
     from ..bench.origin import environment

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mvit-kernels verify``: the fast path's error and PyTorch's own, both against float64."""
+"""``mvit-kernels verify``: the errors of the fast path and of PyTorch's own path, both against float64."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _photos(args: argparse.Namespace) -> Tensor:
-    """The photos of --image, (number, 3, H, W)."""
+    """The photos of --image, (number, 3, H, W), float32."""
     import torch
 
     from ..zoo.images import load_image, preprocess

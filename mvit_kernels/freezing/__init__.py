@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``freeze``: an inference-only copy of a model; batch norms folded, SiLU fused, weights joined and cast once.
+"""``freeze``: an inference-only copy of a model with batch norms folded, SiLU fused, weights joined and cast once.
 
-The MobileViT paper (arXiv:2110.02178, section 5) gives the missing fold as one of two reasons for slow inference:
-convolution and batch norm fold together, transformers have nothing like it. Here both halves are fused.
+The MobileViT paper (arXiv:2110.02178, section 5) gives two reasons for slow inference. One is that convolutional
+networks fold batch norm into the convolution, and transformers have no counterpart. Here both halves are fused.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ logger = logging.getLogger("mvit_kernels")
 
 
 class FreezeReport(NamedTuple):
-    """What `freeze` did; printable. It is the frozen model's attribute ``freeze_report``."""
+    """What `freeze` did, by module path; printable. It is the frozen model's attribute ``freeze_report``."""
 
     blocks: tuple[str, ...]  # MobileViT blocks
     inverted_residuals: tuple[str, ...]
-    convolutions: tuple[str, ...]  # all folded ones, also those inside the former two
-    left: tuple[tuple[str, str], ...]  # what stays as it was, and why
-    composed: tuple[tuple[str, str], ...] = ()  # what is frozen but runs part by part on the CPU, and why
-    unhooked: tuple[str, ...] = ()  # what has lost its state-dict hooks; others go on being called
+    convolutions: tuple[str, ...]  # every frozen convolution, including those inside blocks and inverted residuals
+    left: tuple[tuple[str, str], ...]  # modules that were not frozen, and why
+    composed: tuple[tuple[str, str], ...] = ()  # frozen modules that run part by part on the CPU, and why
+    unhooked: tuple[str, ...] = ()  # modules that lost their state-dict hooks; other hooks are kept
 
     def __str__(self) -> str:
         lines = [
@@ -52,7 +52,7 @@ class FreezeReport(NamedTuple):
 
 
 def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """An inference-only copy of `model` that runs as fast as we can make it; `model` is left alone.
+    """Make a fast inference-only copy of `model`; `model` itself is not changed.
 
     Example:
         >>> fast = mvit_kernels.freeze(model)                        # any of the five kinds of MobileViT
@@ -60,43 +60,44 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         >>> with torch.inference_mode():
         ...     logits = fast(images)
 
-    Batch norms are folded into their convolutions (in float64), SiLU and the residual additions of inverted
-    residuals are fused, and everything runs channels-last inside, whatever the layout of the input. On the CPU, in
-    float32 and bfloat16, whole chains of frozen layers are one native call with packed weights
-    (`mvit_kernels.freezing.network`); on a GPU, in bfloat16 and float16, a block's transformer has its weights
-    packed for the CUDA kernel that runs it in one launch. The model's own modules around that (pooling, heads,
-    ``features_only``, Hugging Face's output classes) stay. What cannot be frozen stays as it was, layer by layer,
-    and is listed in ``fast.freeze_report``; what only looks foldable, such as a batch norm with a forward of its
-    own, does too. Weights that pruning, weight norm or spectral norm compute are frozen as evaluation computes
-    them. Hooks on what is replaced go on being called, forward and backward ones; state-dict hooks do not, and are
-    listed.
+    Batch norms are folded into their convolutions (in float64), SiLU and the residual additions of inverted residuals
+    are fused as epilogues, and everything runs channels-last inside, whatever the memory format of the input. On the
+    CPU, in float32 and bfloat16, a chain of frozen layers is one native call with packed weights
+    (`mvit_kernels.freezing.network`). On a GPU, in bfloat16 and float16, a block's transformer weights are packed for
+    the CUDA kernel that runs it in one launch. The model's other modules (pooling, heads, ``features_only``, Hugging
+    Face's output classes) are kept.
 
-    A frozen model follows ``load_state_dict``, ``to`` and the replacement of modules inside; a change of a buffer in
-    place it does not see. Two threads may run one frozen model at once. It takes floats of any width, and raises a
-    TypeError on integers and complex numbers, which a cast would silently misread. Keep it with ``torch.save(fast,
-    path)``, or its ``state_dict()`` (safetensors too) for a model frozen alike; ``save_pretrained`` raises, since
-    ``from_pretrained`` could not read it.
+    A layer that cannot be frozen is kept unchanged and listed in ``fast.freeze_report``. So is one that only looks
+    foldable, such as a batch norm subclass with its own forward. Weights that pruning, weight norm or spectral norm
+    compute are frozen at their evaluation-mode values. Forward and backward hooks on replaced modules are still called;
+    their state-dict hooks are not, and are listed.
+
+    ``load_state_dict``, ``to`` and the replacement of inner modules work on a frozen model; an in-place change of a
+    buffer goes unnoticed. Two threads may call one frozen model at the same time. It takes inputs of the four dtypes
+    below; integer and complex inputs raise a TypeError, because a cast would silently misinterpret them. Save it with
+    ``torch.save(fast, path)``, or save its ``state_dict()`` (safetensors works) and load that into a model frozen in
+    the same way. ``save_pretrained`` raises, because ``from_pretrained`` could not read the result.
 
     Args:
-        model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. Its ``state_dict`` afterwards
-            is the frozen one's own: load checkpoints before freezing.
-        dtype: float32, bfloat16, float16 or float64 for all weights of these four dtypes; inputs are cast, outputs come
-            in it. None keeps the model's.
+        model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. The frozen copy's
+            ``state_dict`` has other keys, so load checkpoints before freezing.
+        dtype: float32, bfloat16, float16 or float64. All weights of these four dtypes are cast to it, inputs are cast
+            on entry, and outputs have it. None keeps the model's dtypes.
 
     Returns:
-        A new model in evaluation mode, without parameters that need a gradient. ``train()`` on it raises.
+        A new model in evaluation mode, without parameters that require a gradient. Its ``train()`` raises RuntimeError.
 
     Raises:
-        TypeError: `model` is no ``nn.Module``, or `dtype` no floating dtype.
-        ValueError: a convolution, a batch norm or a MobileViT block has values that are not finite, or variances below
-            zero.
+        TypeError: `model` is not an ``nn.Module``, or `dtype` is none of the four.
+        ValueError: a convolution, a batch norm or a MobileViT block has values that are not finite, or a batch norm has
+            a negative running variance.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model is {type(model).__name__}; a torch.nn.Module is wanted")
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"freeze: dtype is {dtype!r}; float32, bfloat16, float16 or float64 is wanted")
 
-    # A holder, so that the model itself may be a block or a unit.
+    # In a holder, so that the model itself can be replaced where it is a block or a unit.
     holder = nn.Module()
     holder.model = copy_of(model).eval().requires_grad_(False)
     backends = {module: backend_of(module) for module in holder.modules()}
@@ -104,7 +105,7 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     names = {module: _name_in_model(name) for name, module in holder.named_modules()}
     _settle_and_check(holder)
     if dtype == torch.float64:
-        cast_floats(holder, dtype)  # before folding: a fold that went through float32 would keep its rounding
+        cast_floats(holder, dtype)  # before folding: a fold rounded to float32 would keep that error
     left: list[tuple[str, str]] = []
     convolutions = _collect(freeze_convolutions(holder), left)
     inverted_residuals = _collect(freeze_inverted_residuals(holder), left)
@@ -130,8 +131,8 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _settle_and_check(holder: nn.Module) -> None:
-    """Make the computed weights of what will be frozen plain, and refuse broken ones: a fold of values that are not
-    finite would hide where they came from. Whatever else the model holds is its own business."""
+    """Replace computed weights by plain ones in everything that will be frozen, and reject values that are not finite:
+    after folding, their origin would be lost. Other modules are not checked."""
     blocks = [module for module in holder.modules() if adapter_of(module) is not None]
     inside = {part for block in blocks for part in block.modules()}
     for name, module in holder.named_modules():
@@ -154,7 +155,7 @@ def _settle_and_check(holder: nn.Module) -> None:
 
 
 def _has_state_dict_hooks(module: nn.Module) -> bool:
-    """Whether somebody's hooks are called when `module` is saved or loaded; spectral norm's own are PyTorch's."""
+    """Whether `module` has state-dict hooks other than those of torch itself, such as spectral norm's."""
     kinds = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
     hooks = [hook for kind in kinds for hook in module.__dict__.get(kind, {}).values()]
     return any(not getattr(getattr(hook, "hook", hook), "__module__", "").startswith("torch.") for hook in hooks)
@@ -169,7 +170,7 @@ def _refuse_save_pretrained(*args, **kwargs) -> None:
 
 
 def _name_in_model(name: str) -> str:
-    """A module's name below the model, from its name below the holder."""
+    """A module's path in the model, from its path in the holder."""
     return name.removeprefix("model").removeprefix(".")
 
 
@@ -184,7 +185,7 @@ def _collect(steps, left: list[tuple[str, str]]) -> list[str]:
 
 
 def _freeze_blocks(holder: nn.Module, backends: dict[nn.Module, str | None], left: list[tuple[str, str]]) -> list[str]:
-    """Put `FrozenMobileViTBlock` in place of every MobileViT block; declined ones run as they are."""
+    """Replace every MobileViT block by a `FrozenMobileViTBlock`; declined blocks are kept."""
     done = []
     for full_name, block in list(holder.named_modules()):
         adapter, name = adapter_of(block), _name_in_model(full_name)
@@ -224,10 +225,10 @@ def _freeze_blocks(holder: nn.Module, backends: dict[nn.Module, str | None], lef
 
 
 def _tied(parts: BlockParts) -> list[tuple[nn.Module, str, str]]:
-    """Where the library's block keeps what `FrozenMobileViTBlock` has as buffers."""
+    """(module, parameter name, buffer name): where the library's block keeps what `FrozenMobileViTBlock` holds."""
     tied = []
     for index, layer in enumerate(parts.layers):
-        (qkv,) = layer.qkv  # as Kornia and cvnets have it, whose blocks serve some calls themselves
+        (qkv,) = layer.qkv  # one Linear: only Kornia's and cvnets' blocks serve some calls themselves
         modules = {
             "norm1": layer.norm1,
             "qkv": qkv,
@@ -245,7 +246,7 @@ def _tied(parts: BlockParts) -> list[tuple[nn.Module, str, str]]:
 
 
 def _join_sequentials(holder: nn.Module) -> None:
-    """Put `FrozenSequential` in place of every Sequential of nothing but frozen modules, the innermost first."""
+    """Replace every Sequential of frozen modules only by a `FrozenSequential`, innermost first."""
     for module in reversed(list(holder.modules())):
         if type(module) is not nn.Sequential or not is_plain(module, nn.Sequential):
             continue
@@ -257,7 +258,7 @@ def _join_sequentials(holder: nn.Module) -> None:
 
 
 def _pack(module: nn.Module, name: str, seen: set[nn.Module]) -> list[tuple[str, str]]:
-    """Make the native calls of everything frozen on the CPU below `module`; (name, why not) where there can be none."""
+    """Build the native calls of all frozen CPU modules below `module`; return (name, reason) where there is none."""
     if module in seen:
         return []
     seen.add(module)
@@ -277,5 +278,5 @@ def _pack(module: nn.Module, name: str, seen: set[nn.Module]) -> list[tuple[str,
 
 
 def _own(value: torch.Tensor | None) -> torch.Tensor | None:
-    """A parameter's value as a plain tensor, to be a buffer."""
+    """A parameter's value as a plain contiguous tensor, for a buffer."""
     return None if value is None else value.detach().contiguous()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A MobileViT block, frozen: what `freeze` puts in the place of any library's."""
+"""The frozen MobileViT block, which `freeze` puts in place of any library's block."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from .network import Builder, NotNative, Place, links_of
 
 
 class FrozenMobileViTBlock(FrozenBlock, Frozen):
-    """A MobileViT block of any library for inference: convolutions frozen, the transformer's weights joined and cast
-    once.
+    """A MobileViT block of any library for inference: convolutions frozen, transformer weights joined and cast once.
 
     Args:
         downsampling, before, after, fusion, input_first: as in ``adapters._block.BlockParts``.
         layers: `TransformerLayerWeights` of each layer.
         final_norm: (weight, bias) of the last LayerNorm, or None.
         num_heads, patch_size, eps, backend: as in `mvit_kernels.transformer`.
-        fallback, takes: where ``takes(fallback, x)`` is false, the library's own block `fallback` serves the call (maps
-            on which Kornia raises and cvnets normalises otherwise, and a video's tuple). It is no module of this one,
-            whose weights it reads.
-        tied: where: a module of `fallback`, the name of a parameter there, and the name of the buffer here.
+        fallback, takes: where ``takes(fallback, x)`` is false, or the input is not a single tensor, the library's own
+            block `fallback` serves the call: maps for which Kornia raises, maps that cvnets normalizes differently, and
+            video tuples. It is not a submodule of this module, and reads this module's weights.
+        tied: (module of `fallback`, name of its parameter, name of the buffer here) of each weight that both use.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
         return super().forward(x)
 
     def _tie(self) -> None:
-        """Let the fallback read this module's buffers."""
+        """Make the fallback read this module's buffers."""
         for module, name, buffer in self.tied:
             module._parameters.pop(name, None)
             module._buffers[name] = self._buffers[buffer]
@@ -79,7 +78,7 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._tie()  # after assign=True they are other tensors
+        self._tie()  # assign=True replaces the tensors
 
     @property
     def in_channels(self) -> int:
@@ -89,7 +88,7 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
         return self._joint_place(builder) if self.downsampling is None else self.downsampling.place(builder)
 
     def _joint_place(self, builder: Builder) -> Place | None:
-        """The input's part of the map that the fusion reads, where the transformer's result joins it."""
+        """The input's channels of the concatenated map that the fusion reads; the other channels are the result's."""
         first, last = links_of(self.before)[0], links_of(self.after)[-1]
         if self.fusion is None:
             return first.place(builder)
@@ -137,12 +136,12 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
         return self.fusion(torch.cat((x, y) if self.input_first else (y, x), dim=1))
 
     def pack(self) -> None:
-        """Let the backend that will serve the transformer pack its weights now, and not at the first call."""
+        """Let the backend that will serve the transformer pack its weights now instead of at the first call."""
         layers = self.layers()
         backends.pack(layers, self.final_norm(), self.num_heads, layers[0].proj_weight.dtype)
 
     def layers(self) -> list[TransformerLayerWeights]:
-        """The weights, layer by layer."""
+        """The weights of each transformer layer."""
         return [
             TransformerLayerWeights(
                 *(self._buffers[f"layer{index}_{name}"] for name in TransformerLayerWeights._fields)
@@ -151,5 +150,5 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
         ]
 
     def final_norm(self) -> tuple[Tensor, Tensor] | None:
-        """Weight and bias of the last LayerNorm."""
+        """(weight, bias) of the last LayerNorm, or None."""
         return None if self.final_norm_weight is None else (self.final_norm_weight, self.final_norm_bias)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolutional units of the libraries and their inverted residuals, frozen in place, for `freeze`.
+"""Freezes the libraries' convolutional units and inverted residuals in place, for `freeze`.
 
-A unit is convolution, batch norm and activation, one after another. It is known by exactly its library's class, whose
-forward was read, and may hold nothing else that computes; cvnets' code is copied under many names, and such a copy is
-tried. What is not known stays as it was, with the reason.
+A unit is a convolution, a batch norm and an activation in sequence. It is recognized by its exact library class, whose
+forward is known, and may not contain anything else that computes. cvnets' code is often copied to other packages; such
+a copy is tested numerically. A module that is not recognized is kept, with the reason.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .._utils.plain import alike, cast_floats, copy_of, does_nothing, is_own, is
 from .folding import activation_of, fold, hooked, is_norm, norm_reason
 from .modules import FrozenConv2d, FrozenInvertedResidual
 
-# package, class names, and where the convolution, the norm and the activation are (timm's batch norm carries its own);
-# norm and activation may be missing, as in the 1×1 convolution into the transformer
+# Package, class names, and paths of the convolution, the norm and the activation (timm's batch norm includes its own).
+# Norm and activation may be missing, as in the 1×1 convolution into the transformer.
 UNITS = (
     ("timm", ("ConvNormAct",), "conv", "bn", ""),
     ("mvit_kernels", ("ConvNormAct",), "conv", "norm", "act"),
@@ -27,7 +27,7 @@ UNITS = (
     ("cvnets", ("ConvLayer", "ConvLayer2d"), "block.conv", "block.norm", "block.act"),  # the latter since 0.3
 )
 
-# package, class name, its three units, and how it says that it adds its input
+# Package, class name, paths of the three units, and a function that tells whether the block adds its input.
 INVERTED_RESIDUALS = (
     ("timm", "BottleneckBlock", "conv1_1x1", "conv2_kxk", "conv3_1x1", lambda block: block.shortcut is not None),
     (
@@ -47,13 +47,13 @@ INVERTED_RESIDUALS = (
 )
 
 FURTHER = "it has further modules"
-TRIED = ((7, 6), (4, 9))  # the maps on which a copy of cvnets' classes is tried
+TRIED = ((7, 6), (4, 9))  # sizes of the maps on which a copy of cvnets' classes is tested
 
 
 def freeze_convolutions(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """Put `FrozenConv2d` in place of every unit below `model`; yield (name, None) for it, or (name, why not).
+    """Replace every unit below `model` by a `FrozenConv2d`; yield (name, None), or (name, reason) if it cannot be.
 
-    Bare convolutions become one too: the 1×1 into the transformer, and the one of a unit that cannot be folded."""
+    Bare convolutions are replaced too: the 1×1 into the transformer, and that of a unit that cannot be folded."""
     refused: list[str] = []
     for name, module in list(model.named_modules()):
         frozen = _folded_unit(module)
@@ -80,7 +80,7 @@ def freeze_convolutions(model: nn.Module) -> Iterator[tuple[str, str | None]]:
 
 
 def freeze_inverted_residuals(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """Put `FrozenInvertedResidual` in place of blocks whose three units are frozen; yield as `freeze_convolutions`."""
+    """Replace blocks whose three units are frozen by `FrozenInvertedResidual`; yields as `freeze_convolutions` does."""
     for name, module in list(model.named_modules()):
         for package, cls, *paths, adds_input in INVERTED_RESIDUALS:
             units = [_submodule(module, path) for path in paths] if _may_be(module, package, cls) else [None]
@@ -98,7 +98,7 @@ def freeze_inverted_residuals(model: nn.Module) -> Iterator[tuple[str, str | Non
 
 
 def replace(model: nn.Module, original: nn.Module, frozen: nn.Module) -> None:
-    """Put `frozen` wherever `original` is below `model`: one module may have several names. Hooks go along."""
+    """Replace `original` by `frozen` under every name that it has below `model`, and move its hooks."""
     move_hooks(original, frozen)
     for owner in model.modules():
         for name, child in list(owner._modules.items()):
@@ -107,8 +107,11 @@ def replace(model: nn.Module, original: nn.Module, frozen: nn.Module) -> None:
 
 
 def move_hooks(original: nn.Module, frozen: nn.Module) -> None:
-    """Hooks on what is replaced go on being called, backward ones too (timm's ``features_only`` puts them there, and
-    whoever looks at the gradients of a map); `original` may go on serving some calls, and has none then."""
+    """Move the forward and backward hooks of `original` to `frozen`, so that they are still called.
+
+    timm's ``features_only`` relies on forward hooks, inspection of gradients on backward hooks. `original` may still
+    serve some calls, and must not call them a second time.
+    """
     for name in (
         "_forward_hooks",
         "_forward_hooks_with_kwargs",
@@ -130,19 +133,19 @@ def _submodule(module: nn.Module | None, path: str) -> nn.Module | None:
 
 
 def _may_be(module: nn.Module, package: str, *classes: str) -> bool:
-    """Whether `module` is one of a library's `classes`, or has its name and may be a copy of cvnets' code."""
+    """Whether `module` is one of a library's `classes`, or a possible copy of cvnets' with the same class name."""
     return is_own(module, package, *classes) or (package == "cvnets" and type(module).__name__ in classes)
 
 
 def _folded_unit(unit: nn.Module) -> FrozenConv2d | str | None:
-    """A library's unit folded, or why it cannot be; None of anything else."""
+    """`unit` folded, or the reason why it cannot be; None if it is not a library's unit."""
     for package, classes, *paths in UNITS:
         if not _may_be(unit, package, *classes) or _submodule(unit, paths[0]) is None:
             continue
         frozen = _fold_parts(unit, paths)
         if isinstance(frozen, str) or is_own(unit, package, *classes):
             return frozen
-        exact = cast_floats(copy_of(unit), torch.float64)  # or the fold's rounding would show
+        exact = cast_floats(copy_of(unit), torch.float64)  # else the fold's rounding would show
         if alike(_fold_parts(exact, paths), exact, frozen.in_channels, TRIED):
             return frozen
         return f"it is somebody's {type(unit).__name__}, which computes something else"
@@ -158,7 +161,7 @@ def _fold_parts(unit: nn.Module, paths: list[str]) -> FrozenConv2d | str:
 
 
 def _others_reason(owner: nn.Module, steps: list[nn.Module]) -> str | None:
-    """Why calling `owner` may not amount to calling `steps` in turn; None where nothing else in it computes."""
+    """Why calling `owner` may differ from calling `steps` in order; None if nothing else in it computes."""
     known = {id(inner) for step in steps for inner in step.modules()}
     order = []
     for module in owner.modules():
@@ -172,8 +175,10 @@ def _others_reason(owner: nn.Module, steps: list[nn.Module]) -> str | None:
 
 
 def _freeze_sequential(name: str, sequential: nn.Sequential) -> Iterator[tuple[str, str | None]]:
-    """Kornia and cvnets: runs of Conv2d, BatchNorm2d and SiLU in a Sequential. What is folded away becomes Identity,
-    in this Sequential alone: under another name it may be called by itself."""
+    """Fold runs of Conv2d, BatchNorm2d and SiLU in a Sequential, as Kornia and cvnets have them.
+
+    A norm or activation that was folded becomes Identity in this Sequential only: elsewhere it may be called by itself.
+    """
     children = list(sequential._modules.items())
     for index, (conv_name, conv) in enumerate(children[:-1]):
         norm_name, norm = children[index + 1]
@@ -199,7 +204,7 @@ def _freeze_sequential(name: str, sequential: nn.Sequential) -> Iterator[tuple[s
 
 
 def _inverted_residual_reason(block: nn.Module, units: list[nn.Module]) -> str | None:
-    """Why `block` is not expand, depthwise 3×3, project and nothing else; None if it is."""
+    """Why `block` is not exactly expand, depthwise 3×3 and project; None if it is."""
     if not all(isinstance(unit, FrozenConv2d) for unit in units):
         return "one of its convolutions could not be folded"
     reason = _others_reason(block, units) or hooked(*(m for m in block.modules() if m is not block and m not in units))

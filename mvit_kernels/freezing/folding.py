@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folding of a batch norm and SiLU into a convolution.
+"""Folding of batch norm and SiLU into a convolution.
 
-Batch norm in evaluation is an affine map for each channel, so ``BN(conv(x)) = conv'(x)`` with ``w' = w·γ/σ`` and
-``b' = β + (b − μ)·γ/σ`` (Jacob et al. 2018, arXiv:1712.05877, section 3.2). The folding is done in float64.
+In evaluation mode batch norm is an affine map of each channel, so ``BN(conv(x)) = conv'(x)`` with ``w' = w·γ/σ`` and
+``b' = β + (b − μ)·γ/σ`` (Jacob et al. 2018, arXiv:1712.05877, section 3.2). The fold is computed in float64.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 def is_norm(module: nn.Module | None) -> bool:
-    """Whether `module` is a batch norm of some kind, known or not."""
+    """Whether `module` is any kind of batch norm, including kinds that cannot be folded."""
     return isinstance(module, _BatchNorm) or type(module).__name__ in ("FrozenBatchNorm2d", *_WITH_ACTIVATION)
 
 
 def norm_reason(norm: nn.Module) -> str | None:
-    """Why `norm` is not known to be an affine map in evaluation, and an activation perhaps; None where it is."""
+    """Why `norm` is not known to be an affine map in evaluation mode, plus perhaps an activation; None if it is."""
     kind = type(norm).__name__
     if is_own(norm, "timm", *_WITH_ACTIVATION):
         if "drop" in norm._modules and not does_nothing(norm.drop):
@@ -44,17 +44,17 @@ def norm_reason(norm: nn.Module) -> str | None:
 
 
 def activation_of(norm: nn.Module | None) -> nn.Module | None:
-    """The activation that a norm applies itself, as timm's do."""
+    """The activation built into a norm, as in timm's; None if there is none."""
     return norm._modules.get("act") if is_own(norm, "timm", *_WITH_ACTIVATION) else None
 
 
 def fold(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) -> FrozenConv2d | str:
-    """The folded convolution, or why it cannot be folded.
+    """Fold `norm` and `activation` into `conv`; return the `FrozenConv2d`, or the reason why it cannot be done.
 
     Args:
         conv: the convolution.
-        norm: its batch norm, or None.
-        activation: the activation after that, or None; one that the norm applies itself comes first.
+        norm: the batch norm after it, or None.
+        activation: the activation after the norm, or None; one that is built into the norm comes first.
     """
     if not is_plain(conv, nn.Conv2d):
         return f"{type(conv).__name__} is no plain Conv2d"
@@ -102,7 +102,7 @@ def fold(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) 
 
 
 def hooked(*modules: nn.Module | None) -> str | None:
-    """Why `modules` cannot be replaced by one that does not call them; None where nobody listens to them."""
+    """Why `modules` cannot be replaced by one that does not call them; None if none of them has a hook."""
     if any(module is not None and has_hooks(module) for module in modules):
         return "an inner module carries a hook"
     return None

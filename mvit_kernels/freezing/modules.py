@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inference-only modules that `freeze` puts in place: batch norms folded, SiLU fused, channels-last inside.
 
-Everything they hold is a buffer in evaluation mode; ``train()`` raises, since a folded batch norm cannot be trained.
+Their weights are buffers, and they stay in evaluation mode: ``train()`` raises, since a folded batch norm cannot be
+trained.
 
-On the CPU each runs as one native call, everything inside it included (`mvit_kernels.freezing.network`); where that
-does not serve, on other devices and dtypes, under tracing, with a gradient or with hooks inside, it is composed of its
-parts.
+On the CPU each module, with everything inside it, runs as one native call (`mvit_kernels.freezing.network`). Where that
+is not possible (other devices and dtypes, tracing, a required gradient, hooks inside) it is composed of its parts.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .network import Builder, Network, NotNative, Place, hooks_inside, links_of,
 
 
 class Frozen(nn.Module):
-    """What the frozen modules share: evaluation mode, for good, and the native call for all that is inside.
+    """Base class of the frozen modules: permanent evaluation mode, and a native call for everything inside.
 
-    A subclass says what it computes twice: ``composed(x)`` with PyTorch, and ``emit(builder, source, target)`` with the
-    steps of a `Builder` (it raises `NotNative` where there are none for it). ``place(builder)`` is where it wishes to
-    find its input, None for anywhere; ``in_channels`` how many channels that has.
+    A subclass implements its computation twice: ``composed(x)`` with PyTorch, and ``emit(builder, source, target)`` as
+    steps of a `Builder`, which raises `NotNative` if no steps can express it. ``place(builder)`` is where it wants its
+    input, None for anywhere; ``in_channels`` is the number of channels of the input.
     """
 
-    generation = 0  # counts the changes that make packed weights stale
+    generation = 0  # incremented by every change that makes packed weights stale
     _network: Network | NotNative | None = None
 
     def __init__(self, *args) -> None:
@@ -39,6 +39,7 @@ class Frozen(nn.Module):
         self.training = False
 
     def train(self, mode: bool = True) -> Frozen:
+        """Stay in evaluation mode; raises RuntimeError if `mode` is True."""
         if mode:
             raise RuntimeError(
                 f"{type(self).__name__} is frozen for inference and cannot be trained; train the model that freeze() "
@@ -61,8 +62,8 @@ class Frozen(nn.Module):
         return self.composed(x)
 
     def _check(self, x: Tensor) -> None:
-        """Refuse what PyTorch's convolution refuses too: floats are cast to the weights' dtype, but integers are an
-        image that nobody scaled, and of complex numbers a cast drops half. (0.2 µs.)"""
+        """Reject what PyTorch's convolution rejects too. Floats are cast to the weights' dtype, but integers are an
+        unscaled image, and a cast of complex numbers drops the imaginary part. (0.2 µs.)"""
         if not isinstance(x, Tensor):
             raise TypeError(f"{type(self).__name__}: x is {type(x).__name__}; a torch.Tensor is wanted")
         if x.dtype not in DTYPES:
@@ -73,7 +74,7 @@ class Frozen(nn.Module):
             )
 
     def native(self) -> Network | NotNative:
-        """The native call as things are now, or why there is none."""
+        """The native call for the current state, or the reason why there is none."""
         network = self._network
         if network is None or (isinstance(network, Network) and network.is_stale()):
             try:
@@ -90,7 +91,7 @@ class Frozen(nn.Module):
         self.generation += 1
         self._network = None
 
-    # Packed weights are made anew after a move, a load, a copy, a pickle and a change of what is inside.
+    # Weights are packed again after a move, a load, a copy, unpickling, and a change of an inner module.
 
     def _apply(self, *args, **kwargs):
         self._changed()
@@ -118,14 +119,14 @@ class Frozen(nn.Module):
 
 
 class FrozenSequential(Frozen, nn.Sequential):
-    """Frozen modules one after another, such as a stage of a model, or all of its stages."""
+    """Frozen modules in sequence, such as a stage of a model, or all of its stages."""
 
     @property
     def in_channels(self) -> int:
         return self.links()[0].in_channels
 
     def links(self) -> list[Frozen]:
-        """The frozen modules one after another, those of Sequentials inside included."""
+        """The frozen modules in order, including those of inner Sequentials."""
         return [link for child in self for link in links_of(child)]
 
     def composed(self, x: Tensor) -> Tensor:
@@ -133,18 +134,19 @@ class FrozenSequential(Frozen, nn.Sequential):
 
 
 class FrozenConv2d(Frozen):
-    """A convolution with its batch norm folded in and SiLU fused: (B, C, H, W), any layout in, channels-last out.
+    """A convolution with batch norm folded and SiLU fused: (B, C, H, W) of any memory format in, channels-last out.
 
     Example:
         >>> FrozenConv2d(weight, bias, stride=(2, 2), padding=(1, 1), activation="silu")(images)
 
-    Composed, on the CPU, it is oneDNN's convolution with SiLU (and a residual addition) as its epilogue and with
-    weights reordered once for the first input's size: half the time of convolution, batch norm and SiLU in turn.
+    When it is composed on the CPU, it runs as oneDNN's convolution with SiLU or a residual addition as a fused
+    epilogue, and with weights reordered once for the first input's size: half the time of separate convolution, batch
+    norm and SiLU.
 
     Args:
-        weight: (out, in / groups, kh, kw).
+        weight: (out, in / groups, kh, kw), the batch norm folded in.
         bias: (out,).
-        stride, padding, dilation: pairs of ints.
+        stride, padding, dilation: pairs of ints, (height, width).
         groups: as in ``nn.Conv2d``.
         activation: "silu" or None.
     """
@@ -165,13 +167,13 @@ class FrozenConv2d(Frozen):
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.activation = activation
-        self._packed: tuple[Tensor, Tensor] | None = None  # the weight, and as oneDNN reorders it
+        self._packed: tuple[Tensor, Tensor] | None = None  # the weight, and oneDNN's reordered copy of it
 
     @property
     def in_channels(self) -> int:
         return self.weight.shape[1] * self.groups
 
-    # Around a bare convolution may be somebody's code that reads what nn.Conv2d has.
+    # Code around a bare convolution may read these attributes of nn.Conv2d.
 
     @property
     def out_channels(self) -> int:
@@ -182,7 +184,7 @@ class FrozenConv2d(Frozen):
         return tuple(self.weight.shape[2:])
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``act(conv(x))``, or ``conv(x) + residual`` (then there is no activation)."""
+        """``act(conv(x))``, or without an activation ``conv(x) + residual``."""
         if residual is None:
             return super().forward(x)
         self._check(x)
@@ -190,7 +192,7 @@ class FrozenConv2d(Frozen):
 
     def composed(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.to(self.weight.dtype)
-        if x.dim() == 4:  # nn.Conv2d takes an image without a batch too
+        if x.dim() == 4:  # nn.Conv2d also takes an unbatched image
             x = channels_last(x)
         if residual is None and reference.is_one_column(
             x, self.weight, self.stride, self.padding, self.dilation, self.groups
@@ -207,7 +209,7 @@ class FrozenConv2d(Frozen):
     def _onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         weight, packed = self._packed or (None, None)
-        if weight is not self.weight:  # torch.func.functional_call lends another
+        if weight is not self.weight:  # torch.func.functional_call substitutes another
             packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
             self._packed = (self.weight, packed)
         if residual is None:
@@ -219,7 +221,7 @@ class FrozenConv2d(Frozen):
         )
 
     def place(self, builder: Builder) -> Place | None:
-        """A 3×3 convolution reads the border as it reads the rest."""
+        """A kernel larger than 1×1 wants a border of zeros around its input, so that edges need no special case."""
         if self.weight.shape[2] == 1:
             return None
         return builder.value(self.in_channels, self.dilation[0])
@@ -234,7 +236,7 @@ class FrozenConv2d(Frozen):
             raise NotNative(f"it has a convolution with {self.extra_repr()}")
         return builder.convolution(self, source, target)
 
-    # The weights that oneDNN packed are its own tensors.
+    # Weights that oneDNN packed are opaque tensors: they are dropped on a change and not pickled.
 
     def _changed(self) -> None:
         self._packed = None
@@ -243,7 +245,7 @@ class FrozenConv2d(Frozen):
     def __getstate__(self):
         return {**super().__getstate__(), "_packed": None}
 
-    # A state dict is dense, as safetensors wants it; here a dense 3×3 convolution's weight is channels-last.
+    # A state dict is contiguous, as safetensors requires; the weight of a dense 3×3 convolution here is channels-last.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -251,7 +253,7 @@ class FrozenConv2d(Frozen):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._buffers["weight"] = self.weight.contiguous(memory_format=torch.channels_last)  # after assign=True
+        self._buffers["weight"] = self.weight.contiguous(memory_format=torch.channels_last)  # assign=True replaced it
 
     def extra_repr(self) -> str:
         out, width, kh, kw = self.weight.shape
@@ -262,8 +264,8 @@ class FrozenConv2d(Frozen):
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    """oneDNN's fused convolutions: CPU, float32 or (where the processor has it) bfloat16, outside of any tracing and of
-    modes that listen to operators, to count their FLOPs for one."""
+    """Whether oneDNN's fused convolution can be used: on the CPU, in float32 or (if the processor supports it)
+    bfloat16, without gradients, and not under tracing or a dispatch mode, such as a FLOP counter."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if x.requires_grad or weight.requires_grad or obstacle((x, weight)) or torch._C._len_torch_dispatch_stack():
@@ -276,11 +278,11 @@ def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
 
 
 class FrozenInvertedResidual(Frozen):
-    """MobileNetV2's block of three frozen convolutions, as one operator where a backend serves it.
+    """MobileNetV2's inverted residual of three frozen convolutions, as one operator where a backend serves it.
 
     Args:
-        expand, depthwise, project: the three convolutions, SiLU on the first two.
-        residual: add the input.
+        expand, depthwise, project: the three convolutions, with SiLU on the first two.
+        residual: whether the input is added.
     """
 
     def __init__(self, expand: FrozenConv2d, depthwise: FrozenConv2d, project: FrozenConv2d, residual: bool) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen modules as one native call: the whole chain's steps and packed weights, run by ``csrc/cpu/network.cpp``.
+"""Frozen modules as one native call: a program of steps with packed weights, run by ``csrc/cpu/network.cpp``.
 
-Each frozen module *emits* its steps (see `Builder`): convolutions, inverted residuals, transformers and the resizes
-around them. `Network` keeps the result for a module and calls it. What that saves over one operator a layer: a core
-works through whole images, whose maps stay in its cache; a MobileViT block's concatenation is two writers of one
-map; nothing is allocated between layers, and Python runs once.
+Each frozen module *emits* its steps into a `Builder`: convolutions, inverted residuals, transformers and the resizes
+around them. `Network` keeps the result for a module and calls it. Savings over one operator per layer: a core takes a
+whole image through all steps, so maps stay in its cache; the concatenation in a MobileViT block costs nothing, since
+two steps write into one map; nothing is allocated between layers; Python runs once.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from ..ops.flops import flop_formula, inverted_residual_flops, layer_flops
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-# The program's words, as csrc/cpu/network.cpp reads them: VERSION, whether in pairs, the number of values and of steps,
-# then channels and border of each value, then the steps: the number of their words, their kind, where they read and
-# write (two `Place`s), and what more they need. Value 0 is the input, the last one the output.
+# A program is a list of int64 words, which csrc/cpu/program.cpp parses: VERSION, whether bfloat16 pairs are used, the
+# number of values, the number of steps; channels and border of each value; then each step: its number of words, its
+# kind, source and target (two `Place`s), and its arguments. Value 0 is the input, the last value the output.
 VERSION = 1
 COPY, CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, TO_WHOLE_PATCHES, TO_SIZE_OF = range(6)
 
 
 class NotNative(Exception):
-    """Why a frozen module cannot be part of a network."""
+    """Raised with the reason why a frozen module cannot be part of a network."""
 
 
 class Place(NamedTuple):
-    """Some adjacent channels of a value: where a step reads or writes."""
+    """A range of adjacent channels of a value, which a step reads or writes."""
 
     value: int
     offset: int
@@ -52,48 +52,48 @@ class Link(Protocol):
     in_channels: int
 
     def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
-        """Write its steps; raises `NotNative` where there are none for it."""
+        """Append the module's steps and return the place of its output; raises `NotNative` if no steps express it."""
 
     def place(self, builder: Builder) -> Place | None:
-        """Where it wishes to find its input; None for anywhere."""
+        """Where the module wants its input; None for anywhere."""
 
 
 class Builder:
-    """A network's program and weights, step by step; sizes of maps are not part of it.
+    """Builds the program and the weights of a network step by step. The program does not depend on the maps' sizes.
 
     Args:
-        in_channels: of the input.
-        pairs: maps and matrices in bfloat16, for products of bfloat16 pairs; else all in float32.
+        in_channels: channels of the input.
+        pairs: maps and matrices are bfloat16, for products of bfloat16 pairs; otherwise everything is float32.
     """
 
     def __init__(self, in_channels: int, pairs: bool) -> None:
         self.pairs = pairs
-        self.odd = False  # whether a channel count is odd, which pairs do not allow
-        self.values = [(in_channels, 0)]
-        self.halvings = [0]  # of each value's size against the input's
+        self.odd = False  # whether a channel count is odd, which products of pairs do not support
+        self.values = [(in_channels, 0)]  # (channels, border)
+        self.halvings = [0]  # of each value: how many times the input's size was halved
         self.steps: list[list[int]] = []
-        self.takes: list[tuple[Link, int, int]] = []  # blocks to ask about a map: channels and halvings of it
+        self.takes: list[tuple[Link, int, int]] = []  # blocks that must accept a map: (block, its channels, halvings)
         self._parts: list[Tensor] = []
         self._bytes = 0
 
-    # -- what frozen modules call ---------------------------------------------------------------------------------
+    # -- called by frozen modules ---------------------------------------------------------------------------------
 
     def value(self, channels: int, border: int = 0) -> Place:
-        """A new map of so many channels, with a border of zeros."""
+        """A new map of `channels` channels, with a border of zeros `border` pixels wide."""
         self.values.append((channels, border))
         self.halvings.append(0)
         self.odd |= bool(channels % 2)
         return Place(len(self.values) - 1, 0, channels)
 
     def chain(self, links: Iterable[Link], source: Place, target: Place | None = None) -> Place:
-        """One frozen module after another; each writes where the next wishes to read."""
+        """Emit `links` in sequence; each writes where the next one wants its input, the last one to `target`."""
         links = list(links)
         for link, following in zip(links, [*links[1:], None], strict=True):
             source = link.emit(self, source, following.place(self) if following is not None else target)
         return source
 
     def copy(self, source: Place, target: Place) -> Place:
-        """The same channels, in another layout or dtype; more channels in the target become zeros."""
+        """Copy channels to another layout or dtype; additional channels of the target become zeros."""
         return self._step(COPY, source, target)
 
     def convolution(self, conv: nn.Module, source: Place, target: Place | None) -> Place:
@@ -137,7 +137,7 @@ class Builder:
         )
 
     def transformer(self, source: Place, layers, final_norm, num_heads: int, patch_size, eps: float) -> Place:
-        """Layers and final norm, on a map whose size is resized to whole patches before and back after."""
+        """Transformer layers and final norm; the map is resized to whole patches before, and back afterwards."""
         d, (ph, pw) = source.channels, patch_size
         if self.values[source.value] != (d, 0):
             raise NotNative("its transformer works on a part of a map")
@@ -158,16 +158,17 @@ class Builder:
         self._step(TRANSFORMER, whole, whole, num_heads, inner, hidden, len(layers), ph, pw, eps_bits, *norm, *offsets)
         return self._step(TO_SIZE_OF, whole, self.value(d), source.value)
 
-    # -- what is made of it ---------------------------------------------------------------------------------------
+    # -- the result -----------------------------------------------------------------------------------------------
 
     def program(self) -> Tensor:
+        """The program, int64."""
         words = [VERSION, int(self.pairs), len(self.values), len(self.steps)]
         words += [word for value in self.values for word in value]
         words += [word for step in self.steps for word in (len(step) + 1, *step)]
         return torch.tensor(words, dtype=torch.int64, device="cpu")
 
     def weights(self) -> Tensor:
-        """All of them in one stretch of bytes, each at a multiple of 64."""
+        """All weights in one tensor of bytes, each aligned to 64 bytes."""
         stretch = torch.zeros(self._bytes, dtype=torch.uint8, device="cpu")
         at = 0
         for part in self._parts:
@@ -206,13 +207,13 @@ def _aligned(size: int) -> int:
 
 
 class Network:
-    """A frozen module as one native call, for as long as what it was made from stays the same.
+    """A frozen module as one native call, valid until something that it was built from changes.
 
     Args:
         module: the frozen module.
 
     Raises:
-        NotNative: why it must be called module by module instead.
+        NotNative: it must be called module by module instead, for the reason given.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -228,19 +229,19 @@ class Network:
         self.out_channels, self.halvings = builder.values[-1][0], builder.halvings[-1]
         self.takes, self._taken = builder.takes, {}
         self.reads_rows = builder.steps[0][0] != COPY
-        # What it would be wrong after a change of, and whose hooks it would not call.
+        # Inner modules, whose hooks it would skip, and the tensors that were packed, whose changes invalidate it.
         self._inner = [part for part in module.modules() if part is not module]
         self._buffers = [part._buffers for part in module.modules() if part._buffers]
         self._packed_from = tuple(chain.from_iterable(map(dict.values, self._buffers)))
         self._generations = [(part, part.generation) for part in module.modules() if hasattr(part, "generation")]
 
     def is_stale(self) -> bool:
-        """Whether something inside was changed since."""
+        """Whether something inside has changed since it was built."""
         return any(part.generation != generation for part, generation in self._generations)
 
     def serves(self, x: Tensor) -> bool:
-        """Whether no hook would be left out, the weights are those that were packed (``torch.func.functional_call``
-        lends others), and every block takes its map (Kornia raises on odd ones)."""
+        """Whether no hook would be skipped, the weights are the packed ones (``torch.func.functional_call`` substitutes
+        others), and every block accepts its map (Kornia raises for maps that are not whole patches)."""
         if _hooked(self._inner):
             return False
         if not all(map(is_, chain.from_iterable(map(dict.values, self._buffers)), self._packed_from)):
@@ -250,7 +251,7 @@ class Network:
         size = (x.shape[2], x.shape[3])
         taken = self._taken.get(size)
         if taken is None:
-            if len(self._taken) > 4096:  # a size a call must not grow without end
+            if len(self._taken) > 4096:  # bounds the cache when every call has another size
                 self._taken.clear()
             taken = self._taken[size] = all(
                 block.takes(
@@ -262,7 +263,7 @@ class Network:
         return taken
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) of any layout; (B, C', H', W'), channels-last, in the weights' dtype."""
+        """Map (B, C, H, W) of any memory format to (B, C', H', W'), channels-last, in the weights' dtype."""
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         if self.reads_rows:
@@ -273,7 +274,7 @@ class Network:
 
 @flop_formula("network", get_raw=True)
 def _flops(x: Tensor, weights: Tensor, program: Tensor, out_channels: int, halvings: int, out_val: Tensor) -> int:
-    """Of a program's products on a (B, C, H, W) input: what `Builder` wrote, step by step, each map's size with it."""
+    """FLOPs of a program's products on a (B, C, H, W) input, with the size of each map followed step by step."""
     batch, _, *size = x.shape
     words = program.tolist()
     sizes, total = {0: tuple(size)}, 0
@@ -304,8 +305,7 @@ def _flops(x: Tensor, weights: Tensor, program: Tensor, out_channels: int, halvi
 
 
 def network_allowed(x: object) -> bool:
-    """Whether a native network may be called with x here and now: inference on the CPU, outside of any tracing and
-    transform."""
+    """Whether a native network may be called with `x` now: inference on the CPU, not under tracing or a transform."""
     return (
         isinstance(x, Tensor)
         and x.device.type == "cpu"
@@ -320,7 +320,7 @@ def network_allowed(x: object) -> bool:
 
 
 def hooks_inside(module: nn.Module) -> bool:
-    """Whether a hook would be left out if what is inside `module` were not called one by one."""
+    """Whether a hook would be skipped if the modules inside `module` were not called one by one."""
     return _hooked([part for part in module.modules() if part is not module])
 
 
@@ -331,7 +331,7 @@ def _hooked(modules: list[nn.Module]) -> bool:
 
 
 def links_of(module: nn.Module) -> list[Link]:
-    """The frozen modules that calling `module` amounts to, one after another."""
+    """The frozen modules that make up a call of `module`, in order; raises `NotNative` if there is another module."""
     if does_nothing(module):
         return []
     if hasattr(module, "links"):
@@ -355,7 +355,7 @@ def _build(module: nn.Module, dtype: torch.dtype, pairs: bool) -> Builder:
     if place is None:
         builder.odd |= bool(links[0].in_channels % 2)
     elif pairs and place == (place.value, 0, builder.values[place.value][0]) and place.channels % 2:
-        # An image's three channels: a fourth of zeros, and the weights' for it.
+        # An image has three channels: add a fourth of zeros, with zero weights.
         place = place._replace(channels=place.channels + 1)
         builder.values[place.value] = (place.channels, builder.values[place.value][1])
         builder.odd = False

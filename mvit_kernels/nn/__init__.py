@@ -23,25 +23,25 @@ __all__ = [
 
 
 def register_timm_models() -> None:
-    """Make `timm.create_model` know this package's models.
+    """Register this package's models with `timm.create_model`.
 
     Example:
         >>> mvit_kernels.nn.register_timm_models()
         >>> timm.create_model("mvit_kernels_mobilevit_s", num_classes=10)(torch.rand(1, 3, 256, 256)).shape
         torch.Size([1, 10])
 
-    Adds `mvit_kernels_mobilevit_xxs`, `_xs` and `_s`. Importing `mvit_kernels.nn` does this by itself where
-    timm was imported before; call it where timm comes after. More than one call does no harm.
+    Adds `mvit_kernels_mobilevit_xxs`, `_xs` and `_s`. Importing `mvit_kernels.nn` does this automatically if timm was
+    imported before; call it if timm is imported later. Repeated calls do no harm.
 
     Raises:
-        ImportError: timm is not installed.
+        ImportError: timm is not installed, or is too old (before 0.9).
     """
     import_timm()
-    importlib.import_module("mvit_kernels.nn.timm_models")  # registers as it is imported, once
+    importlib.import_module("mvit_kernels.nn.timm_models")  # registers on its first import
 
 
 if "timm.models" in sys.modules:
     try:
         register_timm_models()
-    except ImportError as error:  # a timm before 0.9: everything but the registration works
+    except ImportError as error:  # timm before 0.9: everything but the registration works
         logging.getLogger("mvit_kernels").warning("timm.create_model will not know MobileViT: %s", error)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MobileViT block (paper section 3.1, figure 1b) and the transformer layer inside it, as the textbook has them.
+"""The MobileViT block (paper section 3.1, figure 1b) and its transformer layer, in plain PyTorch.
 
-`mvit_kernels.accelerate` puts the block's transformer on the operators, as it does for other libraries' blocks;
-`MobileViT` does so when it is made. What stands here is the plain path: what `verify` compares with, and what
-`restore` returns to.
+`mvit_kernels.accelerate` runs the block's transformer on the operators, as for other libraries' blocks; `MobileViT`
+does so on construction. This file is the plain path, which `verify` compares with and `restore` returns to.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["MobileViTBlock", "TransformerLayer"]
 
 
 class TransformerLayer(nn.Module):
-    """A pre-norm layer: `x = x + drop(proj(MHA(norm1(x))))`, then `x + drop(fc2(silu(fc1(norm2(x)))))`.
+    """A pre-norm transformer layer: `x = x + drop(proj(MHA(norm1(x))))`, then `x + drop(fc2(silu(fc1(norm2(x)))))`.
 
     Example:
         >>> TransformerLayer(64)(torch.rand(4, 256, 64)).shape
@@ -27,15 +26,16 @@ class TransformerLayer(nn.Module):
 
     Args:
         dim: width d of a token; a multiple of `num_heads`.
-        num_heads: attention heads, each of `dim // num_heads`.
-        mlp_ratio: width of the hidden layer over `dim`.
-        dropout: probability of dropping an element after `proj` and after `fc2`, in training. Neither the
-            attention weights nor the hidden layer are dropped, as in every published configuration.
-        eps: epsilon of both layer norms.
-        drop_path: probability of dropping a sequence's whole branch, in training (`DropPath`).
+        num_heads: number of attention heads, each of width `dim // num_heads`.
+        mlp_ratio: width of the MLP's hidden layer relative to `dim`.
+        dropout: in training, the probability of dropping an element after `proj` and after `fc2`. Attention weights
+            and the hidden layer have no dropout, as in every published configuration.
+        eps: epsilon of both LayerNorms.
+        drop_path: in training, the probability of dropping a whole residual branch of a sequence (`DropPath`).
 
-    `qkv` maps d to 3d: all heads' queries, then all keys, then all values, each `num_heads x head_dim`.
-    `forward` takes sequences, `(S, N, d)`, to the same; an accelerated block reads the parameters instead.
+    `qkv` maps d to 3d: all heads' queries, then all keys, then all values, each `num_heads x head_dim`. `forward` maps
+    S sequences of N tokens, `(S, N, d)`, to the same shape; an accelerated block does not call it, and reads the
+    parameters.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`, or `dropout` or `drop_path` is outside [0, 1].
@@ -83,30 +83,30 @@ class TransformerLayer(nn.Module):
 
 
 class MobileViTBlock(nn.Module):
-    """Convolutions for what is near, a transformer for what is far: the paper's block, map in, map out.
+    """The paper's block: convolutions for local features, a transformer for global ones.
 
     Example:
         >>> MobileViTBlock(48, dim=64, depth=2)(torch.rand(1, 48, 32, 32)).shape
         torch.Size([1, 48, 32, 32])
 
-    `conv_local` (3x3) -> `conv_in` (1x1 to width d, nothing after it) -> `transformer`, `depth` layers in
-    which a pixel attends to the pixels at the same place of every other patch -> `norm` -> `conv_out` (1x1
-    back) -> concatenated after the input -> `conv_fusion` (3x3). A map that does not divide into patches is
-    resized up to one that does (bilinear, `align_corners=False`) after `conv_in`, and back after `norm`, as
-    published.
+    `conv_local` (3x3) -> `conv_in` (1x1 to width d, without norm and activation) -> `transformer`, `depth` layers in
+    which a pixel attends to the pixels at the same position of all patches -> `norm` -> `conv_out` (1x1 back to C
+    channels) -> concatenation with the input, which comes first -> `conv_fusion` (3x3). A map that does not divide into
+    patches is resized up to one that does (bilinear, `align_corners=False`) after `conv_in`, and back after `norm`, as
+    in the published models.
 
     Args:
-        channels: channels C of the map in and out.
+        channels: channels C of the input and of the output.
         dim: width d of the transformer.
-        depth: number of layers L, 1 or more.
-        patch_size: (height, width) of a patch, or one number for both.
-        num_heads, mlp_ratio, dropout, eps, drop_path: see `TransformerLayer`; `eps` is the last norm's too.
-        dilation: of `conv_local`.
+        depth: number of transformer layers L, 1 or more.
+        patch_size: (height, width) of a patch, or one int for both.
+        num_heads, mlp_ratio, dropout, eps, drop_path: see `TransformerLayer`; `eps` also holds for the last norm.
+        dilation: dilation of `conv_local`.
 
     Shapes: `(B, C, H, W)` to the same, any H, W >= 1; float32, float64, bfloat16 or float16.
 
     Raises:
-        ValueError: `depth` below 1, a patch that is not of positive integers, or as `TransformerLayer`.
+        ValueError: `depth` is below 1, `patch_size` is not of positive ints, or as `TransformerLayer`.
     """
 
     def __init__(
@@ -144,10 +144,10 @@ class MobileViTBlock(nn.Module):
         return self.conv_fusion(torch.cat([x, self.conv_out(y)], dim=1))
 
     def _transform(self, x: torch.Tensor) -> torch.Tensor:
-        """Unfold into `(B * ph * pw, N, d)`, one sequence a place within the patch; layers; norm; fold."""
+        """Unfold into `(B * ph * pw, N, d)`, one sequence per position within the patch; layers; norm; fold."""
         batch, dim, height, width = x.shape
         ph, pw = self.patch_size
-        rows, columns = (height + ph - 1) // ph, (width + pw - 1) // pw  # ONNX rounds -height // ph towards 0
+        rows, columns = (height + ph - 1) // ph, (width + pw - 1) // pw  # ONNX would round -height // ph towards 0
         resized = (rows * ph, columns * pw) != (height, width)
         if resized:
             x = F.interpolate(x, size=(rows * ph, columns * pw), mode="bilinear", align_corners=False)

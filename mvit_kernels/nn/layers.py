@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolutional layers of MobileViT: convolution + batch norm + SiLU, MobileNetV2's block; and stochastic depth."""
+"""MobileViT's convolutional layers (conv + batch norm + SiLU, MobileNetV2's inverted residual) and stochastic depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["ConvNormAct", "DropPath", "InvertedResidual", "make_divisible"]
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
-    """Round `value` to the nearest multiple of `divisor`, but never below 90 % of it (MobileNetV2's rule).
+    """Round `value` to the nearest multiple of `divisor`, but not below 90 % of `value` (MobileNetV2's rule).
 
     Example:
         >>> make_divisible(16 * 2.0), make_divisible(27)
@@ -21,20 +21,20 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 
 class ConvNormAct(nn.Module):
-    """A bias-free convolution that keeps the map's size at stride 1, then batch norm, then SiLU.
+    """A bias-free convolution that preserves the map's size at stride 1, then batch norm, then SiLU.
 
     Example:
         >>> ConvNormAct(3, 16, kernel_size=3, stride=2)(torch.rand(1, 3, 256, 256)).shape
         torch.Size([1, 16, 128, 128])
 
     Args:
-        in_channels, out_channels: channels of the map in and out.
+        in_channels, out_channels: channels of the input and of the output.
         kernel_size: odd; the map is padded by `dilation * (kernel_size - 1) // 2`.
         stride, dilation, groups: as in `torch.nn.Conv2d`.
-        activation: SiLU after the norm, or nothing.
+        activation: whether SiLU follows the norm.
 
-    Shapes: `(B, in_channels, H, W)` to `(B, out_channels, ceil(H / stride), ceil(W / stride))`, any floating
-    dtype that the parameters have.
+    Shapes: `(B, in_channels, H, W)` to `(B, out_channels, ceil(H / stride), ceil(W / stride))`, in the parameters'
+    floating dtype.
     """
 
     def __init__(
@@ -67,14 +67,22 @@ class ConvNormAct(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a residual branch is dropped with probability `drop_prob`, else scaled up.
+    """Stochastic depth: in training, drop a residual branch with probability `drop_prob`, and scale it up otherwise.
 
     Example:
         >>> DropPath(0.1)(torch.rand(8, 256, 64)).shape
         torch.Size([8, 256, 64])
 
-    One draw for each entry of the first axis: an image, or in a transformer a sequence. What is kept is divided by
-    `1 - drop_prob`, so that its mean stays. Huang et al. 2016, arXiv:1603.09382.
+    There is one draw for each entry of the first axis: an image, or in a transformer a sequence. A branch that is kept
+    is divided by `1 - drop_prob`, which preserves the mean. In evaluation mode it is the identity.
+
+    Args:
+        drop_prob: probability, 0 to 1.
+
+    Raises:
+        ValueError: `drop_prob` is outside [0, 1].
+
+    Huang et al. 2016, arXiv:1603.09382.
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:
@@ -95,18 +103,28 @@ class DropPath(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: expand 1x1, depthwise 3x3, project 1x1; the input is added where shapes allow it.
+    """MobileNetV2's inverted residual: expand 1x1, depthwise 3x3, project 1x1; the input is added if shapes allow it.
 
     Example:
         >>> InvertedResidual(16, 24, stride=2, expand_ratio=2)(torch.rand(1, 16, 128, 128)).shape
         torch.Size([1, 24, 64, 64])
 
-    Every convolution has a batch norm, the first two a SiLU. The hidden width is
-    `make_divisible(in_channels * expand_ratio)`, and `self.residual` says whether the input is added
-    (stride 1 and as many channels out as in); where it is, training drops the rest with probability `drop_path`.
-    MobileViT paper, section 3 and table 4; Sandler et al. 2018.
+    Every convolution is followed by batch norm, the first two also by SiLU. The hidden width is
+    `make_divisible(in_channels * expand_ratio)`. `self.residual` tells whether the input is added: at stride 1, with
+    as many output as input channels.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        stride, dilation: of the depthwise convolution.
+        expand_ratio: hidden width relative to `in_channels`.
+        drop_path: if the input is added, the probability of dropping the branch in training (`DropPath`).
 
     Shapes: `(B, in_channels, H, W)` to `(B, out_channels, ceil(H / stride), ceil(W / stride))`.
+
+    Raises:
+        ValueError: `drop_path` is outside [0, 1] and the input is added.
+
+    MobileViT paper, section 3 and table 4; Sandler et al. 2018.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MobileViT-XXS, -XS and -S: the network of Mehta & Rastegari, "MobileViT" (ICLR 2022), table 4."""
 
-# No `from __future__ import annotations`: torch.fx writes a forward's annotations into its graph, and cannot strings.
+# No `from __future__ import annotations`: torch.fx writes a forward's annotations into its graph, and fails on strings.
 
 import contextlib
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ _OUTPUT_STRIDES = (8, 16, 32)
 
 
 class MobileViT(nn.Module):
-    """The paper's network, as a backbone or as a classifier.
+    """The paper's network, as a backbone or as an image classifier.
 
     Example:
         >>> MobileViT(mode="xxs")(torch.rand(1, 3, 256, 256)).shape  # a backbone: the last map
@@ -47,48 +47,50 @@ class MobileViT(nn.Module):
         >>> [tuple(m.shape[1:]) for m in MobileViT("s").feature_maps(torch.rand(1, 3, 256, 256), [2, 3, 4])]
         [(96, 32, 32), (128, 16, 16), (160, 8, 8)]
 
-    Stem 3x3 stride 2; stage 1, one inverted residual; stage 2, three, the first of stride 2; stages 3 to 5,
-    an inverted residual of stride 2 and a MobileViT block of 2, 4 and 3 layers; a 1x1 convolution to 320, 384
-    or 640 channels; for a classifier also mean pooling, dropout and a linear layer. Parameters with 1000
-    classes: 1,272,024 (xxs), 2,317,848 (xs), 5,578,632 (s); without a classifier 951,024, 1,932,848,
+    The network has a 3x3 stem of stride 2; stage 1 with one inverted residual; stage 2 with three, the first of stride
+    2; stages 3 to 5 with an inverted residual of stride 2 and a MobileViT block of 2, 4 and 3 transformer layers; and a
+    1x1 convolution to 320, 384 or 640 channels. A classifier adds mean pooling, dropout and a linear layer. Parameters
+    with 1000 classes: 1,272,024 (xxs), 2,317,848 (xs), 5,578,632 (s); without a classifier: 951,024, 1,932,848,
     4,937,632.
 
     Args:
         mode: "xxs", "xs" or "s".
         in_channels: channels of the images.
-        num_classes: 0 for a backbone, else the number of logits.
-        patch_size: (height, width) of a patch, or one number for both.
-        dropout: in every transformer layer while training, after the attention's output projection and after
-            the MLP. The paper trains xs and s with 0.1 and xxs with 0.05; 0 here, so that nothing random
-            happens unasked.
-        classifier_dropout: before the last linear layer while training; the paper's recipe has 0.1.
-        output_stride: of the last map to the image: 32, or 8 or 16, and then the stages that would go
-            beyond are dilated instead, as for segmentation.
-        drop_path: stochastic depth while training: the probability of dropping a residual branch, from 0 in the
-            first block rising linearly to this in the last (`DropPath`).
-        device, dtype: where the parameters are made, and in what they are kept.
+        num_classes: 0 for a backbone, otherwise the number of logits.
+        patch_size: (height, width) of a patch, or one int for both.
+        dropout: in training, dropout in every transformer layer, after the attention's output projection and after the
+            MLP. The paper trains xs and s with 0.1 and xxs with 0.05; the default is 0, so that nothing is random
+            unless asked for.
+        classifier_dropout: in training, dropout before the last linear layer; the paper's recipe has 0.1.
+        output_stride: ratio of the image's size to the last map's: 32, or 8 or 16. Stages that would exceed it are
+            dilated instead of strided, as for segmentation.
+        drop_path: in training, stochastic depth: the probability of dropping a residual branch, which rises linearly
+            from 0 in the first block to this value in the last (`DropPath`).
+        device, dtype: device and dtype of the parameters.
 
-    Shapes: `(B, in_channels, H, W)` with any H, W >= 32 to `(B, features, ceil(H / 32), ceil(W / 32))`, 32 being
-    the output stride, or to `(B, num_classes)`. Maps that do not divide into patches are resized inside the block,
-    as published. Images have the parameters' dtype (float32, float64, bfloat16, float16), or any under autocast.
+    Shapes: `(B, in_channels, H, W)` with any H, W >= 32 to `(B, num_features, ceil(H / 32), ceil(W / 32))`, where 32 is
+    the output stride, or to `(B, num_classes)`. Maps that do not divide into patches are resized inside the block, as
+    in the published models. Images have the parameters' dtype (float32, float64, bfloat16, float16), or any floating
+    dtype under autocast.
 
-    The blocks run on this package's operators from birth, as if `mvit_kernels.accelerate` had been called;
-    `mvit_kernels.restore` returns them to plain PyTorch, and `torch.jit.script` compiles the plain PyTorch.
+    The blocks are accelerated on construction, as by `mvit_kernels.accelerate`. `mvit_kernels.restore` returns them to
+    plain PyTorch, which is also what `torch.jit.script` compiles.
 
-    Initial values, as is usual for these networks: convolutions Kaiming normal over fan-out, linear weights
-    from a normal of standard deviation 0.02 truncated at two, biases 0, norms 1 and 0.
+    Initialization is the usual one of these networks: convolutions Kaiming normal by fan-out, linear weights normal
+    with standard deviation 0.02, truncated at two standard deviations, biases 0, norm weights 1 and biases 0.
 
     Attributes:
         num_features: channels of the last map.
         head_hidden_size: features that the classifier reads.
-        feature_info: what `feature_maps` can give: a list of dicts with `num_chs` (channels), `reduction`
-            (stride to the image) and `module` (name of the submodule the map comes from).
+        feature_info: the maps that `feature_maps` can return: a list of dicts with `num_chs` (channels), `reduction`
+            (stride to the image) and `module` (name of the submodule that outputs the map).
 
     Raises:
-        ValueError: an unknown mode or output stride, a patch that is not of positive integers, a count or
-            probability out of range; when called, images that are not `(B, in_channels, H, W)` with H, W >= 32,
-            or that lie on another device than the parameters.
-        TypeError: when called, images of integers, or of another dtype than the parameters outside autocast.
+        ValueError: an unknown mode or output stride, a patch size that is not of positive ints, a count or probability
+            out of range; when called, images that are not `(B, in_channels, H, W)` with H, W >= 32, or that are on
+            another device than the parameters.
+        TypeError: when called, images that are not a tensor, that are integers, or that have another dtype than the
+            parameters outside autocast.
     """
 
     def __init__(
@@ -139,11 +141,12 @@ class MobileViT(nn.Module):
         _accelerate(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to logits, or without classes to the last map; see the class for shapes and errors."""
         x = self.forward_features(x)
         return self.forward_head(x) if self.num_classes else x
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images to the last map, `(B, num_features, ceil(H / 32), ceil(W / 32))`, whatever `num_classes`."""
+        """Images to the last map, `(B, num_features, ceil(H / 32), ceil(W / 32))`, independent of `num_classes`."""
         if not torch.jit.is_scripting():
             self._check_images(x)
         x = self.stem(x)
@@ -151,18 +154,18 @@ class MobileViT(nn.Module):
             for stage in self.stages:
                 x = checkpoint(stage, x, use_reentrant=False)
         else:
-            x = self.stages(x)  # at once: frozen stages are one native call
+            x = self.stages(x)  # in one call: frozen stages are one native call
         return self.final_conv(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last map to logits; with `pre_logits`, or without a classifier, to pooled features `(B, C)`."""
+        """The last map to logits, `(B, num_classes)`; with `pre_logits`, or without classes, to pooled features."""
         x = x.mean(dim=(2, 3))
         if pre_logits or not self.num_classes:
             return x
         return self.classifier(nn.functional.dropout(x, self.classifier_dropout, self.training))
 
     def feature_maps(self, x: torch.Tensor, indices: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """Maps along the network, for a detection or segmentation head.
+        """Intermediate feature maps, for a detection or segmentation head.
 
         Example:
             >>> [m.shape[-1] for m in MobileViT("xxs").feature_maps(torch.rand(1, 3, 64, 64))]
@@ -170,15 +173,16 @@ class MobileViT(nn.Module):
 
         Args:
             x: images, as for `forward`.
-            indices: which, in the order wanted: 0 to 4 for the stages (strides 2, 4, 8, 16, 32), 5 for the
-                last convolution (stride 32); negative ones count from the end. All six by default. Nothing
-                beyond the last one asked for is computed.
+            indices: maps to return, in this order: 0 to 4 for the stages (strides 2, 4, 8, 16, 32), 5 for the last
+                convolution (stride 32); negative indices count from the end. All six by default. Nothing after the last
+                requested map is computed.
 
         Returns:
-            One map an index; channels and strides are those of `feature_info[index]`.
+            One map per index; channels and strides are those of `feature_info[index]`.
 
         Raises:
             ValueError: an index outside -6 to 5; images as for `forward`.
+            TypeError: images as for `forward`.
         """
         self._check_images(x)
         count = len(self.feature_info)
@@ -187,7 +191,7 @@ class MobileViT(nn.Module):
         return [maps[index] for index in wanted]
 
     def _maps_until(self, last: int, x: torch.Tensor) -> list[torch.Tensor]:
-        """The maps from the first to that of index `last`, and nothing computed beyond; TorchScript compiles it."""
+        """The maps from the first to that of index `last`, with nothing computed beyond; TorchScript can compile it."""
         maps: list[torch.Tensor] = []
         x = self.stem(x)
         for index, stage in enumerate(self.stages):
@@ -202,15 +206,18 @@ class MobileViT(nn.Module):
         return maps
 
     def _recomputes(self) -> bool:
-        """Whether backward recomputes the stages: that frees what they keep inside (the rest keeps too little)."""
+        """Whether backward recomputes the stages. (The rest of the network keeps too little to be worth it.)"""
         return self.grad_checkpointing and self.training
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training keep only the map between two stages, and recompute what is inside them in backward."""
+        """Gradient checkpointing: in training keep only the maps between stages, and recompute the rest in backward."""
         self.grad_checkpointing = enable
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one, on the same device and in the same dtype; 0 removes it.
+        """Replace the classifier by a newly initialized one, on the same device and in the same dtype.
+
+        Args:
+            num_classes: number of logits; 0 removes the classifier.
 
         Raises:
             ValueError: `num_classes` is negative or not an integer.
@@ -222,7 +229,7 @@ class MobileViT(nn.Module):
         self.classifier.apply(_initialise).to(device=like.device, dtype=like.dtype).train(self.training)
 
     def _check_images(self, x: torch.Tensor) -> None:
-        if isinstance(x, fx.Proxy):  # torch.fx traces what is computed; there is no image yet
+        if isinstance(x, fx.Proxy):  # torch.fx is tracing; there is no image yet
             return
         wanted = f"MobileViT: images must be (B, {self.in_channels}, H, W)"
         if not isinstance(x, torch.Tensor):
@@ -245,7 +252,7 @@ class MobileViT(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"{wanted} of floating point; got {x.dtype}: take x.float() / 255, then normalise")
         weight = next(self.stem.parameters(), None)
-        if weight is None:  # a frozen stem has packed weights instead, and converts images by itself
+        if weight is None:  # a frozen stem has buffers instead of parameters, and casts images itself
             return
         if x.device != weight.device:
             raise ValueError(f"{wanted} on {weight.device}, as the model is; got {x.device}: move one of them")
@@ -259,9 +266,11 @@ class MobileViT(nn.Module):
 def _build_stages(
     variant: _Variant, patch_size: int | tuple[int, int], dropout: float, output_stride: int, drop_path: float
 ) -> nn.Sequential:
-    """The five stages of table 4, each an `nn.Sequential`. Where a stage may not halve the map, what comes after it is
-    dilated instead (Chen et al. 2017, arXiv:1706.05587, section 3.1); its own first convolution still reads the
-    neighbours that the previous stage's did, so that weights trained at stride 32 serve."""
+    """The five stages of table 4, each an `nn.Sequential`.
+
+    A stage that may not halve the map dilates what follows instead (Chen et al. 2017, arXiv:1706.05587, section 3.1).
+    Its own first convolution keeps the dilation of the previous stage, so that weights trained at stride 32 fit.
+    """
     stages = nn.Sequential()
     channels, reduction, dilation = _STEM_CHANNELS, 2, 1
     drop_paths = iter(torch.linspace(0.0, drop_path, _BLOCKS, device="cpu").tolist())
@@ -301,7 +310,7 @@ def _build_stages(
 
 
 def _accelerate(model: nn.Module) -> None:
-    from ..adapters import accelerate  # the adapters know this package's blocks, so they come after them
+    from ..adapters import accelerate  # imported late: only construction needs the adapters
 
     accelerate(model)
 
@@ -312,7 +321,7 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
         nn.init.zeros_(module.bias)
-    # BatchNorm2d and LayerNorm start at weight 1 and bias 0 by themselves.
+    # BatchNorm2d and LayerNorm are initialized to weight 1 and bias 0 by PyTorch.
 
 
 def _check_count(name: str, value: int, least: int) -> None:
@@ -321,7 +330,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 
 def feature_index(index: int, count: int) -> int:
-    """An index from the front, of one that may count from the end; ValueError where there is no such map."""
+    """`index` counted from the front, also if it is negative; raises ValueError if there is no such map."""
     if not -count <= index < count:
         raise ValueError(f"MobileViT: there is no map {index}; take {-count} to {count - 1}")
     return index % count

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This package's MobileViT under timm's roof: `timm.create_model("mvit_kernels_mobilevit_s")`.
+"""This package's MobileViT as timm models: `timm.create_model("mvit_kernels_mobilevit_s")`.
 
-Needs timm, and is imported only by `mvit_kernels.nn.register_timm_models`.
+Requires timm; imported only by `mvit_kernels.nn.register_timm_models`.
 """
 
-# No `from __future__ import annotations`: torch.fx writes a forward's annotations into its graph, and cannot strings.
+# No `from __future__ import annotations`: torch.fx writes a forward's annotations into its graph, and fails on strings.
 
 from typing import Any
 
@@ -28,7 +28,7 @@ __all__ = ["TimmMobileViT"]
 
 
 class TimmMobileViT(MobileViT):
-    """`MobileViT` with timm's argument names and timm's habits.
+    """`MobileViT` with timm's argument names and conventions.
 
     Example:
         >>> timm.create_model("mvit_kernels_mobilevit_xxs", num_classes=0)(torch.rand(1, 3, 256, 256)).shape
@@ -36,18 +36,18 @@ class TimmMobileViT(MobileViT):
         >>> timm.create_model("mvit_kernels_mobilevit_xxs", features_only=True).feature_info.channels()
         [16, 24, 48, 64, 80]
 
-    Other than `MobileViT`, without classes it gives the pooled features, unless `global_pool=""` asks for the
-    map. `features_only` gives the five stages, and with 5 in `out_indices` the last convolution as well.
+    Unlike `MobileViT`, it returns pooled features if there are no classes, or the last map with `global_pool=""`.
+    `features_only` returns the five stages, and with 5 in `out_indices` the last convolution as well.
 
     Args:
-        mode, in_chans, num_classes, output_stride, device, dtype: see `MobileViT`.
-        global_pool: "avg", "max", "avgmax", "catavgmax", or "" for the last map (then without classes).
-        drop_rate: dropout before the classifier.
+        mode, in_chans, num_classes, output_stride, device, dtype: see `MobileViT`; 1000 classes by default.
+        global_pool: "avg" (the default), "max", "avgmax", "catavgmax", or "" for the last map (only without classes).
+        drop_rate: dropout before the classifier, `MobileViT`'s `classifier_dropout`.
         drop_path_rate: stochastic depth in the last block, `MobileViT`'s `drop_path`.
         proj_drop_rate: dropout inside transformer layers, `MobileViT`'s `dropout`.
 
     Raises:
-        ValueError: `global_pool` is no pool of timm's, or "" with classes; else as `MobileViT`.
+        ValueError: `global_pool` is not one of these, or is "" with classes; otherwise as `MobileViT`.
     """
 
     def __init__(
@@ -96,9 +96,21 @@ class TimmMobileViT(MobileViT):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """`feature_maps` timm's way: the last map, and those at `indices` (an int n: the last n).
+        """timm's form of `feature_maps`: the last map, and those at `indices`.
 
-        The last map is the network's, or with `stop_early` the last of those asked for.
+        Args:
+            x: images, as for `forward`.
+            indices: indices of the maps, as in `feature_maps`; an int n for the last n; all six by default.
+            norm: ignored; no norm follows the last map.
+            stop_early: compute nothing after the last map of `indices`, which is then returned as the last map.
+            output_fmt: "NCHW".
+            intermediates_only: return the list of maps alone.
+
+        Returns:
+            (last map, list of maps), or the list.
+
+        Raises:
+            ValueError: another `output_fmt`, an index of no map; images as for `forward`.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"MobileViT.forward_intermediates: output_fmt='{output_fmt}'; maps are 'NCHW'")
@@ -115,7 +127,10 @@ class TimmMobileViT(MobileViT):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the layers beyond the last of `indices`, and the classifier; return the indices used."""
+        """Drop the layers after the last of `indices` and return the indices used.
+
+        The classifier is dropped with `prune_head`, and whenever layers are.
+        """
         wanted = self._take(indices)
         last = max(wanted)
         ends_early = last < self.num_maps - 1
@@ -134,17 +149,17 @@ class TimmMobileViT(MobileViT):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool is None:
-            global_pool = self.global_pool or ("avg" if num_classes else "")  # a new classifier wants a pool again
+            global_pool = self.global_pool or ("avg" if num_classes else "")  # a new classifier needs pooling again
         self._set_pool(global_pool, num_classes)
         super().reset_classifier(num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The names of the layers, by depth, for timm's layer-wise learning rate decay."""
+        """Name patterns that group the layers by depth, for timm's layer-wise learning-rate decay."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_conv", (99999,))]}
 
     def _take(self, indices: int | list[int] | None) -> list[int]:
-        """Which maps, of all that there are; in the order asked for, as `feature_info` has them."""
+        """The requested map indices in the given order: all for None, the last n for an int n."""
         if indices is None:
             indices = self.num_maps
         if isinstance(indices, int):
@@ -170,13 +185,13 @@ class TimmMobileViT(MobileViT):
 
 
 class _Features(FeatureGetterNet):
-    """timm's `features_only` by `forward_intermediates`, which its gradient checkpointing reaches too."""
+    """timm's `features_only` through `forward_intermediates`, with the model's gradient checkpointing."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.model.set_grad_checkpointing(enable)
 
 
-# To timm's FX tracer a block is one step, as timm's own is: its control flow depends on the map's size.
+# A leaf for timm's FX tracer, as timm's own block is: its control flow depends on the map's size.
 register_notrace_module(MobileViTBlock)
 
 
@@ -200,14 +215,14 @@ def _create(mode: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         variant,
         pretrained,
         pretrained_filter_fn=_as_own,
-        # By the modules' names, timm's other extractors find a stage within the Sequential of all stages.
+        # timm's other extractors find modules by name, and have to look inside the Sequential of all stages.
         feature_cfg={"flatten_sequential": True} if kwargs.get("feature_cls") else {"feature_cls": _Features},
         mode=mode,
         **kwargs,
     )
 
 
-# Preprocessing as published: RGB in [0, 1] without mean and standard deviation, 256 px from a 0.9 crop.
+# Preprocessing as published: RGB in [0, 1], not normalized by mean and standard deviation, 256 px from a 0.9 crop.
 _CFG = {
     "url": "",
     "num_classes": 1000,
@@ -228,14 +243,17 @@ default_cfgs = generate_default_cfgs({f"mvit_kernels_mobilevit_{mode}": _CFG for
 
 @register_model
 def mvit_kernels_mobilevit_xxs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MobileViT-XXS; arguments as for `TimmMobileViT`. With `pretrained`, `pretrained_cfg_overlay` names a file."""
     return _create("xxs", pretrained, **kwargs)
 
 
 @register_model
 def mvit_kernels_mobilevit_xs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MobileViT-XS; arguments as for `TimmMobileViT`. With `pretrained`, `pretrained_cfg_overlay` names a file."""
     return _create("xs", pretrained, **kwargs)
 
 
 @register_model
 def mvit_kernels_mobilevit_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MobileViT-S; arguments as for `TimmMobileViT`. With `pretrained`, `pretrained_cfg_overlay` names a file."""
     return _create("s", pretrained, **kwargs)

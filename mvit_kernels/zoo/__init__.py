@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MobileViT models by name, of every library, and the photographs that they look at: what the commands and the
-benchmarks share."""
+"""MobileViT models of every library by name, and photographs for them: shared by the commands and the benchmarks."""
 
 from __future__ import annotations
 
@@ -27,33 +26,36 @@ def load(
     num_classes: int | None = None,
     device: str = "cpu",
 ) -> nn.Module:
-    """A MobileViT by name, for evaluation.
+    """Build a MobileViT by name, in evaluation mode.
 
     Example:
         >>> model = load("mobilevit_s")                             # timm's; also "timm/mobilevit_s"
-        >>> model = load("huggingface/xs", num_classes=10)          # built here, as published
-        >>> model = load("apple/mobilevit-small", pretrained=True)  # the hub's, or a folder's
+        >>> model = load("huggingface/xs", num_classes=10)          # the published architecture, built locally
+        >>> model = load("apple/mobilevit-small", pretrained=True)  # from the hub or a folder
         >>> model = load("kornia/xxs")                              # a backbone: Kornia has no classifier
-        >>> model = load("own/xxs", checkpoint="land_use21.pth")    # 21 classes, as the checkpoint has
+        >>> model = load("own/xxs", checkpoint="land_use21.pth")    # 21 classes, as in the checkpoint
 
-    Without weights to load, the model is made for measuring: random weights, the same at every call, that
-    hide no errors. As models come, they would: Hugging Face draws batch norm weights from N(0, 0.02), so that
-    activations vanish; everyone's running statistics are 0 and 1, so that a wrong fold goes unseen; linear
-    weights of 0.02 make attention all but uniform. Here norms have weights of 0.75 to 1.25 and biases around
-    0, linear layers keep the size of what they are given, and running statistics are those of a random batch.
+    Without weights to load, the model gets random weights for measuring, the same at every call, chosen so that errors
+    show. The libraries' initial weights hide errors: Hugging Face draws batch-norm weights from N(0, 0.02), so that
+    activations vanish; running statistics of 0 and 1, which all libraries have, hide a wrong fold; linear weights of
+    standard deviation 0.02 make attention nearly uniform. Here norms have weights of 0.75 to 1.25 and biases around 0,
+    linear layers preserve the scale of their input, and running statistics are those of a random batch.
 
     Args:
-        name: None for own/ and the checkpoint's variant, "own/s" without one.
-        pretrained: published weights, from the hub.
+        name: the model's name, as in the example; None for own/ and the checkpoint's variant, or "own/s" without one.
+        pretrained: load published weights from the Hugging Face hub.
         checkpoint: a file for `mvit_kernels.load_checkpoint`; the number of classes is read from it.
-        num_classes: 0 for none; None for the checkpoint's, else 1000.
-        device: where to.
+        num_classes: number of classes, 0 for a model without a classifier; None for the checkpoint's number, or 1000.
+        device: "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        The model on `device`, in evaluation mode.
 
     Raises:
-        ValueError: an unknown name (with near ones), a model without MobileViT blocks, arguments that exclude
-            each other, a device that is not there; what `load_checkpoint` raises.
+        ValueError: an unknown name (the message suggests similar ones), a model without MobileViT blocks, arguments
+            that exclude each other, a device that does not exist; and as `load_checkpoint`.
         ImportError: the model's library is not installed.
-        OSError: no such file; published weights could not be fetched.
+        OSError: there is no such file, or published weights could not be fetched.
     """
     import torch
 
@@ -82,10 +84,10 @@ def load(
 
 
 def logits(output: Any) -> Tensor:
-    """The tensor in what a model returned: logits, or of a backbone its last map; the first of several.
+    """The tensor in a model's output: the logits, or a backbone's last map; the first one of several.
 
     Raises:
-        TypeError: there is no tensor in it.
+        TypeError: there is no tensor in the output.
     """
     import torch
 
@@ -102,10 +104,10 @@ def logits(output: Any) -> Tensor:
 
 
 def checked_device(name: str) -> Any:
-    """The ``torch.device`` of this name.
+    """The ``torch.device`` of this name, "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ValueError: no device's name, or a GPU that is not there.
+        ValueError: another name, or a GPU that does not exist.
     """
     import torch
 
@@ -125,13 +127,13 @@ def checked_device(name: str) -> Any:
 
 
 def _read_checkpoint(path: Path) -> tuple[Checkpoint, str | None, int]:
-    """The checkpoint, its variant where it is a known one, and its number of classes (0: none)."""
+    """The checkpoint, its variant or None if it is unknown, and its number of classes (0: no classifier)."""
     from ..checkpoints import VARIANT_OF_WIDTH, read_checkpoint
     from ..checkpoints.keys import read_keys
 
     checkpoint = read_checkpoint(path, str(path))
     state_dict = checkpoint.state_dict
-    if _is_kornia(state_dict):  # which fits no layout but its own
+    if _is_kornia(state_dict):  # in a layout that load_checkpoint does not read
         return checkpoint, None, 0
     keys = read_keys(state_dict, str(path))
     found = keys.found
@@ -161,7 +163,7 @@ def _is_kornia(state_dict: dict[str, Tensor]) -> bool:
 
 
 def randomise(model: nn.Module) -> None:
-    """See `load`."""
+    """Give `model` random weights that do not hide errors, and calibrate its batch norms; see `load`."""
     import torch
     from torch import nn
 
@@ -176,8 +178,10 @@ def randomise(model: nn.Module) -> None:
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Give every batch norm the statistics that it sees on `batches`: as after training, no activation vanishes or
-    explodes, and a wrongly folded batch norm shows."""
+    """Set the running statistics of every batch norm to those of `batches`.
+
+    As after training, no activation vanishes or explodes, and a wrongly folded batch norm changes the output.
+    """
     import torch
     from torch import nn
 
@@ -185,7 +189,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all batches
+        norm.momentum = None  # a cumulative average over all batches
         norm.train()
     with torch.no_grad():
         for batch in batches:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's name means: the function that builds it, for timm, Hugging Face, Kornia and our own."""
+"""From a model's name to the function that builds it, for timm, Hugging Face, Kornia and our own models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 VARIANTS = ("xxs", "xs", "s")
 _HUB_NAMES = {"xxs": "apple/mobilevit-xx-small", "xs": "apple/mobilevit-x-small", "s": "apple/mobilevit-small"}
 
-Build = Callable[["int | None"], "nn.Module"]  # given the number of classes: 0 for none, None for the usual
+Build = Callable[["int | None"], "nn.Module"]  # takes the number of classes: 0 for none, None for the default
 
 
 def is_huggingface(name: str | None) -> bool:
@@ -25,7 +25,12 @@ def is_huggingface(name: str | None) -> bool:
 
 
 def builder(name: str, pretrained: bool) -> Build:
-    """What makes the model of this name; raises ValueError where there is none, or no published weights of it."""
+    """The function that builds the model of this name.
+
+    Raises:
+        ValueError: an unknown name; with `pretrained`, a model without published weights.
+        ImportError: timm is wanted and not installed.
+    """
     library, slash, variant = name.partition("/")
     if is_huggingface(name):
         return _huggingface(name, pretrained)
@@ -107,7 +112,7 @@ def _huggingface(name: str, pretrained: bool) -> Build:
 
 
 def _from_hub(transformers: Any, name: str, labels: dict[str, int]) -> nn.Module:
-    """By the architecture that is published: the classifiers, and the segmentation models too."""
+    """Load a model of the published architecture: a classifier or a segmentation model."""
     config = transformers.AutoConfig.from_pretrained(name)
     architecture = (config.architectures or ["MobileViTForImageClassification"])[0]
     model = getattr(transformers, architecture, transformers.AutoModel)
@@ -130,7 +135,7 @@ def _fetched(name: str, fetch: Callable[[], nn.Module]) -> nn.Module:
         return fetch()
     except ImportError:
         raise
-    except Exception as error:  # timm, transformers, the hub's client and its HTTP library: many kinds
+    except Exception as error:  # timm, transformers, the hub's client and its HTTP library raise many kinds
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise OSError(f"--pretrained: the weights of {name} could not be fetched: {why}") from error
 

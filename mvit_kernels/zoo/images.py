@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image in the file, upright and in RGB; of an animation its first frame.
+    """The image in the file in RGB, turned upright by its EXIF orientation; the first frame of an animation.
 
     Example:
         >>> preprocess(load_image("cat.jpg"), 256).shape
         torch.Size([3, 256, 256])
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: the path.
-        ValueError: the file is no image, is empty or damaged, has more than 8 bits a channel, or more pixels than
+        FileNotFoundError, IsADirectoryError, PermissionError: the path cannot be read.
+        ValueError: the file is not an image, is empty or damaged, or has more than 8 bits a channel or more pixels than
             Pillow reads.
         ImportError: Pillow is not installed.
     """
@@ -40,7 +40,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"{path} is empty (0 bytes), and no image")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pil.DecompressionBombWarning)  # of half as much as is refused
+            warnings.simplefilter("ignore", pil.DecompressionBombWarning)  # it comes at half the size of the error
             with pil.open(path) as image:
                 image.load()
     except pil.UnidentifiedImageError:
@@ -49,15 +49,15 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         most = f"{2 * pil.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
         raise ValueError(f"{path} has more than {most}, the most that Pillow reads; make it smaller first") from None
     except Exception as error:  # Pillow's decoders raise many kinds
-        if isinstance(error, OSError) and error.errno is not None:  # the file's, not the image's
+        if isinstance(error, OSError) and error.errno is not None:  # of the file, not of the image
             raise
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    if image.mode.startswith(("I", "F")):  # which convert() would cut off at 255
+    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
         raise ValueError(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
-    if "transparency" in image.info:  # of a palette, say: left straight to RGB, Pillow warns
+    if "transparency" in image.info:  # in a palette, for example: Pillow warns on a direct conversion to RGB
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -70,23 +70,24 @@ def preprocess(
     std: Sequence[float] | None = None,
     bgr: bool = False,
 ) -> Tensor:
-    """An RGB image as a classifier is given it: resized, cropped at the centre, scaled to 0 … 1, normalised.
+    """An RGB image as a classifier's input: resized, cropped at the center, scaled to [0, 1], normalized.
 
     Example:
         >>> x = preprocess(image, 224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))[None]
 
     Args:
-        image: as `load_image` gives it.
-        size: of the crop: its side, or (height, width).
-        resize: what the short side becomes before the crop, bilinearly; 256/224 of the crop's by default.
-        mean, std: of the channels, in the order R, G, B; 0 and 1 by default, as published MobileViTs want.
-        bgr: channels in the order B, G, R, as Hugging Face's published MobileViTs want.
+        image: an RGB image, as `load_image` returns it.
+        size: size of the crop in pixels: its side, or (height, width).
+        resize: length in pixels that the short side is resized to (bilinear) before the crop; by default 256/224 of the
+            crop's longer side.
+        mean, std: of the channels, in the order R, G, B; 0 and 1 by default, as published MobileViTs expect.
+        bgr: return the channels in the order B, G, R, as Hugging Face's published MobileViTs expect.
 
     Returns:
         (3, height, width), float32.
 
     Raises:
-        ValueError: `resize` is smaller than the crop; a mean or std that is no three numbers, or a std of 0.
+        ValueError: `resize` is smaller than the crop; `mean` or `std` is not three numbers; an std is 0.
     """
     height, width = (size, size) if isinstance(size, int) else size
     resize = round(max(height, width) * 256 / 224) if resize is None else resize
@@ -98,7 +99,7 @@ def preprocess(
     if std is not None and 0 in std:
         raise ValueError(f"std is {std}; numbers above 0 are wanted")
 
-    # Resized and cropped in one go: the resized image, which a long strip would make huge, is never whole.
+    # Resize and crop in one step: the whole resized image, which would be huge for a long strip, is never made.
     short = min(image.size)
     crop_box = []
     for side, crop in zip(image.size, (width, height), strict=True):
@@ -117,7 +118,7 @@ def preprocess(
 
 
 def sample_photos() -> list[tuple[str, Image.Image]]:
-    """Photographs that matplotlib and scikit-learn ship, by name; of whichever is installed.
+    """(name, RGB image) of the photographs that matplotlib and scikit-learn ship; of those that are installed.
 
     Example:
         >>> [name for name, image in sample_photos()]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suites of measurements within a budget of minutes: what ``mvit-kernels bench --suite`` and ``make bench`` run.
+"""Benchmark suites with a time budget, which ``mvit-kernels bench --suite`` and ``make bench`` run.
 
 Example:
     >>> run(["operators"], device="cpu", minutes=5, folder=Path("benchmarks/results/amd-epyc-zen5"))
 
-A suite is a list of cases, the most valuable first; each is one table of candidates that were checked against float64
-and then timed in turns. Its rows are appended to ``<suite>.csv`` in the folder as soon as they are there, so a run that
-is cut keeps what it has. A case that would not fit into what is left of the budget, going by what earlier ones took, is
-left out and counted.
+A suite is a list of cases, the most valuable first. Each case is one table of candidates that are checked against
+float64 and then timed in turns. Its rows are appended to ``<suite>.csv`` in the folder when it is done, so that an
+interrupted run keeps its results. A case that would not fit into the rest of the budget, estimated from earlier ones,
+is skipped and counted.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from ._case import Case, Context
 
 
 class Suite(NamedTuple):
-    """A list of cases, and its share of a budget."""
+    """A list of cases, and its share of the budget."""
 
-    cases: Callable[[str], list[Case]]  # of a device's type
+    cases: Callable[[str], list[Case]]  # of a device type, "cpu" or "cuda"
     share: float  # of the budget of all suites
-    seconds: Mapping[str, float]  # of measuring a case, by the device's type
-    least: float  # seconds that its first case takes at least, building included
+    seconds: Mapping[str, float]  # device type -> measuring time of a case
+    least: float  # seconds that the first case takes at least, including building
 
 
 SUITES = {
     "models": Suite(networks.models, 0.4, {"cpu": 8.0, "cuda": 2.0}, 20.0),
     "operators": Suite(operators.cases, 0.3, {"cpu": 1.0, "cuda": 0.3}, 3.0),
-    "mobile": Suite(networks.mobile, 0.1, {"cpu": 0.0, "cuda": 0.0}, 100.0),  # by the number of runs
+    "mobile": Suite(networks.mobile, 0.1, {"cpu": 0.0, "cuda": 0.0}, 100.0),  # timed by number of runs
     "training": Suite(networks.training, 0.1, {"cpu": 10.0, "cuda": 2.0}, 20.0),
     "blocks": Suite(networks.blocks, 0.1, {"cpu": 2.0, "cuda": 1.0}, 10.0),
 }
 
 
-OURS = ("accelerated", "frozen", "compile_accelerated", "cpu", "triton", "cuda")  # a wrong result of these is a defect
+# Candidates of ours, of which a wrong result is a defect.
+OURS = ("accelerated", "frozen", "compile_accelerated", "cpu", "triton", "cuda")
 
 
 class DeviceLost(RuntimeError):
-    """The GPU answers with errors since one of the candidates ran on it: nothing that this process does is of use."""
+    """The GPU has returned errors since a candidate ran on it, so this process can do nothing more on it."""
 
 
 def check_suites(names: Iterable[str]) -> list[str]:
@@ -79,25 +80,25 @@ def run(
     Args:
         names: from `SUITES`, or "all".
         device: "cpu" or "cuda".
-        minutes: for all of it. A case that was begun is finished.
-        folder: for the files, one a suite; made if it is not there.
-        resume: leave out cases that the files have from this commit on this device.
+        minutes: time budget of all suites together. A case that has begun is finished.
+        folder: for the files, one per suite; created if it does not exist.
+        resume: skip cases that the files already have from this commit, torch version and device.
         progress: called with each line of text.
-        clock: seconds, monotonic; for tests.
+        clock: a monotonic clock in seconds; for tests.
 
     Returns:
-        Whether every candidate of ours that ran was right.
+        Whether every candidate of ours that ran was correct.
 
     Raises:
-        ValueError: an unknown suite; a file of other columns.
-        DeviceLost: the GPU answers with errors. The case at fault has a row that says so: run again with `resume`.
+        ValueError: an unknown suite; a file with other columns.
+        DeviceLost: the GPU returns errors. The case at fault has a row that says so; run again with `resume`.
     """
     names = check_suites(names)
     end = clock() + 60 * minutes
     right = True
     for index, name in enumerate(names):
         shares = [SUITES[n].share for n in names[index:]]
-        mine = clock() + (end - clock()) * shares[0] / sum(shares)  # what an earlier suite left over is shared too
+        mine = clock() + (end - clock()) * shares[0] / sum(shares)  # time that an earlier suite left is shared as well
         context = Context(device, name, seconds=SUITES[name].seconds[device], progress=progress, clock=clock)
         context.end = mine
         right &= _run_suite(name, context, folder / f"{name}.csv", resume)
@@ -127,9 +128,9 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
         start = context.clock() - context.compiled
         try:
             rows = case.measure(context)
-        except (RuntimeError, ValueError) as error:  # out of memory, say: the next case may be smaller
+        except (RuntimeError, ValueError) as error:  # out of memory, for example: the next case may be smaller
             note = f"not measured: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            candidate = "compile" if case.compiles else "eager"  # what `resume` looks for
+            candidate = "compile" if case.compiles else "eager"  # by which `resume` finds the case
             rows = [subject | {"candidate": candidate, "clock": "wall", "samples": 0, "note": note} | origin]
             context.progress(f"  {note}")
         for dtype, ceilings in context.known_ceilings():
@@ -149,9 +150,11 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
 
 
 def _expected(cost: float, took: list[tuple[float, float]], least: float) -> float:
-    """The seconds that a case of `cost` takes, without compiling: what the shortest took before, which is building for
-    the most part, and what all took above that, shared out by cost. The first is taken for `least`: it imported
-    libraries for all."""
+    """The estimated seconds of a case of `cost`, without compiling.
+
+    It is the time of the shortest earlier case, which is mostly building, plus the time of all cases beyond that, in
+    proportion to their cost. The first case counts as `least`, because it imported the libraries for all.
+    """
     if not took:
         return least
     samples = [(took[0][0], least), *took[1:]]
@@ -173,7 +176,7 @@ def _is_wrong(one: Row) -> bool:
 
 
 def _machine_rows(suite: str, dtype: torch.dtype, ceilings: Ceilings, origin: dict[str, str]) -> list[Row]:
-    """The machine's best as rows of its own, which the per cent of the others are of."""
+    """The machine's peak rates, to which the percentages of other rows refer, as rows of their own."""
     rows = []
     for name, timing in ceilings.timings.items():
         known = {"suite": suite, "subject": "machine", "candidate": name, "clock": "wall", "samples": timing.count}
@@ -185,7 +188,7 @@ def _machine_rows(suite: str, dtype: torch.dtype, ceilings: Ceilings, origin: di
 
 
 def _lines(rows: Iterable[Row]) -> list[str]:
-    """The rows for people, one a line."""
+    """The rows as readable text, one per line."""
     lines, last = [], ""
     for one in rows:
         if (about := f"{one['subject']} {one['stage']}") != last:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a suite is made of: cases, the most valuable first, and what a case knows of the time that it has.
+"""The cases of a suite, and the context in which a case runs: the machine and the remaining time.
 
 Example:
     >>> for case in operators.cases("cpu"):
@@ -18,28 +18,29 @@ from .. import ceilings
 from ..ceilings import Ceilings
 from ..results import Row
 
-CEILINGS_LAST = 120.0  # seconds: on a machine that others use too, its best changes
-FOR_COMPILING = 0.4  # of a budget
+CEILINGS_LAST = 120.0  # seconds: on a shared machine the peak rates change
+FOR_COMPILING = 0.4  # share of a budget
 
 
 class Case(NamedTuple):
     """One table: candidates that take turns."""
 
-    name: str  # for people
-    subject: dict[str, object]  # the columns of `results.SUBJECT` that tell it from all others
-    cost: float  # gigaflop of one call, for guessing from earlier cases how long this one takes
+    name: str  # for display
+    subject: dict[str, object]  # the columns of `results.SUBJECT` that identify it
+    cost: float  # GFLOP of one call, to estimate from earlier cases how long this one takes
     measure: Callable[[Context], list[Row]]
-    compiles: float = 0.0  # seconds that it usually takes to compile a candidate; 0: it compiles none
+    compiles: float = 0.0  # seconds that compiling a candidate usually takes; 0 if it compiles none
 
 
 class Context:
-    """The machine, and the time that is left, for the cases of one run.
+    """The machine and the remaining time, for the cases of one run.
 
     Args:
         device: "cpu" or "cuda".
-        suite: for the column.
-        seconds: of measuring a case, of all of its candidates together.
-        clock: seconds, monotonic; for tests.
+        suite: name of the suite, for its column.
+        seconds: measuring time of a case, of all its candidates together.
+        progress: called with each line of text.
+        clock: a monotonic clock in seconds; for tests.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Context:
     ) -> None:
         self.device, self.suite, self.seconds, self.progress, self.clock = device, suite, seconds, progress, clock
         self.end = float("inf")
-        self._longest = 0.0  # seconds that a candidate took to be compiled
-        self.compiled = 0.0  # seconds that were spent on compiling so far
+        self._longest = 0.0  # longest compile time of a candidate, seconds
+        self.compiled = 0.0  # total compile time so far, seconds
         self._start = clock()
         self._ceilings: dict[torch.dtype, tuple[float, Ceilings]] = {}
 
@@ -64,26 +65,26 @@ class Context:
         return self.end - self.clock()
 
     def build_seconds(self, usual: float) -> float | None:
-        """How long a candidate may take to be compiled, None where it is better not begun.
+        """How many seconds compiling a candidate may take; None if it should not be begun.
 
-        It is expected to take what the longest one before took, or at first what is `usual`. The first may take half of
-        what is left; all together no more than `FOR_COMPILING` of the budget.
+        It is expected to take as long as the longest one before, or at first `usual` seconds. The first one may take
+        half of the remaining time, and all together no more than `FOR_COMPILING` of the budget.
         """
         expected = self._longest or usual
         room = FOR_COMPILING * (self.end - self._start) - self.compiled if self._longest else self.left / 2
         return min(2 * expected, self.left) if expected <= min(room, self.left / 2) else None
 
     def built(self, seconds: float) -> None:
-        """Remember how long one took to be compiled."""
+        """Record the compile time of a candidate."""
         self._longest = max(seconds, self._longest)
         self.compiled += seconds
 
     def known_ceilings(self) -> list[tuple[torch.dtype, Ceilings]]:
-        """The rates that are in use now."""
+        """The peak rates that are in use now, by dtype."""
         return [(dtype, known) for dtype, (_, known) in self._ceilings.items()]
 
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
-        """The machine's best in `dtype`, not older than two minutes."""
+        """The machine's peak rates in `dtype`, measured again if they are older than two minutes."""
         when, known = self._ceilings.get(dtype, (-float("inf"), None))
         if known is None or self.clock() - when > CEILINGS_LAST:
             self.progress(f"the machine's own rates, {str(dtype).removeprefix('torch.')}")

@@ -5,9 +5,9 @@ Example:
     >>> [case.name for case in models("cpu")][:2]
     ['mobilevit_s, 256 px, batch 1, float32, inference', 'mobilevit_xxs, 256 px, batch 1, float32, inference']
 
-Each case is a table of `mvit_kernels.bench.comparison`. ``mobile`` is the paper's protocol for devices: 100 calls at
-batch 1 in full precision, MobileNetV2 at 224 px beside MobileViT at 256 (arXiv:2110.02178, section 4.3: there the mean
-on a phone, here the median on this machine).
+Each case is a table of `mvit_kernels.bench.comparison`. ``mobile`` follows the paper's protocol for mobile devices: 100
+calls at batch 1 in full precision, with MobileNetV2 at 224 px and MobileViT at 256 px (arXiv:2110.02178, section 4.3;
+the paper takes the mean on a phone, this suite the median on this machine).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from . import operators
 from ._case import Case, Context
 from .operands import stages
 
-GFLOP = {"s": 4.06, "xs": 1.97, "xxs": 0.83}  # of one image of 256 px
+GFLOP = {"s": 4.06, "xs": 1.97, "xxs": 0.83}  # forward pass of one image of 256 px
 CHEAP = {
     "cpu": ("eager", "channels_last", "accelerated", "frozen", "onnxruntime", "openvino"),
     "cuda": ("eager", "channels_last", "accelerated", "frozen"),
@@ -42,23 +42,23 @@ COMPILED = {
     "cpu": ("compile_freezing", "compile", "compile_accelerated", "compile_max_autotune"),
     "cuda": ("compile_channels_last", "compile_reduce_overhead", "compile_max_autotune", "compile_accelerated"),
 }
-USUALLY = {"cpu": 40.0, "cuda": 40.0}  # seconds that a network takes to be compiled
-MEMORY_SECONDS = 40.0  # a peer, that must be left for measuring the memory too
+USUALLY = {"cpu": 40.0, "cuda": 40.0}  # seconds that compiling a network usually takes
+MEMORY_SECONDS = 40.0  # per peer: remaining time below which peak memory is not measured
 MOBILE_RUNS = 100
 MOBILE_BASELINE, MOBILE_PX = "mobilenetv2_100", 224
 MOBILE_NAMES = (MOBILE_BASELINE, "mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
 
 
 class Setting(NamedTuple):
-    """One table: a model by its name (see `mvit_kernels.zoo.load`), or one of its blocks, and how it is called."""
+    """One table: a model by name (see `mvit_kernels.zoo.load`), or one of its blocks, and how it is called."""
 
     model: str
-    size: int
+    size: int  # of the image, px
     batch: int
     dtype: str
     training: bool = False
-    stage: int | None = None  # of the block
-    compiled: bool = False  # torch.compile beside the others
+    stage: int | None = None  # stage of the block; None for the whole model
+    compiled: bool = False  # with torch.compile among the candidates
 
     @property
     def variant(self) -> str:
@@ -84,13 +84,13 @@ class Setting(NamedTuple):
 
     @property
     def gflop(self) -> float:
-        """About; what is written down is counted."""
+        """Estimated GFLOP of a call; the number in the results is counted."""
         share = 0.2 if self.stage else 1.0
         return GFLOP[self.variant] * share * self.batch * (self.size / 256) ** 2 * (3 if self.training else 1)
 
 
 def models(device: str) -> list[Case]:
-    """timm's, Hugging Face's, Kornia's and our own models: latency at batch 1, throughput at larger ones."""
+    """timm's, Hugging Face's, Kornia's and our own models: latency at batch 1, throughput at larger batches."""
     first, batches, dtypes = (
         ("float32", (1, 8), ("bfloat16",)) if device == "cpu" else ("bfloat16", (64, 1), ("float16", "float32"))
     )
@@ -110,7 +110,7 @@ def models(device: str) -> list[Case]:
 
 
 def training(device: str) -> list[Case]:
-    """A step: forward, backward and AdamW; in bfloat16 and float16 under autocast."""
+    """Training steps: forward, backward and AdamW; bfloat16 under autocast."""
     batch, dtypes = (8, ("float32",)) if device == "cpu" else (64, ("bfloat16", "float32"))
     names = ("mobilevit_xxs", "mobilevit_s", "mobilevit_xs", "huggingface/s", "kornia/s", "own/s")
     found = [Setting(name, 256, batch, dtype, training=True) for dtype in dtypes for name in names]
@@ -119,7 +119,7 @@ def training(device: str) -> list[Case]:
 
 
 def blocks(device: str) -> list[Case]:
-    """timm's MobileViT block of every stage, and the stack of transformer layers in it, which takes the most of it."""
+    """timm's MobileViT block of every stage, and its stack of transformer layers, which takes most of the time."""
     batches, dtypes = ((1, 8), ("float32", "bfloat16")) if device == "cpu" else ((64, 1, 256), ("bfloat16", "float32"))
     found = [Setting("mobilevit_s", 256, batches[0], dtypes[0], stage=stage) for stage in (3, 4, 5)]
     found += [Setting("mobilevit_s", 256, batches[0], dtypes[0], True, stage) for stage in (3, 4, 5)]
@@ -139,7 +139,7 @@ def blocks(device: str) -> list[Case]:
 
 
 def mobile(device: str) -> list[Case]:
-    """MobileViT beside MobileNetV2, by the paper's protocol."""
+    """MobileViT compared with MobileNetV2, by the paper's protocol."""
     subject = {"subject": "protocol", "mode": "inference", "batch": 1, "dtype": "float32", "backend": "auto"}
     subject |= {"stage": "", "size": "", "tokens": "", "sequence": ""}
     return [Case("100 runs at batch 1, float32, beside MobileNetV2", subject, sum(GFLOP.values()), _measure_mobile)]
@@ -154,7 +154,7 @@ def _case(setting: Setting, device: str) -> Case:
 
 
 def measure_setting(setting: Setting, context: Context) -> list[Row]:
-    """Build, check and time the peers of one setting; where its library is absent, a row that says so."""
+    """Build, check and time the peers of one setting; if its library is missing, return a row that says so."""
     origin = environment(context.device)
     try:
         subject = subject_of(setting, context.device)
@@ -169,10 +169,10 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
     limit = context.build_seconds(USUALLY[context.device])
     possible = [n for n in COMPILED[context.device] if not (setting.training and PEERS[n].inference_only)]
     if setting.compiled:
-        # As many as the budget has room for: each may take what the longest one took.
+        # One for every ten usual compile times that are left of the budget, and at least one.
         peers += possible[: max(1, int(context.left / 10 / USUALLY[context.device]))]
     cheap = [name for name in peers if not PEERS[name].lazy]
-    # Built once more for it, which takes longer than to time them.
+    # For the peak memory each peer is built once more, which takes longer than timing it.
     weighed = context.left > MEMORY_SECONDS * len(cheap) and setting.batch <= 8 and not setting.stage
     results = compare(
         subject,
@@ -199,7 +199,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
 
 
 def subject_of(setting: Setting, device: str) -> Subject:
-    """The model, or its block on maps as the network has them there, on random images.
+    """The model with random images, or one of its blocks with the maps that the network passes to it.
 
     Raises:
         ImportError: the model's library is not installed.
@@ -217,7 +217,7 @@ def subject_of(setting: Setting, device: str) -> Subject:
 
 
 def _block(model: nn.Module, stage: int, images: Tensor) -> tuple[nn.Module, Tensor]:
-    """The MobileViT block of `stage`, and the map that it is given for `images`."""
+    """The MobileViT block of `stage`, and its input map for `images`."""
     block = [module for module in model.modules() if adapter_of(module) is not None][stage - 3]
     seen: list[Tensor] = []
     hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
@@ -228,8 +228,8 @@ def _block(model: nn.Module, stage: int, images: Tensor) -> tuple[nn.Module, Ten
 
 
 def work_of(subject: Subject) -> Work:
-    """What one call does at least: the operations of its convolutions and products, counted; the bytes of weights,
-    images and outputs, in training with the weights' gradients."""
+    """The minimal work of one call: the counted operations of its convolutions and products, and the bytes of weights
+    and images. In training both the operations and the weights' bytes count three times."""
     model = restore(copy.deepcopy(subject.model)).float()
     image = subject.images[:1].float()
     counter = FlopCounterMode(display=False)
@@ -245,13 +245,13 @@ def work_of(subject: Subject) -> Work:
 
 
 def _measure_mobile(context: Context) -> list[Row]:
-    """All models and forms take turns, so that every ratio is of one run; it is to MobileNetV2's eager form."""
+    """Time all models and forms in turns, so that all ratios come from one run; they refer to MobileNetV2 in eager."""
     origin = environment(context.device)
     forms: dict[str, tuple[Subject, Form]] = {}
     results: dict[str, Result] = {}
     subjects: dict[str, Subject] = {}
     device = torch.device(context.device)
-    compiled = context.left > 10 * USUALLY[context.device]  # all of them, or none
+    compiled = context.left > 10 * USUALLY[context.device]  # for all models or none
     with torch.no_grad():
         for name in MOBILE_NAMES:
             context.progress(f"  {name}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators are called with at each stage of MobileViT, and the arithmetic that such a call does.
+"""The operators' operands at each stage of MobileViT, and the arithmetic of such a call.
 
 Example:
     >>> stage = stages(["s"], 256, batch=8)[0]
@@ -9,10 +9,10 @@ Example:
     >>> case.public(*case.tensors).shape, case.work.gflop
     (torch.Size([8, 32, 32, 144]), 1.2...)
 
-Counted are the operations of products alone, two for a multiplication and an addition; LayerNorm, softmax and SiLU cost
-time and are not counted. With T tokens of width d in sequences of N, a transformer layer does T · (16 d² + 4 N d): qkv
-6 d², out-projection 2 d², MLP 8 d², scores and weighted values 2 N d each. Bytes are the fewest that can move: every
-input read once, every result written once.
+FLOPs count products only, two for a multiply-add; LayerNorm, softmax and SiLU cost time but are not counted. With T
+tokens of width d in sequences of N tokens, a transformer layer does T · (16 d² + 4 N d) FLOPs: qkv 6 d², output
+projection 2 d², MLP 8 d², scores and weighted values 2 N d each. Bytes are the minimum that must move: every input read
+once, every result written once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Stage(NamedTuple):
 
 
 def stages(variants: Iterable[str], size: int, batch: int) -> list[Stage]:
-    """Every stage of `variants` at `size` px; a map that is no multiple of the patch is resized up to one."""
+    """Every stage of `variants` for images of `size` px; map sides are rounded up to multiples of the patch."""
     found = []
     for variant in variants:
         for index, (width, layers) in enumerate(zip(_VARIANTS[variant].dims, _DEPTHS, strict=True)):
@@ -66,19 +66,19 @@ def stages(variants: Iterable[str], size: int, batch: int) -> list[Stage]:
 
 
 class Operands(NamedTuple):
-    """One operator and what it is called with."""
+    """One operator and its operands."""
 
     operator: str
-    tensors: tuple[Tensor, ...]  # by position
-    activations: tuple[int, ...]  # which of them are maps; all others are weights
-    constants: tuple  # what the raw operator takes behind them
-    public: Callable[..., Tensor]  # (*tensors, backend=None)
-    plain: Callable[..., Tensor]  # (*tensors): PyTorch's composition
-    flop: int  # of one forward
+    tensors: tuple[Tensor, ...]  # positional arguments
+    activations: tuple[int, ...]  # indices of the tensors that are maps; all others are weights
+    constants: tuple  # further arguments of the raw operator
+    public: Callable[..., Tensor]  # (*tensors, backend=None) -> result
+    plain: Callable[..., Tensor]  # (*tensors) -> result: PyTorch's composition
+    flop: int  # of one forward pass
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors."""
+        """The names of the tensors."""
         if self.operator == "transformer":
             layers, fields = (len(self.tensors) - 3) // 12, ops.TransformerLayerWeights._fields
             weights = (f"layers[{i}].{field}" for i in range(layers) for field in fields)
@@ -87,13 +87,13 @@ class Operands(NamedTuple):
 
     @property
     def work(self) -> Work:
-        """Of forward."""
+        """The work of a forward pass."""
         return self._work(1, 1, 1, 1)
 
     @property
     def training_work(self) -> Work:
-        """Of forward and backward: a product has two gradients, each a product as large. Backward reads the maps and
-        the weights once more, and the gradient of the result, and writes all gradients."""
+        """The work of forward and backward: a product has two gradients, each a product of the same size. Backward
+        reads the maps, the weights and the result's gradient once, and writes all gradients."""
         return self._work(3, 3, 2, 3)
 
     def _work(self, products: int, maps: int, results: int, weights: int) -> Work:
@@ -109,17 +109,22 @@ class Operands(NamedTuple):
             return meta.plain(*meta.tensors).nbytes
 
     def to(self, *args: object, **options: object) -> Operands:
-        """The same with every tensor converted."""
+        """The same operands with every tensor converted by ``Tensor.to``."""
         return self._replace(tensors=tuple(t.to(*args, **options) for t in self.tensors))
 
     def with_maps(self, draw: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        """The tensors, each map replaced by ``draw(map)``."""
+        """The tensors, with each map replaced by ``draw(map)``."""
         return tuple(draw(t) if i in self.activations else t for i, t in enumerate(self.tensors))
 
 
 def operands(operator: str, stage: Stage, *, seed: int = 0) -> Operands:
-    """`operator` as the stage's transformer calls it, or for ``inverted_residual`` as the block that opens the stage
-    does: half the side, and from the stage before's channels to its own. Random float32 on the CPU."""
+    """Random operands of `operator`, float32 on the CPU, as the stage's transformer calls it.
+
+    ``inverted_residual`` is the block that opens the stage: stride 2, from the previous stage's channels to this one's.
+
+    Raises:
+        ValueError: an unknown operator.
+    """
     generator = torch.Generator().manual_seed(seed)
     d, tokens, map_shape = stage.width, stage.tokens, (stage.batch, stage.side, stage.side)
 
@@ -211,7 +216,7 @@ def operands(operator: str, stage: Stage, *, seed: int = 0) -> Operands:
             operator,
             (random(*map_shape, d), *layer()),
             (0,),
-            (None, HEADS, PATCH, EPS, [0.0] * 4, True),  # no seed: no dropout
+            (None, HEADS, PATCH, EPS, [0.0] * 4, True),  # without a seed: no dropout
             _public_layer,
             lambda x, *t: reference.transformer_layer(x, t, HEADS, PATCH, EPS),
             tokens * (16 * d * d + 4 * stage.sequence * d),
@@ -236,7 +241,7 @@ def _public_layer(x: Tensor, *t: Tensor, backend: str | None = None) -> Tensor:
 
 
 def _public_transformer(x: Tensor, *t: Tensor, backend: str | None = None) -> Tensor:
-    """The operator; where a gradient is needed, which no kernel of it has, the stack as accelerated blocks train it."""
+    """The operator, or the stack as accelerated blocks train it if a gradient is needed: the operator has none."""
     layers = [ops.TransformerLayerWeights(*layer) for layer in _grouped(t[:-2])]
     options = dict(num_heads=HEADS, patch_size=PATCH, eps=EPS, backend=backend)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite ``operators``: each operator at the stages of MobileViT, forward and forward with backward.
+"""Suite ``operators``: each operator at the stages of MobileViT, in forward and in forward plus backward.
 
 Example:
     >>> [case.name for case in cases("cpu")][:2]
     ['transformer, s stage 3, 256 px, batch 1, float32, inference', 'transformer, s stage 4, ...']
 
-Beside our backends stand PyTorch's composition of the operator, and what else one would write: each of PyTorch's
-attentions by name, an inverted residual as three channels-last convolutions, the composition compiled. The order is by
-what a reader asks first: S forward, its first stack over batches and sequence lengths, S backward, S forward once more
-beside the compiler (which takes long), other dtypes, then all operators over batches and lengths, and the smaller
+Our backends are compared with PyTorch's composition of the operator and with the usual alternatives: each of PyTorch's
+attention backends, an inverted residual as three channels-last convolutions, the compiled composition. Cases are
+ordered by interest: S forward, its first stack over batch sizes and sequence lengths, S backward, S forward again with
+torch.compile (which takes long), other dtypes, then all operators over batch sizes and lengths, and the smaller
 variants.
 """
 
@@ -34,7 +34,7 @@ from ..results import Row
 from ._case import Case, Context
 from .operands import VARIANTS, Operands, Stage, operands, stages
 
-# The whole stack, then what it is made of, the longest first.
+# The whole stack, then its parts, the slowest first.
 ORDER = ("transformer", "transformer_layer", "patch_attention", "layer_norm_mlp", "layer_norm_linear")
 ORDER += ("linear_residual", "inverted_residual", "layer_norm")
 BATCH = {"cpu": 1, "cuda": 64}
@@ -47,20 +47,20 @@ ATTENTIONS = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-ON_CPU = ("sdpa_math", "sdpa_flash")  # the attentions that PyTorch has there
-DRAWS = 8  # that are checked together where one alone misses
-COMPILE_USUALLY = {"cpu": 15.0, "cuda": 8.0}  # seconds
+ON_CPU = ("sdpa_math", "sdpa_flash")  # the attention backends that PyTorch has on the CPU
+DRAWS = 8  # random draws that are checked together if one alone misses
+COMPILE_USUALLY = {"cpu": 15.0, "cuda": 8.0}  # seconds that compiling an operator usually takes
 
 
 class Setting(NamedTuple):
-    """One case's geometry."""
+    """The parameters of one case."""
 
     operator: str
     stage: Stage
-    size: int
+    size: int  # of the image, px
     dtype: str
     training: bool
-    compiled: bool = False  # torch.compile beside the others
+    compiled: bool = False  # with torch.compile among the candidates
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ class Setting(NamedTuple):
 
 
 def settings(device: str) -> Iterator[Setting]:
-    """What is measured, the most valuable first; some come twice."""
+    """What is measured, the most valuable first; some settings come twice."""
     batch, dtypes = BATCH[device], DTYPES[device]
 
     def has_kernels(operator: str) -> bool:
@@ -144,7 +144,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
         results: dict[str, Result] = {}
         functions: dict[str, Callable[..., Tensor]] = {}
         for name, function in candidates(case, device.type, setting.compiled).items():
-            context.progress(f"  {name}")  # the one that a crash was in
+            context.progress(f"  {name}")  # after a crash the log shows the candidate
             compiled = name.startswith("compile")
             limit = context.build_seconds(COMPILE_USUALLY[device.type]) if compiled else None
             gate = functools.partial(check, case, setting.training, own, truth, redraw=draw)
@@ -172,7 +172,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
 
 
 def candidates(case: Operands, device: str, compiled: bool) -> dict[str, Callable[..., Tensor]]:
-    """name -> (*tensors) -> result."""
+    """Candidate's name -> function from the tensors to the result."""
     found: dict[str, Callable[..., Tensor]] = {"eager": case.plain}
     if case.operator == "patch_attention":
         for name, backend in ATTENTIONS.items():
@@ -202,7 +202,7 @@ def _convolutions(x, expand, expand_bias, depthwise, depthwise_bias, project, pr
 
 
 def call_of(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], training: bool) -> Callable[[], object]:
-    """What is timed: the call, or forward and backward of a fixed random cotangent."""
+    """The function to time: the call, or in training forward and backward with a fixed random cotangent."""
     if not training:
         return lambda: function(*tensors)
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -228,7 +228,7 @@ def _replay(function: Callable[..., Tensor], case: Operands, training: bool, dev
 
 
 def truth_of(case: Operands, training: bool) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """PyTorch's own results in the case's dtype, with the batch in both orders, and the float64 results."""
+    """PyTorch's own results in the case's dtype, for both orders of the batch, and the float64 results."""
     generator = torch.Generator().manual_seed(1)
     out = case.plain(*case.tensors).detach()
     cotangent = torch.randn(out.shape, generator=generator, device="cpu").to(out)
@@ -260,11 +260,17 @@ def check(
     function: Callable[..., Tensor],
     redraw: Callable[[int], Operands] | None = None,
 ) -> ErrorRow:
-    """The result or gradient that is nearest to what is allowed.
+    """Apply the tolerance rule; return the row of the result or gradient that is closest to its limit or beyond it.
 
-    Both sides of the tolerance rule are maxima of rounding errors, and over few values either may be off by luck: a
-    right operator misses about once in a hundred cases. So one that misses is checked on `DRAWS` draws together
-    (`redraw` gives the others by their seeds), one larger sample for the same rule; wrong values stay wrong in it.
+    Both sides of the rule are maxima of rounding errors, and over few values either may be off by chance: a correct
+    operator misses in about one of a hundred cases. An operator that misses is therefore checked on `DRAWS` draws
+    together, a larger sample for the same rule, in which wrong values remain wrong.
+
+    Args:
+        case, training: the operands, and whether gradients are checked.
+        own, truth: as `truth_of` returns them.
+        function: the candidate.
+        redraw: from a seed to other operands; None to decide on one draw.
     """
     rows = _rows(case, training, own, truth, function)
     if redraw is not None and not all(row.ok for row in rows) and all(math.isfinite(row.error) for row in rows):
@@ -295,7 +301,7 @@ def _rows(case: Operands, training: bool, own, truth, function) -> list[ErrorRow
 
 
 def _together(rows: Sequence[ErrorRow], unit: float) -> ErrorRow:
-    """One tensor's errors over several draws as those of all of them in one."""
+    """Combine one tensor's errors over several draws, as if all were one sample."""
     error, pytorch, scale = (max(row[column] for row in rows) for column in (1, 2, 4))
     careful = max((row.careful_error for row in rows if row.careful_error is not None), default=None)
     allowed = max(2 * (pytorch + unit * scale), *(row.allowed for row in rows))
