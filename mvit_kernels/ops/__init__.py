@@ -7,8 +7,7 @@ calls. A backend that was requested by name raises `BackendError` instead.
 """
 
 from ..backends.library import TransformerLayerWeights
-from . import flops as _flops  # noqa: F401 (registers itself)
-from . import native  # noqa: F401 (it registers fakes)
+from . import flops, native  # noqa: F401 (they register FLOP formulas and fakes)
 from .inverted_residual import inverted_residual
 from .layer_norm import layer_norm
 from .layer_norm_linear import layer_norm_linear

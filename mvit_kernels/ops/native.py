@@ -10,7 +10,6 @@ from ..backends import cpu
 from ..backends.library import register_native_fake
 
 
-
 @register_native_fake("network.cpu")
 def _network(x, weights, program, out_channels, halvings):
     b, _, h, w = x.shape

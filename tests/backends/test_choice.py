@@ -11,8 +11,7 @@ import torch
 
 import mvit_kernels
 from mvit_kernels import backends
-from mvit_kernels.backends import Call, use_backend
-from mvit_kernels.backends import library as _library
+from mvit_kernels.backends import Call, library, use_backend
 from mvit_kernels.backends.contract import REGISTRY
 from support.cases import DIFFERENTIABLE, INFERENCE, SMALL, Recorder, call, convert, evaluate, make, raw_arguments
 from support.checks import one_thread  # noqa: F401 (a fixture)
@@ -336,9 +335,9 @@ def test_tracing_and_exporting_choose_plain_pytorch():
 
 
 def test_a_library_that_was_not_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(_library, "LIBRARY_DIRECTORY", tmp_path)
-    monkeypatch.setattr(_library, "_loaded", {})
-    why = _library.load("cpu")
+    monkeypatch.setattr(library, "LIBRARY_DIRECTORY", tmp_path)
+    monkeypatch.setattr(library, "_loaded", {})
+    why = library.load("cpu")
     assert "libmvit_kernels_cpu.so was not built" in why and "pip install --no-build-isolation" in why
     assert backends.unavailable("cpu", "cpu") == (why,)
     backends._choices.clear()
@@ -349,24 +348,24 @@ def test_a_library_that_was_not_built(tmp_path, monkeypatch):
 
 
 def test_a_library_that_does_not_load(tmp_path, monkeypatch):
-    monkeypatch.setattr(_library, "LIBRARY_DIRECTORY", tmp_path)
-    monkeypatch.setattr(_library, "_loaded", {})
+    monkeypatch.setattr(library, "LIBRARY_DIRECTORY", tmp_path)
+    monkeypatch.setattr(library, "_loaded", {})
     (tmp_path / "libmvit_kernels_cpu.so").write_bytes(b"\x7fELF, but cut off")
-    why = _library.load("cpu")
+    why = library.load("cpu")
     assert "libmvit_kernels_cpu.so does not load" in why
-    assert _library.load("cpu") is why, "it was tried twice"
+    assert library.load("cpu") is why, "it was tried twice"
 
 
 def test_the_cpu_backend_is_for_the_cpu():
     assert any("the tensors are on cuda" in reason for reason in backends.unavailable("cpu", "cuda"))
 
 
-@pytest.mark.parametrize("operator", _library.SCHEMAS)
+@pytest.mark.parametrize("operator", library.SCHEMAS)
 def test_every_backend_has_its_place(operator):
     """One overload for each backend, of one schema, that keeps the strides it was traced with."""
     schemas = set()
-    for backend in _library.BACKENDS:
-        overload = _library.raw(operator, backend)
+    for backend in library.BACKENDS:
+        overload = library.raw(operator, backend)
         schemas.add(str(overload._schema).partition("(")[2])
         assert torch.Tag.needs_exact_strides in overload.tags
         assert torch.Tag.pt2_compliant_tag in overload.tags
@@ -378,7 +377,7 @@ def test_every_backend_has_a_fake(operator):
     """Shapes and dtypes for torch.compile, also of backends whose library is not there."""
     tensors, settings = make(operator, SMALL[operator])
     arguments = raw_arguments(operator, convert(tensors, torch.float32), settings)
-    expected = _library.raw(operator, "reference")(*arguments)
+    expected = library.raw(operator, "reference")(*arguments)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [
             [mode.from_tensor(t) for t in a]
@@ -388,12 +387,12 @@ def test_every_backend_has_a_fake(operator):
             else a
             for a in arguments
         ]
-        for backend in _library.BACKENDS:
-            out = _library.raw(operator, backend)(*fakes)
+        for backend in library.BACKENDS:
+            out = library.raw(operator, backend)(*fakes)
             for fake, real in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (out, expected)), strict=True):
                 assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
 def test_public_functions_are_those_of_the_schemas():
-    assert set(SMALL) == {name for name in _library.SCHEMAS if not name.endswith("_backward")}
+    assert set(SMALL) == {name for name in library.SCHEMAS if not name.endswith("_backward")}
     assert set(SMALL) <= set(mvit_kernels.__all__)

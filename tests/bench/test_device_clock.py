@@ -78,7 +78,7 @@ def test_a_gpus_rows_have_both_clocks(monkeypatch):
     monkeypatch.setattr(comparison, "interleave", interleave)
     monkeypatch.setattr(comparison, "synchronize", lambda device: None)
     monkeypatch.setattr(comparison, "launches", lambda call, device: 7)
-    monkeypatch.setattr(comparison._peak_memory, "on_gpu", lambda call, device: 1.5)
+    monkeypatch.setattr(comparison.peak_memory, "on_gpu", lambda call, device: 1.5)
     results = {name: Result(name) for name in walls}
     replays = {"eager": lambda: Replay(list, 2), "ours": lambda: Replay(list, 2), "own graphs": refuse}
     measure(results, dict.fromkeys(walls, list), replays=replays, device=torch.device("cuda"), seconds=1.0)
@@ -119,7 +119,7 @@ def test_an_operator_is_measured_on_a_gpu(monkeypatch, operator, training):
     monkeypatch.setattr(operators.backends, "operators", lambda backend: OPERATORS)
     for name, value in dict(interleave=interleave, launches=lambda *_: 3, synchronize=lambda device: None).items():
         monkeypatch.setattr(comparison, name, value)
-    monkeypatch.setattr(comparison._peak_memory, "on_gpu", lambda call, device: 1.5)
+    monkeypatch.setattr(comparison.peak_memory, "on_gpu", lambda call, device: 1.5)
     monkeypatch.setattr(operators.Operands, "result_bytes", 4)
     there = Context("cuda", "operators", seconds=0.02)
     there.ceilings = lambda dtype: Ceilings(100.0, 10.0, {}, {})
@@ -159,7 +159,7 @@ def test_what_goes_wrong_with_a_gpus_clock_leaves_the_walls(monkeypatch):
     monkeypatch.setattr(comparison, "interleave", interleave)
     monkeypatch.setattr(comparison, "synchronize", lambda device: None)
     monkeypatch.setattr(comparison, "launches", lambda call, device: 0)
-    monkeypatch.setattr(comparison._peak_memory, "on_gpu", lambda call, device: 1.5)
+    monkeypatch.setattr(comparison.peak_memory, "on_gpu", lambda call, device: 1.5)
     how = dict(replays={"eager": lambda: Replay(list, 2)}, device=torch.device("cuda"), seconds=1.0)
     results = {"eager": Result("eager")}
     measure(results, {"eager": list}, **how)

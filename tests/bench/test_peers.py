@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvit_kernels.bench import peak_memory as _peak_memory
-from mvit_kernels.bench import peers
-from mvit_kernels.bench import runtimes as _runtimes
+from mvit_kernels.bench import peak_memory, peers, runtimes
 from mvit_kernels.bench.comparison import TimeLimit, compare, table, time_limit
 from mvit_kernels.bench.peers import PEERS, Peer, Subject, call_of
 from mvit_kernels.bench.runtimes import OnnxRuntime, OpenVino
@@ -112,7 +110,7 @@ def test_a_dtype_that_a_runtime_has_not(name, dtype, says):
 @pytest.mark.parametrize("module", ["onnxruntime", "openvino", "onnxscript"])
 def test_an_absent_runtime_is_listed_with_what_installs_it(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(_runtimes, "_openvino_core", _runtimes._openvino_core.__wrapped__)  # not yet made
+    monkeypatch.setattr(runtimes, "_openvino_core", runtimes._openvino_core.__wrapped__)  # not yet made
     name = "openvino" if module == "openvino" else "onnxruntime"
     results = compare(tiny(), [name], seconds=0.1, warmup_seconds=0.0)
     assert results[0].timing is not None
@@ -184,7 +182,7 @@ class Keeps(nn.Module):
 @pytest.mark.parametrize("rise, kept", [(40, 0), (10, 50)])
 def test_peak_memory_is_what_a_call_holds(rise, kept):
     subject = Subject(Keeps(rise, kept).eval(), torch.rand(1, 3, 8, 8))
-    peaks = _peak_memory.on_cpu(subject, ["eager", "channels_last"])
+    peaks = peak_memory.on_cpu(subject, ["eager", "channels_last"])
     for name, peak in peaks.items():  # the second one finds nothing that the first has left
         assert rise + kept - 0.5 < peak < rise + kept + 6, (name, peaks)
 
@@ -201,8 +199,8 @@ def test_peak_memory_of_every_kind_of_peer():
 
 def test_peak_memory_of_a_training_step_is_more():
     subject = Subject(models.build("own", "xxs"), torch.rand(4, 3, 64, 64))
-    inference = _peak_memory.on_cpu(subject, ["eager"])["eager"]
-    training = _peak_memory.on_cpu(subject._replace(training=True), ["eager"])["eager"]
+    inference = peak_memory.on_cpu(subject, ["eager"])["eager"]
+    training = peak_memory.on_cpu(subject._replace(training=True), ["eager"])["eager"]
     assert training > inference + 5  # 1.3 million gradients alone are 5 MiB
 
 
@@ -215,8 +213,8 @@ def test_memory_that_cannot_be_measured_says_why(monkeypatch):
     assert result.note == "memory not measured: KeyError: 'stranger'"
 
     subject.model.unpicklable = lambda: None
-    assert _peak_memory.on_cpu(subject, ["eager"])["eager"].startswith("the model cannot be pickled: ")
-    assert _peak_memory.on_cpu(tiny(), ["eager"], timeout=0.01) == {"eager": "not done within 0 s"}
+    assert peak_memory.on_cpu(subject, ["eager"])["eager"].startswith("the model cannot be pickled: ")
+    assert peak_memory.on_cpu(tiny(), ["eager"], timeout=0.01) == {"eager": "not done within 0 s"}
 
 
 def test_call_of_a_form_calls_it():

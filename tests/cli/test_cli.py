@@ -16,7 +16,7 @@ from mvit_kernels import __version__, backends, cli
 from mvit_kernels.__main__ import main
 from mvit_kernels._utils.third_party import import_transformers
 from mvit_kernels.adapters import _block
-from mvit_kernels.backends import library as _library
+from mvit_kernels.backends import library
 from mvit_kernels.cli import models
 from support import data
 
@@ -138,7 +138,7 @@ def test_info(run):
     data = json.loads(run("info", "--json").out)
     assert data["versions"]["torch"] == torch.__version__
     assert data["machine"]["torch_threads"] == torch.get_num_threads()
-    assert list(data["backends"]) == list(_library.BACKENDS)
+    assert list(data["backends"]) == list(library.BACKENDS)
     assert data["backends"]["reference"]["reasons_against"] == []
     assert "patch_attention" in data["backends"]["reference"]["operators"]
     lines = text.split("\nbackends\n")[1].splitlines()
@@ -183,7 +183,7 @@ def test_info_about_the_build(run, monkeypatch, tmp_path, build_info, line):
     if build_info is not None:
         text = build_info if isinstance(build_info, str) else json.dumps(build_info)
         (tmp_path / "build_info.json").write_text(text)
-    monkeypatch.setattr(_library, "LIBRARY_DIRECTORY", tmp_path)
+    monkeypatch.setattr(library, "LIBRARY_DIRECTORY", tmp_path)
     assert line in run("info").out.split("compiled libraries\n")[1]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import mvit_kernels
-from mvit_kernels._utils import third_party as _third_party
+from mvit_kernels._utils import third_party
 from mvit_kernels.freezing.modules import FrozenConv2d
 from support import models
 
@@ -36,11 +36,11 @@ def drawn(norm: nn.Module) -> nn.Module:
 
 
 def timm_layer(name: str, *args, **options) -> nn.Module:
-    return getattr(_third_party.import_timm().layers, name)(*args, **options)
+    return getattr(third_party.import_timm().layers, name)(*args, **options)
 
 
 def frozen_batch_norm(channels: int) -> nn.Module:
-    _third_party.import_timm()  # torchvision comes with it
+    third_party.import_timm()  # torchvision comes with it
     from torchvision.ops import FrozenBatchNorm2d
 
     return FrozenBatchNorm2d(channels)

@@ -25,9 +25,9 @@ import sys
 from pathlib import Path
 
 from support import ROOT, TESTS
+from support.native import instruction_sets
 
 LIBRARIES = ROOT / "build" / "sanitized"
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 UNSUPPORTED = 3  # exit code of a process whose instruction set this processor has not
 
 
@@ -112,7 +112,7 @@ def run_all_cases() -> None:
 
     for operator in backends.operators("cpu"):
         importlib.import_module(f"ops.test_{operator}")
-    for isa in ISAS:
+    for isa in instruction_sets():
         child = os.fork()
         if child == 0:
             try:
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
     pytest += ["-p", "no:faulthandler"]  # whose stack would stand in front of the sanitizer's
     pytest += ["--capture=sys"]  # else the report of a process that it ends is lost with pytest's file
     pytest += [str(TESTS / file) for file in files]
-    for isa in ISAS:
+    for isa in instruction_sets():
         variables = environment(MVIT_KERNELS_CPU_ISA=isa)
         probe = "from mvit_kernels.backends import cpu; "
         probe += f"raise SystemExit({UNSUPPORTED} * (cpu.instruction_set() != {isa!r}))"

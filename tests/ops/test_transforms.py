@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import mvit_kernels
 from mvit_kernels import freeze
-from mvit_kernels._utils import transforms as _transforms
+from mvit_kernels._utils import transforms
 from mvit_kernels.rounding import RoundedArithmetic
 from support import models
 from support.cases import DIFFERENTIABLE, SMALL, Recorder, call, convert, make
@@ -308,7 +308,7 @@ def test_attention_whose_backward_pytorch_cannot_differentiate():
     q = normal(1, 2, 8, 4).requires_grad_()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="not implemented"):
         torch.autograd.grad(scaled_dot_product_attention(q, q, q).sum(), q, create_graph=True)[0].sum().backward()
-    assert not _transforms.transform()
+    assert not transforms.transform()
     with forward_ad.dual_level():
-        assert "forward-mode AD" in _transforms.transform()
-    assert not _transforms.transform()
+        assert "forward-mode AD" in transforms.transform()
+    assert not transforms.transform()

@@ -353,12 +353,12 @@ def test_cuda_library_tells_what_it_wants(project: Path, home: str, architecture
 
 @pytest.mark.parametrize("name", ["timm", "transformers", "kornia"])
 def test_missing_neighbour_is_told_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mvit_kernels._utils import third_party as _third_party
+    from mvit_kernels._utils import third_party
 
     monkeypatch.setitem(sys.modules, name, None)
     sentence = rf"^{name} is not installed: pip install 'mvit_kernels\[\w+\]'$"
     with pytest.raises(ImportError, match=sentence) as error:
-        getattr(_third_party, f"import_{name}")()
+        getattr(third_party, f"import_{name}")()
     assert error.value.name == name
 
 
@@ -370,11 +370,11 @@ def fake_torchvision(folder: Path, body: str) -> None:
 
 TELL = """
 import sys, torch
-from mvit_kernels import _third_party
+from mvit_kernels import third_party
 declared = lambda: hasattr(torch.ops.torchvision, "nms")
 try:
-    _third_party.prepare_torchvision()
-    _third_party.prepare_torchvision()
+    third_party.prepare_torchvision()
+    third_party.prepare_torchvision()
 except RuntimeError as error:
     print("raised:", error)
 print("torchvision" in sys.modules, declared())

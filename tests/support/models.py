@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mvit_kernels
-from mvit_kernels._utils import third_party as _third_party
+from mvit_kernels._utils import third_party
 from mvit_kernels.adapters import _block, adapter_of
 
 LIBRARIES = ("timm", "huggingface", "kornia", "cvnets", "own")
@@ -47,22 +47,22 @@ _HUGGINGFACE = {
 
 
 def timm(variant: str, **options) -> nn.Module:
-    return _third_party.import_timm().create_model(f"mobilevit_{variant}", **options)
+    return third_party.import_timm().create_model(f"mobilevit_{variant}", **options)
 
 
 def huggingface_config(variant: str, **options):
-    transformers = _third_party.import_transformers()
+    transformers = third_party.import_transformers()
     return transformers.MobileViTConfig(**{"hidden_dropout_prob": 0.0} | _HUGGINGFACE[variant] | options)
 
 
 def huggingface(variant: str, task: str = "ForImageClassification", **options) -> nn.Module:
     """Without its default dropouts of 0.1, unless asked for."""
-    cls = getattr(_third_party.import_transformers(), f"MobileViT{task}")
+    cls = getattr(third_party.import_transformers(), f"MobileViT{task}")
     return cls(huggingface_config(variant, **{"num_labels": 1000, "classifier_dropout_prob": 0.0} | options))
 
 
 def kornia(variant: str, **options) -> nn.Module:
-    library = _third_party.import_kornia()
+    library = third_party.import_kornia()
     try:
         from kornia.models.vit_mobile import MobileViT  # since 0.8.3
     except ImportError:

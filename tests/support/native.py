@@ -5,13 +5,19 @@ import json
 
 import pytest
 
-from mvit_kernels.backends import library as _library
+from mvit_kernels.backends import library
 
-LIBRARY = _library.LIBRARY_DIRECTORY / "libmvit_kernels_cpu.so"
+LIBRARY = library.LIBRARY_DIRECTORY / "libmvit_kernels_cpu.so"
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that the library has, the best first."""
+    information = json.loads((library.LIBRARY_DIRECTORY / "build_info.json").read_text())["cpu"]
+    return (*reversed(information["isa"]), "portable")
 
 
 def why_not_built() -> str:
-    information = _library.LIBRARY_DIRECTORY / "build_info.json"
+    information = library.LIBRARY_DIRECTORY / "build_info.json"
     if not information.exists():
         return "never built: `make build` does it"
     return json.loads(information.read_text())["cpu"].get("reason", "built, and then lost")

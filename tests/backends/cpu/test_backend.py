@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mvit_kernels.backends import library as _library
+from mvit_kernels.backends import library
 from mvit_kernels.backends.library import raw
 from support.cases import LAYOUTS, backward_arguments, convert, lay_out, make, poisoned, raw_arguments
 from support.checks import (
@@ -30,7 +30,7 @@ skip_without_a_compiler()
 
 def test_the_library_loads():
     assert LIBRARY.exists(), f"the C++ library is not built: {why_not_built()}"
-    assert _library.load("cpu") == ""
+    assert library.load("cpu") == ""
 
 
 # ---------------------------------------------------------------------------------- kernels, on every instruction set

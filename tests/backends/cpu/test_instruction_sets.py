@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from mvit_kernels.backends import library as _library
+from mvit_kernels.backends import library
 from support import TESTS
-from support.native import LIBRARY, skip_without_a_compiler
+from support.native import LIBRARY, instruction_sets, skip_without_a_compiler
 
 skip_without_a_compiler()
 
@@ -34,7 +34,7 @@ OPERATORS_TESTS = [TESTS / "ops" / f"test_{name}.py" for name in OPERATORS]
 OWN_TESTS = [HERE / f"test_{name}.py" for name in ("backend", "rows", "exactness", "reach", "instruction_sets")]
 NETWORK_TESTS = [TESTS / "freezing" / "test_network.py"]
 
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+ISAS = instruction_sets()
 
 
 def _processor_has(isa: str) -> bool:
@@ -61,7 +61,7 @@ ISA_IN_USE = (
 
 
 def _isa_in_use() -> str:
-    _library.load("cpu")
+    library.load("cpu")
     function = ctypes.CDLL(str(LIBRARY)).mvit_kernels_cpu_isa
     function.restype = ctypes.c_char_p
     return function().decode()

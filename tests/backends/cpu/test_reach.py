@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import mvit_kernels
-from mvit_kernels.backends import library as _library
+from mvit_kernels.backends import library
 from mvit_kernels.freezing.modules import FrozenSequential
 from mvit_kernels.freezing.network import TO_SIZE_OF, TO_WHOLE_PATCHES, Builder, Place
 from support.cases import call, convert, make
@@ -167,7 +167,7 @@ def test_kernels_transformer(dtype, sizes, eps):
 def test_kernels_resize():
     """What weighs nothing between two pixels is not read: three columns become four and three again, and the four rows
     stay as they are."""
-    _library.load("cpu")
+    library.load("cpu")
     builder = Builder(2, pairs=False)
     source = builder.copy(Place(0, 0, 2), builder.value(2))
     resized = builder._step(TO_WHOLE_PATCHES, source, builder.value(2), 4, 4)

@@ -11,8 +11,7 @@ import time
 import pytest
 import torch
 
-from mvit_kernels.backends import cpu
-from mvit_kernels.backends import library as _library
+from mvit_kernels.backends import cpu, library
 from mvit_kernels.freezing.modules import FrozenSequential
 from support.native import LIBRARY, skip_without_a_compiler
 from support.networks import Draw, native
@@ -26,7 +25,7 @@ KEPT = 3 * 8 * MB  # of a thread, whatever the calls: kUsual of csrc/cpu/scratch
 def kept() -> int:
     """Bytes that all threads keep."""
     assert not cpu.BACKEND.unavailable("cpu")
-    function = ctypes.CDLL(str(_library.loaded_paths.get("cpu", LIBRARY))).mvit_kernels_cpu_kept_bytes
+    function = ctypes.CDLL(str(library.loaded_paths.get("cpu", LIBRARY))).mvit_kernels_cpu_kept_bytes
     function.restype = ctypes.c_int64
     return function()
 

@@ -13,8 +13,7 @@ import torch
 
 import mvit_kernels
 from mvit_kernels import backends
-from mvit_kernels.backends import cuda, gpu
-from mvit_kernels.backends import library as _library
+from mvit_kernels.backends import cuda, gpu, library
 from mvit_kernels.backends.cuda import packing, plans, transformer
 from mvit_kernels.nn import MobileViT
 from mvit_kernels.ops import transformer_on_map
@@ -358,13 +357,13 @@ def test_few_sequences_go_operator_by_operator(emulated, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------- the library
 
-LIBRARY = _library.LIBRARY_DIRECTORY / "libmvit_kernels_cuda.so"
+LIBRARY = library.LIBRARY_DIRECTORY / "libmvit_kernels_cuda.so"
 
 
 def test_the_library_loads_beside_any_pytorch():
     """Also beside one without CUDA, which lacks one of its symbols; and says what is wrong with the driver."""
     if not LIBRARY.exists():
-        info = json.loads((_library.LIBRARY_DIRECTORY / "build_info.json").read_text())["cuda"]
+        info = json.loads((library.LIBRARY_DIRECTORY / "build_info.json").read_text())["cuda"]
         assert info["reason"].startswith("no CUDA compiler"), info
         pytest.skip(info["reason"])
     code = f"""

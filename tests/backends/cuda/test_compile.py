@@ -11,9 +11,9 @@ import json
 import pytest
 
 from gates.cuda_gate import ARCHITECTURES, TABLE, products, readable, tool, usage
-from mvit_kernels.backends import library as _library
+from mvit_kernels.backends import library
 
-LIBRARY = _library.LIBRARY_DIRECTORY / "libmvit_kernels_cuda.so"
+LIBRARY = library.LIBRARY_DIRECTORY / "libmvit_kernels_cuda.so"
 
 
 def _committed():
@@ -43,7 +43,7 @@ def test_the_whole_table():
 def built_architectures():
     """Those of the library that was built here, with the compiler's version."""
     if not LIBRARY.exists():
-        info = json.loads((_library.LIBRARY_DIRECTORY / "build_info.json").read_text())["cuda"]
+        info = json.loads((library.LIBRARY_DIRECTORY / "build_info.json").read_text())["cuda"]
         assert info["reason"].startswith("no CUDA compiler"), info
         pytest.skip(info["reason"])
     if tool("cuobjdump") is None:
