@@ -3,7 +3,7 @@
 #pragma once
 
 #ifdef MVIT_EMULATED
-#include "emulation/launch.h"
+#include "emulated_cuda/launch.h"
 #else
 
 #include <cuda_runtime.h>

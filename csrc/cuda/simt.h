@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Everything that a kernel asks of the GPU. No other file of csrc/cuda names PTX, an intrinsic, a built-in variable or
-// shared memory, so that the same source runs on the CPU: with MVIT_EMULATED, tests/emulation/simt.h gives these names
+// shared memory, so that the same source runs on the CPU: with MVIT_EMULATED, tests/support/emulated_cuda/simt.h gives these names
 // their meaning there, with a race check and a thread schedule drawn from a seed.
 //
 // What a kernel must keep to: one-dimensional blocks of whole warps; no thread leaves before the others; collectives
@@ -32,7 +32,7 @@ using Shared = uint32_t;  // a place in the block's shared memory: bytes from it
 }  // namespace mvit
 
 #ifdef MVIT_EMULATED
-#include "emulation/simt.h"
+#include "emulated_cuda/simt.h"
 #else
 
 #include <cuda_runtime.h>

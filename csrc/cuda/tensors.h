@@ -3,7 +3,7 @@
 #pragma once
 
 #ifdef MVIT_EMULATED
-#include "emulation/tensors.h"
+#include "emulated_cuda/tensors.h"
 #else
 
 #include <cuda_runtime_api.h>

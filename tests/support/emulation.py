@@ -114,7 +114,7 @@ def _build(name: str, faults: tuple[tuple[str, ...], ...], macros: tuple[str, ..
         for file_name, text in files.items():
             (changed / file_name).write_text(text)
         source = EMULATION / f"{name}.cpp"
-        paths = [f"-I{changed}", f"-I{ROOT / 'tests'}"]
+        paths = [f"-I{changed}", f"-I{TESTS / 'support'}"]
         result = subprocess.run(
             [*command, *paths, str(source), "-o", str(changed / "built.so")], capture_output=True, text=True
         )
@@ -146,7 +146,7 @@ def load_operators(*operators: str) -> None:
     operators = operators or ("patch_attention", *ROWS)
     headers = Path(torch.__file__).parent / "include"
     command = [*compiler(), *FLAGS.split(), "-O0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += [f"-I{KERNELS}", f"-I{ROOT / 'tests'}"]
+    command += [f"-I{KERNELS}", f"-I{TESTS / 'support'}"]
     command += [f"-isystem{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include")]
     wanted = {kernel for name in operators for kernel in KERNELS_OF[name]}
     kernels = [source for source in cuda_sources() if source.path.stem in wanted]
