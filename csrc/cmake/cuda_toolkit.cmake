@@ -88,10 +88,9 @@ endmacro()
 # After enable_language(CUDA): how kernels are compiled. MVIT_CUDA_FLAGS are for build_info.json.
 macro(mvit_set_up_cuda)
   set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
-  set(CMAKE_CUDA_STANDARD 20)
-  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  set(CMAKE_CUDA_EXTENSIONS OFF)
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
-  set(MVIT_CUDA_FLAGS -std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden ${CUDA_CODE_FLAGS})
+  # -std not by CMAKE_CUDA_STANDARD either: CMake before 3.26 knows no C++20 of nvcc's.
+  set(MVIT_KERNEL_FLAGS -std=c++20 --expt-relaxed-constexpr ${CUDA_CODE_FLAGS})
+  set(MVIT_CUDA_FLAGS -O3 -Xcompiler=-fPIC,-fvisibility=hidden ${MVIT_KERNEL_FLAGS})
 endmacro()
