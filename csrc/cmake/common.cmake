@@ -126,9 +126,6 @@ macro(mvit_set_up_cxx)
   # -O0: a third of the time of -O1 to compile, and no access is optimised away. An error ends the process.
   set(CMAKE_CXX_FLAGS_SANITIZE
       "-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
-  set(CMAKE_CXX_STANDARD 20)
-  set(CMAKE_CXX_STANDARD_REQUIRED ON)
-  set(CMAKE_CXX_EXTENSIONS OFF)
   set(CMAKE_POSITION_INDEPENDENT_CODE ON)
   set(CMAKE_CXX_VISIBILITY_PRESET hidden)
   # No rpath: the process that loads the library has torch, whose libraries bear the names asked for.
@@ -144,3 +141,11 @@ macro(mvit_set_up_cxx)
   execute_process(COMMAND "${CMAKE_CXX_COMPILER}" ${mvit_arguments} --version OUTPUT_VARIABLE MVIT_CXX_NAME)
   string(REGEX REPLACE "\n.*" "" MVIT_CXX_NAME "${MVIT_CXX_NAME}")
 endmacro()
+
+# mvit_add_objects(TARGET SOURCE…): C++ sources that are compiled alike. The standard is the target's and no variable:
+# CUDA sources would take that over, and CMake before 3.26 knows no C++20 of nvcc's.
+function(mvit_add_objects target)
+  add_library(${target} OBJECT ${ARGN})
+  target_link_libraries(${target} PRIVATE mvit_cxx)
+  set_target_properties(${target} PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
+endfunction()
