@@ -19,7 +19,7 @@ struct PackedConvolution {
   std::size_t end;
 
   PackedConvolution(const ConvolutionShape& shape, const void* memory) {
-    Pieces pieces(memory);
+    PanelPieces pieces(memory);
     panels = pieces.take<typename P::Operand>(panels_size<P>(shape.out_channels, depth_of(shape)));
     bias = pieces.take<float>(round_up(shape.out_channels, Vec<float>::size));
     end = pieces.at;

@@ -27,7 +27,7 @@ struct PackedInvertedResidual {
 
   PackedInvertedResidual(const InvertedResidualShape& shape, const void* memory) {
     hidden = round_up(shape.hidden, Vec<float>::size);
-    Pieces pieces(memory);
+    PanelPieces pieces(memory);
     expand = pieces.take<Operand>(panels_size<P>(shape.hidden, shape.in_channels));
     depthwise = pieces.take<Operand>(9 * hidden);
     project = pieces.take<Operand>(panels_size<P>(shape.out_channels, shape.hidden));
@@ -83,7 +83,7 @@ struct InvertedResidualScratch {
     block_size = P::rows(Depthwise<P>::left(shape.dilation) + shape.in_width + shape.dilation) * size;
     row_size = hidden / size * block_size;
     row_ld = kConverts ? round_up(shape.in_channels, size) : 0;
-    Pieces pieces(memory);
+    PanelPieces pieces(memory);
     ring = pieces.take<Operand>(ring_rows * row_size);
     zeros = pieces.take<Operand>(block_size);
     buffer = pieces.take<Weight>(kBufferPixels * hidden);

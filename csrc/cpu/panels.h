@@ -23,10 +23,10 @@ MVIT_INLINE void in_lane_blocks(int64_t begin, int64_t end, const Body& body) {
 }
 
 // Pieces of one block of memory, one after another, each on a cache line of its own; from null they only count.
-struct Pieces {
+struct PanelPieces {
   uintptr_t at;
 
-  explicit MVIT_INLINE Pieces(const void* memory) : at(reinterpret_cast<uintptr_t>(memory)) {}
+  explicit MVIT_INLINE PanelPieces(const void* memory) : at(reinterpret_cast<uintptr_t>(memory)) {}
 
   template <typename T>
   MVIT_INLINE T* take(int64_t count) {
