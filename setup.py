@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the compiled libraries by CMake; all else about the package is in pyproject.toml.
+"""Builds the compiled libraries with CMake. Everything else about the package is in pyproject.toml.
 
-    pip install --no-build-isolation .          # compiled, with the torch that is installed
-    pip install --no-build-isolation -e .       # the same, the libraries beside the sources
-    python setup.py build_native --inplace      # the libraries alone; `make build` runs this
+    pip install --no-build-isolation .          # with the libraries, compiled against the installed torch
+    pip install --no-build-isolation -e .       # the same, with the libraries next to the sources
+    python setup.py build_native --inplace      # only the libraries; `make build` runs this
 
-Every way in goes through `build_libraries`. It builds the CMake project ``csrc/cpu`` to ``libmvit_kernels_cpu.so`` in
-``mvit_kernels/lib/``, and where there is a CUDA compiler ``csrc/cuda`` to ``libmvit_kernels_cuda.so``: plain shared
-libraries without Python symbols that speak LibTorch's stable ABI, so that one binary serves every torch >= 2.10 and
-every Python. ``build_info.json`` beside them tells what was built, and how, or why it was not. The package works
-without any library: a failure to build is no failure to install.
+All of them end up in `build_libraries`. It builds the CMake project ``csrc/cpu`` into ``libmvit_kernels_cpu.so`` in
+``mvit_kernels/lib/`` and, if there is a CUDA compiler, ``csrc/cuda`` into ``libmvit_kernels_cuda.so``. These are plain
+shared libraries without Python symbols, built on LibTorch's stable ABI, so that one binary works with every torch >=
+2.10 and every Python. ``build_info.json`` next to them says what was built and how, or why it was not. The package
+works without any library, so a failed build does not make the installation fail.
 
-Why --no-build-isolation: the libraries are compiled against torch's headers. pip's isolated build environment
-has no torch, and asking for one there would download a second torch, several hundred megabytes, for its
-headers alone. An isolated ``pip install .`` therefore installs pure Python, and build_info.json says so.
+Why --no-build-isolation: the libraries are compiled against torch's headers. pip's isolated build environment has no
+torch, and requiring it there would download a second torch, several hundred megabytes, only for its headers. An
+isolated ``pip install .`` therefore installs pure Python, and build_info.json says so.
 
-The environment:
+Environment variables:
 
     MVIT_KERNELS_BUILD   auto (default): build what can be built
-                         require: what belongs here and cannot be built is an error
-                         skip: build nothing, and leave alone what is there
-    CXX                  the C++ compiler (else the first of c++, g++, clang++)
+                         require: a library that applies to this machine and cannot be built is an error
+                         skip: build nothing and keep existing libraries
+    CXX                  the C++ compiler (default: the first of c++, g++, clang++)
     CUDA_HOME            the CUDA toolkit, if nvcc is neither on the PATH nor in /usr/local/cuda
-    TORCH_CUDA_ARCH_LIST the GPUs to compile for, such as "8.0;9.0+PTX" (the default); those below 8.0 are left out
-    MAX_JOBS             how many files are compiled at once (else what ninja thinks best)
+    TORCH_CUDA_ARCH_LIST the GPUs to compile for; default "8.0;9.0+PTX". Entries below 8.0 are ignored
+    MAX_JOBS             number of files compiled in parallel (default: ninja's choice)
     MVIT_KERNELS_SANITIZE
-                         1: build_native --inplace compiles for AddressSanitizer and UndefinedBehaviorSanitizer, into
-                         build/sanitized and not into the package; `make sanitize` runs tests on that
+                         1: build_native --inplace compiles with AddressSanitizer and UndefinedBehaviorSanitizer, into
+                         build/sanitized instead of the package; `make sanitize` runs tests on that
 """
 
 from __future__ import annotations
@@ -47,27 +47,27 @@ from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
-# Relative paths, here and below: setuptools runs this file in the project's folder.
+# Paths are relative, here and below: setuptools runs this file in the project's folder.
 LIBRARY_FOLDER = Path("mvit_kernels", "lib")
 SANITIZE = os.environ.get("MVIT_KERNELS_SANITIZE", "") == "1"
 BUILD_FOLDER = Path("build", "sanitized" if SANITIZE else "native")
 POLICIES = ("auto", "require", "skip")
 LIBRARIES = {"cpu": "C++", "cuda": "CUDA"}
-# What, when it changes, has a library compiled anew; CMake would keep what it found the first time.
+# A change of any of these reconfigures the library from scratch; CMake would keep the values that it found first.
 SETTINGS = {"cpu": ("CXX",), "cuda": ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")}
 COMPILERS = ("c++", "g++", "clang++", "nvcc")
 
 
 class NothingToBuild(Exception):
-    """This library has no place on this machine: never an error."""
+    """This library does not apply to this machine; never an error."""
 
 
 class CannotBuild(Exception):
-    """This library belongs here and could not be built: an error if MVIT_KERNELS_BUILD=require."""
+    """This library applies to this machine but could not be built; an error if MVIT_KERNELS_BUILD=require."""
 
 
 def find_tool(name: str, folder: str) -> str:
-    """The Python package's cmake or ninja, which is not on the PATH of an environment not activated, or another."""
+    """The executable of the Python package `name`, even in an environment not activated; else the one on the PATH."""
     with contextlib.suppress(ImportError):
         packaged = Path(getattr(importlib.import_module(name), folder), name)
         if packaged.exists():
@@ -79,8 +79,8 @@ def find_tool(name: str, folder: str) -> str:
 
 
 def run(command: list[str], quiet: bool = False) -> tuple[int, str]:
-    """Run `command`; return its exit status and all that it printed, which is shown as it comes unless `quiet`."""
-    # `make -j` leaves the name of its job server here, which does not reach through to us.
+    """Run `command` and return its exit status and output. Unless `quiet`, the output is also shown as it arrives."""
+    # `make -j` puts its job server here, whose file descriptors are not passed down to us.
     environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     printed = []
     with subprocess.Popen(
@@ -94,7 +94,7 @@ def run(command: list[str], quiet: bool = False) -> tuple[int, str]:
 
 
 def configure(name: str, folder: Path, cmake: str, ninja: str) -> dict[str, object]:
-    """Run CMake; return what csrc/`name` tells of the library, for build_info.json."""
+    """Run CMake for csrc/`name` and return what it reports about the library, for build_info.json."""
     settings: dict[str, object] = {variable: os.environ.get(variable, "") for variable in SETTINGS[name]}
     settings |= {compiler: shutil.which(compiler) for compiler in COMPILERS}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -111,7 +111,7 @@ def configure(name: str, folder: Path, cmake: str, ninja: str) -> dict[str, obje
     if status:
         if info.get("needed") is False:
             raise NothingToBuild(info["reason"])
-        # CMake's own error: a paragraph after its place, broken into lines.
+        # One of CMake's own errors: its location, then a paragraph broken into lines.
         paragraph = printed.partition("CMake Error")[2].partition(":\n")[2].partition("\n\n")[0]
         raise CannotBuild(info.get("reason") or f"cmake: {' '.join(paragraph.split()) or printed.strip()[-200:]}")
     key.write_text(json.dumps(settings))
@@ -131,8 +131,8 @@ def compile_library(folder: Path, ninja: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one build at a time into `folder`: ninja itself lets in two, which spoil each other's files."""
-    import fcntl  # where there is no such module, nothing is built
+    """Allow one build at a time in `folder`. ninja does not lock: two builds would overwrite each other's files."""
+    import fcntl  # Unix only; elsewhere nothing is built
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -141,7 +141,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def build_library(name: str, destination: Path) -> dict[str, object]:
-    """Build one library into `destination`; return its entry of build_info.json."""
+    """Build one library into `destination` and return its entry in build_info.json."""
     if not Path("csrc", name, "CMakeLists.txt").exists():
         raise NothingToBuild(f"no sources: there is no csrc/{name}/CMakeLists.txt")
     if sys.platform != "linux":
@@ -155,7 +155,7 @@ def build_library(name: str, destination: Path) -> dict[str, object]:
         compile_library(folder, ninja)
         built, installed = folder / target, destination / target
         if not installed.exists() or installed.read_bytes() != built.read_bytes():
-            # Replaced as a whole: a process that has the old library mapped keeps the old one.
+            # Replaced atomically: a process that has the old library mapped keeps it.
             shutil.copy2(built, installed.with_suffix(".new"))
             os.replace(installed.with_suffix(".new"), installed)
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(built.stat().st_mtime))
@@ -165,7 +165,7 @@ def build_library(name: str, destination: Path) -> dict[str, object]:
 def build_libraries(destination: Path, policy: str) -> bool:
     """Build every library into `destination` and write build_info.json there; return whether any was built.
 
-    A library that is not built is removed: an old one would be taken for the sources' own.
+    A library that is not built is removed, since an old one would not match the sources.
     """
     if policy not in POLICIES:
         raise SystemExit(f"error: MVIT_KERNELS_BUILD is {policy!r}, and must be one of {', '.join(POLICIES)}")
@@ -193,7 +193,7 @@ def build_libraries(destination: Path, policy: str) -> bool:
 
 
 class BuildNative(Command):
-    """The sub-command of `build` that makes the libraries (see setuptools' SubCommand protocol)."""
+    """The sub-command of `build` that builds the libraries (see setuptools' SubCommand protocol)."""
 
     description = "compile csrc/ into mvit_kernels/lib"
     user_options = [("build-lib=", "b", "folder to build into"), ("inplace", "i", "build beside the sources")]
@@ -211,7 +211,7 @@ class BuildNative(Command):
         policy = os.environ.get("MVIT_KERNELS_BUILD", "") or "auto"
         beside_sources = self.inplace or self.editable_mode
         if policy == "skip" and beside_sources:
-            return  # what an earlier build left there stays
+            return  # keep what an earlier build left there
         base = Path() if beside_sources else Path(self.build_lib)
         destination = BUILD_FOLDER if SANITIZE else base / LIBRARY_FOLDER
         self.distribution.has_libraries = build_libraries(destination, policy)
@@ -238,7 +238,7 @@ class NativeDistribution(Distribution):
 
 
 class NativeWheel(bdist_wheel):
-    """Tags the wheel py3-none-<platform> when it holds a library and py3-none-any when it does not."""
+    """Tags the wheel py3-none-<platform> if it contains a library, py3-none-any if not."""
 
     def run(self) -> None:
         self.run_command("build")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-# What the projects csrc/cpu and csrc/cuda share. They are two, so that what fails in one does not touch the other.
+# Shared by the CMake projects csrc/cpu and csrc/cuda. They are separate projects, so that a failure of one does not
+# affect the other.
 #
-# Both leave ${CMAKE_BINARY_DIR}/build_info.json for setup.py: how the library is compiled, or {"reason": …} why it is not,
-# with "needed": false where it has no place on this machine, which is never an error.
+# Both write ${CMAKE_BINARY_DIR}/build_info.json for setup.py: how the library is compiled, or {"reason": …} why it is
+# not. "needed": false means that the library does not apply to this machine, which is never an error.
 
 get_filename_component(MVIT_ROOT "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)
 set(CMAKE_EXPORT_COMPILE_COMMANDS ON) # for editors: see .clangd
@@ -45,7 +46,7 @@ function(mvit_refuse needed reason)
   message(FATAL_ERROR "${reason}")
 endfunction()
 
-# mvit_cannot_build("the reason, and what to do"): the library belongs here, and this is in its way
+# mvit_cannot_build("the reason, and what to do"): the library applies to this machine, and this prevents the build
 macro(mvit_cannot_build reason)
   mvit_refuse(true "${reason}")
 endmacro()
@@ -54,11 +55,11 @@ macro(mvit_nothing_to_build reason)
   mvit_refuse(false "${reason}")
 endmacro()
 
-# -- What libraries are built with ---------------------------------------------------------------------------------
+# -- Compilers and libraries ---------------------------------------------------------------------------------------
 
-# The target torch_stable_abi: torch's headers, and TORCH_FOLDER and TORCH_VERSION. Not find_package(Torch): that brings
-# torch's own compiler flags, its CUDA and its C++ ABI, of which a library on the stable ABI wants nothing, and takes
-# seconds. Found by Python's find_spec, without the second that importing torch takes.
+# Defines the target torch_stable_abi (torch's headers), TORCH_FOLDER and TORCH_VERSION. Not find_package(Torch): it
+# takes seconds and adds torch's own compiler flags, CUDA and C++ ABI, none of which apply to a library on the stable
+# ABI. Python's find_spec locates torch without the second that importing it takes.
 macro(mvit_find_torch)
   find_package(Python 3.10 COMPONENTS Interpreter REQUIRED)
   execute_process(
@@ -80,17 +81,17 @@ if spec and spec.submodule_search_locations:
     mvit_cannot_build("torch ${TORCH_VERSION} lacks the stable ABI that is needed: install torch 2.10 or newer")
   endif()
   add_library(torch_stable_abi INTERFACE)
-  # SYSTEM: torch's headers, kept from our warnings
+  # SYSTEM: no warnings from torch's headers
   target_include_directories(torch_stable_abi SYSTEM INTERFACE "${TORCH_FOLDER}/include"
                                                                "${TORCH_FOLDER}/include/torch/csrc/api/include")
-  # The ABI of 2.10, whatever torch the headers are of: one library serves every torch from there on.
+  # Target the ABI of torch 2.10 whatever the version of the headers: one library serves every torch from 2.10 on.
   target_compile_definitions(torch_stable_abi INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
 endmacro()
 
-# Has enable_language(CXX) find $CXX, which may carry arguments ("g++ -m64") and a launcher ("ccache g++"), else the first
-# of the usual names. CMake itself would look into folders beside those on the PATH.
+# Makes enable_language(CXX) use $CXX, which may contain arguments ("g++ -m64") and a launcher ("ccache g++"), else the
+# first of the usual names on the PATH. CMake itself would also search folders that are not on the PATH.
 macro(mvit_find_cxx_compiler)
-  # Flags of the environment are not for this build: conda's CXXFLAGS and LDFLAGS, for one, name a processor and an rpath.
+  # Ignore flags from the environment. conda's CXXFLAGS and LDFLAGS, for example, set a processor and an rpath.
   foreach(variable IN ITEMS CXXFLAGS CPPFLAGS LDFLAGS CUDAFLAGS)
     unset(ENV{${variable}})
   endforeach()
@@ -117,24 +118,24 @@ macro(mvit_find_cxx_compiler)
   endif()
 endmacro()
 
-# After enable_language(CXX): how all C++ here is compiled and linked. MVIT_CXX_FLAGS are for build_info.json.
+# After enable_language(CXX): compile and link options of all C++ here. MVIT_CXX_FLAGS is for build_info.json.
 macro(mvit_set_up_cxx)
   if(NOT CMAKE_BUILD_TYPE)
     set(CMAKE_BUILD_TYPE Release)
   endif()
   set(CMAKE_CXX_FLAGS_RELEASE "-O3")
-  # -O0: a third of the time of -O1 to compile, and no access is optimised away. An error ends the process.
+  # -O0 compiles in a third of the time of -O1, and no access is optimised away. An error ends the process.
   set(CMAKE_CXX_FLAGS_SANITIZE
       "-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
   set(CMAKE_POSITION_INDEPENDENT_CODE ON)
   set(CMAKE_CXX_VISIBILITY_PRESET hidden)
-  # No rpath: the process that loads the library has torch, whose libraries bear the names asked for.
+  # No rpath: the process that loads the library has already loaded torch's libraries, which have the required names.
   set(CMAKE_SKIP_RPATH ON)
 
   string(TOUPPER "CMAKE_CXX_FLAGS_${CMAKE_BUILD_TYPE}" mvit_flags)
   separate_arguments(MVIT_CXX_FLAGS UNIX_COMMAND "${${mvit_flags}} -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra")
   add_library(mvit_cxx INTERFACE)
-  # Texts of errors have the names of files: those below csrc, wherever that lies.
+  # Error messages contain file names (__FILE__): relative to the repository, wherever it is.
   target_compile_options(mvit_cxx INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -fmacro-prefix-map=${MVIT_ROOT}/=>)
 
   separate_arguments(mvit_arguments UNIX_COMMAND "${CMAKE_CXX_COMPILER_ARG1}")

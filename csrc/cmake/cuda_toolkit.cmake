@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# The CUDA toolkit of csrc/cuda: each macro is one question, asked before CMake's enable_language(CUDA), whose own errors
-# are pages long.
+# The CUDA toolkit of csrc/cuda. Each macro checks one thing before CMake's enable_language(CUDA), whose own error
+# messages are pages long.
 
-# nvcc of $CUDA_HOME or $CUDA_PATH, the PATH, or the usual folder
+# Finds nvcc: in $CUDA_HOME or $CUDA_PATH, on the PATH, or in the default folder.
 macro(mvit_find_nvcc)
   set(CUDA_FOLDER "$ENV{CUDA_HOME}")
   if(NOT CUDA_FOLDER)
@@ -22,9 +22,9 @@ the kernels in CUDA C++ want a CUDA toolkit, and nothing else does")
   endif()
 endmacro()
 
-# CUDA_CODES, what the library has of $TORCH_CUDA_ARCH_LIST, which is written as torch's own builds have it, and
-# CUDA_CODE_FLAGS, nvcc's for that. Not by CMAKE_CUDA_ARCHITECTURES: CMake 3.25 knows no 90a, and later ones no more than
-# was there when they were made.
+# Sets CUDA_CODES, the code and PTX that the library will contain, from $TORCH_CUDA_ARCH_LIST, which has the syntax of
+# torch's own builds, and CUDA_CODE_FLAGS, nvcc's options for it. Not CMAKE_CUDA_ARCHITECTURES: CMake 3.25 rejects 90a, and
+# each later release knows only the architectures of its time.
 macro(mvit_set_cuda_architectures default)
   set(wanted "$ENV{TORCH_CUDA_ARCH_LIST}")
   if(NOT wanted)
@@ -41,7 +41,7 @@ semicolons")
     if(CMAKE_MATCH_1 GREATER_EQUAL 8)
       set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3}")
       list(APPEND numbers ${number})
-      set(ptx_of_${number} "${CMAKE_MATCH_4}") # of one that is named twice, the last
+      set(ptx_of_${number} "${CMAKE_MATCH_4}") # for duplicates the last one counts
     endif()
   endforeach()
   if(NOT numbers)
@@ -62,8 +62,8 @@ semicolons")
   endforeach()
 endmacro()
 
-# TOOLKIT_INCLUDES and TOOLKIT_LIBRARIES, the folders that nvcc itself would name to the C++ compiler: unlike
-# find_package(CUDAToolkit) that knows every layout, also of toolkits in parts.
+# Sets TOOLKIT_INCLUDES and TOOLKIT_LIBRARIES, the folders that nvcc itself passes to the C++ compiler. Unlike
+# find_package(CUDAToolkit) this works for every layout, including toolkits installed in parts.
 macro(mvit_find_toolkit_paths)
   execute_process(
     COMMAND "${NVCC}" -dryrun -E -x cu /dev/null
@@ -85,7 +85,7 @@ macro(mvit_find_toolkit_paths)
   endif()
 endmacro()
 
-# After enable_language(CUDA): how kernels are compiled. MVIT_CUDA_FLAGS are for build_info.json.
+# After enable_language(CUDA): compile options of the kernels. MVIT_CUDA_FLAGS is for build_info.json.
 macro(mvit_set_up_cuda)
   set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-# The list of instruction sets of csrc/cpu/CMakeLists.txt, and what the C++ sources are told of it.
+# Implements the list of instruction sets in csrc/cpu/CMakeLists.txt, and generates the header that passes it to the C++
+# sources.
 
 include(CheckCXXSourceCompiles)
 
-set(INSTRUCTION_SETS) # that this compiler can compile for, from the lowest to the highest
+set(INSTRUCTION_SETS) # those that this compiler supports, from the lowest to the highest
 set(INSTRUCTION_SETS_LEFT_OUT)
 set(INSTRUCTION_SETS_KNOWN)
 
-# instruction_set(NAME VECTOR_BYTES n [BF16_PAIRS] [FLAGS …]): BF16_PAIRS where it has products of bfloat16 pairs
+# instruction_set(NAME VECTOR_BYTES n [BF16_PAIRS] [FLAGS …]); BF16_PAIRS if the set has products of bfloat16 pairs
 function(instruction_set name)
   cmake_parse_arguments(PARSE_ARGV 1 given "BF16_PAIRS" "VECTOR_BYTES" "FLAGS")
   set(supported)
   foreach(flag IN LISTS given_FLAGS)
-    # F16C is in every processor that has AVX2, and compilers of before 2021 cannot ask for it.
+    # Every processor with AVX2 has F16C, and compilers from before 2021 cannot test for it.
     if(flag MATCHES "^-m([a-z0-9]+)$" AND NOT flag STREQUAL "-mf16c")
       list(APPEND supported "__builtin_cpu_supports(\"${CMAKE_MATCH_1}\")")
     endif()
@@ -38,7 +39,7 @@ function(instruction_set name)
   set(${name}_SUPPORTED ${supported} PARENT_SCOPE)
 endfunction()
 
-# The header that csrc/cpu/isa.h describes
+# Writes the header that csrc/cpu/isa.h describes.
 function(write_instruction_sets header)
   set(entries)
   foreach(isa IN LISTS INSTRUCTION_SETS)

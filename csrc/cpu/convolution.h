@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the frozen network tells the dense convolution's kernels (convolution_kernel.cpp). No public operator has one.
+// Interface between the frozen network (network.cpp) and the dense-convolution kernels (convolution_kernel.cpp):
+// shapes, arguments and the dispatch table. There is no public convolution operator.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +14,7 @@ namespace mvit {
 struct ConvolutionShape {
   int64_t in_height, in_width, in_channels, out_channels;
   int64_t kernel, stride, dilation;  // 1 or 3; 1 or 2; any
-  bool silu;                         // of the result
+  bool silu;                         // apply SiLU to the result
 
   int64_t out_height() const { return (in_height - 1) / stride + 1; }
   int64_t out_width() const { return (in_width - 1) / stride + 1; }
@@ -21,16 +22,18 @@ struct ConvolutionShape {
 
 struct ConvolutionArgs {
   ConvolutionShape shape;
-  Map in;   // data is pixel (0, 0); for kernel 3 there are `dilation` columns and rows of zeros all round it
-  Map out;  // no pixel of it is one of `in`
+  Map in;   // data points at pixel (0, 0); kernel 3 needs a border of `dilation` zero pixels on every side
+  Map out;  // must not overlap `in`
   const void* packed;
 };
 
-// The work is shared out in units, column panels × output rows, the rows of one panel adjacent: many rows or, for small
-// maps of many channels, many panels. A unit's result does not depend on the units that it is run with.
+// Work is divided into units: column panels × output rows, with the rows of one panel consecutive. There are many rows,
+// or, for small maps with many channels, many panels. A unit's result does not depend on which units run in the same
+// call.
 struct ConvolutionKernels {
-  std::size_t (*packed_bytes)(const ConvolutionShape&);  // of weights and bias, to be aligned to 64 bytes
-  // weight (out, in, kernel, kernel), contiguous, of the arithmetic's dtype; bias may be null
+  // Size of packed weights and bias; align the buffer to 64 bytes.
+  std::size_t (*packed_bytes)(const ConvolutionShape&);
+  // weight: (out, in, kernel, kernel), contiguous, in the operand dtype of the arithmetic. bias may be null.
   void (*pack)(const ConvolutionShape&, const void* weight, const float* bias, void* packed);
   int64_t (*units)(const ConvolutionShape&);
   void (*run)(const ConvolutionArgs&, int64_t image, int64_t begin, int64_t end);
@@ -38,7 +41,8 @@ struct ConvolutionKernels {
 
 struct ConvolutionTable {
   ConvolutionKernels single;  // float32 maps and weights
-  ConvolutionKernels pairs;   // bfloat16 maps and weights, in_channels even; null functions where the set has none
+  // bfloat16 maps and weights, in_channels even; null functions if the instruction set has no pairs
+  ConvolutionKernels pairs;
 };
 
 MVIT_DECLARE_KERNELS(ConvolutionTable, convolution);

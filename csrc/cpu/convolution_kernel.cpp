@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A dense convolution as a direct product: the rows of the left operand are the input's pixels where they lie, seen
-// through each tap of the kernel in turn, and the right operand is the packed weights, (taps · in_channels) × columns.
-// No im2col, and no edge: a border of zeros round the input serves for padding.
+// Direct dense convolution, 1×1 and 3×3. The rows of the left operand are input pixels, read in place through one
+// kernel tap after another; the right operand is the packed weights, (taps · in_channels) × columns. No im2col, and no
+// edge cases: the input map carries its zero padding as a border.
 #include "convolution.h"
 #include "panels.h"
 
@@ -15,11 +15,11 @@ MVIT_INLINE int64_t depth_of(const ConvolutionShape& shape) {
 template <typename P>
 struct PackedConvolution {
   typename P::Operand* panels;  // of (kernel row, kernel column, in_channel) × out_channels
-  float* bias;                  // whole vectors
+  float* bias;                  // padded to whole vectors
   std::size_t end;
 
   PackedConvolution(const ConvolutionShape& shape, const void* memory) {
-    Pieces pieces(memory);
+    PanelPieces pieces(memory);
     panels = pieces.take<typename P::Operand>(panels_size<P>(shape.out_channels, depth_of(shape)));
     bias = pieces.take<float>(round_up(shape.out_channels, Vec<float>::size));
     end = pieces.at;
@@ -46,7 +46,7 @@ inline int64_t convolution_units(const ConvolutionShape& shape) {
   return panel_count<float>(shape.out_channels) * shape.out_height();
 }
 
-// Pixels of a map row after row, `stride` apart, from the first one of row `begin`.
+// The pixels of a map in row-major order, `stride` apart, starting with the first pixel of row `begin`.
 template <typename E>
 struct Pixels {
   E* first;
@@ -58,7 +58,7 @@ struct Pixels {
         column_stride(stride * map.column_stride),
         width(columns) {}
 
-  // p[r] = pixel begin + r
+  // p[r] = address of pixel begin + r
   template <int R>
   MVIT_INLINE void locate(int64_t begin, E* (&p)[R]) const {
     int64_t column = begin % width;
@@ -74,7 +74,8 @@ struct Pixels {
   }
 };
 
-// multiply_add (see there) for rows of the left operand that lie anywhere: A(r, k) is a[r][offset + k].
+// multiply_add (see microkernel.h) with a left operand whose rows are at arbitrary addresses:
+// A(r, k) is a[r][offset + k].
 template <int R, int V>
 MVIT_INLINE void multiply_add_at(Vec<float> (&tile)[R][V], const float* const (&a)[R], int64_t offset, const float* b,
                                  int64_t depth) {
@@ -120,7 +121,7 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
   const ConvolutionShape& shape = args.shape;
   const PackedConvolution<P> packed(shape, args.packed);
   const int64_t rows = shape.out_height(), columns = shape.out_width();
-  // Taps of one kernel row that lie next to one another are one run of the depth.
+  // Taps of one kernel row that are adjacent in memory form a single run along the depth.
   const bool adjacent = shape.kernel == 3 && shape.dilation == 1 && args.in.column_stride == shape.in_channels;
   const int64_t runs = adjacent ? 1 : shape.kernel, depth = P::rows(depth_of(shape) / (shape.kernel * runs));
   const int64_t run_stride = shape.dilation * args.in.column_stride, tap_row = shape.dilation * args.in.row_stride;
@@ -145,7 +146,8 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
       begin_with_bias(tile, bias);
       const auto* b = weights;
       float sums[R * V * Vec<float>::size];
-      int64_t in_block = 0;  // steps of the block at hand: short runs share one, such as an image's three of 12 values
+      // Steps in the current block of the sum. Short runs share a block: an RGB image has three runs of 9 values.
+      int64_t in_block = 0;
       bool parked = false;
       const auto end_block = [&] {
         if (parked) add_tile(tile, sums, V * Vec<float>::size);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The depthwise 3 × 3 convolution of inverted_residual_kernel.cpp: how an arithmetic lays out a row of one block of channels
-// (a vector of them, [position][channel]) and what it makes of three rows. Zeros lie on either side of a row, so that
-// no pixel is at an edge.
+// The depthwise 3×3 convolution of inverted_residual_kernel.cpp: for each arithmetic policy P, the layout of one row of
+// one channel block (one vector of channels, [position][channel]), and the filter over three such rows. Every row has
+// zeros on both sides, so no pixel is a special case at the left or right edge.
 #pragma once
 
 #include "panels.h"
@@ -12,10 +12,10 @@ namespace MVIT_ISA {
 template <typename P>
 struct Depthwise;
 
-// For float: a vector of channels for each position.
+// float: one vector of channels per position.
 template <typename T>
 struct Depthwise<Plain<T>> {
-  // The position of column 0.
+  // Position of column 0 in a row.
   static MVIT_INLINE int64_t left(int64_t dilation) { return dilation; }
 
   template <int R, int V>
@@ -26,14 +26,15 @@ struct Depthwise<Plain<T>> {
       for (int r = 0; r < R; ++r) store(row + v * block_size + (position + r) * Vec<T>::size, tile[r][v]);
   }
 
-  // [tap][channel] of the weights [channel][tap]
+  // Packs weights [channel][tap] as [tap][channel].
   static MVIT_INLINE void pack(T* packed, const T* weight, int64_t channels) {
     for (int64_t tap = 0; tap < 9; ++tap)
       for (int64_t i = 0; i < Vec<T>::size; ++i)
         packed[tap * Vec<T>::size + i] = i < channels ? weight[i * 9 + tap] : 0;
   }
 
-  // The weights of a block in registers, for stride and dilation as numbers, or 0 and 0 for any.
+  // The weights of a channel block in registers. kStride and kDilation are compile-time values; 0 and 0 mean that both
+  // are read at run time.
   template <int kStride, int kDilation>
   struct Filter {
     Vec<T> weight[9];
@@ -45,7 +46,7 @@ struct Depthwise<Plain<T>> {
       for (int tap = 0; tap < 9; ++tap) weight[tap] = load(packed + tap * Vec<T>::size);
     }
 
-    // sum[n] += the filter over output pixel `pixel + n`; rows begin at their block of channels.
+    // sum[n] += the filter at output pixel `pixel + n`; the row pointers point at the start of their channel block.
     template <int N>
     MVIT_INLINE void add(Vec<T> (&sum)[N], const T* const (&row)[3], int64_t pixel) const {
 #pragma GCC unroll 3
@@ -62,10 +63,10 @@ struct Depthwise<Plain<T>> {
 };
 
 #if defined(MVIT_BF16_PAIRS)
-// For bfloat16: pairs of adjacent positions, column 0 in the lower half of one. A pair's product with a pair of weights
-// is two taps at once, and three taps are two products: of the pixels (2i - 1 | 2i, 2i + 1) or (2i, 2i + 1 | 2i + 2).
-// Six products then do for nine, and nothing is converted. The fourth pixel is read as zero: weighing 0 it would still
-// make a NaN of a NaN or an infinity.
+// bfloat16: pairs of adjacent positions, with column 0 in the lower half of its pair. The product of a pair of pixels
+// and a pair of weights covers two taps, so three taps are two products: over the pixels (2i - 1 | 2i, 2i + 1) or
+// (2i, 2i + 1 | 2i + 2). Six products replace nine, and nothing is converted. The fourth pixel is masked to zero: even
+// with weight 0, a NaN or infinity there would give NaN.
 template <>
 struct Depthwise<Bf16Pairs> {
   static MVIT_INLINE int64_t left(int64_t dilation) { return round_up(dilation, 2); }
@@ -92,7 +93,7 @@ struct Depthwise<Bf16Pairs> {
     return pairs;
   }
 
-  static constexpr __mmask32 kFirst = 0x55555555, kSecond = 0xaaaaaaaa;  // of each pair
+  static constexpr __mmask32 kFirst = 0x55555555, kSecond = 0xaaaaaaaa;  // lower and upper half of each pair
   static MVIT_INLINE NativeBits load_one_of_pairs(const bf16x2* p, __mmask32 which) {
     look_at(p, 16);
     return NativeBits(_mm512_maskz_loadu_epi16(which, p));
@@ -139,7 +140,7 @@ struct Depthwise<Bf16Pairs> {
 };
 
 template <>
-struct Depthwise<Bf16Pairs>::Filter<0, 0> {  // tap by tap
+struct Depthwise<Bf16Pairs>::Filter<0, 0> {  // any stride and dilation: one tap at a time
   NativeBits weight[9];
   int64_t stride, dilation;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// e^x, 2^x and log x of a register.
+// Vectorised e^x, 2^x and log x on one register.
 #pragma once
 
 #include "vec.h"
@@ -7,8 +7,8 @@
 namespace mvit {
 namespace MVIT_ISA {
 
-// e^x is 2^n · 2^f with n = round(x · log2(e)) and f in [-1/2, 1/2]. The polynomials minimise the relative error of 2^f
-// there with the constant term held at 1, so that e^0 is exactly 1: 2.6e-9 for float, 1.8e-17 for double.
+// e^x = 2^n · 2^f with n = round(x · log2(e)) and f in [-1/2, 1/2]. The polynomials minimise the relative error of 2^f
+// on that interval with the constant term fixed at 1, so that e^0 is exactly 1: 2.6e-9 for float, 1.8e-17 for double.
 template <typename T>
 struct Exp;
 template <>
@@ -17,7 +17,7 @@ struct Exp<float> {
   static constexpr float coefficient[degree + 1] = {1.0f,           0.6931472149680279f, 0.24022652782887738f,
                                                     0.05550310551013797f, 0.009617692992973063f, 0.001340664390235176f,
                                                     0.00015594678161326619f};
-  static constexpr float lowest = -88.029691f, highest = 88.722839f;  // ln(2^-127), ln(2^128): 0 and infinity
+  static constexpr float lowest = -88.029691f, highest = 88.722839f;  // ln(2^-127), ln(2^128): results 0 and infinity
   static constexpr float round_and_bias = 12582912.0f + 127;   // 1.5 · 2^23: adding it leaves n + 127 in the low bits
   static constexpr float log2e = 1.44269504088896340736f, log2e_rest = 1.92596303e-8f;
   static constexpr float ln2 = 0.693359375f, ln2_rest = -2.12194440e-4f;  // n · ln2 is exact
@@ -41,19 +41,21 @@ struct Exp<double> {
       4.078071929588336665e-10,
   };
   static constexpr double lowest = -709.08956571282405, highest = 709.78271289338400;
-  static constexpr double round_and_bias = 6755399441055744.0 + 1023;  // 1.5 · 2^52
+  static constexpr double round_and_bias = 6755399441055744.0 + 1023;  // 1.5 · 2^52, as above
   static constexpr double log2e = 1.44269504088896340736, log2e_rest = 2.03552737409310331e-17;
   static constexpr double ln2 = 6.93147180369123816490e-01, ln2_rest = 1.90821492927058770002e-10;
   static constexpr int mantissa_bits = 52;
 };
 
-// x = n + f, n whole and |f| <= 1/2; off AVX-512 `biased` holds n + bias in its low bits, which is 2^n's exponent.
+// x = n + f, n an integer and |f| <= 1/2. Except on AVX-512, `biased` holds n + bias in its low bits: the exponent
+// field of 2^n.
 template <typename T>
 struct WholeAndRest {
   Vec<T> whole, rest, biased;
 };
 
-// Of factor · x, fused: the product is not rounded before its whole part, all of its high bits, is gone.
+// Splits factor · x. The remainder is computed with an FMA, so the product is not rounded before its integer part is
+// subtracted.
 template <typename T>
 MVIT_INLINE WholeAndRest<T> whole_and_rest(Vec<T> x, Vec<T> factor) {
   WholeAndRest<T> parts;
@@ -90,8 +92,8 @@ MVIT_INLINE Vec<T> exp2(const WholeAndRest<T>& parts) {
 #endif
 }
 
-// e^x within 2 units in the last place, 0 for results below the normal numbers, infinity above them, NaN for NaN. Of
-// infinity itself it is infinity or, on AVX-512, whose scalef wants no bound for finite numbers, NaN.
+// e^x to within 2 ulp; 0 where the result would be subnormal, infinity on overflow, NaN for NaN. For x = infinity the
+// result is infinity, except on AVX-512, where it is NaN: scalef needs no upper clamp for finite x, so there is none.
 template <typename T>
 MVIT_INLINE Vec<T> exp(Vec<T> x) {
   x = maximum(Vec<T>(Exp<T>::lowest), x);
@@ -100,8 +102,8 @@ MVIT_INLINE Vec<T> exp(Vec<T> x) {
 #endif
   WholeAndRest<T> parts = whole_and_rest(x, Vec<T>(Exp<T>::log2e));
 #if MVIT_VECTOR_BYTES >= 32
-  parts.rest = fma(x, Vec<T>(Exp<T>::log2e_rest), parts.rest);  // without it e^-80 is 17 units off
-#else  // x · log2(e) may have been rounded: 60 units
+  parts.rest = fma(x, Vec<T>(Exp<T>::log2e_rest), parts.rest);  // without this term e^-80 is off by 17 ulp
+#else  // no guaranteed FMA: x · log2(e) may have been rounded, which costs 60 ulp
   parts.rest = fma(parts.whole, Vec<T>(-Exp<T>::ln2_rest), fma(parts.whole, Vec<T>(-Exp<T>::ln2), x));
   parts.rest = parts.rest * Vec<T>(Exp<T>::log2e);
 #endif
@@ -109,18 +111,19 @@ MVIT_INLINE Vec<T> exp(Vec<T> x) {
 }
 
 #if MVIT_VECTOR_BYTES == 64
-// e^-x for SiLU, which a product with few channels waits for: each operation here is 2 % of such an inverted residual. It is
-// 2^w · e^-r with w = n + j / 16 in the low bits of `shifted`, 2^(j/16) from a register and |r| <= ln(2) / 32, where three
-// terms suffice: the last two minimise the relative error, 1.6e-9. ln 2 in one constant leaves 0.1 units in the last place
-// at x = -5 and 2 at -80. From 1024 on the results are 0 and infinity; NaN's is a number, and SiLU's numerator NaN.
+// e^-x for SiLU. It is on the critical path of products with few channels: each operation here costs up to 2 % of such
+// an inverted residual. e^-x = 2^w · e^-r, where w = n + j / 16 is in the low bits of `shifted`, 2^(j/16) comes from a
+// table in one register and |r| <= ln(2) / 32, so three terms suffice; the last two coefficients minimise the relative
+// error, 1.6e-9. Using a single constant for ln 2 costs 0.1 ulp at x = -5 and 2 ulp at x = -80. For |x| >= 1024 the
+// result is 0 or infinity. NaN gives a finite number; SiLU is NaN regardless because its numerator is.
 alignas(64) constexpr float kPowersOfTwo[16] = {  // 2^(j/16)
     1.0f, 1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
     1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
     1.68179286f, 1.75625217f, 1.8340081f, 1.91520655f};
 MVIT_INLINE Vec<float> exp_of_minus(Vec<float> x) {
-  constexpr int least_magnitude = 2;  // of the two, with the first one's sign
+  constexpr int least_magnitude = 2;  // the operand of smaller magnitude, with the sign of the first
   const Vec<float> bounded(_mm512_maskz_range_ps(-1, x.native, Vec<float>(1024.0f).native, least_magnitude));
-  const Vec<float> round(1.5f * (1 << 19));  // adding it leaves sixteenths
+  const Vec<float> round(1.5f * (1 << 19));  // adding it rounds to a multiple of 1/16
   const Vec<float> shifted = fma(bounded, Vec<float>(-Exp<float>::log2e), round), whole = shifted - round;
   const Vec<float> power(
       _mm512_maskz_permutexvar_ps(-1, _mm512_castps_si512(shifted.native), _mm512_load_ps(kPowersOfTwo)));
@@ -131,13 +134,14 @@ MVIT_INLINE Vec<float> exp_of_minus(Vec<float> x) {
 }
 #endif
 
-// 2^x, the same as exp. AVX-512's scalef takes the exponent from x itself, its reduce the rest in [0, 1): no bounds to keep.
+// 2^x, with the accuracy of exp. On AVX-512 scalef takes the exponent from x itself and reduce gives the fraction in
+// [0, 1), so x needs no clamping.
 template <typename T>
 MVIT_INLINE Vec<T> exp2(Vec<T> x) {
 #if MVIT_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {
     const Vec<T> rest(_mm512_maskz_reduce_ps(-1, x.native, _MM_FROUND_TO_NEG_INF));  // 0 for infinity
-    // minimises the relative error of 2^rest there with the constant term held at 1: 8.2e-8, 1.4e-7 with rounding
+    // Minimax in relative error of 2^rest on [0, 1) with the constant term fixed at 1: 8.2e-8, 1.4e-7 with rounding.
     Vec<T> p(0.001867131f);
     p = fma(p, rest, Vec<T>(0.009017027f));
     p = fma(p, rest, Vec<T>(0.055799916f));
@@ -152,7 +156,7 @@ MVIT_INLINE Vec<T> exp2(Vec<T> x) {
   return exp2(whole_and_rest(x, Vec<T>(T(1))));
 }
 
-// The natural logarithm of normal positive numbers: x = 2^e · m with m in [sqrt(1/2), sqrt(2)), and
+// Natural logarithm of positive normal numbers: x = 2^e · m with m in [sqrt(1/2), sqrt(2)), and
 // log m = 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + …) with s = (m - 1) / (m + 1), |s| <= 0.1716.
 template <typename T>
 MVIT_INLINE Vec<T> log(Vec<T> x) {
@@ -171,7 +175,7 @@ MVIT_INLINE Vec<T> log(Vec<T> x) {
   for (int i = terms - 2; i >= 0; --i) series = fma(series, s2, Vec<T>(T(2) / (2 * i + 1)));
   const Vec<T> e = __builtin_convertvector(exponent, Native);
   const Vec<T> result = fma(e, Vec<T>(T(0.693147180559945309417)), s * series);
-  return result + (x - x);  // the bits of a NaN or infinity would give a number
+  return result + (x - x);  // makes NaN of NaN and infinity, whose bit patterns would otherwise give a number
 }
 
 }  // namespace MVIT_ISA

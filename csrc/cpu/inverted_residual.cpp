@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// inverted_residual.cpu: checks, memory and threads around inverted_residual_kernel.cpp.
+// Front end of inverted_residual.cpu: argument checks, allocation, weight packing and threading around
+// inverted_residual_kernel.cpp.
 #include "inverted_residual.h"
 
 #include <algorithm>
@@ -36,8 +37,8 @@ InvertedResidualShape shape_of(const Tensor& x, const Tensor& expand_weight, con
   return shape.with_least_dilation();
 }
 
-// Strips of the output's rows that an image is cut into so that all threads have the same work: none where there are
-// images enough.
+// Number of strips of output rows per image, chosen so that all threads get the same amount of work; 1 when there are
+// enough images.
 int64_t strips_of_an_image(const InvertedResidualShape& shape, int64_t images) {
   const int64_t threads = torch::stable::get_num_threads();
   if (images >= 4 * threads) return 1;
@@ -90,7 +91,7 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& expand_weight, 
   const std::size_t scratch_bytes = kernels.scratch_bytes(shape);
   parallel_for(images * strips, flops_of(shape) / static_cast<double>(strips), [&](int64_t begin, int64_t end) {
     const Scratch memory(scratch_bytes);
-    while (begin < end) {  // adjacent strips of an image are one call
+    while (begin < end) {  // adjacent strips of one image are merged into one call
       const int64_t image = begin / strips, last = std::min(end, (image + 1) * strips);
       kernels.run(args, image, (begin - image * strips) * rows / strips, (last - image * strips) * rows / strips,
                   memory.data());

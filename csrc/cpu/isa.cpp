@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+// Run-time selection of the instruction set: the best one that the CPU and the operating system support, or the one
+// named by MVIT_KERNELS_CPU_ISA. Also exports what Python asks about it.
 #include "isa.h"
 
 #include <cstdlib>
@@ -15,7 +17,7 @@ struct InstructionSet {
   bool (*supported)();
 };
 
-// __builtin_cpu_supports also asks whether the operating system saves the registers.
+// __builtin_cpu_supports also checks that the operating system saves the registers.
 #define MVIT_ENTRY(set, plain_set, vector_bytes, bf16_pairs, supported) \
   {#set, vector_bytes, bf16_pairs, [] { return static_cast<bool>(supported); }},
 constexpr InstructionSet kBestFirst[] = {MVIT_INSTRUCTION_SETS(MVIT_ENTRY)};
@@ -34,7 +36,7 @@ std::string all_known() {  // "avx2 and portable"
 int choose() {
   const char* variable = std::getenv("MVIT_KERNELS_CPU_ISA");
   const std::string wanted = variable == nullptr ? "" : variable;
-  for (int i = 0; i < kCount; ++i)  // the last, portable, is always supported
+  for (int i = 0; i < kCount; ++i)  // the last entry, portable, is always supported
     if ((wanted.empty() || wanted == kBestFirst[i].name) && kBestFirst[i].supported()) return i;
   for (const char* name : kKnown)
     if (wanted == name)
@@ -48,7 +50,7 @@ int choose() {
 }  // namespace
 
 int current_isa() {
-  static const int isa = choose();  // a throwing initialiser runs again at the next call, and throws again
+  static const int isa = choose();  // if the initialiser throws, the next call runs it again
   return isa;
 }
 
@@ -56,8 +58,8 @@ bool this_cpu_has_bf16_pairs() { return kBestFirst[current_isa()].bf16_pairs; }
 
 }  // namespace mvit
 
-// For Python, by ctypes: the set in use, its vectors' bytes and whether it has products of bfloat16 pairs; the empty string
-// and zeros where MVIT_KERNELS_CPU_ISA is wrong.
+// For Python (ctypes): name of the instruction set in use, its vector width in bytes and whether it has products of
+// bfloat16 pairs. An empty string and zeros if MVIT_KERNELS_CPU_ISA is invalid.
 #define MVIT_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {

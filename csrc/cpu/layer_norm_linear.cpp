@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_linear.cpu and layer_norm_linear_backward.cpu: checks and memory around layer_norm_linear_kernel.cpp.
+// Front end of layer_norm_linear.cpu and layer_norm_linear_backward.cpu: argument checks and allocation around
+// layer_norm_linear_kernel.cpp.
 #include "layer_norm_linear.h"
 
 #include <optional>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the front of layer_norm_linear (layer_norm_linear.cpp) tells its kernels (layer_norm_linear_kernel.cpp).
+// Interface between the front end of layer_norm_linear (layer_norm_linear.cpp) and its kernels
+// (layer_norm_linear_kernel.cpp).
 #pragma once
 
 #include "isa.h"
@@ -7,8 +8,8 @@
 
 namespace mvit {
 
-// act(LN(x) Wᵀ + b). The weight (out_channels, channels) is contiguous and in the arithmetic's type; vectors, mean and rstd
-// are float, double for float64.
+// act(LN(x) Wᵀ + b). weight: (out_channels, channels), contiguous, in the operand dtype of the arithmetic. Vectors,
+// mean and rstd are float, or double for float64.
 struct LayerNormLinear {
   int64_t count, channels, out_channels;
   Rows x, out;
@@ -22,7 +23,7 @@ struct LayerNormLinearBackward {
   int64_t count, channels, out_channels;
   Rows grad_out, x, grad_x;
   const void *mean, *rstd, *norm_weight, *norm_bias, *weight, *bias;  // bias may be null
-  void *grad_norm_weight, *grad_norm_bias, *grad_bias;                // as the vectors
+  void *grad_norm_weight, *grad_norm_bias, *grad_bias;                // same dtype as the vectors
   void* grad_weight;                                                  // contiguous, in x's dtype
   bool silu;
 };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_mlp.cpu and layer_norm_mlp_backward.cpu: checks and memory around layer_norm_mlp_kernel.cpp.
+// Front end of layer_norm_mlp.cpu and layer_norm_mlp_backward.cpu: argument checks and allocation around
+// layer_norm_mlp_kernel.cpp.
 #include "layer_norm_mlp.h"
 
 #include <tuple>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the front of layer_norm_mlp (layer_norm_mlp.cpp) tells its kernels (layer_norm_mlp_kernel.cpp).
+// Interface between the front end of layer_norm_mlp (layer_norm_mlp.cpp) and its kernels (layer_norm_mlp_kernel.cpp).
 #pragma once
 
 #include "isa.h"
@@ -7,8 +7,8 @@
 
 namespace mvit {
 
-// x + fc2(silu(fc1(LN(x)))). Weights are contiguous and in the arithmetic's type; vectors, mean and rstd are float, double
-// for float64.
+// x + fc2(silu(fc1(LN(x)))). Weights are contiguous, in the operand dtype of the arithmetic. Vectors, mean and rstd are
+// float, or double for float64.
 struct LayerNormMlp {
   int64_t count, channels, hidden;
   Rows x, out;
@@ -21,7 +21,7 @@ struct LayerNormMlpBackward {
   int64_t count, channels, hidden;
   Rows grad_out, x, grad_x;
   const void *mean, *rstd, *norm_weight, *norm_bias, *fc1_weight, *fc1_bias, *fc2_weight;
-  void *grad_norm_weight, *grad_norm_bias, *grad_fc1_bias, *grad_fc2_bias;  // as the vectors
+  void *grad_norm_weight, *grad_norm_bias, *grad_fc1_bias, *grad_fc2_bias;  // same dtype as the vectors
   void *grad_fc1_weight, *grad_fc2_weight;                                  // contiguous, in x's dtype
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_mlp, one block of 32 rows at a time, and its gradients: see token_lanes.h and row_gradients.h. The hidden rows
-// of a block stay in L1 and L2; backward makes them again.
+// The fused MLP, layer_norm_mlp, on blocks of 32 rows, one row per lane, forward and backward. Relies on token_lanes.h
+// and row_gradients.h. The hidden rows of a block stay in L1 and L2; backward recomputes them.
 #include "layer_norm_mlp.h"
 #include "row_gradients.h"
 
@@ -11,7 +11,7 @@ namespace MVIT_ISA {
 
 template <typename P>
 struct LayerNormMlpScratch {
-  typename P::Value* panel;  // [round_up(channels, size)][kLanes]: x, and then the result
+  typename P::Value* panel;  // [round_up(channels, size)][kLanes]: x, then the result
   typename P::Operand *normalised, *hidden;
   std::size_t end;
 
@@ -62,8 +62,9 @@ template <typename P>
 struct LayerNormMlpShared {
   using T = typename P::Value;
   typename P::Weight *fc1_transposable, *fc2_transposable;
-  WeightGradient<P> fc1, fc2;  // fc2's is transposed, (hidden, channels): hidden rows come as panels, grad_out as rows
-  BlockSums<T> sums;           // norm's weight and bias, fc2's bias
+  // The gradient of fc2 is computed transposed, (hidden, channels): hidden rows are panels, grad_out is rows.
+  WeightGradient<P> fc1, fc2;
+  BlockSums<T> sums;           // gradients of norm_weight, norm_bias and fc2's bias
   std::size_t end;
 
   LayerNormMlpShared(const LayerNormMlpBackward& args, int64_t capacity, Pieces pieces)
@@ -80,7 +81,7 @@ struct LayerNormMlpBackwardScratch {
   using T = typename P::Value;
   T *normalised, *grad, *grad_x;  // [round_up(channels, size)][kLanes]
   typename P::Operand *norm, *grad_operand;
-  T* before;  // [round_up(hidden, size)][kLanes] before SiLU; in the place of the hidden rows where that can be
+  T* before;  // [round_up(hidden, size)][kLanes], pre-activation; shares memory with the hidden rows where possible
   typename P::Operand* grad_hidden;
   std::size_t end;
 
@@ -177,7 +178,7 @@ int64_t tiles(const LayerNormMlpBackward& args) {
 template <typename P, typename E>
 void backward_tile(const LayerNormMlpBackward& args, const RowStep& step, int64_t tile, void* memory) {
   const LayerNormMlpShared<P> shared(args, step.capacity, Pieces(memory));
-  const int64_t tiles = tiles_of(shared.fc1);  // and as many of fc2
+  const int64_t tiles = tiles_of(shared.fc1);  // fc2 has the same number
   if (tile < tiles)
     return add_weight_gradient(shared.fc1, step, tile, static_cast<E*>(args.grad_fc1_weight),
                                static_cast<typename P::Value*>(args.grad_fc1_bias));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear_residual.cpu and linear_residual_backward.cpu: checks and memory around linear_residual_kernel.cpp.
+// Front end of linear_residual.cpu and linear_residual_backward.cpu: argument checks and allocation around
+// linear_residual_kernel.cpp.
 #include "linear_residual.h"
 
 #include <optional>
@@ -29,7 +30,7 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, std::optional<Tens
   args.bias = bias ? read.values(*bias, out_channels) : nullptr;
 
   Tensor out = new_rows(x, out_channels, x.scalar_type());
-  if (out_channels == 0) return out;  // of any number of rows
+  if (out_channels == 0) return out;  // whatever the number of rows
   args.out = output_rows(out, out_channels);
   const auto& kernels = MVIT_KERNELS_WITH_BF16_PAIRS(linear_residual);
   run_forward(kernels.forward[static_cast<int>(arithmetic)], args, 2.0 * static_cast<double>(channels * out_channels));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the front of linear_residual (linear_residual.cpp) tells its kernels (linear_residual_kernel.cpp).
+// Interface between the front end of linear_residual (linear_residual.cpp) and its kernels
+// (linear_residual_kernel.cpp).
 #pragma once
 
 #include "isa.h"
@@ -7,8 +8,8 @@
 
 namespace mvit {
 
-// residual + x Wᵀ + b. The weight (out_channels, channels) is contiguous and in the arithmetic's type; vectors are float,
-// double for float64.
+// residual + x Wᵀ + b. weight: (out_channels, channels), contiguous, in the operand dtype of the arithmetic. Vectors
+// are float, or double for float64.
 struct LinearResidual {
   int64_t count, channels, out_channels;
   Rows x, residual, out;
@@ -19,7 +20,7 @@ struct LinearResidualBackward {
   int64_t count, channels, out_channels;
   Rows grad_out, x, grad_x;
   const void* weight;
-  void* grad_bias;    // as the vectors
+  void* grad_bias;    // same dtype as the vectors
   void* grad_weight;  // contiguous, in x's dtype
 };
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear_residual, one block of 32 rows at a time, and its gradients: see token_lanes.h and row_gradients.h.
+// linear_residual on blocks of 32 rows, one row per lane, forward and backward. Relies on token_lanes.h and
+// row_gradients.h.
 #include "linear_residual.h"
 #include "row_gradients.h"
 

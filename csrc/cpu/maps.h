@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies and resizes of maps in float32 and bfloat16, in plain C++: a thousandth of a network's time.
+// Copies and bilinear resizes of float32 and bfloat16 maps for the frozen network. Plain C++: they take a thousandth of
+// a network's time.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@
 
 namespace mvit {
 
-// A map whose channels need not be adjacent, of float32 or bfloat16; `map.data` is the pixel (0, 0) of one image.
+// A float32 or bfloat16 map whose channels need not be adjacent; `map.data` points at pixel (0, 0) of one image.
 struct PlacedMap {
   Map map;
   int64_t channel_stride;
@@ -25,7 +26,7 @@ inline float to_float(uint16_t bits) {
   return x;
 }
 inline void from_float(float x, float& out) { out = x; }
-inline void from_float(float x, uint16_t& out) {  // to nearest, ties to even; a NaN stays one
+inline void from_float(float x, uint16_t& out) {  // round to nearest even; NaN stays NaN
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   out = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -36,7 +37,7 @@ inline void convert(uint16_t x, uint16_t& out) { out = x; }
 inline void convert(float x, uint16_t& out) { from_float(x, out); }
 inline void convert(uint16_t x, float& out) { out = to_float(x); }
 
-// f(pointer to float or uint16_t elements of `a`, the same of `b`)
+// Calls f(a, b) with both data pointers cast to their element types, float or uint16_t (bfloat16 bits).
 template <typename F>
 void with_elements(const PlacedMap& a, const PlacedMap& b, const F& f) {
   auto *a4 = static_cast<float*>(a.map.data), *b4 = static_cast<float*>(b.map.data);
@@ -47,7 +48,8 @@ void with_elements(const PlacedMap& a, const PlacedMap& b, const F& f) {
     b.bf16 ? f(a4, b2) : f(a4, b4);
 }
 
-// Rows [begin, end) of `width` pixels; channels that `to` has more than `from` become zeros. `to` has adjacent channels.
+// Copies rows [begin, end) of `width` pixels. If `to` has more channels than `from`, the extra ones become zero. The
+// channels of `to` are adjacent.
 inline void copy_rows(const PlacedMap& from, int64_t from_channels, const PlacedMap& to, int64_t to_channels,
                       int64_t width, int64_t begin, int64_t end) {
   with_elements(from, to, [&](auto* source, auto* target) {
@@ -56,7 +58,7 @@ inline void copy_rows(const PlacedMap& from, int64_t from_channels, const Placed
       const auto* __restrict in = source + h * from.map.row_stride;
       auto* __restrict out = target + h * to.map.row_stride;
       if (column == 1 && from_channels == 3 && to_channels <= 4 && to.map.column_stride == to_channels) {
-        // An image of three planes, the usual input: strides that the compiler knows are five times as fast.
+        // An image of three planes, the usual input: compile-time strides are five times as fast.
         const auto *red = in, *green = in + channel, *blue = in + 2 * channel;
         if (to_channels == 3) {
           for (int64_t w = 0; w < width; ++w) {
@@ -88,10 +90,10 @@ inline void copy_rows(const PlacedMap& from, int64_t from_channels, const Placed
   });
 }
 
-// Where a pixel of a resized row or column comes from: F.interpolate(mode="bilinear", align_corners=False).
+// Source pixels of one row or column of a resized map, as in F.interpolate(mode="bilinear", align_corners=False).
 struct Between {
   int64_t lower, upper;
-  float weight;  // of the upper one
+  float weight;  // of `upper`
 
   Between(int64_t at, int64_t from, int64_t to) {
     const float scale = static_cast<float>(from) / static_cast<float>(to);
@@ -100,7 +102,7 @@ struct Between {
     lower = static_cast<int64_t>(position);
     if (lower > from - 1) lower = from - 1;
     weight = position - static_cast<float>(lower);
-    upper = lower < from - 1 && weight > 0 ? lower + 1 : lower;  // what weighs 0 is not read: it might be a NaN
+    upper = lower < from - 1 && weight > 0 ? lower + 1 : lower;  // a pixel of weight 0 is not read: it could be NaN
   }
 };
 

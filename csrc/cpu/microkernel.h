@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loop of every small matrix product: a tile of R rows × V vectors of the result stays in registers.
+// The GEMM microkernel used by every product: a register tile of R rows × V vectors of the result stays in registers.
+// The right operand is read as vectors, the left operand is broadcast element by element.
 #pragma once
 
 #include "vec.h"
@@ -7,8 +8,9 @@
 namespace mvit {
 namespace MVIT_ISA {
 
-// Registers of a tile. AVX-512 has 32 of 16 lanes: 8 × 3 accumulators + 3 operands + 1 broadcast; AVX2 has 16:
-// 6 × 2 + 2 + 1. Both leave the loads well behind the arithmetic. Six rows divide 24, 30, 36, 48 and 60 exactly.
+// Shape of the register tile. AVX-512 has 32 registers: 8 × 3 accumulators + 3 operands + 1 broadcast. AVX2 has 16:
+// 6 × 2 + 2 + 1. Both leave the number of loads well below the number of FMAs. Six rows divide 24, 30, 36, 48 and 60
+// exactly.
 #if MVIT_VECTOR_BYTES == 64
 constexpr int kTileRows = 8, kTileVectors = 3;
 #else
@@ -16,13 +18,13 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 
 enum class Operand { row_major, column_major };
-// Whether to ask for the R rows of A after these meanwhile. Eight short rows at a time are too many beginnings for the
-// processor to foresee; weights that must come from L3 then cost a fifth of a transformer's time.
+// Whether to prefetch the next R rows of A. Eight short rows at a time are too many streams for the hardware
+// prefetcher; without software prefetch, weights that come from L3 cost a fifth of a transformer's time.
 enum class Next { unknown, rows };
 
-// tile[r][v] += Σ_k A(r, k) · B[k][v] for k in [begin, depth), ascending, one fused multiply-add each: the bits of an
-// element do not depend on the shape of the tile that computes it.
-//   A(r, k) is a[r · lda + k] (row-major) or a[k · lda + r] (column-major); B's row k begins at b + k · ldb.
+// tile[r][v] += Σ_k A(r, k) · B[k][v] for k in [begin, depth), ascending, one FMA each. The bits of an element
+// therefore do not depend on the shape of the tile that computes it.
+//   A(r, k) is a[r · lda + k] (row-major) or a[k · lda + r] (column-major); row k of B starts at b + k · ldb.
 template <int R, int V, Operand kOrder, Next kNext = Next::unknown, typename T>
 MVIT_INLINE void multiply_add(Vec<T> (&tile)[R][V], const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth,
                               int64_t begin = 0) {
@@ -42,8 +44,8 @@ MVIT_INLINE void multiply_add(Vec<T> (&tile)[R][V], const T* a, int64_t lda, con
 }
 
 #if defined(MVIT_BF16_PAIRS)
-// The same for pairs of bfloat16, `depth` pairs: each step adds two products to a float32 sum.
-//   A(r, k) is the pair at a[r · lda + 2k] (row-major: lda counts bfloat16) or a[2 (k · lda + r)] (column-major: pairs).
+// The same for bfloat16 pairs; `depth` counts pairs. Each step adds two products to a float32 sum.
+//   A(r, k) is the pair at a[r · lda + 2k] (row-major; lda in bfloat16) or a[2 (k · lda + r)] (column-major; in pairs).
 template <int R, int V, Operand kOrder, Next kNext = Next::unknown>
 MVIT_INLINE void multiply_add(Vec<float> (&tile)[R][V], const bfloat16* a, int64_t lda, const bf16x2* b, int64_t ldb,
                               int64_t depth, int64_t begin = 0) {
@@ -78,7 +80,7 @@ MVIT_INLINE void clear(Vec<T> (&tile)[R][V]) {
   map_tile(tile, [](Vec<T>, int, int) { return Vec<T>(T(0)); });
 }
 
-// tile[r][v] = p's element + tile[r][v]
+// tile[r][v] = p[r][v] + tile[r][v]
 template <int R, int V, typename T>
 MVIT_INLINE void add_tile(Vec<T> (&tile)[R][V], const T* p, int64_t ld) {
   map_tile(tile, [&](Vec<T> x, int r, int v) { return load(p + r * ld + v * Vec<T>::size) + x; });
@@ -92,26 +94,28 @@ MVIT_INLINE void store_tile(T* p, int64_t ld, const Vec<T> (&tile)[R][V]) {
     for (int v = 0; v < V; ++v) store(p + r * ld + v * Vec<T>::size, tile[r][v]);
 }
 
-// Long sums are sums of blocks: each from zero, then added. The error of one chain of K products grows with K, that of
-// blocks of b with sqrt(K · b + K² / b). MKL multiplies few rows with sums of 16 or more lanes: 2.5 times as exact as a
-// chain at K = 192, 3.7 times at 2048. Even blocks of at most 40 are within 1.3 of that up to K = 320 (of 48, 1.4), longer
-// ones from there on. What it costs: an addition in 40 or 56, from and to L1.
+// Long sums are blocked: each block is summed from zero, then added. The error of a single chain of K products grows
+// with K, that of blocks of b with sqrt(K · b + K² / b). For few rows MKL sums in 16 or more lanes, which is 2.5 times
+// as accurate as a chain at K = 192 and 3.7 times at K = 2048. Even blocks of at most 40 are within a factor of 1.3 of
+// that up to K = 320 (blocks of 48: 1.4); beyond that longer blocks are used. The cost is one addition from and to L1
+// per 40 or 56 products.
 constexpr int64_t kBlock = 40, kLongBlock = 56;
 
-// Not of bfloat16 pairs: next to their own rounding it would go unseen.
+// Not for bfloat16 pairs: the effect is negligible next to the rounding of the operands.
 template <typename Weight>
 constexpr bool sums_in_blocks = sizeof(Weight) > 2;
 
-// The steps of one block of `depth`: as even as can be, in fours as multiply_add takes them, for loops whose end the
-// processor foresees (missed once a block, ends cost 5 % of a product).
+// Number of steps in a block of a sum over `depth`: blocks as even as possible, in multiples of four (multiply_add is
+// unrolled by four), so that the branch predictor learns the loop exit. One misprediction per block costs 5 % of a
+// product.
 template <typename Weight>
 MVIT_INLINE int64_t block_of(int64_t depth) {
   const int64_t most = depth <= 8 * kBlock ? kBlock : kLongBlock, blocks = (depth + most - 1) / most;
   return sums_in_blocks<Weight> && blocks > 1 ? ((depth + blocks - 1) / blocks + 3) / 4 * 4 : depth;
 }
 
-// The sum over [0, depth), of which add_steps(begin, end) adds a part to the tile, in blocks; the first one begins with what
-// the tile holds.
+// Blocked sum over [0, depth): add_steps(begin, end) adds one range to the tile. The first block starts from the tile's
+// current values.
 template <int R, int V, typename T, typename Step>
 MVIT_INLINE void add_in_blocks(Vec<T> (&tile)[R][V], int64_t depth, int64_t block, const Step& add_steps) {
   constexpr int64_t ld = V * Vec<T>::size;
@@ -127,7 +131,7 @@ MVIT_INLINE void add_in_blocks(Vec<T> (&tile)[R][V], int64_t depth, int64_t bloc
   }
 }
 
-// multiply_add in blocks, of block_of(depth).
+// multiply_add in blocks; pass block_of(depth) as `block`.
 template <int R, int V, Operand kOrder, Next kNext = Next::unknown, typename A, typename B, typename T>
 MVIT_INLINE void multiply_add_in_blocks(Vec<T> (&tile)[R][V], const A* a, int64_t lda, const B* b, int64_t ldb,
                                         int64_t depth, int64_t block) {
@@ -136,15 +140,15 @@ MVIT_INLINE void multiply_add_in_blocks(Vec<T> (&tile)[R][V], const A* a, int64_
   });
 }
 
-// A function of its own for each shape of tile: inlined into a whole kernel the accumulators compete for registers with
-// all that the kernel holds, and GCC 12 spills them (half the speed on AVX2).
+// One out-of-line function per tile shape. Inlined into a whole kernel, the accumulators compete for registers with
+// everything else that is live, and GCC 12 spills them: half the speed on AVX2.
 template <int n, typename Body>
 __attribute__((noinline)) void step(const Body& body, int64_t begin) {
   body(std::integral_constant<int, n>{}, begin);
 }
 
-// body(std::integral_constant<int, n>, begin) over [0, count) in steps of n = kStep, the rest in halves of it: few
-// shapes of tile to compile, and any count.
+// Calls body(std::integral_constant<int, n>, begin) over [0, count) in steps of n = kStep, then the remainder in halves
+// of it: few tile shapes to compile, and any count works.
 template <int kStep, typename Body>
 MVIT_INLINE void in_steps(int64_t count, const Body& body, int64_t begin = 0) {
   for (; begin + kStep <= count; begin += kStep) step<kStep>(body, begin);
@@ -153,7 +157,7 @@ MVIT_INLINE void in_steps(int64_t count, const Body& body, int64_t begin = 0) {
   }
 }
 
-// body(std::integral_constant<int, n>) for n = count, which is from 1 to kMost.
+// Calls body(std::integral_constant<int, n>) with n = count, 1 <= count <= kMost.
 template <int kMost, typename Body>
 MVIT_INLINE void with_constant(int64_t count, const Body& body) {
   if constexpr (kMost > 1) {

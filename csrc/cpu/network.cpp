@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// network.cpu: a chain of frozen layers as one call. mvit_kernels/nn/network.py writes the program and says why.
+// network.cpu: runs a whole chain of frozen layers in one call. mvit_kernels/freezing/network.py writes the program and
+// explains what it saves.
 //
-// With at least as many images as threads, each thread takes whole images through all steps, in a workspace of its own
-// that stays in its cache, and waits for nobody. Images left over are worked on by all threads together, step by step.
-// Either way each result is computed in the same order of operations, so its bits do not depend on the threads.
+// With at least as many images as threads, each thread takes whole images through all steps, in its own workspace,
+// which stays in its cache, without synchronisation. The remaining images are processed by all threads together, step
+// by step. Either way each result is computed in the same order of operations, so its bits do not depend on the number
+// of threads.
 #include <cstring>
 #include <vector>
 
@@ -19,7 +21,7 @@
 namespace mvit {
 namespace {
 
-// One image on its way through the program.
+// Runs the program for one image.
 class Run {
  public:
   Run(const Program& program, const Tensor& x, const Tensor& out, const char* weights, int64_t image, char* workspace,
@@ -59,7 +61,7 @@ class Run {
     parallel_for(items, flops_per_item, body);
   }
 
-  // Where a place's channels of pixel (0, 0) are; `map` has no image stride, since the image is chosen here.
+  // The channels of a place at pixel (0, 0). The result has no image stride, since the image is selected here.
   PlacedMap map(const Place& place) const {
     if (place.value == program_.last()) return tensor_map(out_, 1, 2, 3, place.offset);
     const Value& shape = value(place);
@@ -87,7 +89,8 @@ class Run {
     const std::size_t row = static_cast<std::size_t>(target.width + 2 * target.border) * pixel;
     const std::size_t band = static_cast<std::size_t>(target.border) * row;
     std::memset(data, 0, band + side);
-    for (int64_t h = 0; h + 1 < target.height; ++h)  // a row's right side and the next one's left side are adjacent
+    // The right border of a row and the left border of the next are adjacent.
+    for (int64_t h = 0; h + 1 < target.height; ++h)
       std::memset(data + band + static_cast<std::size_t>(h + 1) * row - side, 0, 2 * side);
     std::memset(data + band + static_cast<std::size_t>(target.height) * row - side, 0, side + band);
   }
@@ -95,7 +98,7 @@ class Run {
   void copy(const Step& step) const {
     const Value& source = value(step.source);
     const PlacedMap from = map(step.source), to = map(step.target);
-    constexpr double ops = 16;  // as long as that many products, an element
+    constexpr double ops = 16;  // cost of copying one element, in operations
     share_out(source.height, ops * static_cast<double>(source.width * step.target.channels), [&](int64_t begin, int64_t end) {
       copy_rows(from, step.source.channels, to, step.target.channels, source.width, begin, end);
     });
@@ -154,7 +157,8 @@ class Run {
   void resize(const Step& step) const {
     const Value &source = value(step.source), &target = value(step.target);
     if (source.storage == target.storage) return;
-    if (source.height == target.height && source.width == target.width) return copy(step);  // to the result
+    // Same size: only the copy to the result.
+    if (source.height == target.height && source.width == target.width) return copy(step);
     const PlacedMap from = map(step.source), to = map(step.target);
     share_out(target.height, 64.0 * static_cast<double>(target.width * step.target.channels),
               [&](int64_t begin, int64_t end) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// pack_convolution.cpu and pack_inverted_residual.cpu: a frozen network's weights as its kernels read them.
+// pack_convolution.cpu and pack_inverted_residual.cpu: pack the weights of a frozen network into the layout that its
+// kernels read.
 #include "convolution.h"
 #include "inverted_residual.h"
 #include "isa.h"
@@ -12,7 +13,7 @@ Tensor bytes_like(const Tensor& tensor, std::size_t size) {
   return new_empty(tensor, {static_cast<int64_t>(size)}, ScalarType::Byte);
 }
 
-// Of rows × columns, or of these and axes of the one element that a 1 × 1 kernel has.
+// Whether the tensor is rows × columns, possibly with two trailing axes of size 1 (the weight of a 1×1 convolution).
 bool is_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
   return (tensor.dim() == 2 || (tensor.dim() == 4 && tensor.size(2) == 1 && tensor.size(3) == 1)) &&
          tensor.size(0) == rows && tensor.size(1) == columns && rows > 0 && columns > 0;
@@ -26,7 +27,7 @@ bool is_bias(const Tensor& tensor, int64_t size) {
   return tensor.dim() == 1 && tensor.size(0) == size && is_packable(tensor, ScalarType::Float);
 }
 
-// The dtype of matrices: bfloat16 for products of pairs, else float32.
+// Dtype of the matrices: bfloat16 for products of bfloat16 pairs, else float32.
 ScalarType matrices_of(const char* op, const Tensor& weight, bool has_pairs) {
   const ScalarType type = weight.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights as products with channels in the lanes read them: column panels of a few vectors, [panel][depth][columns].
+// Packed weights for products with channels in the lanes: column panels of one to kTileVectors vectors,
+// [panel][depth][columns]; and the loops, bias initialisation and stores of such products.
 #pragma once
 
 #include "token_lanes.h"
@@ -7,8 +8,9 @@
 namespace mvit {
 namespace MVIT_ISA {
 
-// body(std::integral_constant<int, V>, begin, present): [begin, end) in blocks of V vectors, 1 to kTileVectors, as even
-// as can be (4 vectors are 2 + 2 rather than 3 + 1, whose 1 would be short of loads).
+// Splits [begin, end) into blocks of V vectors, 1 <= V <= kTileVectors, as even as possible, and calls
+// body(std::integral_constant<int, V>, begin, present) for each. Four vectors become 2 + 2 rather than 3 + 1, because a
+// tile of one vector is bound by its loads.
 template <typename T, typename Body>
 MVIT_INLINE void in_lane_blocks(int64_t begin, int64_t end, const Body& body) {
   constexpr int size = Vec<T>::size;
@@ -22,11 +24,12 @@ MVIT_INLINE void in_lane_blocks(int64_t begin, int64_t end, const Body& body) {
   }
 }
 
-// Pieces of one block of memory, one after another, each on a cache line of its own; from null they only count.
-struct Pieces {
+// Bump allocator over one block of memory; each piece starts on a cache line. Constructed from null it only counts
+// bytes.
+struct PanelPieces {
   uintptr_t at;
 
-  explicit MVIT_INLINE Pieces(const void* memory) : at(reinterpret_cast<uintptr_t>(memory)) {}
+  explicit MVIT_INLINE PanelPieces(const void* memory) : at(reinterpret_cast<uintptr_t>(memory)) {}
 
   template <typename T>
   MVIT_INLINE T* take(int64_t count) {
@@ -42,7 +45,7 @@ MVIT_INLINE int64_t panel_count(int64_t columns) {
   return (columns + width - 1) / width;
 }
 
-// Elements of P::Operand in all panels; the one that begins at a column begins at that multiple of P::rows(depth).
+// Elements of P::Operand in all panels. The panel that starts at column c starts at element c · P::rows(depth).
 template <typename P>
 MVIT_INLINE int64_t panels_size(int64_t columns, int64_t depth) {
   return round_up(columns, Vec<typename P::Value>::size) * P::rows(depth);
@@ -60,7 +63,7 @@ MVIT_INLINE bf16x2 operand_at(bf16x2*, int64_t depth, int64_t row, const At& at)
 }
 #endif
 
-// Panels of the weights at(column, k), k in [0, depth); zeros in the columns of the last vector that are not there.
+// Packs the weights at(column, k), k in [0, depth). Missing columns of the last vector are zero.
 template <typename P, typename At>
 void pack_panels(typename P::Operand* packed, int64_t columns, int64_t depth, const At& at) {
   in_lane_blocks<typename P::Value>(0, columns, [&](auto vectors, int64_t begin, int64_t present) {
@@ -74,13 +77,13 @@ void pack_panels(typename P::Operand* packed, int64_t columns, int64_t depth, co
   });
 }
 
-// The bias, or zeros where that is null, in whole vectors.
+// Copies the bias, or zeros if it is null, padded to whole vectors.
 MVIT_INLINE void pack_bias(float* packed, const float* bias, int64_t columns) {
   for (int64_t i = 0; i < round_up(columns, Vec<float>::size); ++i)
     packed[i] = bias != nullptr && i < columns ? bias[i] : 0.0f;
 }
 
-// tile[r][v] = bias[v]: where the sums of the products begin.
+// tile[r][v] = bias[v]: initialises the accumulators.
 template <int R, int V>
 MVIT_INLINE void begin_with_bias(Vec<float> (&tile)[R][V], const float* bias) {
   Vec<float> row[V];
@@ -89,7 +92,7 @@ MVIT_INLINE void begin_with_bias(Vec<float> (&tile)[R][V], const float* bias) {
   map_tile(tile, [&](Vec<float>, int, int v) { return row[v]; });
 }
 
-// Row r of the tile to the first `present` of V · size channels at pixel(r).
+// Stores the first `present` of V · size channels of tile row r at pixel(r).
 template <int R, int V, typename Pixel>
 MVIT_INLINE void store_pixels(const Vec<float> (&tile)[R][V], int64_t present, const Pixel& pixel) {
   constexpr int size = Vec<float>::size;

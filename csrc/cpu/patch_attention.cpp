@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// patch_attention.cpu and patch_attention_backward.cpu: checks, memory and threads around patch_attention_kernel.cpp.
+// Front end of patch_attention.cpu and patch_attention_backward.cpu: argument checks, memory and threads around
+// patch_attention_kernel.cpp.
 #include "patch_attention.h"
 
 #include <algorithm>
@@ -60,7 +61,7 @@ Tensor with_adjacent_channels(const Tensor& tensor) {
   return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : contiguous(tensor);
 }
 
-// Inputs are only read: const_data_ptr leaves lazily copied tensors shared.
+// Inputs are only read: const_data_ptr does not trigger the copy of a lazily copied tensor.
 Map input_map(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
@@ -88,12 +89,12 @@ std::tuple<Tensor, Tensor> patch_attention(const Tensor& qkv_argument, int64_t n
   const Tensor logsumexp =
       new_empty(qkv, {shape.images, shape.positions(), shape.heads, shape.tokens()}, statistics_type(dtype));
 
-  if (out.numel() == 0) return {out, logsumexp};  // of no images or no rows, and the other sizes any
+  if (out.numel() == 0) return {out, logsumexp};  // no images or no rows; the other sizes are arbitrary
 
   const PatchAttentionForward args{shape, input_map(qkv), output_map(out), logsumexp.mutable_data_ptr()};
   const std::size_t bytes = scratch_bytes(kernels.forward_scratch[type](shape), dtype);
-  // Threads share out parts of 64 queries, so that one image's few strands keep many cores busy; consecutive parts of a
-  // strand are one call, which packs the strand's keys and values once.
+  // Work is divided into parts of 64 queries, so that the few strands of a single image keep many cores busy.
+  // Consecutive parts of a strand are merged into one call, which packs the strand's keys and values once.
   constexpr int64_t part = 64;
   const int64_t tokens = shape.tokens(), parts = (tokens + part - 1) / part;
   parallel_for(shape.strands() * parts, shape.score_flops(2) * static_cast<double>(std::min(part, tokens)) * static_cast<double>(tokens),

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of one strand (one head of one patch-position sequence): softmax(scale · Q Kᵀ) V and its gradients.
+// Queries, keys and values are read from the map in place and packed into scratch once per call; the map is never
+// regrouped.
 //
-// Forward holds queries in the lanes: Sᵀ = K Qᵀ is a (keys × queries) panel, so that maximum and sum over the keys need
-// no horizontal step, and Oᵀ = Vᵀ Pᵀ wastes no lane whatever the head dimension is (36 would fill 48).
-// Backward holds keys in the lanes: the row statistics are known by then, and of its five products four (S, dP, dVᵀ,
-// dKᵀ) then waste no lane; only dQ has the head dimension there.
+// Forward has queries in the lanes. Sᵀ = K Qᵀ is a (keys × queries) panel, so the maximum and the sum over keys need no
+// horizontal reduction, and Oᵀ = Vᵀ Pᵀ wastes no lanes at any head dimension (with the head dimension in the lanes, 36
+// would be padded to 48). Backward has keys in the lanes. The row statistics are known by then, so four of its five
+// products (S, dP, dVᵀ, dKᵀ) waste no lanes; only dQ has the head dimension in the lanes.
 #include "exponential.h"
 #include "microkernel.h"
 #include "panels.h"
@@ -14,8 +16,8 @@
 namespace mvit {
 namespace MVIT_ISA {
 
-constexpr int64_t kKeyBlock = 128;   // scores of 128 keys × 48 queries are 24 KB; 64 to 256 keys are equally fast
-constexpr int64_t kQueryBlock = 32;  // backward's P and dS of 32 queries × 48 keys are 12 KB
+constexpr int64_t kKeyBlock = 128;   // 128 keys × 48 queries of scores are 24 KB; 64 to 256 keys are equally fast
+constexpr int64_t kQueryBlock = 32;  // in backward, P and dS of 32 queries × 48 keys are 12 KB
 
 enum Part { kQuery, kKey, kValue };
 
@@ -37,8 +39,9 @@ int64_t forward_scratch(const PatchAttentionShape& shape) {
   return 2 * shape.tokens() * ld + (2 * ld + kKeyBlock + 1) * lanes;
 }
 
-// Oᵀ (unnormalised), maximum score and sum of weights of V · size queries against all keys. Keys come in blocks, with
-// the running maximum of FlashAttention: when a block raises it, what was summed before is scaled down.
+// Computes Oᵀ (unnormalised), the maximum score and the sum of weights of V · size queries over all keys. Keys are
+// processed in blocks with FlashAttention's running maximum: when a block raises the maximum, the previous sums are
+// scaled down.
 template <int V, typename T>
 MVIT_INLINE void attend(const T* queries, const T* keys, const T* values, int64_t tokens, int64_t head_dim, int64_t ld,
                         T* scores, T* out, Vec<T> (&maximum_score)[V], Vec<T> (&sum)[V]) {
@@ -139,7 +142,7 @@ int64_t backward_scratch(const PatchAttentionShape& shape) {
 
 // With P = exp(S - logsumexp) and delta = rowsum(dO ∘ O):
 //   dS = P ∘ (dO Vᵀ - delta),  dQ = scale · dS K,  dK = dSᵀ (scale · Q),  dV = Pᵀ dO.
-// Queries are scaled as forward scales them, so that S has forward's very bits and its rounding cancels in P.
+// Queries are scaled as in forward, so S is bit-identical to forward's and its rounding error cancels in P.
 template <typename T, typename E>
 void backward(const PatchAttentionBackward& args, int64_t strand, void* scratch) {
   const PatchAttentionShape& shape = args.shape;
@@ -200,7 +203,8 @@ void backward(const PatchAttentionBackward& args, int64_t strand, void* scratch)
         });
         store_tile(grad_scores + row * lanes, lanes, tile);
       });
-      if (tokens == 1)  // its weight is 1 whatever the score, so that dO V and delta, two sums of the same, must not differ
+      // The weight of a lone token is 1 whatever its score, so dS must be exactly 0; dO V and delta round differently.
+      if (tokens == 1)
         for (int64_t i = 0; i < lanes; ++i) grad_scores[i] *= 0;
 
       // sum[c] += Σ_i rows_of[i][c] · panel[i]
@@ -217,7 +221,7 @@ void backward(const PatchAttentionBackward& args, int64_t strand, void* scratch)
       add_product(grad_values_t, go, weights);
       add_product(grad_keys_t, q, grad_scores);
 
-      in_steps<kTileRows>(count, [&](auto rows, int64_t row) {  // dQ: only the keys that there are
+      in_steps<kTileRows>(count, [&](auto rows, int64_t row) {  // dQ; sums only over the keys that exist
         constexpr int R = decltype(rows)::value;
         in_steps<kTileVectors>(ld / Vec<T>::size, [&](auto columns, int64_t column) {
           constexpr int C = decltype(columns)::value;

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+// Parses, checks and lays out the program of a frozen network (see program.h). Every word is checked before anything
+// runs.
 #include "program.h"
 
 #include <algorithm>
@@ -10,11 +12,12 @@ namespace mvit {
 namespace {
 
 constexpr int64_t kVersion = 1;
-constexpr int64_t kStepWords = 8;  // its own length, kind, source and target
-// Of channels, hidden units, borders, dilations and patches: products of two and a kernel's nine taps are numbers.
+constexpr int64_t kStepWords = 8;  // length, kind, source and target
+// Upper bound of channels, hidden units, borders, dilations and patch sides: the product of two of them and nine kernel
+// taps does not overflow.
 constexpr int64_t kMost = int64_t{1} << 24;
 constexpr int64_t kMostSide = int64_t{1} << 31;
-constexpr double kMostBytes = 0x1p44;  // of a map
+constexpr double kMostBytes = 0x1p44;  // per map
 
 bool is_size(int64_t n) { return n > 0 && n <= kMost; }
 
@@ -26,7 +29,7 @@ bool overlap(const Place& a, const Place& b) {
   return a.offset < b.offset + b.channels && b.offset < a.offset + a.channels;
 }
 
-// Says which step is wrong.
+// Raises an error that names the offending step.
 struct StepCheck {
   int64_t index;
   const Step& step;
@@ -36,7 +39,7 @@ struct StepCheck {
   }
 };
 
-// Whether `more` words beyond those of every step are what a step of its kind reads.
+// Whether `more`, the number of words after those common to all steps, is what a step of this kind has.
 bool has_its_words(const Step& step, int64_t more) {
   switch (step.kind) {
     case kCopy:
@@ -55,7 +58,7 @@ bool has_its_words(const Step& step, int64_t more) {
   return false;
 }
 
-// All that can be said of a step without the sizes of maps.
+// Checks everything about a step that does not depend on the sizes of maps.
 void check_step(const Program& program, const Step& step, const StepCheck& require) {
   const int64_t* w = step.words;
   const Value &source = program.at(step.source.value), &target = program.at(step.target.value);
@@ -189,7 +192,7 @@ void lay_out(Program& program, const Tensor& x) {
   STD_TORCH_CHECK(values[0].height < kMostSide && values[0].width < kMostSide, "network: x is too large a map");
   for (std::size_t i = 0; i < values.size(); ++i) values[i].storage = static_cast<int64_t>(i);
   const auto storage = [&](int64_t value) -> Value& { return program.at(program.at(value).storage); };
-  // Whether x and the result are as all kernels but copies and resizes read and write them: of the arithmetic's dtype.
+  // Whether x and the result have the dtype of the arithmetic. All kernels but copies and resizes require it.
   const bool same_type = (x.scalar_type() == ScalarType::BFloat16) == program.pairs;
   const bool has_rows = x.size(1) == 1 || x.stride(1) == 1;
   for (std::size_t i = 0; i < program.steps.size(); ++i) {
@@ -221,7 +224,7 @@ void lay_out(Program& program, const Tensor& x) {
     require(same_type || step.kind == kCopy || is_resize(step.kind) || !(from_x || step.target.value == program.last()),
             "wants x in the dtype of the weights");
     if (is_resize(step.kind) && h == source.height && w == source.width && step.target.value != program.last())
-      target.storage = source.storage;  // nothing to resize: another name
+      target.storage = source.storage;  // nothing to resize: the target is an alias
     else
       require(target.storage != 0 && (source.storage != target.storage || !overlap(step.source, step.target) ||
                                       (step.kind == kTransformer && step.source.offset == step.target.offset)),
@@ -243,15 +246,15 @@ void lay_out(Program& program, const Tensor& x) {
   }
   STD_TORCH_CHECK(values.back().height > 0, "network: no step of the program writes the result");
 
-  // First fit: the lowest place that nothing alive at the same time has.
+  // First fit: the lowest offset that does not overlap any map that is alive at the same time.
   const std::size_t element = program.element();
   std::vector<const Value*> placed;
   for (std::size_t i = 1; i + 1 < values.size(); ++i) {
     Value& value = values[i];
     if (value.storage != static_cast<int64_t>(i) || value.first_step < 0) continue;
-    const std::size_t size = value.bytes(element) + 64;  // vectors are read a little past the end
+    const std::size_t size = value.bytes(element) + 64;  // vector loads reach slightly past the end
     value.offset = 0;
-    for (const Value* other : placed) {  // in order of their offsets
+    for (const Value* other : placed) {  // sorted by offset
       if (other->last_step < value.first_step || other->first_step > value.last_step) continue;
       if (value.offset + size <= other->offset) break;
       value.offset = std::max(value.offset, (other->offset + other->bytes(element) + 64 + 63) / 64 * 64);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The program of a frozen network (network.cpp): what mvit_kernels/nn/network.py writes, read, checked and laid out.
+// The program of a frozen network, which mvit_kernels/freezing/network.py writes as int64 words and network.cpp runs:
+// its parsed form, and the functions that check it and lay it out in memory.
 #pragma once
 
 #include <cstddef>
@@ -17,17 +18,17 @@ enum Kind : int64_t { kCopy, kConvolution, kInvertedResidual, kTransformer, kToW
 
 struct Value {
   int64_t channels, border;
-  int64_t height = 0, width = 0;  // without the border; 0 until a step writes it
-  int64_t storage = -1;           // values that are the same map under two names share one
+  int64_t height = 0, width = 0;  // without the border; 0 until a step writes the value
+  int64_t storage = -1;           // values that are aliases of one map share a storage
   int first_step = -1, last_step = -1;
-  std::size_t offset = 0;  // in the workspace
+  std::size_t offset = 0;  // in the workspace, in bytes
 
   std::size_t bytes(std::size_t element) const {
     return static_cast<std::size_t>((height + 2 * border) * (width + 2 * border) * channels) * element;
   }
 };
 
-// Some channels of a value.
+// A range of adjacent channels of a value.
 struct Place {
   int64_t value, offset, channels;
 };
@@ -35,13 +36,13 @@ struct Place {
 struct Step {
   Kind kind;
   Place source, target;
-  const int64_t* words;  // what more it has
-  bool clears_border;    // it is the first to write a value that has one
+  const int64_t* words;  // the arguments of its kind
+  bool clears_border;    // first writer of a value with a border
 };
 
-// Value 0 is the input, the last one the output; the others lie in a workspace.
+// Value 0 is the input, the last value the output; all others are in a workspace.
 struct Program {
-  bool pairs;  // maps and matrices in bfloat16, else all in float32
+  bool pairs;  // maps and matrices in bfloat16, else everything in float32
   std::vector<Value> values;
   std::vector<Step> steps;
   std::size_t workspace = 0;  // bytes
@@ -56,23 +57,24 @@ struct Program {
   const TransformerKernels& transformer_kernels() const;
 };
 
-// What a step's words say, for a source of the size that it has.
+// Shapes from a step's words and the size of its source.
 ConvolutionShape convolution_shape(const Program& program, const Step& step);
 InvertedResidualShape inverted_residual_shape(const Program& program, const Step& step);
 TransformerShape transformer_shape(const Program& program, const Step& step);
 
-// A transformer's words: heads, inner, hidden, layers, the patch's height and width, eps, two places of the final norm,
-// and twelve of each layer, in the order of TransformerLayer. A place is a number of bytes from the weights' begin, or
-// negative for what is not there.
+// Words of a transformer step: heads, inner, hidden, layers, patch height and width, eps, two addresses for the final
+// norm, and twelve addresses per layer, in the order of TransformerLayer. An address is a byte offset into the weights,
+// or negative if the tensor is absent.
 constexpr int64_t kTransformerWords = 9, kLayerWords = 12, kQkvBias = 3;
 
-// The program of these words, which must outlive it. No step reads or writes what is not there; sizes are not part of it.
+// Parses `words`, which must outlive the result. Guarantees that no step reads or writes a value or channel that does
+// not exist; sizes are not checked here.
 Program parse_program(const Tensor& words);
 
-// Sizes of all values for the input x, and where they lie in the workspace.
+// Computes the sizes of all values for the input x and their offsets in the workspace.
 void lay_out(Program& program, const Tensor& x);
 
-// Every step's weights lie within these bytes.
+// Checks that every step's weights lie within `weights`.
 void check_weights(const Program& program, const Tensor& weights);
 
 }  // namespace mvit

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the fronts of the row-wise operators share: their tensors' rows, the choice of arithmetic, memory and threads.
+// Shared by the front ends of the row-wise operators: tensors as rows, choice of the arithmetic, memory and threads.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -18,7 +18,7 @@ namespace mvit {
 
 // ---- tensors --------------------------------------------------------------------------------------------------------
 
-// The tensor as Rows; false where it is not such.
+// Describes the tensor as Rows; false if its strides do not allow it.
 inline bool find_rows(const Tensor& tensor, Rows& rows) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t axis = static_cast<int64_t>(sizes.size()) - 1;
@@ -41,13 +41,13 @@ inline bool find_rows(const Tensor& tensor, Rows& rows) {
       if (level == &outer) return false;
     }
   }
-  // Inputs are only read: const_data_ptr leaves lazily copied tensors shared.
+  // Inputs are only read: const_data_ptr does not trigger the copy of a lazily copied tensor.
   rows = {const_cast<void*>(tensor.const_data_ptr()), outer.stride, inner.stride,
           outer.size == 1 ? INT64_MAX : inner.size};
   return true;
 }
 
-// The rows of an argument. Other strides than those of Rows are copied first, as PyTorch's own linear copies them.
+// The rows of an argument. Strides that Rows cannot express are copied first, as PyTorch's own linear does.
 class RowsOf {
  public:
   RowsOf(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
@@ -64,7 +64,7 @@ class RowsOf {
   Tensor copy_;
 };
 
-// The rows of a contiguous tensor that is to be written.
+// The rows of a contiguous output tensor.
 inline Rows output_rows(const Tensor& tensor, int64_t channels) {
   return {tensor.mutable_data_ptr(), 0, channels, INT64_MAX};
 }
@@ -77,7 +77,7 @@ inline int64_t row_count(const char* op, const Tensor& x) {
   return count;
 }
 
-// `tensor` is of x's leading axes, and of `channels` channels.
+// Checks that `tensor` has x's leading axes and `channels` channels.
 inline void check_rows(const char* op, const char* name, const Tensor& tensor, const Tensor& x, int64_t channels) {
   const auto sizes = tensor.sizes(), wanted = x.sizes();
   bool same = sizes.size() == wanted.size() && sizes[sizes.size() - 1] == channels;
@@ -85,9 +85,9 @@ inline void check_rows(const char* op, const char* name, const Tensor& tensor, c
   STD_TORCH_CHECK(same, op, ": ", name, " is not of x's leading axes and ", channels, " channels");
 }
 
-// An uninitialised (..., channels), or (...) without channels, with x's leading axes.
+// An uninitialised tensor with x's leading axes: (..., channels), or (...) for kNoChannels.
 inline Tensor new_rows(const Tensor& x, int64_t channels, ScalarType type) {
-  constexpr std::size_t kMostAxes = 64;  // of PyTorch
+  constexpr std::size_t kMostAxes = 64;  // PyTorch's limit
   int64_t sizes[kMostAxes];
   const auto of_x = x.sizes();
   STD_TORCH_CHECK(of_x.size() <= kMostAxes, "a tensor of more than 64 axes");
@@ -99,7 +99,7 @@ constexpr int64_t kNoChannels = -1;
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
-// `even`: whether all widths are, as pairs of bfloat16 want them where the instruction set has such.
+// `even`: whether all widths are even, which bfloat16 pairs require. They are used if the instruction set has them.
 inline RowArithmetic arithmetic_of(const char* op, ScalarType type, bool even) {
   switch (type) {
     case ScalarType::Float:
@@ -119,7 +119,7 @@ inline ScalarType matrix_type(RowArithmetic arithmetic) {
                                                        : ScalarType::Float;
 }
 
-// Of vectors, statistics and sums.
+// Dtype of vectors, statistics and sums.
 inline ScalarType wide_type(RowArithmetic arithmetic) {
   return arithmetic == RowArithmetic::float64 ? ScalarType::Double : ScalarType::Float;
 }
@@ -132,7 +132,7 @@ inline const void* statistics(const char* op, const char* name, const Tensor& te
 
 // ---- gradients of parameters ----------------------------------------------------------------------------------------
 
-// The gradient of a vector in the vector's own dtype; kernels sum it up in the wide type.
+// Gradient of a vector, returned in the vector's own dtype; kernels accumulate it in the wide type.
 class VectorGradient {
  public:
   VectorGradient(const Tensor& like, int64_t size, ScalarType type, ScalarType wide)
@@ -155,20 +155,20 @@ class VectorGradient {
   std::unique_ptr<float[]> sums_;
 };
 
-// The gradient of a parameter from no rows at all.
+// Gradient of a parameter when there are no rows.
 inline void fill_with_zeros(const Tensor& tensor) {
   const std::size_t bytes = tensor.scalar_type() == ScalarType::Double     ? 8
                             : tensor.scalar_type() == ScalarType::BFloat16 ? 2
                                                                            : 4;
   const auto count = static_cast<std::size_t>(tensor.numel());
-  if (count > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes * count);  // else there is no memory: a null pointer
+  if (count > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes * count);  // an empty tensor has a null pointer
 }
 
 // ---- threads --------------------------------------------------------------------------------------------------------
 
 template <typename Args>
 void run_forward(const RowForward<Args>& kernels, const Args& args, double flops_of_a_row) {
-  if (args.count == 0) return;  // then widths may be any numbers
+  if (args.count == 0) return;  // widths are arbitrary in this case
   const std::size_t bytes = kernels.scratch_bytes(args);
   const int64_t blocks = (args.count + kBlockRows - 1) / kBlockRows;
   parallel_for(blocks, flops_of_a_row * static_cast<double>(std::min(kBlockRows, args.count)),
@@ -180,7 +180,8 @@ void run_forward(const RowForward<Args>& kernels, const Args& args, double flops
 
 template <typename Args>
 void run_backward(const RowBackward<Args>& kernels, const Args& args, double flops_of_a_row) {
-  // Eight blocks a thread: with two, sums of 240 x 480 go to L3 and back more often (2 % slower); 16 are no faster.
+  // Eight blocks per thread. With two, the accumulators of a 240 x 480 gradient travel to L3 and back more often (2 %
+  // slower); 16 are no faster.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t group = kernels.group_rows;
   const int64_t capacity = std::min(args.count, (8 * threads * kBlockRows + group - 1) / group * group);
@@ -192,7 +193,8 @@ void run_backward(const RowBackward<Args>& kernels, const Args& args, double flo
   for (int64_t begin = 0; begin < args.count; begin += capacity) {
     const int64_t end = std::min(begin + capacity, args.count);
     const RowStep step{begin, end - begin, capacity, begin == 0, end == args.count};
-    const double flops = flops_of_a_row * static_cast<double>(step.rows) / 2;  // of the blocks, and of the tiles
+    // Half for the blocks, half for the tiles.
+    const double flops = flops_of_a_row * static_cast<double>(step.rows) / 2;
     const int64_t blocks = (step.rows + kBlockRows - 1) / kBlockRows;
     parallel_for(blocks, flops / static_cast<double>(blocks), [&](int64_t first, int64_t last) {
       const Scratch memory(bytes);

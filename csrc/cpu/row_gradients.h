@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the row-wise operators: gradients of rows stay in token lanes, gradients of weights are sums over rows.
+// Backward of the row-wise operators. Gradients of rows stay in token lanes; gradients of weights are sums over rows.
 //
-// dW = Σ_t left[·][t] · right[t][·], where left is a panel of token lanes, as the gradients of rows are anyway, and right
-// are rows as they lie in memory. Neither is transposed for it, and both are read from L1 and L2 (see add_weight_gradient).
+// dW = Σ_t left[·][t] · right[t][·], where `left` is a panel in token lanes, the form that row gradients have anyway,
+// and `right` is rows as they lie in memory. Neither needs a transpose, and both are read from L1 and L2 (see
+// add_weight_gradient).
 #pragma once
 
 #include "row_lanes.h"
@@ -18,7 +19,8 @@ MVIT_INLINE Vec<T> silu_backward(Vec<T> grad, Vec<T> x) {
 
 // ---- sums over lanes ------------------------------------------------------------------------------------------------
 
-// sums[c] = the sum of all lanes of value(c), for c in [0, channels): transposed, so that it takes no step within vectors.
+// sums[c] = horizontal sum of value(c), for c in [0, channels). Transposes, so that all additions are between
+// registers.
 template <typename T, typename Value>
 MVIT_INLINE void sum_lanes(T* sums, int64_t channels, const Value& value) {
   constexpr int size = Vec<T>::size;
@@ -34,7 +36,7 @@ MVIT_INLINE void sum_lanes(T* sums, int64_t channels, const Value& value) {
   }
 }
 
-// The sum over the first `lanes` lanes of value(lane), vectors.
+// Sum of the vectors value(lane) over the first `lanes` lanes.
 template <typename T, typename Value>
 MVIT_INLINE Vec<T> sum_vectors(int64_t lanes, const Value& value) {
   Vec<T> sum(T(0));
@@ -42,7 +44,7 @@ MVIT_INLINE Vec<T> sum_vectors(int64_t lanes, const Value& value) {
   return sum;
 }
 
-// A sum of any length as exact as its terms: what each addition rounds off is kept beside.
+// Compensated sum: as accurate as its terms at any length. `rest` accumulates the rounding error of each addition.
 template <typename T>
 struct ExactSum {
   Vec<T> total, rest;
@@ -52,7 +54,7 @@ struct ExactSum {
     rest = rest + ((total - (sum - added)) + (x - added));
     total = sum;
   }
-  // Of infinite sums there is no rest.
+  // For an infinite sum the compensation is NaN and is ignored.
   MVIT_INLINE Vec<T> value() const {
     return typename Vec<T>::Native(rest.native == rest.native ? total.native + rest.native : total.native);
   }
@@ -60,7 +62,7 @@ struct ExactSum {
 
 // ---- LayerNorm ------------------------------------------------------------------------------------------------------
 
-// Each lane's Normaliser.
+// The Normaliser of each lane.
 template <typename T>
 struct RowNormalisers {
   T mean[kLanes], rstd[kLanes], shift[kLanes];
@@ -70,8 +72,8 @@ struct RowNormalisers {
   }
 };
 
-// panel = the block's rows normalised by their statistics, zero where there is none. What the mean's rounding left is found
-// anew from the rows: of equal values it is nothing, as in forward.
+// panel = the block's rows, normalised with the saved statistics; zero in lanes without a row. The rounding error of
+// the mean is recomputed from the rows; for rows of equal values it is zero, as in forward.
 template <typename E, typename T>
 MVIT_INLINE void read_normalised(T* panel, RowNormalisers<T>& normalisers, const Rows& x, const void* means,
                                  const void* rstds, const Block<T>& block, int64_t channels) {
@@ -103,9 +105,10 @@ MVIT_INLINE void scale_and_shift(typename P::Operand* operand, const typename P:
     });
 }
 
-// grad, of LN(x), becomes the gradient of x; the sums of the block's rows for LN's weight and bias beside. Lanes without a
-// row are zero in `grad`. A mean lies between the least and the greatest value: so that of equal ones is that value, and
-// x's gradient is exactly 0 where it should be, for rows of one column say.
+// In place: the gradient of LN(x) becomes the gradient of x. Also computes the block's sums for the gradients of LN's
+// weight and bias. `grad` must be zero in lanes without a row. The mean is clamped between the smallest and the largest
+// value: the mean of equal values is then exactly that value, and the gradient of x is exactly 0 where it should be,
+// e.g. for rows of one column.
 template <typename T>
 MVIT_INLINE void layer_norm_backward(T* grad, const T* normalised, const T* rstd, int64_t channels, const T* weight,
                                      int64_t lanes, T* weight_sums, T* bias_sums) {
@@ -148,13 +151,14 @@ template <typename P>
 struct WeightGradient {
   using T = typename P::Value;
   int64_t rows, columns;       // of dW
-  int64_t panel;               // elements of a block of left
-  int64_t ld;                  // elements of a row of right and of sums: an odd number of cache lines, so that the rows of
-                               // a group lie in all sets of L1 (192 floats a row would meet in a quarter of them)
+  int64_t panel;               // elements of one block of `left`
+  // Leading dimension of `right` and `sums`: an odd number of cache lines, so that the rows of a group use all L1 sets
+  // (192 floats per row would use a quarter of them).
+  int64_t ld;
   typename P::Weight* left;    // [block][round_up(rows, size)][kLanes]
-  typename P::Operand* right;  // [P::rows(row of the step)][ld]
+  typename P::Operand* right;  // [P::rows(row within the step)][ld]
   T* sums;                     // [rows][ld]
-  T* bias_rest;                // [rows], see ExactSum
+  T* bias_rest;                // [rows], the compensation of ExactSum
 
   WeightGradient(Pieces& pieces, int64_t rows, int64_t columns, int64_t capacity) : rows(rows), columns(columns) {
     panel = round_up(rows, Vec<T>::size) * kLanes;
@@ -167,8 +171,8 @@ struct WeightGradient {
   }
 };
 
-// A panel of gradients is wanted in two forms, as `left` and as the operand of a product, and is made as values before.
-// Of Plain arithmetic all three are one and the same.
+// A panel of gradients is needed in two forms, as `left` and as the operand of a product, and is first computed as
+// values. With Plain arithmetic all three share the same memory.
 template <typename P>
 MVIT_INLINE typename P::Value* values_of_left(Pieces& pieces, typename P::Weight* left, int64_t channels) {
   if constexpr (P::kStep == 1)
@@ -208,7 +212,7 @@ MVIT_INLINE void store_left_and_operand(typename P::Weight* left, typename P::Op
   if constexpr (P::kStep > 1) store_operand(operand, kLanes, row, lane, kLanes - lane, tile);
 }
 
-// The block's rows of gradients, zero where there is none, in both forms.
+// Reads the block's gradient rows in both forms; zero in lanes without a row.
 template <typename P, typename E>
 MVIT_INLINE void read_left_and_operand(typename P::Weight* left, typename P::Operand* operand, const Rows& rows,
                                        const Block<typename P::Value>& block, int64_t channels) {
@@ -220,7 +224,8 @@ MVIT_INLINE void read_left_and_operand(typename P::Weight* left, typename P::Ope
   }
 }
 
-// right's rows from the step's row `row` on = value(channels [c, c + size) of row i of the block, i, c, how many there are)
+// Stores rows of `right` from row `row` of the step on: value(channels [c, c + size) of row i of the block, i, c,
+// number of channels present).
 template <typename P, typename E, typename Value>
 MVIT_INLINE void store_right(const WeightGradient<P>& gradient, int64_t row, const Rows& rows,
                              const Block<typename P::Value>& block, const Value& value) {
@@ -239,7 +244,7 @@ MVIT_INLINE void store_right(const WeightGradient<P>& gradient, int64_t row, con
     }
 }
 
-// The same of LN(x), by the rows' statistics.
+// The same for LN(x), from the saved statistics.
 template <typename P, typename E>
 MVIT_INLINE void store_right_normalised(const WeightGradient<P>& gradient, int64_t row, const Rows& x,
                                         const Block<typename P::Value>& block,
@@ -253,8 +258,8 @@ MVIT_INLINE void store_right_normalised(const WeightGradient<P>& gradient, int64
 
 // ---- gradients of weights -------------------------------------------------------------------------------------------
 
-// A tile is kTileChannels rows by up to kTileVectors vectors of dW: right's columns of a group are then 24 KB, and read
-// from L2 once for all of the tile's rows.
+// A tile of dW is kTileChannels rows by up to kTileVectors vectors. The columns of `right` in one group are then 24 KB,
+// read from L2 once for all rows of the tile.
 constexpr int64_t kTileChannels = 48;
 template <typename P>
 constexpr int64_t group_rows = 128 * P::kStep;
@@ -264,7 +269,7 @@ MVIT_INLINE int64_t vectors_of(const WeightGradient<P>& gradient) {
   return round_up(gradient.columns, Vec<typename P::Value>::size) / Vec<typename P::Value>::size;
 }
 
-// At least one: left's sums are made where the first is.
+// At least one: the first column block also computes the sums of `left`.
 template <typename P>
 MVIT_INLINE int64_t column_blocks(const WeightGradient<P>& gradient) {
   return gradient.columns == 0 ? 1 : (vectors_of(gradient) + kTileVectors - 1) / kTileVectors;
@@ -275,7 +280,7 @@ MVIT_INLINE int64_t tiles_of(const WeightGradient<P>& gradient) {
   return column_blocks(gradient) * ((gradient.rows + kTileChannels - 1) / kTileChannels);
 }
 
-// out (rows, columns), or its transpose, from a tile at (row, column)
+// Writes a tile at (row, column) to out (rows, columns), or to its transpose.
 template <bool kTransposed, typename E, int R, int V, typename T>
 MVIT_INLINE void write_gradient(E* out, int64_t rows, int64_t columns, int64_t row, int64_t column,
                                 const Vec<T> (&tile)[R][V]) {
@@ -295,8 +300,8 @@ MVIT_INLINE void write_gradient(E* out, int64_t rows, int64_t columns, int64_t r
   }
 }
 
-// The step's rows into a tile of dW, which the last step writes to `out`. Where `bias` is not null, it gets the sum of left
-// over all rows.
+// Adds the step's rows to one tile of dW, which the last step writes to `out`. If `bias` is not null, it receives the
+// sum of `left` over all rows.
 template <typename P, typename E, bool kTransposed = false>
 MVIT_INLINE void add_weight_gradient(const WeightGradient<P>& gradient, const RowStep& step, int64_t tile_index, E* out,
                                      typename P::Value* bias = nullptr) {
@@ -350,9 +355,9 @@ MVIT_INLINE void add_weight_gradient(const WeightGradient<P>& gradient, const Ro
   }
 }
 
-// ---- gradients of vectors that each block sums up ----------------------------------------------------------------------
+// ---- gradients of vectors that each block sums up -------------------------------------------------------------------
 
-// `vectors` vectors of `channels` sums for each block of a step.
+// For each block of a step, `vectors` vectors of `channels` sums.
 template <typename T>
 struct BlockSums {
   int64_t channels, ld, vectors;
@@ -365,7 +370,7 @@ struct BlockSums {
   }
   MVIT_INLINE T* of(int64_t block, int64_t vector) const { return sums + (block * vectors + vector) * ld; }
 
-  // out += the step's sums, block by block
+  // out += the sums of all blocks of the step, in order.
   MVIT_INLINE void add_to(void* out_memory, int64_t vector, const RowStep& step) const {
     T* out = static_cast<T*>(out_memory);
     for (int64_t c = 0; c < channels; c += Vec<T>::size) {
@@ -380,9 +385,9 @@ struct BlockSums {
   }
 };
 
-// ---- weights as left operands of Wᵀ · panel -----------------------------------------------------------------------------
+// ---- weights as left operands of Wᵀ · panel -------------------------------------------------------------------------
 
-// Elements of W (rows, columns) as the left operand of Wᵀ: none where W itself serves.
+// Memory for W (rows, columns) as the left operand of Wᵀ; null if W itself can be used.
 template <typename P>
 MVIT_INLINE typename P::Weight* take_transposable(Pieces& pieces, int64_t rows, int64_t columns) {
   return P::kStep == 1 ? nullptr : pieces.template take<typename P::Weight>(rows * columns);

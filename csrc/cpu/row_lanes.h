@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the row-wise operators' kernels share: blocks of rows as panels (see token_lanes.h), and what forward needs.
+// Shared by the kernels of the row-wise operators: blocks of rows as panels with one row per lane (see token_lanes.h),
+// the helpers of forward, and the dispatch tables.
 #pragma once
 
 #include "rows.h"
@@ -10,11 +11,12 @@ namespace MVIT_ISA {
 
 static_assert(kBlockRows == kLanes);
 
-// Output channels that a product leaves in L1 before they are written: 12 KB of float, a multiple of every tile's rows and
-// of every vector.
+// Output channels that a product leaves in L1 before they are written: 12 KB of float. A multiple of every tile's rows
+// and of every vector size.
 constexpr int64_t kOutChannels = 96;
 
-// The pieces of one memory, each from a cache line on. Begun at null it only counts.
+// Bump allocator over one block of memory; each piece starts on a cache line. Constructed from null it only counts
+// bytes.
 struct Pieces {
   std::uintptr_t next;
 
@@ -27,7 +29,7 @@ struct Pieces {
   }
 };
 
-// Rows [first, first + count) of a tensor, in the first `count` lanes; `lanes` are whole vectors.
+// Rows [first, first + count) of a tensor, in the first `count` lanes; `lanes` is `count` rounded up to whole vectors.
 template <typename T>
 struct Block {
   int64_t first, count, lanes;
@@ -41,14 +43,14 @@ MVIT_INLINE TokenRows<E> tokens_of(const Rows& rows, int64_t channel = 0) {
   return {static_cast<E*>(rows.data) + channel, rows.row_stride, rows.column_stride, rows.columns};
 }
 
-// panel [round_up(channels, size)][kLanes] = the block's rows, zero where there is none
+// panel [round_up(channels, size)][kLanes] = the block's rows; zero in lanes without a row.
 template <typename E, typename T>
 MVIT_INLINE void read_block(T* panel, const Rows& rows, const Block<T>& block, int64_t channels) {
   if (block.count < kLanes) std::memset(panel, 0, sizeof(T) * round_up(channels, Vec<T>::size) * kLanes);
   read_columns(panel, kLanes, tokens_of<const E>(rows), block.first, block.count, channels);
 }
 
-// Where a panel becomes an operand: in its own place, or beside it.
+// Where the operand made from a panel goes: in place if the types are the same, else into its own memory.
 template <typename P>
 MVIT_INLINE typename P::Operand* operand_beside(Pieces& pieces, typename P::Value* panel, int64_t channels) {
   if constexpr (P::kStep == 1)
@@ -66,7 +68,8 @@ MVIT_INLINE void store_operand_of(typename P::Operand* operand, const typename P
 }
 
 #if defined(MVIT_BF16_PAIRS)
-// operand [channels / 2][kLanes] = the block's rows, zero where there is none: words of two channels are transposed as such.
+// operand [channels / 2][kLanes] = the block's rows, zero in lanes without a row. Transposes 32-bit words of two
+// channels.
 MVIT_INLINE void read_pairs(bf16x2* operand, const Rows& rows, const Block<float>& block, int64_t channels) {
   constexpr int size = Vec<float>::size;
   for (int64_t i0 = 0; i0 < block.lanes; i0 += size) {
@@ -89,7 +92,7 @@ MVIT_INLINE void read_pairs(bf16x2* operand, const Rows& rows, const Block<float
 }
 #endif
 
-// The block's rows as an operand, zero where there is none.
+// Reads the block's rows as an operand; zero in lanes without a row.
 template <typename P, typename E>
 MVIT_INLINE void read_operand(typename P::Operand* operand, const Rows& rows, const Block<typename P::Value>& block,
                               int64_t channels) {
@@ -99,7 +102,7 @@ MVIT_INLINE void read_operand(typename P::Operand* operand, const Rows& rows, co
     read_pairs(operand, rows, block, channels);
 }
 
-// The tables of an operator, in RowArithmetic's order, from a template entry<P, E>().
+// The dispatch tables of an operator, in RowArithmetic's order, from a template entry<P, E>().
 #if defined(MVIT_BF16_PAIRS)
 #define MVIT_ROW_PAIRS(entry) MVIT_ISA::entry<MVIT_ISA::Bf16Pairs, MVIT_ISA::bfloat16>()
 #else

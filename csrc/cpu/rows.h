@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the fronts of the row-wise operators (layer_norm_linear, linear_residual, layer_norm_mlp) and their kernels share.
+// Interface between the front ends of the row-wise operators (layer_norm_linear, linear_residual, layer_norm_mlp) and
+// their kernels.
 #pragma once
 
 #include <cstddef>
@@ -7,19 +8,20 @@
 
 namespace mvit {
 
-// The rows of a (..., channels) tensor: row i begins (i / columns) · row_stride + (i % columns) · column_stride elements
-// after the first, and its channels are adjacent. A contiguous tensor, a slice of its channels, and a map cropped along
-// one side are such.
+// The rows of a (..., channels) tensor. Row i starts (i / columns) · row_stride + (i % columns) · column_stride
+// elements after the first, and its channels are adjacent. This covers contiguous tensors, slices of channels, and maps
+// cropped along one side.
 struct Rows {
   void* data;
   int64_t row_stride, column_stride, columns;
 };
 
-// What rows are in memory, and what products are made of: the index of each operator's tables.
+// Dtype of the rows in memory and of the products; the index into each operator's dispatch tables. bfloat16 converts to
+// float32 arithmetic.
 enum class RowArithmetic { float32, bfloat16, float64, bfloat16_pairs };
 constexpr int kRowArithmetics = 4;
 
-// Rows are worked on in blocks of this many, one a lane (kLanes of token_lanes.h).
+// Rows are processed in blocks of this size, one row per lane (kLanes in token_lanes.h).
 constexpr int64_t kBlockRows = 32;
 
 template <typename Args>
@@ -28,21 +30,22 @@ struct RowForward {
   void (*block)(const Args&, int64_t block, void* scratch);
 };
 
-// Backward goes through the rows in steps. In each, all blocks are worked on first: they give the rows' own gradients.
-// Then all tiles of the parameters' gradients take in the step's rows, in groups of `group_rows`: a group's sum is made from
-// zero and then added, so a step may have any number of groups, and any thread any block or tile, and no bit changes.
+// Backward goes through the rows in steps. Each step first processes all its blocks, which gives the gradients of the
+// rows themselves. Then all tiles of the parameters' gradients accumulate the step's rows, in groups of `group_rows`:
+// each group is summed from zero and then added. The result is therefore bit-identical for any number of groups per
+// step and any assignment of blocks and tiles to threads.
 
 struct RowStep {
   int64_t begin, rows;
-  int64_t capacity;  // of the shared memory: the most rows of a step
+  int64_t capacity;  // the most rows of any step; determines the layout of the shared memory
   bool first, last;
 };
 
 template <typename Args>
 struct RowBackward {
   int64_t group_rows;
-  std::size_t (*shared_bytes)(const Args&, int64_t capacity);  // memory that lasts from block to tile and step to step
-  std::size_t (*scratch_bytes)(const Args&);                   // of one block
+  std::size_t (*shared_bytes)(const Args&, int64_t capacity);  // memory that lasts across blocks, tiles and steps
+  std::size_t (*scratch_bytes)(const Args&);                   // per block
   void (*prepare)(const Args&, int64_t capacity, void* shared);  // once, before the first step
   void (*block)(const Args&, const RowStep&, int64_t block, void* shared, void* scratch);
   int64_t (*tiles)(const Args&);

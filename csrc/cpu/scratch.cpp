@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Per-thread scratch memory, reused across calls and released when it is oversized (see scratch.h).
 #include "scratch.h"
 
 #include <atomic>
@@ -10,21 +11,21 @@
 namespace mvit {
 namespace {
 
-// Kept, because fresh pages cost up to 0.6 ms a megabyte (in a virtual machine), and a small map's kernels less than
-// that. Given back, because a thread once asked for a 3072² image would keep 234 MB for good, where 224² takes 2: memory
-// of more than kUsual bytes goes when kPatience pieces of work in a row, of any use, found less than a quarter of it
-// enough. An image is 10 to 40 pieces of work, so a few usual images give it back; a stream of large ones asks for it
-// more often than that and never faults a page twice; and one large image now and then pays for its pages a few
-// hundredths of its own time.
+// Memory is kept because fresh pages cost up to 0.6 ms per megabyte (in a virtual machine), more than the kernels of a
+// small map take. It is released because otherwise a thread that once processed a 3072² image would keep 234 MB
+// forever, where a 224² image takes 2 MB. A block of more than kUsual bytes is freed when kPatience consecutive pieces
+// of work, of any use, needed less than a quarter of it. An image is 10 to 40 pieces of work, so a few ordinary images
+// release the memory; a stream of large images needs it more often than that and never faults a page twice; and an
+// occasional large image spends a few hundredths of its time on page faults.
 constexpr std::size_t kUsual = std::size_t{8} << 20, kMuch = 4;
 constexpr int64_t kPatience = 256;
 
-std::atomic<int64_t> kept{0};  // bytes, of all threads
+std::atomic<int64_t> kept{0};  // in bytes, over all threads
 
 struct Block {
   char* data = nullptr;
   std::size_t size = 0;
-  int64_t needed = 0;  // when the better part of it last was
+  int64_t needed = 0;  // the last piece of work that needed more than a quarter of it
   bool in_use = false;
 
   ~Block() { free(); }
@@ -39,7 +40,7 @@ struct Block {
   void allocate(std::size_t bytes) {
     free();
     void* memory = nullptr;
-    // Not operator new, which ends a process under AddressSanitizer where it should throw.
+    // Not operator new, which aborts under AddressSanitizer instead of throwing.
     STD_TORCH_CHECK(posix_memalign(&memory, 64, bytes) == 0, "mvit_kernels: there is no memory for ", bytes,
                     " bytes that this call works in");
     data = static_cast<char*>(memory);
@@ -50,7 +51,7 @@ struct Block {
 
 struct Blocks {
   Block of_use[3];
-  int64_t pieces = 0;  // of work so far
+  int64_t pieces = 0;  // pieces of work so far
 };
 
 Blocks& of_this_thread() {
@@ -65,7 +66,7 @@ Scratch::Scratch(std::size_t bytes, ScratchUse use) : use_(use) {
   const int64_t now = ++mine.pieces;
   Block& block = mine.of_use[static_cast<int>(use)];
 #ifdef __SANITIZE_ADDRESS__
-  block.allocate(bytes);  // new each time, and it ends where the caller said, so that a step beyond is seen
+  block.allocate(bytes);  // a new allocation of the exact size, so that AddressSanitizer sees any overrun
 #endif
   if (bytes > block.size / kMuch) block.needed = now;
   for (Block& other : mine.of_use)
@@ -79,5 +80,5 @@ Scratch::~Scratch() { of_this_thread().of_use[static_cast<int>(use_)].in_use = f
 
 }  // namespace mvit
 
-// For the tests, by ctypes: bytes that all threads keep now.
+// For the tests (ctypes): the bytes that all threads hold at the moment.
 extern "C" __attribute__((visibility("default"))) int64_t mvit_kernels_cpu_kept_bytes() noexcept { return mvit::kept; }

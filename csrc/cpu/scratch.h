@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The memory that kernels work in, which a thread keeps from call to call.
+// Scratch memory for kernels, kept by each thread across calls.
 #pragma once
 
 #include <cstddef>
 
 namespace mvit {
 
-// one_thread is for one piece of work on one thread; shared is for the thread that gives out work, for what the threads
-// share meanwhile; and a network's workspace lasts over many of either.
+// one_thread: one piece of work on one thread. shared: allocated by the thread that distributes work, for data that all
+// threads share meanwhile. network: a network's workspace, which outlives many of both.
 enum class ScratchUse { one_thread, shared, network };
 
-// So much memory of the calling thread for as long as this lives: aligned to a cache line, its contents undefined. A
-// thread has one of each use at a time. Throws where there is no such memory.
+// `bytes` bytes of the calling thread's memory for the lifetime of this object: aligned to a cache line, contents
+// undefined. A thread can hold one of each use at a time. Throws if the allocation fails.
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes, ScratchUse use = ScratchUse::one_thread);

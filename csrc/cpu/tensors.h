@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the operators' fronts need of LibTorch, through its stable ABI (of 2.10), and nothing else.
+// The parts of LibTorch's stable ABI (2.10) that the front ends use, and helpers on tensors and threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,8 +16,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::contiguous;
 using torch::stable::Tensor;
 
-// An uninitialised contiguous CPU tensor, which PyTorch's deterministic mode fills with NaN as it does torch.empty's.
-// torch::stable::new_empty is the same by way of the boxed dispatcher, which costs a microsecond more.
+// An uninitialised contiguous CPU tensor. PyTorch's deterministic mode fills it with NaN, as it does for torch.empty.
+// torch::stable::new_empty does the same through the boxed dispatcher, which costs a microsecond more.
 inline Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t axes, ScalarType type) {
   auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t layout = aoti_torch_layout_strided(), device = aoti_torch_device_type_cpu();
@@ -31,7 +31,7 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
   return new_empty(like, sizes.begin(), static_cast<int64_t>(sizes.size()), type);
 }
 
-// The product of sizes, which may be too large to be a number: a tensor without elements has any sizes.
+// Product of sizes, checked for overflow: a tensor without elements can have arbitrarily large sizes.
 inline int64_t product(const char* op, const char* of_what, std::initializer_list<int64_t> factors) {
   int64_t result = 1;
   for (const int64_t factor : factors)
@@ -39,9 +39,9 @@ inline int64_t product(const char* op, const char* of_what, std::initializer_lis
   return result;
 }
 
-// body(begin, end) over parts of [0, items) on PyTorch's own threads, so that torch.set_num_threads is obeyed. A thread
-// gets at least so many items that they take `flops_per_item` × items >= 2^18 operations, about 2 µs of one core: less
-// is not worth waking a thread for.
+// Calls body(begin, end) for parts of [0, items) on PyTorch's thread pool, so that torch.set_num_threads is respected.
+// A thread gets at least so many items that flops_per_item × items >= 2^18 operations, about 2 µs of one core; for
+// less, waking a thread does not pay.
 template <typename Body>
 void parallel_for(int64_t items, double flops_per_item, const Body& body) {
   constexpr double worth_a_thread = 1 << 18;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Everything of a transformer layer that is done row by row, with the tokens in the lanes.
+// The row-wise parts of a transformer layer (products, bias, SiLU, LayerNorm) with tokens in the lanes.
 //
-// A block of kLanes tokens is kept transposed, as a panel [channels][kLanes]. Then a product with weights as nn.Linear
-// keeps them (out, in) is out = W · panel with W's elements as broadcast operand: no weight is ever packed, no width is
-// ever padded (36, 60, 80, 120 or 144 channels are just so many rows), LayerNorm's sums run over rows instead of across
-// lanes, and one product's output panel is the next one's operand. Only the map's rows are transposed, once each way.
-// An 8 × 2 tile of this reads 2 bytes of weights a cycle; on Zen 4 it runs at 99 % of the FMA rate at every width.
+// A block of kLanes tokens is kept transposed, as a panel [channels][kLanes]. A product with weights as nn.Linear
+// stores them, (out, in), is then out = W · panel, with the elements of W as the broadcast operand. No weight is packed
+// and no width is padded (36, 60, 80, 120 or 144 channels are just that many rows); LayerNorm sums over rows of the
+// panel instead of across lanes; and the output panel of one product is the operand of the next. Only the map's rows
+// are transposed, once in each direction. With an 8 × 2 tile, a product reads 2 bytes of weights per cycle; on Zen 4 it
+// runs at 99 % of the FMA rate at every width.
 #pragma once
 
 #include "exponential.h"
@@ -17,19 +18,20 @@ namespace MVIT_ISA {
 
 constexpr int64_t kLanes = 32;
 
-// What products are made of. Value: accumulators and everything between products. Weight: matrix elements in memory,
-// rows adjacent. Operand: an element of a panel that a product reads, rows(channels) rows of them.
+// Arithmetic policies: the types that products work on. Value: accumulators and everything between products. Weight:
+// elements of matrices in memory, row-major. Operand: an element of a panel that a product reads; such a panel has
+// rows(channels) rows.
 template <typename T>
 struct Plain {
   using Value = T;
   using Weight = T;
   using Operand = T;
-  static constexpr int64_t kStep = 1;  // channels that one step of a product takes
+  static constexpr int64_t kStep = 1;  // channels per step of a product
   static constexpr int64_t rows(int64_t channels) { return channels; }
 };
 
 #if defined(MVIT_BF16_PAIRS)
-struct Bf16Pairs {  // adjacent channels in pairs: even widths only, since a row of weights must begin at a pair
+struct Bf16Pairs {  // pairs of adjacent channels; even widths only, since a row of weights must start at a pair
   using Value = float;
   using Weight = bfloat16;
   using Operand = bf16x2;
@@ -38,8 +40,8 @@ struct Bf16Pairs {  // adjacent channels in pairs: even widths only, since a row
 };
 #endif
 
-// Rows [row, row + R) of an operand panel, lanes [lane, lane + count), from a tile; row is even, and a last odd row gets
-// a zero as its partner.
+// Stores a tile as rows [row, row + R), lanes [lane, lane + count) of an operand panel. `row` is even; a last odd row
+// is paired with zeros.
 template <int R, int V, typename T>
 MVIT_INLINE void store_operand(T* panel, int64_t ld, int64_t row, int64_t lane, int64_t count,
                                const Vec<T> (&tile)[R][V]) {
@@ -69,9 +71,9 @@ MVIT_INLINE void store_operand(bf16x2* panel, int64_t ld, int64_t row, int64_t l
 }
 #endif
 
-// epilogue(tile, row, lane) for W · panel, tile by tile: rows [row, row + R) of n, lanes [lane, lane + V · size), as far
-// as `lanes` needs them. W is (n, channels) with rows ldw apart, or as kOrder says (see multiply_add) its transpose; panel
-// [rows(channels)][kLanes].
+// Computes W · panel tile by tile and calls epilogue(tile, row, lane) for rows [row, row + R) of n and lanes
+// [lane, lane + V · size), for as many vectors as `lanes` needs. W is (n, channels) with leading dimension ldw, or its
+// transpose for kOrder = column_major (see multiply_add); panel is [rows(channels)][kLanes].
 template <typename P, Operand kOrder = Operand::row_major, typename Epilogue>
 MVIT_INLINE void product(const typename P::Weight* weights, int64_t ldw, const typename P::Operand* panel, int64_t n,
                          int64_t channels, int64_t lanes, const Epilogue& epilogue) {
@@ -93,7 +95,7 @@ MVIT_INLINE void product(const typename P::Weight* weights, int64_t ldw, const t
     });
 }
 
-// tile + bias of its rows; no bias where that is null.
+// Adds the bias of the tile's rows; null means no bias.
 template <int R, int V, typename T>
 MVIT_INLINE void add_bias(Vec<T> (&tile)[R][V], const T* bias, int64_t row) {
   if (bias != nullptr) map_tile(tile, [&](Vec<T> x, int r, int) { return x + Vec<T>(bias[row + r]); });
@@ -114,8 +116,8 @@ MVIT_INLINE Vec<T> silu(Vec<T> x) {
   return x / (Vec<T>(T(1)) + exp(-x));
 }
 
-// 2^x and SiLU as exact as P's operands are: what is rounded to bfloat16 next needs no more than 2^-13 (7.5e-5 of the
-// cubic 2^f on [0, 1), 6e-5 of the reciprocal). SiLU then takes 7 cycles a vector on Zen 4.
+// 2^x and SiLU at the accuracy that P needs: a result that is rounded to bfloat16 next needs no more than 2^-13 (the
+// cubic for 2^f on [0, 1) has 7.5e-5, the reciprocal 6e-5). SiLU then takes 7 cycles per vector on Zen 4.
 template <typename P>
 MVIT_INLINE Vec<typename P::Value> exp2_for(Vec<typename P::Value> x) {
 #if defined(MVIT_BF16_PAIRS)
@@ -142,8 +144,8 @@ MVIT_INLINE Vec<typename P::Value> silu_for(Vec<typename P::Value> x) {
   return silu(x);
 }
 
-// N sums over the channels, in blocks of kChains chains each: one addition takes four cycles. add(c, sums, i) adds channel c
-// to those of chain i.
+// N sums over the channels, in blocks of kChains independent chains each, since an addition has a latency of four
+// cycles. add(c, sums, i) adds channel c to the sums of chain i.
 constexpr int kChains = 4;
 template <int N, typename T, typename Add>
 MVIT_INLINE void sum_channels(Vec<T> (&sums)[N], int64_t channels, const Add& add) {
@@ -163,18 +165,18 @@ MVIT_INLINE void sum_channels(Vec<T> (&sums)[N], int64_t channels, const Add& ad
   }
 }
 
-// What LayerNorm makes of rows: (x - mean - the rest of the mean) · rstd. The mean is near all values where it is large, so
-// that the first difference is exact; the rest is what the mean's own rounding leaves, 1e-12 of doubles near 1e4.
+// LayerNorm's normalisation: (x - mean - rest) · rstd. Where the mean is large it is close to all values, so the first
+// difference is exact. `rest` is the rounding error of the mean itself: 1e-12 for doubles near 1e4.
 template <typename T>
 struct Normaliser {
-  Vec<T> mean, rstd, shift;  // shift: -rest · rstd
+  Vec<T> mean, rstd, shift;  // shift = -rest · rstd
 
   MVIT_INLINE Vec<T> operator()(Vec<T> x) const { return fma(x - mean, rstd, shift); }
 };
 
-// Of each lane's `channels` values, for `size` lanes of a panel; the statistics for backward where they are wanted. The
-// first sum is of differences from the first value, so that the mean of equal values is that value and they normalise to
-// exactly 0; the second pass corrects it.
+// Statistics of `channels` values in each of `size` lanes of a panel; stores those that backward needs if mean_out is
+// not null. The first pass sums differences from the first value, so that the mean of equal values is exactly that
+// value and they normalise to exactly 0. The second pass corrects the mean.
 template <typename T>
 MVIT_INLINE Normaliser<T> normaliser_of(const T* panel, int64_t channels, T eps, T* mean_out = nullptr,
                                         T* rstd_out = nullptr) {
@@ -196,7 +198,7 @@ MVIT_INLINE Normaliser<T> normaliser_of(const T* panel, int64_t channels, T eps,
   return {mean, rstd, -(rest * rstd)};
 }
 
-// operand[c] = value(c), a vector of lanes from `lane` on, for every channel.
+// operand[c] = value(c) for every channel; value returns the vector of lanes that starts at `lane`.
 template <typename P, typename Value>
 MVIT_INLINE void fill_operand(typename P::Operand* operand, int64_t channels, int64_t lane, const Value& value) {
   using T = typename P::Value;
@@ -211,8 +213,8 @@ MVIT_INLINE void fill_operand(typename P::Operand* operand, int64_t channels, in
   }
 }
 
-// operand = LN(panel) in the first `lanes` lanes (whole vectors of them); mean and rstd of each lane where not null. A
-// Plain operand may be the panel itself.
+// operand = LN(panel) in the first `lanes` lanes (whole vectors); mean and rstd of each lane if the pointers are not
+// null. A Plain operand may alias the panel.
 template <typename P>
 MVIT_INLINE void layer_norm(typename P::Operand* operand, const typename P::Value* panel, int64_t channels,
                             const typename P::Value* weight, const typename P::Value* bias, typename P::Value eps,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tokens of one (image, patch position) sequence, where they lie in a (B, H, W, channels) map: no unfold.
+// The tokens of one (image, patch position) sequence, addressed in place in a (B, H, W, channels) map, without unfold;
+// and the transposes between these rows and panels.
 #pragma once
 
 #include "vec.h"
@@ -17,7 +18,7 @@ struct TokenRows {
   int64_t row_stride, column_stride;  // in elements, from one patch to the next
   int64_t columns;
 
-  // visit(pointer to the token's channels, i) for i in [0, count), token begin + i.
+  // visit(pointer to the channels of token begin + i, i) for i in [0, count).
   template <typename Visit>
   MVIT_INLINE void for_each(int64_t begin, int64_t count, const Visit& visit) const {
     int64_t column = begin % columns;
@@ -32,7 +33,8 @@ struct TokenRows {
   }
 };
 
-// panel[i][0, ld) = factor · the channels of token begin + i, zeros from `channels` on; ld is a multiple of the vector.
+// panel[i][0, ld) = factor · the channels of token begin + i, padded with zeros; ld is a multiple of the vector size.
+// Writes up to the last vector that has a channel.
 template <typename T, typename E>
 MVIT_INLINE void pack_rows(T* panel, int64_t ld, const TokenRows<const E>& tokens, int64_t begin, int64_t count,
                            int64_t channels, Vec<T> factor) {
@@ -42,8 +44,8 @@ MVIT_INLINE void pack_rows(T* panel, int64_t ld, const TokenRows<const E>& token
   });
 }
 
-// panel[c][i] = factor · channel c of token begin + i, for c in [0, round_up(channels, size)) and i in [0, ld); zeros
-// where there is no such channel or i >= count. ld is a multiple of the vector.
+// panel[c][i] = factor · channel c of token begin + i, for c in [0, round_up(channels, size)) and i in [0, ld); zero
+// where there is no such channel or i >= count. ld is a multiple of the vector size.
 template <typename T, typename E>
 MVIT_INLINE void pack_columns(T* panel, int64_t ld, const TokenRows<const E>& tokens, int64_t begin, int64_t count,
                               int64_t channels, Vec<T> factor) {
@@ -79,8 +81,8 @@ MVIT_INLINE void unpack_rows(const TokenRows<E>& tokens, int64_t begin, int64_t 
   });
 }
 
-// panel[c][i] = channel c of token begin + i for i in [0, count), and rows up to round_up(channels, size), which are zero;
-// other lanes of the panel stay as they are.
+// panel[c][i] = channel c of token begin + i for i in [0, count) and c in [0, round_up(channels, size)); rows without a
+// channel are zero. Other lanes of the panel are left unchanged.
 template <typename T, typename E>
 MVIT_INLINE void read_columns(T* panel, int64_t ld, const TokenRows<const E>& tokens, int64_t begin, int64_t count,
                               int64_t channels) {
@@ -105,8 +107,8 @@ MVIT_INLINE void read_columns(T* panel, int64_t ld, const TokenRows<const E>& to
   }
 }
 
-// token begin + i, channels [c, c + width) = finish(panel[c …][i], i, c, width). The panel has round_up(channels, size)
-// rows, of whole vectors past `count`.
+// Channels [c, c + width) of token begin + i = finish(panel[c …][i], i, c, width). The panel has
+// round_up(channels, size) rows, readable to the end of the last vector.
 template <typename T, typename E, typename Finish>
 MVIT_INLINE void write_columns(const TokenRows<E>& tokens, int64_t begin, int64_t count, int64_t channels,
                                const T* panel, int64_t ld, const Finish& finish) {
@@ -137,8 +139,8 @@ MVIT_INLINE void write_columns(const TokenRows<E>& tokens, int64_t begin, int64_
   write_columns(tokens, begin, count, channels, panel, ld, [](Vec<T> x, int64_t, int64_t, int) { return x; });
 }
 
-// token begin + i, channel c = panel[c][i] · factor[i]. The panel has round_up(channels, size) rows, and ld columns as
-// `factor` has, a multiple of the vector.
+// Channel c of token begin + i = panel[c][i] · factor[i]. The panel has round_up(channels, size) rows of ld columns, as
+// has `factor`; ld is a multiple of the vector size.
 template <typename T, typename E>
 MVIT_INLINE void unpack_columns(const TokenRows<E>& tokens, int64_t begin, int64_t count, int64_t channels,
                                 const T* panel, int64_t ld, const T* factor) {

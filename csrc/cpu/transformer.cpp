@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// transformer.cpu: checks, memory and threads around transformer_kernel.cpp.
+// Front end of transformer.cpu: argument checks, memory and threads around transformer_kernel.cpp.
 #include "transformer.h"
 
 #include <algorithm>
@@ -18,9 +18,10 @@ int64_t blocks_of(const TransformerKernels& kernels, const TransformerShape& sha
   return (kernels.unit_lanes(shape, sequences) + 31) / 32;
 }
 
-// A unit has enough whole sequences to fill two blocks, so that a pass over the weights serves that many tokens (at
-// N = 16 it is the weights' way from L3 that counts); and then so many that the fewest lanes are wasted: 49 tokens are 56
-// lanes and four vectors of 16, twice 49 are seven. What it keeps from step to step stays within half of an L2.
+// A unit has enough whole sequences to fill two blocks, so that one pass over the weights serves 64 tokens (at N = 16
+// the cost is streaming the weights from L3). Beyond that, the number that wastes the fewest lanes: 49 tokens are 56
+// lanes or four vectors of 16, twice 49 are seven. The memory that a unit keeps between steps is limited to half of an
+// L2.
 int64_t sequences_of_a_unit(const TransformerKernels& kernels, const TransformerShape& shape, int64_t most) {
   constexpr std::size_t most_bytes = 512 << 10;
   const auto lanes = [&](int64_t n) { return kernels.unit_lanes(shape, n); };
@@ -49,7 +50,8 @@ void run_transformer(const TransformerKernels& kernels, const TransformerArgs& a
   const auto size_of = [&](int64_t unit) { return std::min(group, sequences - unit * group); };
   const std::size_t unit_bytes = (kernels.unit_bytes(shape, group) + 63) / 64 * 64;
 
-  if (threads == 1 || units % threads == 0 || units >= 4 * threads) {  // a thread takes whole units: nothing to wait for
+  // Each thread takes whole units: no synchronisation.
+  if (threads == 1 || units % threads == 0 || units >= 4 * threads) {
     const auto whole_units = [&](int64_t begin, int64_t end) {
       const Scratch scratch(unit_bytes + step_bytes);
       char* const memory = scratch.data();
@@ -65,7 +67,7 @@ void run_transformer(const TransformerKernels& kernels, const TransformerArgs& a
                         whole_units);
   }
 
-  // More threads than units: all work on the blocks of one step, then on those of the next.
+  // More threads than units: all threads share the blocks of one step, then those of the next.
   const Scratch shared(unit_bytes * static_cast<std::size_t>(units), ScratchUse::shared);
   char* const memory = shared.data();
   const int64_t unit_blocks = blocks_of(kernels, shape, group);
@@ -83,7 +85,8 @@ void run_transformer(const TransformerKernels& kernels, const TransformerArgs& a
 
 namespace {
 
-constexpr std::size_t kTensorsOfALayer = 12;  // TransformerLayerWeights, in its order
+// The fields of TransformerLayerWeights (mvit_kernels/backends/library.py), in order.
+constexpr std::size_t kTensorsOfALayer = 12;
 
 Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::optional<Tensor> final_norm_weight,
                    std::optional<Tensor> final_norm_bias, int64_t num_heads, std::vector<int64_t> patch, double eps) {
@@ -137,7 +140,7 @@ Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::o
     args.final_norm_weight = read.vector(*final_norm_weight, d);
     args.final_norm_bias = read.vector(*final_norm_bias, d);
   }
-  if (out.numel() == 0) return out;  // of no images, rows or channels, and the other sizes any
+  if (out.numel() == 0) return out;  // no images, rows or channels; the other sizes are arbitrary
   args.in = {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
   args.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
   const TransformerKernels& kernels =

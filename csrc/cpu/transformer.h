@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the front of transformer (transformer.cpp) and the frozen network tell its kernels (transformer_kernel.cpp).
+// Interface between the front end of transformer (transformer.cpp), the frozen network (network.cpp) and the kernels
+// (transformer_kernel.cpp).
 #pragma once
 
 #include <cstddef>
@@ -10,8 +11,8 @@
 
 namespace mvit {
 
-// One pre-norm layer's weights: matrices as nn.Linear keeps them, contiguous, in float32 or (where the arithmetic is
-// bfloat16 pairs) bfloat16; vectors in float32. qkv_bias may be null.
+// Weights of one pre-norm layer. Matrices are as nn.Linear stores them, contiguous, in float32 or, for products of
+// bfloat16 pairs, bfloat16. Vectors are float32. qkv_bias may be null.
 struct TransformerLayer {
   const float *norm1_weight, *norm1_bias;
   const void* qkv_weight;
@@ -32,7 +33,7 @@ struct TransformerShape {
   float eps;
 
   int64_t positions() const { return patch_height * patch_width; }
-  int64_t tokens() const { return patch_rows * patch_columns; }  // of a sequence
+  int64_t tokens() const { return patch_rows * patch_columns; }  // per sequence
   int64_t inner() const { return heads * head_dim; }
   int64_t sequences() const { return images * positions(); }
 };
@@ -44,28 +45,30 @@ struct TransformerArgs {
   const float *final_norm_weight, *final_norm_bias;  // null: no final norm
 };
 
-// Sequences are worked on in units of some whole ones, laid out one after another in blocks of 32 lanes. A step works on
-// one block of a unit; between steps all blocks of the unit must be done. No step of one unit touches another's memory.
+// Sequences are processed in units of one or more whole sequences, laid out one after another in blocks of 32 lanes. A
+// call processes one step of one block. All blocks of a unit must finish a step before the next one starts. Units share
+// no memory.
 struct TransformerKernels {
   int64_t (*unit_lanes)(const TransformerShape&, int64_t sequences);
-  std::size_t (*unit_bytes)(const TransformerShape&, int64_t sequences);  // memory that lasts from step to step
+  std::size_t (*unit_bytes)(const TransformerShape&, int64_t sequences);  // memory that lasts across steps
   std::size_t (*step_bytes)(const TransformerShape&);                     // scratch of one step
-  // The first step reads the map; each layer is two; the last one writes the map.
+  // The first step reads the map, each layer is two steps, the last step writes the map.
   int64_t (*steps)(const TransformerShape&);
   void (*step)(const TransformerArgs&, int64_t step, int64_t first_sequence, int64_t sequences, int64_t block,
                void* unit, void* scratch);
 };
 
-// Which arithmetic: Single is float32 throughout (maps may be bfloat16), Pairs products of bfloat16 pairs.
+// Dispatch table, one entry per arithmetic: `single` is float32 throughout (maps may be bfloat16), `pairs` multiplies
+// bfloat16 pairs.
 struct TransformerTable {
   TransformerKernels single;         // float32 maps
   TransformerKernels single_bf16;    // bfloat16 maps
-  TransformerKernels pairs;          // bfloat16 maps and matrices; null functions where the set has none
+  TransformerKernels pairs;          // bfloat16 maps and matrices; null functions if the instruction set has no pairs
 };
 
 MVIT_DECLARE_KERNELS(TransformerTable, transformer);
 
-// The whole stack, with `threads` of PyTorch's pool or on the calling thread alone.
+// Runs the whole stack: on PyTorch's thread pool or, with on_this_thread_alone, on the calling thread.
 void run_transformer(const TransformerKernels& kernels, const TransformerArgs& args, bool on_this_thread_alone);
 
 }  // namespace mvit

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// The whole transformer stack of some sequences, in token lanes (see token_lanes.h): the map's rows are read once and
-// written once.
+// The whole transformer stack on a unit of sequences, in token lanes (see token_lanes.h). The map's rows are read once
+// and written once.
 //
 // A layer is two steps over the blocks of 32 tokens. The first normalises and projects to q, k and v, which attention
-// needs of all of a sequence's blocks; the second does everything after, block by block, so that attention's output,
-// the normalised rows and the MLP's hidden rows stay in L1 and L2. Attention too has queries in the lanes: Sᵀ = K Qᵀ
-// needs no sum across lanes for softmax, Oᵀ = Vᵀ Pᵀ wastes nothing at any head dimension, and O is at once the
-// out-projection's operand.
+// needs for all blocks of a sequence. The second does everything else block by block, so that the attention output, the
+// normalised rows and the MLP's hidden rows stay in L1 and L2. Attention has queries in the lanes: the softmax over
+// Sᵀ = K Qᵀ needs no horizontal sum, Oᵀ = Vᵀ Pᵀ wastes no lanes at any head dimension, and O is already in the layout
+// of the out-projection's operand.
 #include "token_lanes.h"
 #include "transformer.h"
 
 namespace mvit {
 namespace MVIT_ISA {
 
-// Scores of 128 keys × 32 queries are 16 KB. Blocks of keys begin with the sequence, wherever it lies in its unit, so
-// that a result does not depend on how sequences are grouped.
+// Scores of 128 keys × 32 queries are 16 KB. Key blocks are counted from the start of the sequence, wherever it is in
+// its unit, so the result does not depend on how sequences are grouped.
 constexpr int64_t kKeys = 128;
-// A sequence begins at a multiple of this many lanes: tiles of keys then never cross from one block to the next.
+// A sequence starts at a multiple of this many lanes, so that tiles of keys never straddle two blocks.
 constexpr int64_t kSequenceStep = 8;
 constexpr int kKeyRows = kTileRows >= 8 ? 8 : 4;
 
@@ -29,17 +29,18 @@ MVIT_INLINE int64_t unit_blocks(const TransformerShape& shape, int64_t sequences
   return round_up(unit_lanes(shape, sequences), kLanes) / kLanes;
 }
 
-// Vectors of queries that begin at the last multiple of kSequenceStep read past their row, past a buffer's end at worst.
+// Vectors of queries that start at the last multiple of kSequenceStep read past their row and, in the worst case, past
+// the end of the buffer.
 constexpr int64_t kSlack = 2 * kLanes;
 
 template <typename P>
 struct Unit {
   using T = typename P::Value;
   T* rows;                      // [block][round_up(width, 16)][kLanes]: the residual stream
-  typename P::Operand* query;   // [block][rows(inner)][kLanes], scaled by log2(e) too
+  typename P::Operand* query;   // [block][rows(inner)][kLanes], scaled by log2(e) / sqrt(head_dim)
   typename P::Operand* key;     // the same
   typename P::Weight* value;    // [block][inner][kLanes]: the left operand of Oᵀ = Vᵀ Pᵀ
-  int64_t rows_size, operand_size;  // elements of a block
+  int64_t rows_size, operand_size;  // elements per block
 
   Unit(const TransformerShape& shape, int64_t blocks, void* memory) {
     rows_size = round_up(shape.width, 16) * kLanes;
@@ -61,7 +62,7 @@ struct Scratch {
   T* panel;                       // [round_up(width, 16)][kLanes]
   T* scores;                      // [kKeys][kLanes]
   T* out;                         // [head_dim][kLanes]
-  typename P::Operand* weights;   // [rows(kKeys)][kLanes]: softmax's numerators
+  typename P::Operand* weights;   // [rows(kKeys)][kLanes]: numerators of the softmax
   typename P::Operand* normalised;  // [rows(width)][kLanes]
   typename P::Operand* attention;   // [rows(inner)][kLanes]
   typename P::Operand* hidden;      // [rows(hidden)][kLanes]
@@ -79,7 +80,7 @@ struct Scratch {
   }
 };
 
-// visit(sequence, first token, tokens, lane) for the runs of tokens that lie in a block of the unit, lane by lane.
+// visit(sequence, first token, tokens, lane) for every run of tokens of one sequence in a block, in order of lanes.
 template <typename Visit>
 MVIT_INLINE void for_each_run(const TransformerShape& shape, int64_t sequences, int64_t block, const Visit& visit) {
   const int64_t stride = sequence_lanes(shape), begin = block * kLanes, end = begin + kLanes;
@@ -90,7 +91,7 @@ MVIT_INLINE void for_each_run(const TransformerShape& shape, int64_t sequences, 
   }
 }
 
-// Lanes of a block that hold tokens or lie before one.
+// Number of lanes of a block up to the last sequence's end.
 MVIT_INLINE int64_t used_lanes(const TransformerShape& shape, int64_t sequences, int64_t block) {
   return smaller(kLanes, sequences * sequence_lanes(shape) - block * kLanes);
 }
@@ -148,8 +149,8 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
       return x;
     });
   });
-  // The partner, with weight zero, of an odd last key is no token's, and whatever its row of zeros became (NaN where eps is
-  // zero) must be zero too.
+  // An odd last key is paired with a lane that holds no token and has weight zero. Its value must be zero too: the row
+  // of zeros may have become NaN (if eps is 0).
   if (P::kStep > 1 && shape.tokens() % 2 != 0)
     for_each_run(shape, sequences, block, [&](int64_t, int64_t first, int64_t count, int64_t lane) {
       if (first + count == shape.tokens())
@@ -157,7 +158,7 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
     });
 }
 
-// Attention of one head for `count` (at most V · size) queries of one sequence, which lie in a block from `lane` on.
+// Attention of one head for `count` (at most V · size) queries of one sequence, in one block starting at `lane`.
 template <int V, typename P>
 MVIT_INLINE void attend(const TransformerShape& shape, int64_t head, int64_t sequence, int64_t block, int64_t lane,
                         int64_t count, const Unit<P>& unit, const Scratch<P>& scratch) {
@@ -170,7 +171,7 @@ MVIT_INLINE void attend(const TransformerShape& shape, int64_t head, int64_t seq
 
   for (int64_t begin = 0; begin < tokens; begin += kKeys) {
     const int64_t keys = smaller(kKeys, tokens - begin);
-    // piece(block, lane in it, first key, keys) for the keys that lie in one block
+    // piece(block, lane in it, first key, keys) for each run of keys in one block
     const auto for_each_piece = [&](const auto& piece) {
       for (int64_t key = 0; key < keys;) {
         const int64_t at = first_key + begin + key, in_block = smaller(keys - key, kLanes - at % kLanes);
@@ -244,7 +245,7 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
   const int64_t lanes = used_lanes(shape, sequences, block), width = shape.width;
   T* rows = unit.rows + block * unit.rows_size;
 
-  // Lanes between sequences are nobody's, but what lies in the memory could be denormal numbers, which are slow.
+  // Lanes between sequences are never used, but uninitialised memory could hold subnormal numbers, which are slow.
   if (shape.tokens() % kSequenceStep != 0)
     std::memset(static_cast<void*>(scratch.attention), 0, sizeof(*scratch.attention) * unit.operand_size);
   for_each_run(shape, sequences, block, [&](int64_t sequence, int64_t, int64_t count, int64_t first_lane) {

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// One SIMD register, Vec<float> or Vec<double>, for the instruction set that the including file is compiled for.
+// One SIMD register, Vec<float> or Vec<double>, of the instruction set that the including file is compiled for: loads,
+// stores, arithmetic, shuffles and conversions from and to bfloat16.
 //
-// Every <operator>_kernel.cpp is compiled once per instruction set, with the set's flags and, from CMakeLists.txt,
-//   MVIT_ISA            avx512bf16 | avx512 | avx2 | portable: the namespace that everything here lives in
+// Every <operator>_kernel.cpp is compiled once per instruction set, with the flags of the set and, from CMakeLists.txt,
+//   MVIT_ISA            avx512bf16 | avx512 | avx2 | portable: the namespace that everything here is in
 //   MVIT_VECTOR_BYTES   64         | 64     | 32   | 16
-//   MVIT_BF16_PAIRS     1 where there are products of bfloat16 pairs (avx512bf16), else not defined
-// Each set has a namespace of its own because the linker keeps only one copy of equal inline functions: an AVX-512 copy
-// called by the portable kernels would be an illegal instruction. For the same reason kernels and their headers call no inline
-// functions or templates of the standard library, and include no header of PyTorch.
+//   MVIT_BF16_PAIRS     1 if the set has products of bfloat16 pairs (avx512bf16), else not defined
+// Each set has its own namespace because the linker keeps only one copy of an inline function (a weak symbol): if the
+// portable kernels called the AVX-512 copy, they would fault on an illegal instruction. For the same reason kernels and
+// their headers call no inline functions or templates of the standard library and include no PyTorch header.
 //
-// Built on the vector extensions of GCC and Clang; intrinsics only where the extensions have no word for it.
+// Built on the vector extensions of GCC and Clang; intrinsics only for what these cannot express.
 #pragma once
 
 #if !defined(MVIT_ISA) || !defined(MVIT_VECTOR_BYTES)
@@ -35,7 +36,7 @@
 
 #define MVIT_INLINE inline __attribute__((always_inline))
 
-// The operator's table for this instruction set: MVIT_TABLE(patch_attention) is patch_attention_avx2.
+// The operator's dispatch table for this instruction set: MVIT_TABLE(patch_attention) is patch_attention_avx2.
 #define MVIT_JOIN_(a, b) a##_##b
 #define MVIT_JOIN(a, b) MVIT_JOIN_(a, b)
 #define MVIT_TABLE(op) MVIT_JOIN(op, MVIT_ISA)
@@ -80,7 +81,7 @@ struct Vec {
 
   Vec() = default;
   MVIT_INLINE Vec(Native n) : native(n) {}
-  MVIT_INLINE Vec(T value) : native(value - Native{}) {}  // broadcast; x - 0 is x for every x, x + 0 is not for -0
+  MVIT_INLINE Vec(T value) : native(value - Native{}) {}  // broadcast; x - 0 is x for every x, whereas -0 + 0 is 0
 
   friend MVIT_INLINE Vec operator-(Vec a) { return -a.native; }
   friend MVIT_INLINE Vec operator+(Vec a, Vec b) { return a.native + b.native; }
@@ -103,7 +104,7 @@ MVIT_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v.native, sizeof v.native);
 }
 
-// GCC's AddressSanitizer does not look at masked accesses: beside it, their bytes are read one by one before.
+// GCC's AddressSanitizer does not check masked accesses, so in its builds their bytes are read one by one first.
 template <typename T>
 MVIT_INLINE void look_at([[maybe_unused]] const T* p, [[maybe_unused]] int n) {
 #ifdef __SANITIZE_ADDRESS__
@@ -112,7 +113,7 @@ MVIT_INLINE void look_at([[maybe_unused]] const T* p, [[maybe_unused]] int n) {
 #endif
 }
 
-// The first n elements (0 < n <= size); the rest are zero.
+// Loads the first n elements (0 < n <= size); the rest are zero.
 template <typename T>
 MVIT_INLINE Vec<T> load_first(const T* p, int n) {
   if (n == Vec<T>::size) return load(p);
@@ -145,7 +146,7 @@ MVIT_INLINE void store_first(T* p, Vec<T> v, int n) {
 #endif
 }
 
-// bfloat16 in memory is float in registers.
+// bfloat16 in memory, float in registers.
 
 MVIT_INLINE Vec<float> load_first(const bfloat16* p, int n) {
   NativeHalfBits half{};
@@ -175,8 +176,8 @@ MVIT_INLINE void store_first(bfloat16* p, Vec<float> v, int n) {
   }
 #else
   const NativeBits bits = NativeBits(v.native);
-  const NativeBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const NativeBits quiet_nan = (bits >> 16) | 0x40;  // rounding could carry a NaN's payload into infinity
+  const NativeBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // round to nearest even
+  const NativeBits quiet_nan = (bits >> 16) | 0x40;  // for a NaN, rounding could carry the payload into infinity
   const NativeBits is_nan = NativeBits(v.native != v.native);
   const NativeHalfBits half = __builtin_convertvector((rounded & ~is_nan) | (quiet_nan & is_nan), NativeHalfBits);
   if (n == Vec<float>::size) {
@@ -190,14 +191,15 @@ MVIT_INLINE void store_first(bfloat16* p, Vec<float> v, int n) {
 }
 
 #if defined(MVIT_BF16_PAIRS)
-// Two bfloat16 that a product takes in one step, the first in the lower half.
+// The two bfloat16 values of one step of a product, the first in the lower half.
 struct bf16x2 {
   uint32_t bits;
 };
 
 // p[i] = {first[i], second[i]} for i in [0, n)
 MVIT_INLINE void store_first(bf16x2* p, Vec<float> first, Vec<float> second, int n) {
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second.native, first.native);  // all of first, all of second
+  // All of `first`, then all of `second`.
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second.native, first.native);
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i pairs = _mm512_maskz_permutexvar_epi16(-1, order, halves);
@@ -232,7 +234,7 @@ MVIT_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   else
     return Native(_mm256_fmadd_pd(a.native, b.native, c.native));
 #else
-  return Native(a.native * b.native + c.native);  // one instruction where the architecture has it, as on aarch64
+  return Native(a.native * b.native + c.native);  // a single instruction where the architecture has one, as on aarch64
 #endif
 }
 
@@ -256,11 +258,12 @@ MVIT_INLINE Vec<T> sqrt(Vec<T> a) {
 #endif
 }
 
-// The greater of each pair; b where either is a NaN (so is minimum: the meaning of x86's instructions).
+// The larger of each pair, b if either is NaN; likewise minimum. These are the semantics of x86's instructions.
 template <typename T>
 MVIT_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   using Native = typename Vec<T>::Native;
-#if MVIT_VECTOR_BYTES == 64  // the masked forms, of all lanes: GCC 12 warns of the plain ones' undefined third operand
+// Masked forms with all lanes set: GCC 12 warns about the undefined third operand of the plain ones.
+#if MVIT_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4)
     return Native(_mm512_mask_max_ps(a.native, -1, a.native, b.native));
   else
@@ -301,7 +304,7 @@ MVIT_INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) {
 #define MVIT_SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, typename Vec<T>::NativeInteger{__VA_ARGS__})
 #endif
 
-// a0 b0 a1 b1 …, of the lower or the upper halves.
+// a0 b0 a1 b1 …, from the lower or the upper halves.
 template <typename T, int... I>
 MVIT_INLINE Vec<T> zip_lower(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   return typename Vec<T>::Native(MVIT_SHUFFLE(T, a.native, b.native, (I / 2 + (I % 2) * Vec<T>::size)...));
@@ -312,7 +315,7 @@ MVIT_INLINE Vec<T> zip_upper(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...
       MVIT_SHUFFLE(T, a.native, b.native, (I / 2 + (I % 2) * Vec<T>::size + Vec<T>::size / 2)...));
 }
 
-// Rows become columns, in log2(size) rounds of interleaving row i with row i + size / 2.
+// Transposes a square of `size` vectors in log2(size) rounds, each of which interleaves row i with row i + size / 2.
 template <typename T>
 MVIT_INLINE void transpose(Vec<T> (&row)[Vec<T>::size]) {
   constexpr int size = Vec<T>::size;
@@ -330,7 +333,7 @@ MVIT_INLINE void transpose(Vec<T> (&row)[Vec<T>::size]) {
   }
 }
 
-// The sum of all lanes, as a tree, so that the order does not depend on the compiler.
+// Horizontal sum, as a tree, so that the order of additions does not depend on the compiler.
 template <typename T>
 MVIT_INLINE T sum(Vec<T> v) {
   T lane[Vec<T>::size];

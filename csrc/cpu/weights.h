@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights as kernels read them: contiguous, matrices in the arithmetic's type, vectors in float32 (float64 beside float64
-// matrices).
+// Weights in the form that kernels read: contiguous, matrices in the operand dtype of the arithmetic, vectors in
+// float32 (float64 if the matrices are float64).
 #pragma once
 
 #include <cstring>
@@ -11,7 +11,8 @@
 
 namespace mvit {
 
-// Pointers into the tensors themselves where these suit, else into copies that live as long as the reader.
+// Returns pointers into the tensors themselves if their layout and dtype fit, else into copies that live as long as the
+// reader.
 class WeightReader {
  public:
   WeightReader(const char* op, ScalarType matrices) : op_(op), matrices_(matrices) {}
@@ -31,7 +32,7 @@ class WeightReader {
 
   const float* vector(const Tensor& tensor, int64_t size) { return static_cast<const float*>(values(tensor, size)); }
 
-  // The same of whatever type vectors have here.
+  // The same in the dtype that vectors have for this arithmetic.
   const void* values(const Tensor& tensor, int64_t size) {
     STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, op_, ": a bias or norm weight is not of ", size,
                     " values");

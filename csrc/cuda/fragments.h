@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operands of tensor-core products in the order in which lanes hold them.
+// B fragments of tensor-core products in shared memory, stored in the order in which lanes hold them; and small helpers
+// on accumulators.
 //
-// A *fragment* is what 32 lanes hold of a 16 × 8 block of b, two registers each (of 8 × 8, one). Fragments that are read
-// together lie in pairs, so that a lane reads 16 bytes; an odd one comes last.
+// A fragment is what the 32 lanes of a warp hold of a 16 × 8 block of b: two registers each (one for 8 × 8). Fragments
+// that are read together are stored in pairs, so that each lane reads 16 bytes; an odd fragment comes last.
 #pragma once
 
 #include <cmath>
@@ -18,8 +19,8 @@ struct alignas(16) Floats4 {
   float x, y, z, w;
 };
 
-constexpr int kFragmentBytes = 256;      // of 16 × 8
-constexpr int kHalfFragmentBytes = 128;  // of 8 × 8
+constexpr int kFragmentBytes = 256;      // 16 × 8 elements
+constexpr int kHalfFragmentBytes = 128;  // 8 × 8 elements
 
 template <int COUNT>
 MVIT_DEVICE void load_fragments(uint32_t (&b)[COUNT][2], Shared at) {
@@ -35,8 +36,8 @@ MVIT_DEVICE void load_fragments(uint32_t (&b)[COUNT][2], Shared at) {
   }
 }
 
-// What a tile of 16 rows × 8 columns of a product becomes as a part of an operand: [0] rows 0 to 7, [1] rows 8 to 15. Two
-// tiles side by side are the a of one m16n8k16 product, a tile alone that of an m16n8k8.
+// An accumulator tile of 16 rows × 8 columns packed as part of an operand: [0] holds rows 0 to 7, [1] rows 8 to 15. Two
+// adjacent tiles are the `a` operand of one m16n8k16 product, a single tile that of an m16n8k8.
 using Tile = uint32_t[2];
 
 template <typename T>
@@ -56,14 +57,15 @@ MVIT_DEVICE void multiply(float (&d)[4], const Tile& tile, uint32_t b) {
   mma<T>(d, tile, half);
 }
 
-// sum / count, rounded right. By 1 / count alone the mean of equal values is not that value in 16 of the widths up to 512,
-// 120 and 240 among them, and 1 / σ makes 316 times as much of the difference. (Not for squares: of infinity it is NaN.)
+// sum / count, correctly rounded (one Newton step). With sum · (1 / count) alone, the mean of equal 16-bit values
+// differs from that value for 16 of the multiples of 8 up to 512, among them 120 and 240 (for 158 of all widths up to
+// 512), and 1 / σ amplifies the difference by a factor of 316. Not for sums of squares: infinity would become NaN.
 MVIT_DEVICE float mean_of(float sum, float count) {
   const float one_of = 1.0f / count, mean = sum * one_of;
   return fmaf(fmaf(-mean, count, sum), one_of, mean);
 }
 
-// The sum, and the largest, of what the four lanes hold that share a row of a product.
+// Sum and maximum over the four lanes that hold one row of an accumulator tile.
 MVIT_DEVICE float sum_of_row(float value) {
   value += shuffle_xor(value, 1);
   return value + shuffle_xor(value, 2);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launch of a kernel, for the .cu files.
+// Kernel launches for the .cu files. launch() raises the dynamic shared memory limit if needed and returns a
+// cudaError_t.
 #pragma once
 
 #ifdef MVIT_EMULATED
@@ -10,7 +11,7 @@
 
 namespace mvit {
 
-constexpr int kOrdinarySharedBytes = 48 << 10;  // that a kernel may have without being asked
+constexpr int kOrdinarySharedBytes = 48 << 10;  // available without opting in
 
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, cudaStream_t stream,

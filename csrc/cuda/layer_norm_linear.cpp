@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_linear.cuda: checks and memory around row_product_kernel.cu.
+// Binding of layer_norm_linear.cuda: argument checks and allocation around row_product_kernel.cu.
 #include <optional>
 #include <string>
 #include <tuple>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_mlp.cuda: checks and memory around layer_norm_mlp_kernel.cu.
+// Binding of layer_norm_mlp.cuda: argument checks and allocation around layer_norm_mlp_kernel.cu.
 #include <tuple>
 
 #include "row_fronts.h"

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_mlp: a block keeps 64 normalised rows, makes 64 of their hidden values at a time and adds those to all of
-// the result, which stays in registers. Of eight warps two share out the rows and four the columns, of hidden values
-// and of the result. Weights of one product are on their way while the other is worked on.
+// The fused MLP, layer_norm_mlp. A block holds 64 normalised rows in shared memory, computes 64 of their hidden units
+// at a time and accumulates these into the whole result, which stays in registers. Its eight warps are arranged as two
+// row parts × four column parts, of the hidden units and of the result. The weights of one product are prefetched while
+// the other is computed.
 #include <type_traits>
 
 #include "launch.h"
@@ -9,7 +10,7 @@
 
 namespace mvit {
 
-// COLUMNS: the most tiles of 16 columns of the result that a warp has.
+// COLUMNS: the maximum number of tiles of 16 result columns per warp.
 template <typename T, int COLUMNS>
 MVIT_KERNEL(32 * kMlpWarps, 2)
 layer_norm_mlp_kernel(const RowMlp args) {
@@ -33,7 +34,7 @@ layer_norm_mlp_kernel(const RowMlp args) {
     commit_copies();
   };
 
-  // Each warp copies and normalises eight of the rows.
+  // Each warp copies and normalises eight rows.
   constexpr int kOwn = kMlpRows / kMlpWarps;
   const int64_t own_left = left - kOwn * warp;
   copy_matrix(kOwn * warp * stride, stride,
@@ -72,7 +73,7 @@ layer_norm_mlp_kernel(const RowMlp args) {
     wait_copies<0>();
     sync_threads();  // hidden values and fc2's columns are there, and all warps are done with fc1's rows
     copy_fc1(h + kHiddenTile);
-    // This part's tiles are column_part, column_part + 4, …
+    // The tiles of this column part are column_part, column_part + 4, …
     multiply_shared<T>(sums, hidden_rows, hidden_stride, fc2 + 16 * column_part * hidden_stride, hidden_stride,
                        16 * kSplit * hidden_stride, kHiddenTile, (column_tiles - column_part + kSplit - 1) / kSplit);
   }
@@ -99,7 +100,7 @@ layer_norm_mlp_kernel(const RowMlp args) {
   }
 }
 
-// With the least tiles of columns a warp that hold the rows: each is 16 registers.
+// Launches the kernel with the fewest column tiles per warp that hold the rows; each tile takes 16 registers.
 template <bool HALF, int COLUMNS = 1>
 int launch_layer_norm_mlp_of(const RowMlp& args, CUstream_st* stream) {
   constexpr int kHeld = 16 * kMlpColumnParts * COLUMNS;
@@ -115,7 +116,7 @@ int launch_layer_norm_mlp(const RowMlp& args, CUstream_st* stream) {
   return launch_layer_norm_mlp_of<HALF>(args, stream);
 }
 
-#ifdef MVIT_TYPE  // by CMakeLists.txt; what includes this file wants the templates alone
+#ifdef MVIT_TYPE  // set by CMakeLists.txt; files that include this one need only the templates
 constexpr bool kHalf = std::is_same_v<MVIT_TYPE, Half>;
 template int launch_layer_norm_mlp<kHalf>(const RowMlp& args, CUstream_st* stream);
 #endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear_residual.cuda: checks and memory around row_product_kernel.cu.
+// Binding of linear_residual.cuda: argument checks and allocation around row_product_kernel.cu.
 #include <optional>
 
 #include "row_fronts.h"

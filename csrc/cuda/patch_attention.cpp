@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// patch_attention.cuda and patch_attention_backward.cuda: checks and memory around the kernels.
+// Bindings of patch_attention.cuda and patch_attention_backward.cuda: argument checks and allocation around the
+// kernels.
 #include "patch_attention.h"
 
 #include <tuple>
@@ -12,7 +13,7 @@ namespace {
 
 constexpr const char* kOp = "patch_attention";
 
-// Of a sequence; sizes of a map without elements may have no product.
+// Tokens of a sequence, checked for overflow: a map without elements can have arbitrarily large sizes.
 int64_t tokens_of(int64_t rows, int64_t columns) {
   int64_t tokens = 0;
   STD_TORCH_CHECK(!__builtin_mul_overflow(rows, columns, &tokens), kOp, ": ", rows, " x ", columns,
@@ -31,7 +32,7 @@ PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::ve
   STD_TORCH_CHECK(num_heads > 0 && num_heads <= channels / 3 && channels % (3 * num_heads) == 0, kOp, ": ", channels,
                   " channels are not q, k and v of ", num_heads, " heads");
   const int64_t head_dim = channels / (3 * num_heads), tokens = tokens_of(qkv.size(1) / patch[0], qkv.size(2) / patch[1]);
-  int64_t strands = num_heads;  // a map without elements may have any of these sizes
+  int64_t strands = num_heads;  // checked for overflow, as a map without elements can have arbitrarily large sizes
   for (const int64_t factor : {patch[0], patch[1], qkv.size(0)})
     STD_TORCH_CHECK(!__builtin_mul_overflow(strands, factor, &strands), kOp, ": heads of sequences of patches of ", patch[0],
                     " x ", patch[1], " are too many for the CUDA kernels");
@@ -51,7 +52,7 @@ PatchAttentionShape shape_of(const Tensor& qkv, int64_t num_heads, const std::ve
   return shape;
 }
 
-// Bytes that may be copied at once from heads of the map: a power of two that divides everything, at most 16.
+// Bytes per copy from heads of the map: the largest power of two, at most 16, that divides the address and all strides.
 int common_bytes(const Tensor& map, const PatchAttentionShape& shape) {
   uint64_t places = reinterpret_cast<uintptr_t>(map.const_data_ptr()) | 16 | static_cast<uint64_t>(2 * shape.head_dim);
   for (int axis = 0; axis < 3; ++axis)
@@ -59,7 +60,7 @@ int common_bytes(const Tensor& map, const PatchAttentionShape& shape) {
   return static_cast<int>(places & -places);
 }
 
-// The map itself where heads can be read from it, else a copy.
+// The map itself if heads can be read from it in place, else a copy.
 Tensor readable(const Tensor& map, const PatchAttentionShape& shape) {
   if (map.stride(3) != 1 && map.size(3) != 1) return torch::stable::contiguous(map);
   return common_bytes(map, shape) >= 4 ? map : torch::stable::contiguous(torch::stable::clone(map));
@@ -73,7 +74,7 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& qkv, int64
                   ": ", name, " is not of qkv's dtype and device");
 }
 
-TokenMap input_map(const Tensor& tensor) {  // const_data_ptr leaves lazily copied tensors shared
+TokenMap input_map(const Tensor& tensor) {  // const_data_ptr does not copy lazily copied tensors
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 

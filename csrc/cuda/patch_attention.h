@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What patch_attention's binding (patch_attention.cpp) tells its kernels, and how many threads and bytes these take.
+// Interface between the bindings of patch_attention (patch_attention.cpp) and its kernels: arguments, and launch plans
+// with their threads and shared memory.
 //
-// The kernels work on "strands": one head of one (image, patch position) sequence, numbered
+// The kernels work on strands. A strand is one head of one (image, patch position) sequence; strands are numbered
 // (image · positions + position) · heads + head. Tensors are maps of tokens whose channels are adjacent.
 #pragma once
 
@@ -14,8 +15,8 @@ struct CUstream_st;  // what a cudaStream_t points to
 
 namespace mvit {
 
-// A map by its strides, in elements. Token n of a strand at (i, j) of the patches is in row n / columns · patch_height
-// + i and column n % columns · patch_width + j.
+// A map and its strides in elements. Token n of a strand at patch position (i, j) is at
+// row n / columns · patch_height + i and column n % columns · patch_width + j.
 struct TokenMap {
   void* data;
   int64_t image, row, column;
@@ -23,14 +24,14 @@ struct TokenMap {
 
 struct PatchAttentionShape {
   int strands, heads, head_dim, tokens;
-  int patch_height, patch_width, columns;  // columns: patches in a row of the map
+  int patch_height, patch_width, columns;  // columns: patches per row of the map
   float scale;
 };
 
 struct PatchAttentionForward {
   PatchAttentionShape shape;
   TokenMap qkv, out;
-  float* logsumexp;  // of each strand's tokens
+  float* logsumexp;  // [strand][token]
 };
 
 struct PatchAttentionBackward {
@@ -40,19 +41,20 @@ struct PatchAttentionBackward {
 };
 
 constexpr int kMostHeadDim = 64;
-constexpr int kMostTokens = 1 << 16;  // for which n / columns by multiplication is right
+constexpr int kMostTokens = 1 << 16;  // below this, n / columns by multiplication is exact
 
-// The columns that a head of `head_dim` is padded to; kernels are compiled for each of these.
+// The width to which a head is padded; kernels are compiled for each of these values.
 constexpr int padded_head_dim(int head_dim) { return head_dim > 48 ? 64 : (head_dim + 7) / 8 * 8; }
 
-// Rows of 16 that a warp works on at once: two halve what it reads of the other operand, and want twice the registers.
+// Tiles of 16 rows that a warp processes at once. Two tiles halve the reads of the other operand but need twice the
+// registers.
 constexpr int tiles_of_warp(int padded) { return padded <= 40 ? 2 : 1; }
 
-// A block serves `groups` strands, each by `warps` warps; block y takes `rows` of a strand's tokens from y · rows on.
-// The others (keys; in backward queries too) pass through `slots` slots of `chunk` rows.
+// A block serves `groups` strands with `warps` warps each; block y processes `rows` tokens of a strand, from token
+// y · rows on. The other operand (keys; in backward queries as well) is streamed through `slots` slots of `chunk` rows.
 struct PatchAttentionPlan {
   int warps, groups, rows, chunk, slots;
-  int copy_bytes;  // at once, from global memory: 16, 8 or 4
+  int copy_bytes;  // bytes per copy from global memory: 16, 8 or 4
 
   int threads() const { return 32 * warps * groups; }
   int blocks_x(int strands) const { return (strands + groups - 1) / groups; }
@@ -74,21 +76,23 @@ inline PatchAttentionPlan plan_patch_attention(const PatchAttentionShape& shape,
   return plan;
 }
 
-// In forward a group has its queries, and slots of keys and values.
+// Forward: each group holds its queries, and slots of keys and values.
 inline int patch_attention_shared_bytes(const PatchAttentionPlan& plan, int padded) {
   return plan.groups * (plan.rows + 2 * plan.slots * plan.chunk) * shared_row_bytes(padded);
 }
 
-// In backward, own rows and slots of two kinds, and two numbers a token.
-constexpr int kMostBackwardTokens = 4096;  // with which a block fits into 99 KB, the least of compute capability 8
+// Backward: each group holds its own rows and slots, both of two kinds, and two numbers per token. Up to
+// kMostBackwardTokens tokens a block fits in 99 KB, the smallest limit of compute capability 8.x.
+constexpr int kMostBackwardTokens = 4096;
 
 inline int patch_attention_backward_shared_bytes(const PatchAttentionPlan& plan, int padded, int tokens) {
   const int chunks = (tokens + plan.chunk - 1) / plan.chunk;
   return plan.groups * (2 * (plan.rows + plan.slots * plan.chunk) * shared_row_bytes(padded) + 8 * chunks * plan.chunk);
 }
 
-// Backward of sequences whose keys the warps of a block can share out has all rows of a strand, what its warps hand
-// each other of 64 queries at a time (in the place of the values), and two numbers a token: at most 98 KB.
+// Backward of short sequences, whose keys can be distributed over the warps of one block. The block holds all rows of a
+// strand, the dS that its warps exchange for 64 queries at a time (in the memory of the values), and two numbers per
+// token: at most 98 KB.
 constexpr int kWholeWarps = 8;
 
 inline bool is_whole(const PatchAttentionShape& shape) {
@@ -109,7 +113,7 @@ constexpr int patch_attention_backward_whole_shared_bytes(const PatchAttentionPl
   return plan.groups * plan.rows * (3 * row + (row > ds_row ? row : ds_row) + 8);
 }
 
-// f(std::integral_constant<int, padded>{}).
+// Calls f(std::integral_constant<int, padded>{}).
 template <typename F>
 auto for_padded_head_dim(int padded, const F& f) {
   switch (padded) {
@@ -130,8 +134,8 @@ auto for_padded_head_dim(int padded, const F& f) {
   }
 }
 
-// The launches, each of which returns a cudaError_t.
-template <bool HALF>  // else bfloat16
+// Kernel launches; each returns a cudaError_t.
+template <bool HALF>  // false: bfloat16
 int launch_patch_attention(const PatchAttentionForward& args, int copy_bytes, CUstream_st* stream);
 template <bool HALF>
 int launch_patch_attention_backward_whole(const PatchAttentionBackward& args, int copy_bytes, CUstream_st* stream);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// patch_attention backward, for sequences of any length: a block takes the gradients of its rows as queries over all
-// keys, then those of the same tokens as keys and values over all queries. Nothing is summed up across blocks or by
-// atomics, at the price of 7 products for the 5 of patch_attention_backward_whole_kernel.cu.
+// patch_attention backward for sequences of any length. A block first computes the gradients of its rows as queries,
+// over all keys, then those of the same tokens as keys and values, over all queries. There are no sums across blocks
+// and no atomics, at the price of 7 products instead of the 5 of patch_attention_backward_whole_kernel.cu.
 #include <type_traits>
 
 #include "launch.h"
@@ -45,7 +45,8 @@ patch_attention_backward_kernel(const PatchAttentionBackward args, const PatchAt
   const float factor = shape.scale * kLog2E;
   AttentionGradient<T, D, TILES> gradient;
 
-  // The block's own rows, then chunk after chunk of the others; `work` is given a slot and the chunk's first token.
+  // Loads the block's own rows, then streams the other rows chunk by chunk; `work` receives a slot and the chunk's
+  // first token.
   const auto pass = [&](const Tokens& own_rows, const Tokens& own_second_rows, const Tokens& rows,
                         const Tokens& second_rows, const auto& work) {
     const auto copy_chunk = [&](int chunk) {
@@ -108,7 +109,7 @@ int launch_patch_attention_backward(const PatchAttentionBackward& args, int copy
   });
 }
 
-#ifdef MVIT_TYPE  // by CMakeLists.txt; what includes this file wants the templates alone
+#ifdef MVIT_TYPE  // set by CMakeLists.txt; files that include this one need only the templates
 constexpr bool kHalf = std::is_same_v<MVIT_TYPE, Half>;
 template int launch_patch_attention_backward<kHalf>(const PatchAttentionBackward& args, int copy_bytes,
                                                     CUstream_st* stream);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// patch_attention backward, for sequences whose keys a block's warps can share out: all of a strand is in shared
-// memory, a warp keeps the gradients of its keys and values, and queries are worked on 64 at a time. The warps leave
-// what they find for ds in shared memory, and then share out the gradients of those queries: 5 products, and no sum of
-// two warps' sums.
+// patch_attention backward for sequences whose keys can be distributed over the warps of one block. Shared memory holds
+// the whole strand; each warp accumulates the gradients of its keys and values in registers, and queries are processed
+// 64 at a time. The warps leave ds in shared memory and then divide up the gradients of those queries. This takes 5
+// products, and no reduction across warps.
 #include <type_traits>
 
 #include "launch.h"
@@ -10,7 +10,7 @@
 
 namespace mvit {
 
-// ds as it lies in shared memory, keys by queries, as the left operand (16 queries × 16 keys) of a product over keys.
+// Loads ds, stored as keys × queries, as the left operand (16 queries × 16 keys) of a product over keys.
 MVIT_DEVICE void load_ds(uint32_t (&tile)[4], Shared at, Shared stride) {
   const int lane = lane_index();
   load_matrices_transposed(tile, at + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 16);
@@ -28,7 +28,7 @@ patch_attention_backward_whole_kernel(const PatchAttentionBackward args, const P
   const Shared ds_stride = shared_row_bytes(plan.chunk), part = plan.rows * kStride;
   const Shared query_rows = group.index * (patch_attention_backward_whole_shared_bytes(plan, D) / plan.groups);
   const Shared grad_rows = query_rows + part, key_rows = grad_rows + part, value_rows = key_rows + part;
-  const Shared ds = value_rows;  // values are in registers by then
+  const Shared ds = value_rows;  // the values are in registers by then
   const Shared numbers = value_rows + plan.rows * (ds_stride > kStride ? ds_stride : kStride);
 
   const int64_t inner_bytes = int64_t(2) * shape.heads * shape.head_dim;
@@ -54,7 +54,8 @@ patch_attention_backward_whole_kernel(const PatchAttentionBackward args, const P
   const float factor = shape.scale * kLog2E;
   AttentionGradient<T, D, TILES> gradient;
   gradient.start(key_rows + warp_row * kStride, value_rows + warp_row * kStride, numbers, warp_row, tokens);
-  // Warps by rows and, from eight on, by halves of the columns of a chunk's queries.
+  // Warps are distributed over rows and, if there are at least eight, over halves of the columns of a chunk's query
+  // gradients.
   const int halves = plan.warps >= 8 ? 2 : 1, of_rows = plan.warps / halves;
   const int first_group = group.warp / of_rows * (kGroups / 2);
   const int last_group = halves == 2 && group.warp < of_rows ? kGroups / 2 : kGroups;
@@ -112,7 +113,7 @@ int launch_patch_attention_backward_whole(const PatchAttentionBackward& args, in
   });
 }
 
-#ifdef MVIT_TYPE  // by CMakeLists.txt; what includes this file wants the templates alone
+#ifdef MVIT_TYPE  // set by CMakeLists.txt; files that include this one need only the templates
 constexpr bool kHalf = std::is_same_v<MVIT_TYPE, Half>;
 template int launch_patch_attention_backward_whole<kHalf>(const PatchAttentionBackward& args, int copy_bytes,
                                                           CUstream_st* stream);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both backward kernels of patch_attention share. With scores s, weights p = exp(s - logsumexp), and δ = Σ out ·
-// grad_out of a query:
+// Shared by both backward kernels of patch_attention. With scores s, weights p = exp(s - logsumexp) and, per query,
+// δ = Σ out · grad_out:
 //   grad_v = pᵀ grad_out,  ds = p (grad_out vᵀ - δ),  grad_q = scale · ds k,  grad_k = scale · dsᵀ q.
 #pragma once
 
@@ -8,15 +8,15 @@
 
 namespace mvit {
 
-// For each two of a strand's tokens, 16 bytes (TwoQueries): logsumexp in powers of two, and δ. Where there is no token,
-// what makes weights and gradients 0.
+// Shared memory holds 16 bytes (TwoQueries) for every two tokens of a strand: logsumexp in base 2, and δ. Places
+// without a token hold values that make weights and gradients 0.
 MVIT_DEVICE Shared token_number(int n) { return 16 * (n / 2) + 4 * (n % 2); }
 
 template <typename T>
 MVIT_DEVICE void prepare_tokens(Shared numbers, const Tokens& out, const Tokens& grad_out, const float* logsumexp,
                                 int head_dim, int tokens, int count, int thread, int threads) {
   constexpr float kLog2E = 1.44269504f;
-  const int lane = thread % 4;  // four lanes a token
+  const int lane = thread % 4;  // four lanes per token
   MVIT_ROLLED
   for (int n = thread / 4; n < count; n += threads / 4) {
     float delta = 0;
@@ -36,23 +36,23 @@ MVIT_DEVICE void prepare_tokens(Shared numbers, const Tokens& out, const Tokens&
   }
 }
 
-// What prepare_tokens leaves of a query and the next.
+// What prepare_tokens stores for two adjacent queries.
 struct alignas(16) TwoQueries {
   float log[2], delta[2];
 };
 
-// One warp's rows, queries or keys, over 16 rows of the others after another. Of each tile of 16 rows a lane has those
-// of lane / 4 and lane / 4 + 8: r is 0 or 1.
+// The rows of one warp, queries or keys, against the rows of the other operand, 16 at a time. Of each tile of 16 rows a
+// lane holds rows lane / 4 and lane / 4 + 8, indexed by r = 0 or 1.
 template <typename T, int D, int TILES>
 struct AttentionGradient {
   static constexpr int kGroups = D / 8;
   static constexpr Shared kStride = shared_row_bytes(D);
 
-  Rows16<kGroups> first[TILES], second[TILES];  // of queries and grad_out, or of keys and values
+  Rows16<kGroups> first[TILES], second[TILES];  // queries and grad_out, or keys and values
   float first_sums[TILES][kGroups][4], second_sums[TILES][kGroups][4];
   float logs[TILES][2], deltas[TILES][2];
 
-  // Of the strand's rows from `begin` on.
+  // Loads the warp's rows, which start at row `begin` of the strand.
   MVIT_DEVICE void start(Shared first_rows, Shared second_rows, Shared numbers, int begin, int tokens) {
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m) {
@@ -70,7 +70,7 @@ struct AttentionGradient {
     }
   }
 
-  // This warp's queries over 16 keys and values, of which `keys` exist.
+  // Processes this warp's queries against 16 keys and values, of which `keys` exist.
   MVIT_DEVICE void over_keys(Shared key_rows, Shared value_rows, int keys, float factor) {
     RightRows16<kGroups> k, v;
     load_right(k, key_rows, kStride);
@@ -96,8 +96,8 @@ struct AttentionGradient {
     for (int m = 0; m < TILES; ++m) accumulate<T>(first_sums[m], packed[m], by_keys);
   }
 
-  // This warp's keys and values over 16 queries, whose numbers are at `numbers`. What it finds for ds, rounded, is left
-  // in `ds_tiles`: of each tile of keys the left operand of a product over queries.
+  // Processes this warp's keys and values against 16 queries, whose statistics are at `numbers`. Leaves ds, rounded, in
+  // `ds_tiles`: for each tile of keys, the left operand of a product over queries.
   MVIT_DEVICE void over_queries(uint32_t (&ds_tiles)[TILES][4], Shared query_rows, Shared grad_rows, Shared numbers,
                                 float factor) {
     RightRows16<kGroups> q, grad;
@@ -132,7 +132,7 @@ struct AttentionGradient {
   }
 };
 
-// A tile's sums times `scale`, to rows from `begin` on.
+// Stores a tile's sums times `scale` to the rows from `begin` on.
 template <typename T, int GROUPS>
 MVIT_DEVICE void store_tile(const float (&sums)[GROUPS][4], const Tokens& to, int begin, float scale, int head_dim,
                             int tokens, int first_group = 0, int last_group = GROUPS) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// patch_attention forward: FlashAttention's (arXiv:2205.14135, algorithm 1) with the grouping in the addresses. A warp
-// keeps its queries and sums in registers; keys and values pass by in chunks of 64, the next on its way while one is
-// worked on.
+// patch_attention forward: FlashAttention (arXiv:2205.14135, algorithm 1), with the grouping into patches done by
+// addressing. A warp keeps its queries and accumulators in registers; keys and values are streamed through shared
+// memory in chunks of 64, the next chunk being prefetched while one is processed.
 #include <type_traits>
 
 #include "launch.h"
@@ -9,8 +9,8 @@
 
 namespace mvit {
 
-// One warp's queries over one chunk of keys after another. In what follows a lane has, of each tile of 16 queries, the
-// rows lane / 4 and lane / 4 + 8: r is 0 or 1.
+// The queries of one warp, over one chunk of keys after another. Of each tile of 16 queries a lane holds rows lane / 4
+// and lane / 4 + 8, indexed by r = 0 or 1.
 template <typename T, int D, int TILES>
 struct Attention {
   static constexpr int kGroups = D / 8, kKeyTiles = kChunk / 16;
@@ -18,9 +18,9 @@ struct Attention {
 
   Rows16<kGroups> queries[TILES];
   float sums[TILES][kGroups][4];
-  float largest[TILES][2], total[TILES][2];  // `total` is of this lane's columns alone
+  float largest[TILES][2], total[TILES][2];  // `total` covers this lane's columns only
 
-  // `flip`: 0x80008000 where the scale is negative, which is exact.
+  // `flip`: 0x80008000 if the scale is negative, which flips the signs of the queries and is exact.
   MVIT_DEVICE void start(Shared at, uint32_t flip) {
     MVIT_UNROLL
     for (int m = 0; m < TILES; ++m) {
@@ -35,8 +35,8 @@ struct Attention {
     }
   }
 
-  // `keys` of them: the rest of the chunk is zeros, and of tiles beyond the last key anything. WHOLE: all, known as
-  // such when compiling, so that loads and products of different tiles overlap.
+  // Processes a chunk with `keys` keys. Rows of the chunk past the last key are zero, and tiles past the last key are
+  // undefined. WHOLE: the chunk is full, known at compile time, so that loads and products of different tiles overlap.
   template <bool WHOLE>
   MVIT_DEVICE void attend(Shared key_rows, Shared value_rows, int keys, float factor) {
     float scores[TILES][kKeyTiles][2][4];
@@ -76,7 +76,7 @@ struct Attention {
         if (16 * n + i / 4 * 8 + lane_index() % 4 * 2 + i % 2 >= keys) scores[m][n][i / 4][i % 4] = -INFINITY;
   }
 
-  // Makes weights of the scores, relative to the largest so far, and what was summed up before relative to it.
+  // Turns scores into weights relative to the running maximum, and rescales the previous sums to it.
   MVIT_DEVICE void weigh(float (&scores)[kKeyTiles][2][4], int m, int r, float factor) {
     float now = largest[m][r];
     MVIT_UNROLL
@@ -98,7 +98,7 @@ struct Attention {
       }
   }
 
-  // Queries from `first` on.
+  // Normalises and stores the queries from `first` on.
   MVIT_DEVICE void finish(const Tokens& out, float* logsumexp, int first, const PatchAttentionShape& shape) {
     const int column = lane_index() % 4 * 2;
     MVIT_UNROLL
@@ -154,7 +154,7 @@ patch_attention_kernel(const PatchAttentionForward args, const PatchAttentionPla
   sync_threads();
   Attention<T, D, TILES> attention;
   attention.start(query_rows + 16 * TILES * group.warp * kStride, shape.scale < 0 ? 0x80008000u : 0);
-  // Not zero, so that a score of minus infinity stays one.
+  // Not zero, so that a score of minus infinity remains minus infinity.
   const float factor = fmaxf(fabsf(shape.scale) * kLog2E, 1.2e-38f);
   MVIT_ROLLED
   for (int chunk = 0; chunk * plan.chunk < shape.tokens; ++chunk) {
@@ -185,7 +185,7 @@ int launch_patch_attention(const PatchAttentionForward& args, int copy_bytes, CU
   });
 }
 
-#ifdef MVIT_TYPE  // by CMakeLists.txt; what includes this file wants the templates alone
+#ifdef MVIT_TYPE  // set by CMakeLists.txt; files that include this one need only the templates
 constexpr bool kHalf = std::is_same_v<MVIT_TYPE, Half>;
 template int launch_patch_attention<kHalf>(const PatchAttentionForward& args, int copy_bytes, CUstream_st* stream);
 #endif

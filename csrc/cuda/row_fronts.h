@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bindings of the row-wise operators share: their tensors as rows, and the checks of these.
+// Shared by the bindings of the row-wise operators: argument checks, tensors as rows, and the launch of
+// row_product_kernel.cu.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +11,16 @@
 
 namespace mvit {
 
-constexpr int64_t kMostRows = int64_t{1} << 31;  // blocks of 32 rows fit into a grid by far, and Triton takes no more
+// Blocks of 32 rows are far below the grid limit; Triton's limit is the same.
+constexpr int64_t kMostRows = int64_t{1} << 31;
 
-// A contiguous tensor on 16 bytes: the argument itself where it is one.
+// A contiguous tensor, aligned to 16 bytes: the argument itself if it already is one.
 inline Tensor dense(const Tensor& tensor) {
   const Tensor rows = torch::stable::contiguous(tensor);
   return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : torch::stable::clone(rows);
 }
 
-// One operator's arguments on x's device, made dense, and alive as long as this.
+// Checks the arguments of one operator against x, makes them dense, and keeps them alive as long as this object.
 class Arguments {
  public:
   Arguments(const char* op, const Tensor& x) : op_(op), x_(x) {
@@ -51,7 +53,7 @@ class Arguments {
     return kept_.back().const_data_ptr();
   }
 
-  // With x's leading axes, and `channels` channels.
+  // Same leading axes as x, and `channels` channels.
   const void* read_rows(const char* name, const Tensor& tensor, int64_t channels) {
     return read(name, tensor, sizes_with(channels));
   }
@@ -66,7 +68,7 @@ class Arguments {
     return norm;
   }
 
-  // Uninitialised, with x's leading axes and, if given, `channels` channels.
+  // Uninitialised results with x's leading axes; statistics are float32 and have no channel axis.
   Tensor new_rows(int64_t channels) const { return torch::stable::new_empty(x_, sizes_with(channels)); }
   Tensor new_statistics() const {
     std::vector<int64_t> sizes = sizes_with(0);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_linear (NORMED) and linear_residual: a block keeps its rows, and the weights pass by in tiles of 64
-// columns of the result, the next on its way while one is worked on. A warp has 32 rows, so that it reads weights half
-// as often as with 16, and normalises its own.
+// layer_norm_linear (NORMED) and linear_residual. A block keeps its rows in shared memory; the weights are streamed
+// through in tiles of 64 result columns, the next tile being prefetched while one is processed. A warp has 32 rows,
+// which halves its reads of the weights compared with 16, and normalises its own rows.
 #include <type_traits>
 
 #include "launch.h"
@@ -22,7 +22,7 @@ row_product_kernel(const RowProduct args, const RowProductPlan plan) {
   const int columns = (last_column < args.out_channels ? last_column : args.out_channels) - first_column;
   const int stages = (columns + kColumnTile - 1) / kColumnTile * plan.depths;
 
-  // Stage after stage: a tile's parts of the depth, then the next tile's.
+  // Stages: the parts of the depth of one tile, then those of the next tile.
   const auto copy_weights = [&](int stage) {
     if (stage < stages) {
       const int column = first_column + stage / plan.depths * kColumnTile, k = stage % plan.depths * plan.depth;
@@ -102,7 +102,7 @@ int launch_row_product(const RowProduct& args, const RowProductPlan& plan, CUstr
                 plan.shared_bytes, stream, args, plan);
 }
 
-#ifdef MVIT_TYPE  // by CMakeLists.txt; what includes this file wants the templates alone
+#ifdef MVIT_TYPE  // set by CMakeLists.txt; files that include this one need only the templates
 constexpr bool kHalf = std::is_same_v<MVIT_TYPE, Half>;
 template int launch_row_product<kHalf>(const RowProduct& args, const RowProductPlan& plan, CUstream_st* stream);
 #endif

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the row-wise operators (layer_norm_linear, linear_residual, layer_norm_mlp) share: rows and weights on their way
-// into shared memory, LayerNorm there, and SiLU. Widths are multiples of 8: rows are copied 16 bytes at a time.
+// Device functions shared by the row-wise operators (layer_norm_linear, linear_residual, layer_norm_mlp): copies of
+// rows and weights into shared memory, LayerNorm in place there, products, and SiLU. Widths are multiples of 8, so rows
+// are copied 16 bytes at a time.
 #pragma once
 
 #include "rows.h"
@@ -8,8 +9,8 @@
 
 namespace mvit {
 
-// `rows` rows of `units` 16-byte units to rows of `stride` bytes, by `threads` threads. Row i comes from
-// from + i · from_bytes; zeros where i >= valid_rows or a unit >= valid_units.
+// Copies `rows` rows of `units` 16-byte units to rows of `stride` bytes, using `threads` threads. Row i is read from
+// from + i · from_bytes; rows from valid_rows on and units from valid_units on become zero.
 MVIT_DEVICE void copy_matrix(Shared to, Shared stride, const char* from, int64_t from_bytes, int rows, int units,
                              int64_t valid_rows, int valid_units, int thread, int threads) {
   const int row_step = threads / units, unit_step = threads - row_step * units;
@@ -24,7 +25,7 @@ MVIT_DEVICE void copy_matrix(Shared to, Shared stride, const char* from, int64_t
   }
 }
 
-// LayerNorm's weight or bias, kept in float32 or in T.
+// LayerNorm's weight or bias, stored as float32 or as T.
 template <typename T>
 MVIT_DEVICE void load_parameters(float (&values)[8], const void* from, int first, bool in_float) {
   if (in_float) {
@@ -63,13 +64,13 @@ MVIT_DEVICE float sum_of_eight_lanes(float value) {
   return value + shuffle_xor(value, 4);
 }
 
-// LayerNorm of 4 · PASSES rows in shared memory by one warp, in place: eight lanes a row, four rows a pass. Mean and
-// variance are of two passes over registers, in float32: the one-pass formula cancels where the mean is large.
-// Statistics of rows below `valid_rows` go to mean and rstd, if given.
+// LayerNorm of 4 · PASSES rows in shared memory by one warp, in place: eight lanes per row, four rows per pass. Mean
+// and variance take two passes over registers in float32; the one-pass formula cancels where the mean is large.
+// Statistics of the first `valid_rows` rows are written to mean_to and rstd_to unless mean_to is null.
 template <typename T, int PASSES>
 MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, int channels, float* mean_to,
                                 float* rstd_to, int64_t valid_rows) {
-  constexpr int kUnits = kMostNormChannels / 64;  // 16-byte units of a lane
+  constexpr int kUnits = kMostNormChannels / 64;  // 16-byte units per lane
   const int lane = lane_index() % 8, quarter = lane_index() / 8, units = channels / 8;
   const auto count = static_cast<float>(channels);
   float means[PASSES], rstds[PASSES];
@@ -118,7 +119,8 @@ MVIT_DEVICE void normalize_rows(Shared rows, Shared stride, const Norm& norm, in
 }
 
 // sums (16 · TILES rows × 16 · COLUMNS) += left · rightᵀ over `depth` columns (a multiple of 8) in shared memory.
-// Column tiles from `columns` on are left out; where there are none, loads and products of different tiles overlap.
+// Column tiles from `columns` on are skipped. If there are none, the branch is omitted and loads and products of
+// different tiles overlap.
 template <typename T, int TILES, int COLUMNS>
 MVIT_DEVICE void multiply_shared(float (&sums)[TILES][COLUMNS][2][4], Shared left, Shared left_stride, Shared right,
                                  Shared right_stride, Shared right_step, int depth, int columns) {
@@ -147,7 +149,7 @@ MVIT_DEVICE void multiply_shared(float (&sums)[TILES][COLUMNS][2][4], Shared lef
   if (k < depth) step(std::integral_constant<int, 1>{}, std::false_type{}, k);
 }
 
-// x · sigmoid(x). For bfloat16 by one hyperbolic tangent, whose error of 2^-11 is an eighth of what rounding adds.
+// x · sigmoid(x). bfloat16 uses tanh.approx, whose error of 2^-11 is an eighth of the rounding error.
 template <typename T>
 MVIT_DEVICE float silu(float x) {
   if constexpr (std::is_same_v<T, BFloat16>) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bindings of the row-wise operators tell their kernels, and how many threads and bytes these take. Rows and
-// weights are contiguous, on 16 bytes, and their widths multiples of 8.
+// Interface between the bindings of the row-wise operators and their kernels: arguments, and launch plans with their
+// threads and shared memory. Rows and weights are contiguous and aligned to 16 bytes; widths are multiples of 8.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@ struct CUstream_st;  // what a cudaStream_t points to
 
 namespace mvit {
 
-constexpr int kMostNormChannels = 256;  // of a row that is normalised: it passes through registers
+constexpr int kMostNormChannels = 256;  // normalised rows pass through registers
 
 struct Norm {
   const void *weight, *bias;
-  bool weight_in_float, bias_in_float;  // else of x's dtype
+  bool weight_in_float, bias_in_float;  // else in x's dtype
   float eps;
 };
 
@@ -23,12 +23,12 @@ struct Norm {
 struct RowProduct {
   const void *x, *weight, *bias;  // bias may be null
   void* out;
-  int64_t count;  // rows
+  int64_t count;  // number of rows
   int channels, out_channels;
-  bool silu;               // of a normed product
-  Norm norm;               // of a normed product
-  float *mean, *rstd;      // of a normed product
-  const void* residual;    // of the other
+  bool silu;               // layer_norm_linear only
+  Norm norm;               // layer_norm_linear only
+  float *mean, *rstd;      // layer_norm_linear only
+  const void* residual;    // linear_residual only
 };
 
 // x + fc2(silu(fc1(LN(x)))).
@@ -41,14 +41,15 @@ struct RowMlp {
   float *mean, *rstd;
 };
 
-// A product's block has 32 rows a warp, all of their channels, and two slots of 64 rows of weights, of at most 256
-// channels each. Block y has `column_tiles` tiles of 64 columns from y · column_tiles on.
+// A block of row_product_kernel holds 32 rows per warp with all their channels, and two slots of 64 rows of weights
+// with at most 256 channels each. Block y processes `column_tiles` tiles of 64 columns, from tile
+// y · column_tiles on.
 constexpr int kColumnTile = 64, kMostDepth = 256;
 
 struct RowProductPlan {
   int warps, column_tiles, blocks_y;
-  int depth, depths;  // channels that a slot has, and how many such parts make all channels
-  int shared_bytes;   // over the limit where the rows do not fit
+  int depth, depths;  // channels per slot, and the number of slots that make up all channels
+  int shared_bytes;   // exceeds the limit if the rows do not fit
 };
 
 inline RowProductPlan plan_row_product(int64_t count, int channels, int out_channels, int multiprocessors,
@@ -62,7 +63,7 @@ inline RowProductPlan plan_row_product(int64_t count, int channels, int out_chan
   const int tiles = (out_channels + kColumnTile - 1) / kColumnTile;
   const auto blocks = [&](int warps) { return (count + 32 * warps - 1) / (32 * warps); };
   plan.warps = 4;
-  while (plan.warps > 2 && bytes(plan.warps) > shared_limit / 2 - 1024) plan.warps /= 2;  // two blocks hide waits
+  while (plan.warps > 2 && bytes(plan.warps) > shared_limit / 2 - 1024) plan.warps /= 2;  // two blocks hide latency
   while (plan.warps > 1 && bytes(plan.warps) > shared_limit) plan.warps /= 2;
   while (plan.warps > 1 && blocks(plan.warps) * tiles < multiprocessors) plan.warps /= 2;
   plan.blocks_y = 1;
@@ -73,7 +74,8 @@ inline RowProductPlan plan_row_product(int64_t count, int channels, int out_chan
   return plan;
 }
 
-// The MLP's block has 64 rows, the hidden values of 64 channels at a time, and what of both weights belongs to these.
+// A block of layer_norm_mlp_kernel holds 64 rows, their hidden values for 64 hidden units at a time, and the parts of
+// both weights for these units.
 constexpr int kMlpRows = 64, kMlpWarps = 8, kMlpColumnParts = 4, kHiddenTile = 64;
 
 inline int row_mlp_shared_bytes(int channels) {
@@ -81,8 +83,8 @@ inline int row_mlp_shared_bytes(int channels) {
          (kMlpRows + (channels + 15) / 16 * 16) * shared_row_bytes(kHiddenTile);
 }
 
-// The launches, each of which returns a cudaError_t.
-template <bool HALF>  // else bfloat16
+// Kernel launches; each returns a cudaError_t.
+template <bool HALF>  // false: bfloat16
 int launch_row_product(const RowProduct& args, const RowProductPlan& plan, CUstream_st* stream);
 template <bool HALF>
 int launch_layer_norm_mlp(const RowMlp& args, CUstream_st* stream);

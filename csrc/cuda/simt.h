@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Everything that a kernel asks of the GPU. No other file of csrc/cuda names PTX, an intrinsic, a built-in variable or
-// shared memory, so that the same source runs on the CPU: with MVIT_EMULATED, tests/support/emulated_cuda/simt.h gives these names
-// their meaning there, with a race check and a thread schedule drawn from a seed.
+// Device abstraction: everything that a kernel needs from the GPU. No other kernel source in csrc/cuda contains PTX,
+// intrinsics, built-in variables or shared memory declarations, so the same source also runs on the CPU: with
+// MVIT_EMULATED, tests/support/emulated_cuda/simt.h defines these names there, with a race check and a thread schedule
+// drawn from a seed.
 //
-// What a kernel must keep to: one-dimensional blocks of whole warps; no thread leaves before the others; collectives
-// (mma, ldmatrix, shuffle, sync_warp) are called by all 32 lanes; shared memory is reached through the functions below.
+// Rules for kernels: one-dimensional blocks of whole warps; no thread returns before the others; all 32 lanes call
+// collectives (mma, ldmatrix, shuffle, sync_warp); shared memory is accessed only through the functions below.
 #pragma once
 
 #include <cstdint>
 
 namespace mvit {
 
-// Sixteen-bit floats travel as raw bits; two share a 32-bit register, the lower half the element that comes first.
+// 16-bit floats are passed as raw bits. Two share a 32-bit register, the first element in the lower half.
 struct Half {
   uint16_t bits;
 };
@@ -19,7 +20,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Eight and sixteen bytes that are moved as one.
+// Vector types for 8- and 16-byte accesses.
 struct alignas(8) Words2 {
   uint32_t x, y;
 };
@@ -27,7 +28,7 @@ struct alignas(16) Words4 {
   uint32_t x, y, z, w;
 };
 
-using Shared = uint32_t;  // a place in the block's shared memory: bytes from its begin
+using Shared = uint32_t;  // an address in the block's shared memory: bytes from its start
 
 }  // namespace mvit
 
@@ -48,7 +49,7 @@ namespace mvit {
 
 MVIT_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 MVIT_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31); }
-// The same in all lanes, which the compiler learns from the shuffle: branches on it are not divergent.
+// Warp-uniform. The shuffle tells the compiler so: branches on it are not divergent.
 MVIT_DEVICE int warp_index() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0); }
 MVIT_DEVICE int64_t block_index() { return blockIdx.x; }
 MVIT_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
@@ -62,11 +63,11 @@ template <typename T>  // 32 bits
 MVIT_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
-template <typename T>  // 32 bits; the value of lane `from`
+template <typename T>  // 32 bits; returns the value of lane `from`
 MVIT_DEVICE T shuffle(T value, int from) {
   return __shfl_sync(~0u, value, from);
 }
-// Whether it is so in any lane: the same in all.
+// Warp vote: true in all lanes if `so` is true in any.
 MVIT_DEVICE bool any_lane(bool so) { return __any_sync(~0u, so); }
 
 // ------------------------------------------------------------------------------------------------------ shared memory
@@ -78,7 +79,7 @@ MVIT_DEVICE uint32_t shared_address(Shared at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)) + at;
 }
 
-// T of 2, 4, 8 or 16 bytes, on an address that is a multiple of its size.
+// T has 2, 4, 8 or 16 bytes; the address is a multiple of its size.
 template <typename T>
 MVIT_DEVICE T load_shared(Shared at) {
   return *reinterpret_cast<const T*>(shared_pointer(at));
@@ -88,8 +89,8 @@ MVIT_DEVICE void store_shared(Shared at, T value) {
   *reinterpret_cast<T*>(shared_pointer(at)) = value;
 }
 
-// Four (two) matrices of 8 × 8 sixteen-bit elements; lane l gives the address of row l % 8 of matrix l / 8, a multiple of
-// 16, and gets of matrix i in r[i] the elements (l / 4, 2 · (l % 4)) and the next; transposed, of its transpose.
+// ldmatrix of four (two) matrices of 8 × 8 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8, a
+// multiple of 16. In r[i] it receives elements (l / 4, 2 · (l % 4)) and the next one of matrix i, or of its transpose.
 MVIT_DEVICE void load_matrices(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -117,12 +118,12 @@ MVIT_DEVICE void load_matrices_transposed(uint32_t (&r)[2], Shared row) {
 
 // ------------------------------------------------------------------------------------- copies from global memory
 
-// BYTES (4, 8 or 16, to which both addresses are aligned) on their way past the registers; zeros if not `valid`. The
-// bytes are there for this thread after wait_copies, for the others after a sync_threads behind that.
+// cp.async of BYTES bytes (4, 8 or 16, to which both addresses are aligned), bypassing registers; zeros if not `valid`.
+// The data is visible to this thread after wait_copies, to the others after a subsequent sync_threads.
 template <int BYTES>
 MVIT_DEVICE void copy_async(Shared to, const void* from, bool valid = true) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
-  if constexpr (BYTES == 16)  // .cg: not through L1, which other data needs more
+  if constexpr (BYTES == 16)  // .cg bypasses L1, which is better used for other data
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                  "r"(valid ? 16 : 0)
                  : "memory");
@@ -132,13 +133,13 @@ MVIT_DEVICE void copy_async(Shared to, const void* from, bool valid = true) {
                  : "memory");
 }
 MVIT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LATER>  // waits for all of this thread's groups but the LATER latest
+template <int LATER>  // waits for all of this thread's groups except the LATER most recent ones
 MVIT_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
 }
 
-// T of 2, 4, 8 or 16 bytes, on an address that is a multiple of its size; `load_constant` where nothing writes there
-// while the kernel runs.
+// T has 2, 4, 8 or 16 bytes; the address is a multiple of its size. load_constant requires that the memory is not
+// written while the kernel runs.
 template <typename T>
 MVIT_DEVICE T load_global(const void* at) {
   return *static_cast<const T*>(at);
@@ -164,10 +165,11 @@ MVIT_DEVICE void store_global(void* at, T value) {
 
 // ---------------------------------------------------------------------------------------------------------- arithmetic
 
-// d += a · b on tensor cores: a 16 × 16 (16 × 8) and b 16 × 8 (8 × 8) of T, d 16 × 8 in float32. Lane l holds, with
-// g = l / 4 and t = l % 4: of d the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); of a in a[0], a[1] the pairs
-// from (g, 2t) and (g + 8, 2t) on, in a[2], a[3] the same eight columns further; of b in b[0], b[1] the elements (2t, g),
-// (2t + 1, g), and those eight rows further.
+// d += a · b on tensor cores: a is 16 × 16 (16 × 8), b 16 × 8 (8 × 8), both of T; d is 16 × 8 in float32.
+// With g = l / 4 and t = l % 4, lane l holds
+//   of d: elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1);
+//   of a: in a[0] and a[1] the pairs at (g, 2t) and (g + 8, 2t), in a[2] and a[3] the same eight columns further right;
+//   of b: in b[0] elements (2t, g) and (2t + 1, g), in b[1] the same eight rows further down.
 template <typename T>
 MVIT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <typename T>
@@ -192,7 +194,7 @@ MVIT_MMA(Half, "f16")
 MVIT_MMA(BFloat16, "bf16")
 #undef MVIT_MMA
 
-// Two floats, rounded to nearest even, as one register of T; `low` comes first in memory.
+// Packs two floats, rounded to nearest even, into one register of T; `low` comes first in memory.
 template <typename T>
 MVIT_DEVICE uint32_t pack(float low, float high);
 template <>
@@ -229,8 +231,8 @@ MVIT_DEVICE float unpack_high(uint32_t pair) {
   return unpack<T>(T{static_cast<uint16_t>(pair >> 16)});
 }
 
-// One instruction of the special-function unit each: 2^x and log2 x within 2 units in the last place, 1 / x and
-// 1 / sqrt(x) within 1 or 2, tanh within 2^-11.
+// One special-function instruction each: 2^x and log2 x to within 2 ulp, 1 / x and 1 / sqrt(x) to within 1 or 2 ulp,
+// tanh to within 2^-11.
 MVIT_DEVICE float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a strand's tokens are in a map, and their way into shared memory (see patch_attention.h).
+// Addresses of a strand's tokens in a map, and their copies into shared memory (see patch_attention.h for strands).
 #pragma once
 
 #include "patch_attention.h"
@@ -7,13 +7,13 @@
 
 namespace mvit {
 
-// The part of a block that serves one strand.
+// The warps of a block that serve one strand.
 struct StrandGroup {
-  int index;        // of the group in its block
-  int warp;         // of the group's
-  int thread;       // of the group's
+  int index;        // index of the group in the block
+  int warp;         // index of the warp in the group
+  int thread;       // index of the thread in the group
   int strand;
-  bool has_strand;  // not so at the end of the last block, where a group only keeps the barriers
+  bool has_strand;  // false in the last block's surplus groups, which only take part in barriers
 };
 
 MVIT_DEVICE StrandGroup strand_group(const PatchAttentionShape& shape, const PatchAttentionPlan& plan) {
@@ -30,12 +30,12 @@ MVIT_DEVICE StrandGroup strand_group(const PatchAttentionShape& shape, const Pat
 
 // The tokens of one strand in one map.
 struct Tokens {
-  char* first;  // channel 0 of the strand's head, in token 0
-  int64_t down, right;  // bytes from a patch to the next
+  char* first;  // channel 0 of the strand's head in token 0
+  int64_t down, right;  // bytes from one patch to the next
   uint32_t columns, magic;
 
-  // n / columns is n · magic >> 32 for n and columns below 2^16: magic · columns is 2^32 and at most `columns` more. A
-  // single column would want a magic of 2^32; such a map is a row as well, of steps down.
+  // n / columns = n · magic >> 32 for n and columns below 2^16, since magic · columns exceeds 2^32 by at most
+  // `columns`. A single column would need magic = 2^32, so such a map is treated as a single row whose step is `down`.
   MVIT_DEVICE char* at(int n) const {
     const uint32_t row = static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * magic >> 32);
     return first + row * down + (n - row * columns) * right;
@@ -57,11 +57,11 @@ MVIT_DEVICE Tokens tokens_of(const TokenMap& map, const PatchAttentionShape& sha
     tokens.columns = static_cast<uint32_t>(shape.tokens);
     tokens.right = tokens.down;
   }
-  tokens.magic = ~0u / tokens.columns + 1;  // of one token 0, which is right for it
+  tokens.magic = ~0u / tokens.columns + 1;  // 0 for a single token, for which it is correct
   return tokens;
 }
 
-// How a group's threads share out rows of `units` copies each: a thread's first, and the step to its next.
+// How the threads of a group divide up rows of `units` copies: a thread's first copy and the step to its next one.
 struct CopyOrder {
   int row, unit, row_step, unit_step, units;
 
@@ -82,8 +82,8 @@ MVIT_DEVICE CopyOrder copy_order(int thread, int threads, int units) {
   return order;
 }
 
-// Copies a head's rows of tokens [begin, begin + count) to rows of `stride` bytes; zeros in place of tokens from
-// `token_count` on. The columns that pad a head are not touched.
+// Copies a head's rows of tokens [begin, begin + count) to rows of `stride` bytes; tokens from `token_count` on become
+// zero. The padding columns of the head are not written.
 template <int BYTES>
 MVIT_DEVICE void copy_rows(Shared to, Shared stride, const Tokens& tokens, int begin, int count, int token_count,
                            CopyOrder order) {
@@ -106,7 +106,7 @@ MVIT_DEVICE void copy_rows(int copy_bytes, Shared to, Shared stride, const Token
     copy_rows<4>(to, stride, tokens, begin, count, token_count, order);
 }
 
-// Zeros in the columns that pad a head, of `count` rows.
+// Zeroes the padding columns of a head in `count` rows.
 MVIT_DEVICE void clear_padding(Shared rows, Shared stride, int count, int head_dim, int padded, int thread,
                                int threads) {
   if (head_dim == padded) return;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the operators' bindings need of LibTorch, through its stable ABI (of 2.10), and of the CUDA runtime.
+// The parts of LibTorch's stable ABI (2.10) and of the CUDA runtime that the bindings use.
 #pragma once
 
 #ifdef MVIT_EMULATED
@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-// The one symbol that a PyTorch without CUDA lacks. Weak, it is no reason not to load there.
+// The only symbol that a PyTorch without CUDA lacks. It is weak, so that the library loads there too.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
 
 #include <torch/csrc/stable/accelerator.h>
@@ -25,7 +25,7 @@ namespace mvit {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The tensor's device, current as long as this lives, and its current stream.
+// Makes the tensor's device current for the lifetime of this object, and gives its current stream.
 class Device {
  public:
   explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -40,15 +40,15 @@ class Device {
   cudaStream_t stream_;
 };
 
-// Raises what a launch was refused for, or what an earlier kernel failed of.
+// Raises the error of a failed launch, or of an earlier kernel.
 inline void check_launch(const char* operator_name, int code) {
   const auto error = static_cast<cudaError_t>(code);
   STD_TORCH_CHECK(error == cudaSuccess, operator_name, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 
-// What plans depend on, of the device that is current.
+// Properties of the current device that launch plans depend on.
 struct Limits {
-  int multiprocessors = 0, shared_bytes = 0;  // bytes: the most that a block may have
+  int multiprocessors = 0, shared_bytes = 0;  // shared_bytes: the most that a block can have
 
   explicit Limits(const char* operator_name) {
     int device = 0;

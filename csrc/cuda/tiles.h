@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fragments of 16 rows that lie in shared memory, and products of them on tensor cores.
+// Operand tiles of 16 rows in shared memory, loaded with ldmatrix, and tensor-core products on them.
 #pragma once
 
 #include "fragments.h"
@@ -7,15 +7,16 @@
 
 namespace mvit {
 
-// 16 rows × 8 · GROUPS columns of them as 8 × 8 matrices, in the order in which products want them in neighbouring
-// registers: by group of columns and half of the rows as a left operand of a product over the columns, or, transposed,
-// as a right operand of one over the rows; by half and group as a right operand of a product over the columns.
+// 16 rows × 8 · GROUPS columns as 8 × 8 matrices, ordered so that each product finds its operands in adjacent
+// registers. Rows16, [group of columns][half of the rows], is the left operand of a product over the columns or, loaded
+// transposed, the right operand of a product over the rows. RightRows16, [half][group], is the right operand of a
+// product over the columns.
 template <int GROUPS>
 using Rows16 = uint32_t[GROUPS][2];
 template <int GROUPS>
 using RightRows16 = uint32_t[2][GROUPS];
 
-// `at`: the place of the tile's first element, and `stride` bytes from row to row.
+// `at`: address of the tile's first element; `stride`: bytes from row to row.
 template <bool TRANSPOSED, int GROUPS>
 MVIT_DEVICE void load_tile(Rows16<GROUPS>& tile, Shared at, Shared stride) {
   const int lane = lane_index();
@@ -80,7 +81,7 @@ MVIT_DEVICE void accumulate(float (&sums)[GROUPS][4], const uint32_t (&left)[4],
   for (int group = 0; group < GROUPS; ++group) mma<T>(sums[group], left, right[group]);
 }
 
-// A product's result as the left operand of the next.
+// Packs the result of a product as the left operand of the next one.
 template <typename T>
 MVIT_DEVICE void pack_tile(uint32_t (&packed)[4], const float (&values)[2][4]) {
   MVIT_UNROLL

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// transformer.cuda: checks and memory around transformer_kernel.cu. Weights come packed (mvit_kernels/cuda/packing.py);
-// mvit_kernels/cuda/transformer.py packs them, decides the plan and calls this.
+// Binding of transformer_packed.cuda: argument checks and allocation around transformer_kernel.cu.
+// mvit_kernels/backends/cuda/transformer.py packs the weights (packing.py), chooses the launch plan (plans.py) and
+// calls this.
 #include "transformer.h"
 
 #include <vector>
@@ -23,7 +24,7 @@ TransformerLaunch* kernel_of(int64_t width, int64_t head_dim, int64_t tiles, boo
   }
 }
 
-// The kernel reads and writes rows by 16 bytes.
+// The kernel reads and writes rows 16 bytes at a time.
 bool reads_directly(const Tensor& x) {
   bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(3) == 1;
   for (int axis = 0; axis < 3; ++axis) aligned &= x.size(axis) == 1 || x.stride(axis) % 8 == 0;
@@ -49,7 +50,7 @@ Tensor transformer(const Tensor& x_argument, const Tensor& packed, int64_t versi
   STD_TORCH_CHECK(launch != nullptr, "transformer: no kernel for rows of ", d, ", heads of ", head_dim, " and warps of ",
                   16 * tiles, " rows");
   const TransformerLayout layout{static_cast<int>(d), static_cast<int>(head_dim)};
-  constexpr int64_t most = 1 << 20;  // of layers and hidden units: their bytes are a number
+  constexpr int64_t most = 1 << 20;  // bound of layers and hidden units, so that their bytes do not overflow
   STD_TORCH_CHECK(layers > 0 && layers < most && hidden > 0 && hidden < most && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                       packed.get_device_index() == x_argument.get_device_index() &&
                       packed.numel() == layout.packed_bytes(layers, (hidden + kHiddenChunk - 1) / kHiddenChunk),

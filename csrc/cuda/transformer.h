@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the host and the kernel of `transformer` agree on: its arguments, the order of the packed weights (which
-// mvit_kernels/cuda/packing.py writes) and the shared memory of a block.
+// Shared by the host and the kernel of `transformer`: arguments, launch plan, the order of the packed weights (written
+// by mvit_kernels/backends/cuda/packing.py) and the layout of a block's shared memory.
 #pragma once
 
 #include <cstddef>
@@ -11,21 +11,24 @@ struct CUstream_st;  // what a cudaStream_t points to
 
 namespace mvit {
 
-constexpr int kTransformerVersion = 1;  // of the packed weights; packing.py has the same
+constexpr int kTransformerVersion = 1;  // of the packed weights; VERSION in packing.py must be equal
 
-constexpr int kHeads = 4;         // of every MobileViT
-constexpr int kHiddenChunk = 32;  // hidden units whose two matrices are a chunk
-constexpr int kMostWarps = 8;     // 255 registers a thread
+constexpr int kHeads = 4;         // in every MobileViT
+constexpr int kHiddenChunk = 32;  // hidden units per chunk of fc1 and fc2
+constexpr int kMostWarps = 8;     // at 255 registers per thread
 
-// Weights stream through shared memory in chunks, each of which is in memory as the kernel reads it. A layer's chunks are
+// Weights are streamed through shared memory in chunks, each stored in memory as the kernel reads it. The chunks of a
+// layer:
 //
-//   for each head: `kv_parts` of key and value, then query, or all in one;  then `proj_parts` of the out-projection;
-//   then for each 32 hidden units, of fc1 and fc2.
+//   for each head: `kv_parts` chunks of key and value, then one of query, or all three in a single chunk (`joint`);
+//   then `proj_parts` chunks of the out-projection;
+//   then one chunk of fc1 and fc2 for each 32 hidden units.
 //
-// Matrices are in fragments (see fragments.h) of 16 × 8 elements for 16 × 8 products. Widths are padded to 16, head dims
-// to 8, hidden units to 32, with zeros. Behind the matrices of q, k, v and fc1 come their vectors: for each four lanes
-// and eight columns two column sums and two biases in float32. An out-projection's tile is followed by its 16 biases.
-// Behind all layers, in float32 and `padded` wide: fc2's bias of every layer, the last LayerNorm's weight and its bias.
+// Matrices are stored as fragments (see fragments.h) of 16 × 8 elements. Widths are padded to 16, head dims to 8,
+// hidden units to 32, with zeros. The matrices of q, k, v and fc1 are followed by their vectors: for every eight
+// columns, each of four lanes has two column sums and two biases in float32. Each tile of the out-projection is
+// followed by its 16 biases. After all layers, in float32 and `padded` wide: fc2's bias of every layer, then weight and
+// bias of the final LayerNorm.
 struct TransformerLayout {
   int width;
   int head_dim;
@@ -35,7 +38,7 @@ struct TransformerLayout {
   constexpr int head() const { return (head_dim + 7) / 8 * 8; }
 
   constexpr int mlp_chunk() const { return 2 * padded() * kHiddenChunk * 2 + kHiddenChunk * 8; }
-  // A chunk that is larger than those of the MLP is cut where it makes a slot of the ring larger than 24 KB.
+  // A chunk larger than the MLP's is split if it would make a slot of the ring larger than 24 KB.
   constexpr int most() const { return mlp_chunk() > 24576 ? mlp_chunk() : 24576; }
   constexpr int kv_parts() const {
     int parts = 1;
@@ -47,10 +50,10 @@ struct TransformerLayout {
   constexpr int kv_chunk() const { return kv_chunk(kv_parts()); }
   constexpr int q_matrix() const { return padded() * head() * 2; }
   constexpr int q_chunk() const { return q_matrix() + head() * 8; }
-  // Whether key, value and query of a head are one chunk: products with narrow rows are over before the next chunk is
-  // there, but attention is not.
+  // Whether key, value and query of a head share one chunk. For narrow rows the products finish before the next chunk
+  // has arrived; attention takes longer.
   constexpr bool joint() const { return kv_parts() == 1 && kv_chunk() + q_chunk() <= 26624; }
-  constexpr int head_chunk() const { return kv_chunk() + (joint() ? q_chunk() : 0); }  // the first of a head
+  constexpr int head_chunk() const { return kv_chunk() + (joint() ? q_chunk() : 0); }  // the first chunk of a head
 
   constexpr int proj_tile() const { return kHeads * head() * 16 * 2 + 16 * 4; }
   constexpr int proj_parts() const {
@@ -74,12 +77,13 @@ struct TransformerLayout {
     return layers * layer_bytes(hidden_chunks) + (layers + 2) * padded() * 4;
   }
 
-  // Rows of a value are an odd number of 16 bytes apart, so that ldmatrix meets each bank once.
+  // Rows of values are an odd number of 16-byte units apart, so ldmatrix has no bank conflicts.
   constexpr int value_stride() const { return (head() / 8 | 1) * 16; }
   constexpr int key_stride() const { return head() * 2; }
 
-  // Shared memory: the ring's two slots, then for each 16 rows of the block the rows themselves in A fragments, their
-  // means and 1 / σ, keys in fragments, and values. So all places are a tile's begin and a constant: registers are scarce.
+  // Shared memory: the two slots of the ring, then for every 16 rows of the block: the rows themselves as A fragments,
+  // their means and 1 / σ, keys as fragments, and values. Every address is the start of a tile plus a constant, which
+  // saves registers.
   constexpr int norms() const { return 16 * padded() * 2; }
   constexpr int keys() const { return norms() + 16 * 8; }
   constexpr int values() const { return keys() + 16 * key_stride(); }
@@ -90,20 +94,20 @@ struct TransformerLayout {
   constexpr int kv_chunk(int parts) const { return padded() / parts * 2 * head() * 2 + 2 * head() * 8; }
 };
 
-// Strides are in elements, `columns` being adjacent.
+// Strides in elements; channels are adjacent.
 struct TransformerMap {
   void* data;
   int64_t image, row, column;
 };
 
 struct TransformerArgs {
-  TransformerMap in, out;  // both on multiples of 16 bytes
+  TransformerMap in, out;  // both aligned to 16 bytes
   const unsigned char* weights;
   int sequences;
-  int patch_height, patch_width;  // a sequence is a place in the patch, of an image
-  int patch_columns;              // patches in a row of the map
-  int tokens;                     // of a sequence: patches of an image
-  int padded_tokens;              // a whole number of warps' rows
+  int patch_height, patch_width;  // a sequence is one patch position of one image
+  int patch_columns;              // patches per row of the map
+  int tokens;                     // per sequence: patches per image
+  int padded_tokens;              // rounded up to the rows of a warp
   int sequences_of_a_block;
   int layers;
   int hidden_chunks;
@@ -116,13 +120,13 @@ struct TransformerArgs {
   }
 };
 
-// How a launch is cut: a warp has `tiles` times 16 rows, all of one sequence, and a block some sequences.
+// Launch plan: a warp processes `tiles` · 16 rows of one sequence, a block `sequences_of_a_block` sequences.
 struct TransformerPlan {
   int64_t tiles;
   int64_t sequences_of_a_block;
 };
 
-// Arguments for maps of images × height × width rows, both maps and the weights still missing.
+// Arguments for maps of images × height × width rows; the caller fills in both maps and the weights.
 inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t images, int64_t height, int64_t width,
                                         int64_t patch_height, int64_t patch_width, int64_t layers, int64_t hidden,
                                         bool final_norm, double eps) {
@@ -144,8 +148,8 @@ inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t ima
   return args;
 }
 
-// The kernels: for rows of a width, of `half` or bfloat16; null for one that is not compiled. A launch returns a
-// cudaError_t.
+// The launch function for rows of WIDTH in float16 (`half`) or bfloat16; null if that kernel is not compiled. It
+// returns a cudaError_t.
 using TransformerLaunch = int(const TransformerArgs& args, CUstream_st* stream);
 template <int WIDTH>
 TransformerLaunch* find_transformer(int64_t head_dim, int64_t tiles, bool half);

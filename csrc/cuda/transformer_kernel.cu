@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// transformer: a sequence's rows are read once, go through all layers and the last LayerNorm on chip, and are written
-// once.
+// transformer: the whole stack in one launch. The rows of a sequence are read once, stay on chip through all layers and
+// the final LayerNorm, and are written once.
 //
-// A block owns whole sequences, a warp M tiles of 16 of their rows, and all that is not attention happens to a warp's own
-// rows. In shared memory: the residual stream, in 16 bits; key and value of one head of all rows; and a ring of two slots
-// through which the weights come, with one barrier a chunk, which also orders what the warps tell each other in keys and
-// values. LayerNorm is a part of the next product: with W' = γ∘W rounded,
+// A block owns whole sequences; a warp owns M tiles of 16 rows of one of them, and everything but attention involves
+// only a warp's own rows. Shared memory holds the residual stream in 16 bits, key and value of one head for all rows,
+// and a ring of two slots through which the weights are streamed. There is one barrier per chunk, which also orders the
+// exchange of keys and values between warps. LayerNorm is folded into the next product: with W' = γ∘W, rounded,
 //
 //     LN(x) Wᵀ + b  =  rstd · (x W'ᵀ − mean · ΣW') + (W β + b)
 //
-// where ΣW' sums each row of W'. Products of 16-bit numbers are exact in float32, so what cancels where the mean is large
-// is no more than x itself was rounded by.
+// where ΣW' sums each row of W'. Products of 16-bit numbers are exact in float32, so what cancels where the mean is
+// large is no more than the rounding error of x itself.
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -24,7 +24,7 @@ namespace mvit {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The weights' way: a slot is filled while the other is read.
+// Double-buffered stream of weights: one slot is filled while the other is read.
 template <int SLOT>
 struct Ring {
   const unsigned char* next;
@@ -37,8 +37,8 @@ struct Ring {
     next += bytes;
   }
 
-  // The chunk fetched before, when it is there for all; starts the next, of so many bytes, into the slot that everyone has
-  // left by now.
+  // Waits until the chunk fetched before is visible to all threads, then starts fetching the next one, of bytes_of_next
+  // bytes, into the slot that all threads have finished reading.
   MVIT_DEVICE Shared advance(int bytes_of_next, int threads) {
     wait_copies<0>();
     sync_threads();
@@ -55,15 +55,15 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
   using Rows::args, Rows::own, Rows::layout, Rows::TILES, Rows::ROWS;
   using Rows::group_of, Rows::tiles_from, Rows::norm_of, Rows::row_tile;
   using Rows::add_to_rows, Rows::statistics, Rows::vector, Rows::vector_part;
-  static constexpr int HEAD = layout.head() / 8;  // tiles of 8 columns of a head
-  // Tiles of hidden units at once: rows of 192 leave registers for no more than two.
+  static constexpr int HEAD = layout.head() / 8;  // tiles of 8 columns per head
+  // Tiles of hidden units computed at once: at width 192 the registers suffice for only two.
   static constexpr int UNITS = M == 2 && TILES > 9 ? 2 : 4;
 
   Ring<layout.slot()> ring;
 
   // ------------------------------------------------------------------------------------------------ products with x
 
-  // d += x · W' over COUNT tiles of x from `first` on: N tiles of eight columns, of STEP that the weights have.
+  // d += x · W' over COUNT tiles of x, starting at `first`: N tiles of eight columns, out of STEP in the weights.
   template <int COUNT, int STEP, int N>
   MVIT_DEVICE void multiply_rows(float (&d)[M][N][4], int first, Shared weights) const {
     MVIT_ROLLED
@@ -84,7 +84,7 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
       }
   }
 
-  // LayerNorm's part that comes after the product.
+  // The part of LayerNorm that follows the product.
   template <int N>
   MVIT_DEVICE void normalise(float (&d)[M][N][4], Shared vectors) const {
     Floats2 norm[M][2];
@@ -108,7 +108,7 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
 
   // ------------------------------------------------------------------------------------------------------ attention
 
-  // Accumulators of key are, packed, the fragments of its transpose; those of value are stored by rows.
+  // Packed, the accumulators of key are the fragments of its transpose; those of value are stored as rows.
   MVIT_DEVICE void store_keys_and_values(const float (&kv)[M][2 * HEAD][4]) const {
     const int lane = lane_index();
     MVIT_UNROLL
@@ -132,7 +132,7 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
       }
   }
 
-  // A step's scores, less the references of their rows.
+  // The scores of one step, minus the reference of each row.
   MVIT_DEVICE void score(float (&s)[M][2 * M][4], const Tile (&query)[M][HEAD], Shared tiles,
                          const float (&reference)[M][2]) const {
     const int lane = lane_index();
@@ -158,19 +158,20 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
     }
   }
 
-  // softmax(q kᵀ) v for the warp's rows. Scores are in units of log 2. Weights are 2^(score − reference), with a reference
-  // a row that moves only when a score is 8 above it: any reference near the largest score will do, and moving it means to
-  // scale all that was summed. The first step sets it.
+  // softmax(q kᵀ) v for the warp's rows. Scores are in base 2. Weights are 2^(score − reference), with one reference
+  // per row that moves only when a score exceeds it by more than 8: any reference near the maximum gives the same
+  // result, and moving it means rescaling everything accumulated so far. The first step sets it.
   MVIT_DEVICE void attend(Tile (&out)[M][HEAD], const Tile (&query)[M][HEAD]) const {
     constexpr float slack = 8;
     const int lane = lane_index();
-    Shared tiles = tiles_from(warp_index() * ROWS / args.padded_tokens * args.padded_tokens / 16);  // of the sequence
+    // The first tile of this warp's sequence.
+    Shared tiles = tiles_from(warp_index() * ROWS / args.padded_tokens * args.padded_tokens / 16);
     float o[M][HEAD][4] = {}, reference[M][2] = {}, sum[M][2] = {};
     MVIT_ROLLED
     for (int step = 0; step < args.tokens; step += ROWS, tiles += M * layout.tile_bytes()) {
       float s[M][2 * M][4];
       score(s, query, tiles, reference);
-      if (step + ROWS > args.tokens) {  // keys that only fill the tile
+      if (step + ROWS > args.tokens) {  // mask keys that only fill up the tile
         MVIT_UNROLL
         for (int n = 0; n < 2 * M; ++n)
           MVIT_UNROLL
@@ -256,7 +257,7 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
 
   MVIT_DEVICE void attention_half(int threads) {
     statistics();
-    // Zeros, since registers that are written under a condition alone would be kept for it through all of the layer.
+    // Zero-initialised: registers first written under a condition would otherwise be kept live through the whole layer.
     Tile attended[M][kHeads][HEAD] = {};
     MVIT_ROLLED
     for (int head = 0; head < kHeads; ++head) {
@@ -291,7 +292,8 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
       }
       attend(out, query);
       MVIT_UNROLL
-      for (int h = 0; h < kHeads; ++h)  // registers have no index: four of five of these moves are not made
+      // Registers cannot be indexed at run time: all heads' copies are compiled, and only this head's executes.
+      for (int h = 0; h < kHeads; ++h)
         if (h == head)
           MVIT_UNROLL
           for (int m = 0; m < M; ++m)
@@ -308,7 +310,7 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
     }
   }
 
-  // Sixteen columns of the out-projection.
+  // 16 columns of the out-projection.
   MVIT_DEVICE void project(const Tile (&attended)[M][kHeads][HEAD], int tile, Shared weights) const {
     const int lane = lane_index();
     const Shared biases = weights + kHeads * HEAD * 8 * 16 * 2 + lane % 4 * 8;
@@ -344,8 +346,8 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
     for (int m = 0; m < M; ++m) add_to_rows(m, tile, d[m][0], d[m][1]);
   }
 
-  // silu(2u), fc1 having been halved: silu(h) = h/2 · (1 + tanh(h/2)) takes one instruction of the special-function unit.
-  // Its tanh is good to 11 bits, which is enough for bfloat16 alone.
+  // silu(2u); the packed fc1 is halved. silu(h) = h/2 · (1 + tanh(h/2)) takes a single special-function instruction.
+  // tanh.approx is accurate to 11 bits, which is enough for bfloat16 but not for float16.
   static MVIT_DEVICE float silu_of_double(float u) {
     if constexpr (std::is_same_v<T, Half>)
       return 2 * u * reciprocal_approximate(1 + exp2_approximate(-2.8853900817779268f * u));  // 2 log2 e
@@ -421,8 +423,9 @@ int launch_transformer(const TransformerArgs& args, CUstream_st* stream) {
   return launch(transformer_kernel<T, WIDTH, HEAD_DIM, M>, dim3(args.blocks()), 32 * args.warps, bytes, stream, args);
 }
 
-// Heads are a quarter of the rows, or 8 as in Kornia. Warps of 32 rows take rows up to 192 wide, beyond which they have
-// not the registers; warps of 16 take all, but up to 192 only where sequences are that short.
+// Heads are a quarter of the width, or 8 as in Kornia. Warps of 32 rows serve widths up to 192, beyond which registers
+// do not suffice. Warps of 16 rows serve all widths; up to 192 they are for sequences of at most 16 tokens, with heads
+// of a quarter of the width only.
 template <int WIDTH>
 TransformerLaunch* find_transformer(int64_t head_dim, int64_t tiles, bool half) {
   constexpr int most_tiles = WIDTH <= 192 ? 2 : 1;
@@ -436,7 +439,7 @@ TransformerLaunch* find_transformer(int64_t head_dim, int64_t tiles, bool half) 
   return nullptr;
 }
 
-#ifdef MVIT_WIDTH  // by CMakeLists.txt; what includes this file wants the templates alone
+#ifdef MVIT_WIDTH  // set by CMakeLists.txt; files that include this one need only the templates
 template TransformerLaunch* find_transformer<MVIT_WIDTH>(int64_t head_dim, int64_t tiles, bool half);
 #endif
 

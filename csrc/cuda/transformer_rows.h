@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A warp's rows in the transformer kernel: from the map to shared memory and back, and their means and deviations.
+// The rows of one warp in the transformer kernel: loads from the map to shared memory, stores back, and LayerNorm
+// statistics.
 #pragma once
 
 #include <type_traits>
@@ -9,31 +10,32 @@
 
 namespace mvit {
 
-// Which columns a lane holds. Of two 16-column tiles side by side, 2i and 2i + 1, the lane with t = lane % 4 has the eight
-// columns from 32i + 8t on, of a tile alone at the end the four from 16k + 4t on: so a lane reads and writes a map
-// directly, 16 bytes at a time. Products do not ask in which order columns are summed; the packed weights follow.
+// Assignment of columns to lanes. Of two adjacent 16-column tiles 2i and 2i + 1, the lane with t = lane % 4 holds the
+// eight columns from 32i + 8t on; of a single tile at the end, the four from 16k + 4t on. Each lane thus reads and
+// writes the map directly, 16 bytes at a time. The order of columns in a product's sum is arbitrary; the packed weights
+// use the same order.
 template <int WIDTH>
 struct Columns {
   template <int COUNT>
   static MVIT_DEVICE int first(int tile) {
     return 16 * tile + 4 * COUNT * (lane_index() % 4);
   }
-  // Of width 120 the last lane of four has no columns in the last two of eight tiles.
+  // At width 120 the last of every four lanes has no columns in the last two of the eight tiles.
   static MVIT_DEVICE bool has(int tile) {
     static_assert(WIDTH % 16 == 0 || WIDTH % 32 == 24);
     return WIDTH % 16 == 0 || first<2>(tile / 2 * 2) < WIDTH;
   }
 };
-template <int COUNT>  // of a row in COUNT tiles
+template <int COUNT>  // a lane's share of a row in COUNT tiles
 using Part = std::conditional_t<COUNT == 2, Words4, Words2>;
 template <typename T, int WIDTH, int HEAD_DIM, int M>
 struct TransformerRows {
   static constexpr TransformerLayout layout{WIDTH, HEAD_DIM};
-  static constexpr int TILES = layout.tiles();  // of 16 columns of x
-  static constexpr int ROWS = 16 * M;           // of a warp
+  static constexpr int TILES = layout.tiles();  // tiles of 16 columns of x
+  static constexpr int ROWS = 16 * M;           // rows per warp
   using Lanes = Columns<WIDTH>;
 
-  // Loops over tiles are unrolled by the largest divisor up to 5: all of a layer is to fit in the instruction cache.
+  // Loops over tiles are unrolled by the largest divisor up to 5: a whole layer has to fit in the instruction cache.
   static constexpr int group_of(int count) {
     int group = count < 5 ? count : 5;
     while (count % group) --group;
@@ -41,19 +43,19 @@ struct TransformerRows {
   }
 
   const TransformerArgs& args;
-  Shared own = tiles_from(warp_index() * M);  // the warp's tiles
+  Shared own = tiles_from(warp_index() * M);  // the warp's first tile
 
   static MVIT_DEVICE Shared tiles_from(int tile) { return 2 * layout.slot() + tile * layout.tile_bytes(); }
-  // Where mean and 1 / σ are of the row g (+ 8) of tile m.
+  // Address of mean and 1 / σ of row g (+ 8) of tile m, g = lane / 4.
   MVIT_DEVICE Shared norm_of(int m, int half) const {
     return own + m * layout.tile_bytes() + layout.norms() + (half * 8 + lane_index() / 4) * 8;
   }
-  // Where the lane's part is of sixteen columns of tile m.
+  // Address of this lane's fragment of 16 columns of tile m.
   MVIT_DEVICE Shared row_tile(int m, int tile) const {
     return own + m * layout.tile_bytes() + (tile * 32 + lane_index()) * 16;
   }
 
-  // Where in the map the row g (+ 8) of the warp's tile m is; null where there is none.
+  // Address in the map of row g (+ 8) of the warp's tile m; null if there is no such row.
   MVIT_DEVICE char* find_row(int m, int half, const TransformerMap& map) const {
     const int row = warp_index() * ROWS + m * 16 + half * 8 + lane_index() / 4;
     const int sequence = static_cast<int>(block_index()) * args.sequences_of_a_block + row / args.padded_tokens;
@@ -75,7 +77,7 @@ struct TransformerRows {
     }
   }
 
-  // The lane's columns of COUNT tiles, which are adjacent.
+  // Reads this lane's columns of COUNT adjacent tiles.
   template <int COUNT>
   MVIT_DEVICE void read_part(int m, int tile, const char* const (&from)[2]) const {
     Part<COUNT> part[2] = {};
@@ -127,21 +129,21 @@ struct TransformerRows {
       }
   }
 
-  // Behind the layers' matrices: fc2's bias of each, and the last LayerNorm's weight and bias.
+  // The float32 vectors after the layers' matrices: fc2's bias per layer, then weight and bias of the final LayerNorm.
   MVIT_DEVICE const float* vector(int index) const {
-    constexpr TransformerLayout sizes = layout;  // the class's own is not there on the device
+    constexpr TransformerLayout sizes = layout;  // the static member has no definition in device code
     const unsigned char* vectors = args.weights + args.layers * sizes.layer_bytes(args.hidden_chunks);
     return reinterpret_cast<const float*>(vectors) + index * layout.padded();
   }
 
-  // The i-th two of what a vector has for the lane's columns of a tile, and of the next.
+  // The i-th pair of a vector's values for this lane's columns of `tile` and the next one.
   static MVIT_DEVICE Floats2 vector_part(const float* vector, int tile, int i) {
     return load_constant<Floats2>(vector + 16 * tile + 8 * i + lane_index() % 4 * 2);
   }
 
-  // Mean and 1 / σ of the warp's rows, to shared memory: eight registers are wanted elsewhere.
+  // Computes mean and 1 / σ of the warp's rows into shared memory, since the eight registers are needed elsewhere.
   //
-  // In two passes: the sum of squares less the square of the sum would cancel where the mean is large.
+  // Two passes: the one-pass formula, E[x²] − E[x]², cancels where the mean is large.
   MVIT_DEVICE void statistics() const {
     float sum[M][2] = {}, mean[M][2];
     each_tile([&](int m, int, int half, float low, float high) { sum[m][half] += low + high; });
@@ -153,7 +155,7 @@ struct TransformerRows {
       low -= mean[m][half], high -= mean[m][half];
       if (Lanes::has(tile)) sum[m][half] += low * low + high * high;
     });
-    sync_warp();  // the last ones have been read
+    sync_warp();  // the previous statistics have been read
     MVIT_UNROLL
     for (int m = 0; m < M; ++m)
       MVIT_UNROLL
@@ -164,7 +166,7 @@ struct TransformerRows {
     sync_warp();
   }
 
-  // body(m, tile, half, low, high) for all that the lane has of x, two by two.
+  // body(m, tile, half, low, high) for every pair of values of x that this lane holds.
   template <typename Body>
   MVIT_DEVICE void each_tile(const Body& body) const {
     MVIT_ROLLED
@@ -181,7 +183,7 @@ struct TransformerRows {
         }
   }
 
-  // x += d, of the tile's sixteen columns.
+  // x += d, for the 16 columns of the tile.
   MVIT_DEVICE void add_to_rows(int m, int tile, const float (&left)[4], const float (&right)[4]) const {
     const auto x = load_shared<Words4>(row_tile(m, tile));
     store_shared(row_tile(m, tile), Words4{pack<T>(unpack_low<T>(x.x) + left[0], unpack_high<T>(x.x) + left[1]),

@@ -344,6 +344,7 @@ def test_few_sequences_go_operator_by_operator(emulated, monkeypatch):
     found = {}
     for processors in (132, 8):
         monkeypatch.setattr(gpu, "limits", lambda processors=processors: gpu.Limits(processors, 232_448))
+        backends._choices.clear()  # a GPU's limits do not change, and plans are remembered
         with torch.no_grad(), Recorder() as recorder:
             found[processors] = transformer_on_map(x, **low, **settings), recorder.ours()
     operators = ["layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp"]

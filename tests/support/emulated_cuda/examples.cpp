@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small kernels for test_emulation.py: each right one with its wrong neighbours, chosen by `fault`.
-#include <simt.h>  // csrc/cuda's, which includes the one beside this file
+// Small kernels for tests/backends/cuda/test_emulation.py: each in a correct version and faulty ones, selected by
+// `fault`.
+#include <simt.h>  // csrc/cuda/simt.h, which includes the one in this folder
 
 namespace mvit {
 namespace {
 
 constexpr int kThreads = 64;
 
-// Each thread gets its neighbour's number, across the warps. Fault 1: no barrier. Fault 2: the number is stored again
+// Each thread reads its neighbour's number, also across warps. Fault 1: no barrier. Fault 2: the number is stored again
 // before the neighbour has read it.
 MVIT_KERNEL(kThreads, 1) neighbour(uint32_t* out, int64_t fault) {
   const int i = thread_index();
@@ -18,7 +19,7 @@ MVIT_KERNEL(kThreads, 1) neighbour(uint32_t* out, int64_t fault) {
   store_global(out + i, found);
 }
 
-// The same inside a warp. Fault 1: no barrier of the warp. Fault 2: an mma in its stead, which orders no memory.
+// The same within a warp. Fault 1: no warp barrier. Fault 2: an mma instead, which does not order memory.
 MVIT_KERNEL(kThreads, 1) neighbour_in_warp(uint32_t* out, int64_t fault) {
   const int i = thread_index();
   store_shared<uint32_t>(4 * i, i);
@@ -28,9 +29,9 @@ MVIT_KERNEL(kThreads, 1) neighbour_in_warp(uint32_t* out, int64_t fault) {
   store_global(out + i, load_shared<uint32_t>(4 * (i / 32 * 32 + (i + 1) % 32)));
 }
 
-// Sums of `chunks` × 64 words, chunk by chunk through a ring of two slots. Fault 1: the wait is one group short.
-// Fault 2: no wait. Fault 3: no barrier behind the wait. Fault 4: the next chunk is asked for ahead of the barrier that
-// frees its slot. Fault 5: copies are never committed.
+// Sums of `chunks` × 64 words, streamed through a ring of two slots. Fault 1: the wait is one group short. Fault 2: no
+// wait. Fault 3: no barrier after the wait. Fault 4: the next chunk is requested before the barrier that frees its
+// slot. Fault 5: copies are never committed.
 MVIT_KERNEL(kThreads, 1) ring(const uint32_t* in, uint32_t* out, int64_t chunks, int64_t fault) {
   const int i = thread_index();
   const auto issue = [&](int64_t chunk) {
@@ -53,8 +54,8 @@ MVIT_KERNEL(kThreads, 1) ring(const uint32_t* in, uint32_t* out, int64_t chunks,
   store_global(out + i, sum);
 }
 
-// A warp's sum. Fault 1: half of the lanes do not take part. Fault 2: they are at another shuffle. Fault 3: one thread
-// leaves before the barrier.
+// The sum over a warp. Fault 1: half of the lanes do not take part. Fault 2: half of the lanes are at another shuffle.
+// Fault 3: one thread returns before the barrier.
 MVIT_KERNEL(kThreads, 1) sum(uint32_t* out, int64_t fault) {
   const int i = thread_index();
   uint32_t total = i;
@@ -70,8 +71,8 @@ MVIT_KERNEL(kThreads, 1) sum(uint32_t* out, int64_t fault) {
   store_global(out + i, total);
 }
 
-// Faults 1 to 8, in order: shared memory out of range, not aligned, never written; global memory out of range, not
-// aligned, in a tensor that is only read, stored by two threads, read from another block that stores it.
+// Faults 1 to 8: shared memory out of range, misaligned, never written; global memory out of range, misaligned, in a
+// read-only tensor, stored by two threads, read from another block that stores it.
 MVIT_KERNEL(kThreads, 1) touch(const uint32_t* in, uint32_t* out, int64_t fault) {
   const int i = thread_index();
   uint32_t* mine = out + block_index() * kThreads + i;
@@ -87,7 +88,7 @@ MVIT_KERNEL(kThreads, 1) touch(const uint32_t* in, uint32_t* out, int64_t fault)
   store_global(mine, value);
 }
 
-// One matrix through ldmatrix, as it is or transposed. Fault 1: no barrier between the stores and it.
+// One ldmatrix, plain or transposed. Fault 1: no barrier between the stores and the load.
 MVIT_KERNEL(kThreads, 1)
 matrices(const uint16_t* in, uint32_t* out, int64_t transposed, int64_t stride, int64_t fault) {
   const int i = thread_index(), warp = warp_index(), lane = lane_index();
@@ -101,7 +102,7 @@ matrices(const uint16_t* in, uint32_t* out, int64_t transposed, int64_t stride, 
   for (int matrix = 0; matrix < 4; ++matrix) store_global(out + (warp * 4 + matrix) * 32 + lane, r[matrix]);
 }
 
-// 16 × K · K × 8 for K = 16 and 8, from fragments by simt.h's description.
+// 16 × K · K × 8 for K = 16 and 8, from fragments laid out as csrc/cuda/simt.h describes.
 template <typename T, int K>
 MVIT_KERNEL(32, 1) product(const uint16_t* a, const uint16_t* b, float* d) {
   const int g = lane_index() / 4, t = lane_index() % 4 * 2;
@@ -151,7 +152,7 @@ const char* product(uint64_t seed, const uint16_t* a, const uint16_t* b, float* 
   return emulation_result(emulate(seed, 1, 1, 32, 0, kernel, a, b, d));
 }
 
-// Conversions and special functions of `count` values, without a launch.
+// Conversions and special functions of `count` values; no launch.
 const char* rounded(uint64_t, const float* in, uint16_t* out, int64_t count, int64_t half) {
   for (int64_t i = 0; i < count; ++i)
     out[i] = static_cast<uint16_t>(half ? pack<Half>(0, in[i]) >> 16 : pack<BFloat16>(in[i], 0));

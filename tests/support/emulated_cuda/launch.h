@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/cuda/launch.h on the CPU: a launch is an emulation, which leaves its report in `last_report`.
+// csrc/cuda/launch.h for the emulation: a launch runs the kernel on the CPU and leaves its report in `last_report`.
 #pragma once
 
 #include <simt.h>  // csrc/cuda's
@@ -15,7 +15,7 @@ struct dim3 {
 
 namespace emulation {
 
-MVIT_OWN inline uint64_t seed = 0;  // of the next launch
+MVIT_OWN inline uint64_t seed = 0;  // for the next launch
 MVIT_OWN inline std::string last_report;
 
 }  // namespace emulation

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A thread block on the CPU: one fibre a thread, a schedule drawn from a seed, and a shadow of shared and global memory
-// that tells of every access whether another thread's access was ordered before it.
+// Emulates thread blocks on the CPU: one fibre per thread, a thread schedule drawn from a seed, and shadow memory for
+// shared and global memory that records for each access whether it is ordered after the other threads' accesses.
 //
-// A fault (race, deadlock, access out of range, …) ends the launch at once and is described by its result; nothing
+// A fault (race, deadlock, out-of-range access, …) ends the launch immediately and is described by its result; nothing
 // hangs.
 #pragma once
 
@@ -46,10 +46,10 @@ struct Random {  // splitmix64
 
 // ------------------------------------------------------------------------------------------------- shadows of memory
 
-// A point in a thread's life. Of two in one block the earlier is ordered before the later if a barrier of the block
-// lies between them, or one of their common warp, or if they are one thread's.
+// A point in a thread's execution. Of two moments in one block, the earlier is ordered before the later if a barrier of
+// the block lies between them, or a barrier of their common warp, or if they belong to the same thread.
 struct Moment {
-  static constexpr int16_t kNobody = -1, kWholeWarp = -2;  // kWholeWarp: as of ldmatrix
+  static constexpr int16_t kNobody = -1, kWholeWarp = -2;  // kWholeWarp: a collective access, such as ldmatrix
 
   Where where;
   int32_t block = 0;
@@ -68,16 +68,16 @@ struct Moment {
   }
 };
 
-// Two bytes, the smallest that is loaded or stored.
+// Shadow of two bytes, the smallest unit that is loaded or stored.
 struct Cell {
-  Moment write, read;   // the last of each
-  Moment another_read;  // one that is not ordered before that, if there is one
+  Moment write, read;   // the latest of each
+  Moment another_read;  // a read that is not ordered before `read`, if there is one
   bool initialised = false, in_flight = false;
 };
 
 enum class Access { read, write };
 
-// What is wrong with an access at `now`, or ""; and the cell remembers the access.
+// Records an access at `now` in the cell and returns what is wrong with it, or "".
 inline std::string touch(Cell& cell, Access access, const Moment& now, bool needs_initialised) {
   if (cell.in_flight) return "is touched by " + now.who() + " while a copy of " + cell.write.who() + " is in flight";
   if (access == Access::read && needs_initialised && !cell.initialised)
@@ -86,8 +86,8 @@ inline std::string touch(Cell& cell, Access access, const Moment& now, bool need
     return std::string(access == Access::read ? "is read" : "is written") + " by " + now.who() +
            ", with no barrier after it was written by " + cell.write.who();
   if (access == Access::read) {
-    // Two reads not ordered to each other suffice, of different warps if there are such: whoever may write after both
-    // may write after all.
+    // Two mutually unordered reads suffice, from different warps if possible: a write that is ordered after both is
+    // ordered after all of them.
     const bool keeps_another = !cell.another_read.ordered_before(now) && cell.another_read.warp != now.warp;
     if (!cell.read.ordered_before(now) && !keeps_another) cell.another_read = cell.read;
     cell.read = now;
@@ -101,10 +101,10 @@ inline std::string touch(Cell& cell, Access access, const Moment& now, bool need
   return "";
 }
 
-struct Buffer {  // global memory that the kernel may touch
+struct Buffer {  // global memory that the kernel may access
   uintptr_t begin, end;
   bool writable;
-  std::vector<Cell> cells;  // where writable
+  std::vector<Cell> cells;  // only if writable
 };
 
 // ------------------------------------------------------------------------------------------------------- the machine
@@ -124,8 +124,8 @@ struct Copy {
 };
 
 struct Thread {
-  ucontext_t context;  // to enter it
-  jmp_buf state;       // to return to it: swapcontext would cost two system calls
+  ucontext_t context;  // to start the fibre
+  jmp_buf state;       // to resume it; swapcontext would cost two system calls
   bool entered = false, finished = false;
   Kind waits_for = Kind::none;
   Where waits_at;
@@ -134,10 +134,10 @@ struct Thread {
 };
 
 struct Warp {
-  uint32_t ready = 0, arrived = 0;  // lanes
-  Kind kind = Kind::none;           // of the collective at which `arrived` are
+  uint32_t ready = 0, arrived = 0;  // masks of lanes
+  Kind kind = Kind::none;           // the collective that the `arrived` lanes are at
   Where where;
-  int parameter = 0;  // of the collective: the same in all lanes
+  int parameter = 0;  // of the collective; the same in all lanes
   uint32_t operands[32][10], results[32][4];
   uint32_t epoch = 0;
 };
@@ -159,11 +159,11 @@ class Machine {
     random_.state = seed;
     kernel_ = std::move(kernel);
     fault_.clear();
-    // From quite mixed warps to one that runs ahead as far as it gets.
+    // Schedules range from thoroughly interleaved warps to one warp running ahead as far as it can.
     const uint32_t patience[] = {0, 50, 90, 100};
     patience_ = patience[random_.below(4)];
     std::vector<int64_t> order(static_cast<std::size_t>(blocks_x * blocks_y));
-    for (std::size_t i = 0; i < order.size(); ++i) {  // a random order of blocks
+    for (std::size_t i = 0; i < order.size(); ++i) {  // shuffle the order of blocks
       const std::size_t other = random_.below(static_cast<uint32_t>(i + 1));
       order[i] = order[other];
       order[other] = static_cast<int64_t>(i);
@@ -203,10 +203,11 @@ class Machine {
     at_barrier_ = 0;
     ++block_epoch_;
     for (Warp& warp : warps_) warp.ready = ~0u;
-    warps_[static_cast<std::size_t>(current_ / kWarp)].ready &= ~(1u << lane());  // which runs on
+    warps_[static_cast<std::size_t>(current_ / kWarp)].ready &= ~(1u << lane());  // the current lane keeps running
   }
 
-  // Deposits the lane's operands; the last lane to arrive lets `perform(warp)` make all lanes' results.
+  // Deposits the lane's operands and waits. The last lane to arrive calls `perform(warp)`, which computes the results
+  // of all lanes.
   template <int OPERANDS, int RESULTS, typename Perform>
   void collective(Kind kind, int parameter, const Where& where, const uint32_t (&operands)[OPERANDS],
                   uint32_t (&results)[RESULTS], const Perform& perform) {
@@ -269,7 +270,7 @@ class Machine {
 
   // ---- global memory
 
-  std::vector<Buffer> buffers;  // all that a kernel may touch; where empty, it may touch anything
+  std::vector<Buffer> buffers;  // all that a kernel may access; if empty, it may access anything
 
   void* global(Access access, const void* at, uint32_t bytes, const Where& where) {
     const auto begin = reinterpret_cast<uintptr_t>(at), end = begin + bytes;
@@ -326,7 +327,7 @@ class Machine {
     setcontext(&me().context);
   }
   uintptr_t self() const { return reinterpret_cast<uintptr_t>(this); }
-  static void body(unsigned high, unsigned low) {  // makecontext hands on ints only
+  static void body(unsigned high, unsigned low) {  // makecontext passes only ints
     auto* machine = reinterpret_cast<Machine*>(static_cast<uintptr_t>(high) << 32 | low);
     machine->kernel_();
     if (!machine->me().copies.empty() || !machine->me().groups.empty())
@@ -341,7 +342,7 @@ class Machine {
     if (_setjmp(me().state) == 0) _longjmp(scheduler_, 1);
   }
 
-  void check_end() {  // nobody is ready
+  void check_end() {  // no lane is ready
     std::map<std::string, int> waiting;
     for (const Thread& thread : threads_)
       ++waiting[thread.finished ? "have ended" : std::string("wait at ") + name(thread.waits_for) + " of " +
@@ -383,7 +384,7 @@ class Machine {
   jmp_buf scheduler_;
   std::string fault_;
   Random random_;
-  uint32_t patience_ = 0;  // of 100: how often the same warp goes on
+  uint32_t patience_ = 0;  // in per cent: how often the same warp continues
 
   int64_t block_ = 0;
   int current_ = 0;
@@ -396,7 +397,7 @@ class Machine {
   uint32_t block_epoch_ = 0;
 };
 
-// Hidden, and with it all that follows: else all drivers of a process would share one.
+// Hidden, like everything declared MVIT_OWN below: otherwise all drivers in a process would share one machine.
 #define MVIT_OWN __attribute__((visibility("hidden")))
 MVIT_OWN inline Machine machine;
 

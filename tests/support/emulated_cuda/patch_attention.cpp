@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches of patch_attention's kernels.
+// Driver for tests/backends/cuda/test_patch_attention.py: launches the kernels of patch_attention.
 #include <patch_attention_backward_kernel.cu>
 #include <patch_attention_backward_whole_kernel.cu>
 #include <patch_attention_kernel.cu>
@@ -26,7 +26,7 @@ PatchAttentionShape shape_of(int64_t images, int64_t patch_rows, int64_t patch_c
 
 using namespace mvit;
 
-// With MVIT_ONLY_BFLOAT16 no more than that is compiled.
+// With MVIT_ONLY_BFLOAT16, only the bfloat16 kernels are compiled.
 #ifdef MVIT_ONLY_BFLOAT16
 constexpr bool kHalf = false;
 #else

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches of the row-wise operators' kernels.
+// Driver for tests/backends/cuda/test_rows.py: launches the kernels of the row-wise operators.
 #include <layer_norm_mlp_kernel.cu>
 #include <row_product_kernel.cu>
 
 using namespace mvit;
 
-// With MVIT_ONLY_BFLOAT16 no more than that is compiled.
+// With MVIT_ONLY_BFLOAT16, only the bfloat16 kernels are compiled.
 #ifdef MVIT_ONLY_BFLOAT16
 constexpr bool kHalf = false;
 #else

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The names of csrc/cuda/simt.h with their meaning on the CPU. Tests compile a kernel's own source with -DMVIT_EMULATED
-// and run it by `emulate`.
+// csrc/cuda/simt.h for the emulation: the same names, implemented on the CPU by machine.h. Tests compile a kernel's own
+// source with -DMVIT_EMULATED and run it through `emulate`.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,8 @@ To bits(From from) {
   return to;
 }
 
-// A launch of `kernel(arguments...)`; "" or what went wrong. The seed decides the order of blocks, warps and lanes.
+// Launches kernel(arguments...); returns "" or a description of the fault. The seed determines the order of blocks,
+// warps and lanes.
 template <typename Kernel, typename... Arguments>
 std::string emulate(uint64_t seed, int64_t blocks_x, int blocks_y, int threads, uint32_t shared_bytes, Kernel kernel,
                     Arguments... arguments) {
@@ -99,7 +100,8 @@ void store_shared(Shared at, T value, const emulation::Where& where = emulation:
 
 namespace emulation {
 
-// What the matrices are read for is the whole warp: no lane's own store is ordered before it without a barrier.
+// The matrices are read on behalf of the whole warp: without a barrier not even a lane's own store is ordered before
+// the read.
 template <int MATRICES, bool TRANSPOSED>
 void load_matrices(uint32_t (&r)[MATRICES], Shared row, const Where& where) {
   const uint32_t address[1] = {row};
@@ -107,7 +109,7 @@ void load_matrices(uint32_t (&r)[MATRICES], Shared row, const Where& where) {
   const auto perform = [&](Warp& warp) {
     for (int matrix = 0; matrix < MATRICES; ++matrix) {
       uint16_t elements[8][8];
-      for (int i = 0; i < 8; ++i)  // a row is four of the 32 banks
+      for (int i = 0; i < 8; ++i)  // a row spans four of the 32 banks
         for (int j = 0; j < i; ++j) {
           const uint32_t a = warp.operands[8 * matrix + i][0], b = warp.operands[8 * matrix + j][0];
           if (a != b && a / 16 % 8 == b / 16 % 8) ++machine.matrix_conflicts;
@@ -182,12 +184,14 @@ inline uint16_t to_half(float value) {
   const uint32_t sign = bits<uint32_t>(value) >> 16 & 0x8000;
   const float size = std::fabs(value);
   if (std::isnan(value)) return 0x7fff;
-  if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);  // from the midpoint above the largest on
+  // At or above the midpoint between the largest number and the next.
+  if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
   int exponent;
   std::frexp(size, &exponent);                                           // size < 2^exponent
-  const int unit = (exponent < -13 ? -13 : exponent) - 11;               // subnormals have the unit 2^-24
-  const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));  // exact, then to nearest even
-  // Where that carries to 2048 units, the next exponent's first number is the next bit pattern.
+  const int unit = (exponent < -13 ? -13 : exponent) - 11;               // subnormals are multiples of 2^-24
+  // Exact, then rounded to nearest even.
+  const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));
+  // If rounding carries to 2048 units, the resulting bit pattern is the first number of the next exponent.
   return static_cast<uint16_t>(sign | (units < 1024 ? units : static_cast<uint32_t>(unit + 24) * 1024 + units));
 }
 
@@ -197,7 +201,8 @@ inline uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>((raw + 0x7fff + (raw >> 16 & 1)) >> 16);
 }
 
-// The hardware's error: `relative`, in part, by a hash of the argument, so that equal arguments have equal results.
+// Models the hardware's error: up to `relative`, drawn from a hash of the argument, so that equal arguments give equal
+// results.
 inline float approximately(double value, float argument, double relative) {
   Random hash{bits<uint32_t>(argument)};
   const double part = static_cast<double>(hash.next() >> 11) * 0x1p-52 - 1;
@@ -229,8 +234,8 @@ float unpack_high(uint32_t pair) {
   return unpack<T>(T{static_cast<uint16_t>(pair >> 16)});
 }
 
-// Products are exact, and added up in float32 one by one. The registers beyond the A fragment's are those of columns
-// eight further on.
+// Products are exact and are added in float32 one by one. The second half of the A fragment's registers holds the
+// columns eight further right.
 template <typename T, int A>
 void mma(float (&d)[4], const uint32_t (&a)[A], const uint32_t (&b)[A / 2],
          const emulation::Where& where = emulation::Where::current()) {
@@ -272,7 +277,7 @@ inline float exp2_approximate(float x) {
 inline float log2_approximate(float x) {
   x = emulation::flushed(x);
   const double exact = std::log2(static_cast<double>(x));
-  // Near 1 the error is not relative but of 2^-22.
+  // Near 1 the error is absolute, 2^-22, rather than relative.
   return x > 0.5f && x < 2 ? static_cast<float>(exact + emulation::approximately(0x1p-22, x, 1) - 0x1p-22)
                            : emulation::approximately(exact, x, 0x1p-22);
 }
@@ -288,18 +293,18 @@ inline float tanh_approximate(float x) {
 
 }  // namespace mvit
 
-// --------------------------------------------------------------------------------------------- for tests/_emulation.py
+// -------------------------------------------------------------------------------------- for tests/support/emulation.py
 
-// The global memory that kernels may touch from now on; without any, all.
+// The global memory that kernels may access from now on; with no buffers, they may access all memory.
 extern "C" {
 __attribute__((used)) inline void emulation_forget_buffers() { mvit::emulation::machine.buffers.clear(); }
 __attribute__((used)) inline void emulation_add_buffer(uintptr_t begin, uint64_t bytes, int64_t writable) {
   mvit::emulation::machine.buffers.push_back(
       {begin, begin + bytes, writable != 0, std::vector<mvit::emulation::Cell>(writable ? bytes / 2 : 0)});
 }
-// How often, since the library was loaded, two rows of one matrix lay in the same banks.
+// Number of times since the library was loaded that two rows of one ldmatrix matrix were in the same banks.
 __attribute__((used)) inline int64_t emulation_matrix_conflicts() { return mvit::emulation::machine.matrix_conflicts; }
-// The result of a driver's function: null, or a text that lasts until the next.
+// The result of a driver's function: null, or a text that is valid until the next call.
 MVIT_OWN inline const char* emulation_result(std::string report) {
   static std::string kept;
   kept = std::move(report);

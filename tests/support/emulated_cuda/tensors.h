@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/cuda/tensors.h on the CPU: bindings are registered for CPU tensors, and a launch's report is its error.
+// csrc/cuda/tensors.h for the emulation: bindings are registered for CPU tensors, and the report of a launch becomes
+// its error.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -33,7 +34,7 @@ inline void check_launch(const char* operator_name, int code) {
   STD_TORCH_CHECK(code == 0, operator_name, ": ", emulation::last_report);
 }
 
-struct Limits {  // of a GPU that wants plans of all kinds: few multiprocessors, and the least shared memory
+struct Limits {  // a GPU for which plans of all kinds occur: few multiprocessors, and the smallest shared memory
   int multiprocessors = 4, shared_bytes = 99 << 10;
 
   explicit Limits(const char*) {}

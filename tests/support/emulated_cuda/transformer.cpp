@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches of `transformer` for tests/test_cuda_transformer.py. With MVIT_ONLY_ONE, one kernel of all, for planted faults.
+// Driver for tests/backends/cuda/test_transformer.py: launches `transformer`. With MVIT_ONLY_ONE, only one kernel is
+// compiled, for tests with planted faults.
 #include "transformer_kernel.cu"
 
 namespace {
@@ -26,11 +27,11 @@ const Instance instances[] = {
     {80, 20, 2, run<BFloat16, 80, 20, 2>, nullptr},
 #else
     INSTANCE(64, 16, 1),  INSTANCE(80, 20, 1),  INSTANCE(96, 24, 1),  INSTANCE(120, 30, 1),
-    INSTANCE(144, 36, 1), INSTANCE(192, 48, 1), INSTANCE(240, 60, 1),  // a head is a quarter
+    INSTANCE(144, 36, 1), INSTANCE(192, 48, 1), INSTANCE(240, 60, 1),  // heads of a quarter of the width
     INSTANCE(64, 16, 2),  INSTANCE(80, 20, 2),  INSTANCE(96, 24, 2),  INSTANCE(120, 30, 2),
-    INSTANCE(144, 36, 2), INSTANCE(192, 48, 2),  // the same in warps of 32 rows
+    INSTANCE(144, 36, 2), INSTANCE(192, 48, 2),  // the same with warps of 32 rows
     INSTANCE(64, 8, 2),   INSTANCE(80, 8, 2),   INSTANCE(96, 8, 2),   INSTANCE(120, 8, 2),
-    INSTANCE(144, 8, 2),  INSTANCE(192, 8, 2),  INSTANCE(240, 8, 1),  // Kornia's heads
+    INSTANCE(144, 8, 2),  INSTANCE(192, 8, 2),  INSTANCE(240, 8, 1),  // Kornia's heads of 8
 #endif
 };
 
@@ -52,7 +53,7 @@ const char* forward(uint64_t seed, void* x, void* out, const unsigned char* pack
   return emulation_result("there is no such instance");
 }
 
-// The sizes that Python reckons with, for so many rows, layers and hidden units.
+// The sizes that the Python side computes as well, for a number of rows, layers and hidden units.
 const char* sizes(uint64_t, int64_t* out, int64_t width, int64_t head_dim, int64_t rows, int64_t layers, int64_t hidden) {
   const TransformerLayout layout{static_cast<int>(width), static_cast<int>(head_dim)};
   out[0] = layout.shared_bytes(static_cast<int>(rows));
