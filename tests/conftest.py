@@ -22,8 +22,7 @@ from support import TESTS
 # Before any test module imports timm, which imports torchvision.
 mvit_kernels.prepare_torchvision()
 
-# The shapes are small; what is about threads sets their number itself.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # while modules are imported, and in their fixtures
 
 if triton.target.INTERPRETED:  # the Triton backend serves CPU tensors, and is a path of the operators' tests
     from support import interpreter
@@ -46,6 +45,13 @@ def pytest_collection_modifyitems(items):
     tests = Counter(item.path for item in items)
     order = {TESTS / f"{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: (order.get(item.path, len(LONG)), -tests[item.path]))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine, to wake a second thread for a tiny operator takes ten times its time. Tests of threads set
+    their number, and need not set it back."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

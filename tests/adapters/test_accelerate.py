@@ -15,7 +15,6 @@ from mvit_kernels import accelerate, report, restore
 from mvit_kernels._utils.third_party import import_timm, import_transformers
 from mvit_kernels.backends import BackendError
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import LoRA, assert_declined, classes, evaluated, replaced
 from support.fake_backend import fake_backend
 from support.models import BYPASSED, CALLED, LIBRARIES, accelerated, assert_same, blocks, fast_calls

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.models import LIBRARIES, VARIANTS, fast_calls
 from support.tolerance import assert_close_as_pytorch
 

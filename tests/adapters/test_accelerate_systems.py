@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from mvit_kernels import accelerate, freeze, report, restore
 from mvit_kernels.backends import use_backend
 from support import ROOT, models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import classes, evaluated
 from support.fake_backend import fake_backend
 from support.models import LIBRARIES, accelerated, assert_same, blocks, fast_calls

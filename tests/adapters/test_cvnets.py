@@ -9,7 +9,6 @@ from torch import nn
 
 from mvit_kernels import accelerate, freeze, report, verify
 from support import cvnets, data, models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import LoRA, assert_declined, evaluated, replaced
 from support.models import accelerated, assert_same, blocks, fast_calls
 

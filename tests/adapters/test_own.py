@@ -9,7 +9,6 @@ from mvit_kernels import accelerate, report, restore
 from mvit_kernels.backends import use_backend
 from mvit_kernels.nn import MobileViT, MobileViTBlock, TransformerLayer
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import LoRA, assert_declined, classes, evaluated, replaced
 from support.models import assert_same, blocks, fast_calls
 

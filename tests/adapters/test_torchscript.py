@@ -17,7 +17,6 @@ from torch import nn
 from mvit_kernels import MobileViT, freeze, report, restore
 from mvit_kernels.nn import register_timm_models
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.models import LIBRARIES, accelerated, assert_same, blocks, fast_calls
 
 register_timm_models()

@@ -15,7 +15,6 @@ from mvit_kernels.backends import Call, use_backend
 from mvit_kernels.backends import library as _library
 from mvit_kernels.backends.contract import REGISTRY
 from support.cases import DIFFERENTIABLE, INFERENCE, SMALL, Recorder, call, convert, evaluate, make, raw_arguments
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.fake_backend import NAME, fake_backend
 
 ATTENTION = Call("patch_attention", "cpu", torch.float32, False, (2, 4, 4, 24), (("num_heads", 2),))

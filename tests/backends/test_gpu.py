@@ -23,7 +23,6 @@ from support.cases import DIFFERENTIABLE, call, convert, evaluate, make
 from support.checks import (
     check,
     check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
 )
 from support.tolerance import assert_close_as_pytorch
 

@@ -27,16 +27,6 @@ from mvit_kernels.bench.timing import Timing, interleave
 from mvit_kernels.cli import demo
 from support import models
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine take a hundred times as long as one that works."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- timing
 
 

@@ -25,15 +25,11 @@ ORIGIN = environment()
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """One thread, and rates of the machine that are measured in no time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Rates of the machine that are measured in no time."""
     monkeypatch.setattr(ceilings, "SQUARES", {"cpu": (32, 64)})
     monkeypatch.setattr(ceilings, "CONVOLUTION", (8, 6))
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
     monkeypatch.setattr(ceilings, "SECONDS", {"cpu": 0.01})
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- arithmetic

@@ -46,15 +46,6 @@ def check(module: Frozen, x: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     return ours
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Unless a test sets more: threads that wait for one another beside other processes take ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ------------------------------------------------------------------------------------------------------------- values
 
 

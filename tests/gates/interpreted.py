@@ -24,7 +24,6 @@ from support.checks import (
     check_gradients_one_by_one,
     check_registration,
     check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
 )
 from support.tolerance import assert_close_as_pytorch
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mvit_kernels.backends.triton.target import INTERPRETED
 from support.cases import call, convert, evaluate, make, paths
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.exactness import MOST, draws, ratios
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"

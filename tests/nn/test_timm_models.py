@@ -16,7 +16,6 @@ from torch import nn
 
 from mvit_kernels import MobileViT, convert_state_dict, freeze, report, use_backend
 from mvit_kernels.nn import register_timm_models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.models import assert_same, blocks, fast_calls, sensible
 
 register_timm_models()

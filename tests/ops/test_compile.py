@@ -15,7 +15,6 @@ from mvit_kernels.dropout import LayerDropout
 from mvit_kernels.ops import transformer_on_map
 from mvit_kernels.ops.transformer import flatten
 from support.cases import Recorder, convert, make, structured
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.fake_backend import NAME, fake_backend
 
 # the modules: `mvit_kernels.ops` gives the functions of the same names

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from support.cases import call, convert, differentiable, evaluate, lay_out, make, paths, takes
-from support.checks import one_thread  # noqa: F401 (a fixture)
 
 SIZES = {  # by operator, of d columns
     "layer_norm": lambda d: dict(shape=(2, 3, d)),

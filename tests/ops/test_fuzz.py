@@ -12,7 +12,6 @@ import pytest
 from support.cases import DIFFERENTIABLE, DTYPES, INFERENCE, LAYOUTS, paths
 from support.checks import (
     check,
-    one_thread,  # noqa: F401 (a fixture)
 )
 
 CASES = int(os.environ.get("MVIT_KERNELS_FUZZ", "40"))

@@ -5,18 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from support.cases import DTYPES, LAYOUTS, call, convert, make, paths
-from support.checks import (
-    check,
-    check_autocast,
-    check_gradients,
-    check_meta,
-    check_refusal,
-    check_registration,
-    check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
-    registrations,
-)
+from support.cases import call, convert, make, paths
+from support.checks import check_registration
+from support.operator_tests import OperatorTests
 from support.tolerance import assert_close_as_pytorch
 
 OP = "inverted_residual"
@@ -43,22 +34,50 @@ CASES = [
     dict(shape=(1, 5, 33, 98), hidden=130, out=98, residual=True),
     dict(shape=(0, 4, 6, 8), hidden=16, out=8, residual=True),
 ]
+REFUSED = [
+    (dict(x=None), TypeError, ("x is", "torch.Tensor is wanted")),
+    (dict(expand_bias=None), TypeError, ("expand_bias is", "torch.Tensor is wanted")),
+    (dict(x=lambda x: x[0]), ValueError, ("x has shape (5, 7, 8)", "4 axes (B, H, W, C)")),
+    (dict(x=lambda x: x[..., :7]), ValueError, ("expand_weight has shape (24, 8)", "(hidden, 7) is wanted")),
+    (dict(x=lambda x: x[:, :0]), ValueError, ("empty map of 0 × 7",)),
+    (dict(expand_weight=lambda w: w[:, :, None, None]), ValueError, ("expand_weight has shape (24, 8, 1, 1)",)),
+    (dict(expand_bias=torch.zeros(8)), ValueError, ("expand_bias has shape (8,)", "(24,) is wanted")),
+    (dict(depthwise_weight=torch.zeros(24, 24, 3, 3)), ValueError, ("depthwise_weight", "(24, 1, 3, 3) is wanted")),
+    (dict(depthwise_weight=torch.zeros(24, 1, 5, 5)), ValueError, ("depthwise_weight", "(24, 1, 3, 3) is wanted")),
+    (dict(depthwise_bias=torch.zeros(1)), ValueError, ("depthwise_bias has shape (1,)", "(24,) is wanted")),
+    (dict(project_weight=lambda w: w.t()), ValueError, ("project_weight has shape (24, 8)", "(out, 24) is wanted")),
+    (dict(project_bias=torch.zeros(24)), ValueError, ("project_bias has shape (24,)", "(8,) is wanted")),
+    (dict(project_bias=lambda b: b.double()), TypeError, ("project_bias is torch.float64", "model.to(dtype)")),
+    (dict(x=lambda x: x.half()), TypeError, ("expand_weight is torch.float32", "x torch.float16")),
+    (dict(depthwise_weight=lambda w: w.to("meta")), ValueError, ("depthwise_weight is on meta", ".to(device)")),
+    (dict(stride=3), ValueError, ("stride is 3", "1 or 2")),
+    (dict(stride=(2, 2)), ValueError, ("stride is (2, 2)", "1 or 2")),
+    (dict(stride=1.0), ValueError, ("stride is 1.0", "1 or 2")),
+    (dict(dilation=0), ValueError, ("dilation is 0", "positive int")),
+    (dict(dilation=1.5), ValueError, ("dilation is 1.5", "positive int")),
+    (dict(stride=2), ValueError, ("residual wants stride 1", "stride is 2")),
+    (
+        dict(project_weight=torch.zeros(9, 24), project_bias=torch.zeros(9)),
+        ValueError,
+        ("as many channels out as in", "8 channels come in and 9 go out"),
+    ),
+    (dict(backend="fast"), ValueError, ("unknown backend 'fast'",)),
+]
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", CASES, ids=str)
-def test_values_and_gradients(sizes, dtype, path):
+class TestInvertedResidual(OperatorTests):
+    operator, cases, small, refused = OP, CASES, SMALL, REFUSED
     # The operator is for inference. Its reference is differentiable as far as PyTorch is, whose bfloat16 depthwise
     # convolution gives a NaN weight gradient now and then on maps of one or two pixels (oneDNN, torch 2.13, AMD EPYC).
-    check(OP, sizes, dtype=dtype, path=path, gradients=dtype in ("float32", "float64"))
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layouts(layout, dtype, path):
-    check(OP, SMALL, dtype=dtype, path=path, layout=layout, gradients=dtype == "float32")
+    gradients_in = ("float32", "float64")
+    tiny = [
+        *(dict(shape=(1, 3, 2, 2), hidden=3, out=2, **more) for more in (dict(residual=True), dict(stride=2))),
+        dict(shape=(1, 3, 2, 2), hidden=3, out=2, dilation=2),
+        dict(shape=(1, 2, 2, 1), hidden=2, out=1),
+    ]
+    repeated = dict(shape=(1, 8, 8, 16), hidden=32, out=16)
+    test_norm_parameters_in_float32 = None  # it has no norm
+    test_graph = None  # kernels have no gradient
 
 
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2)])
@@ -103,29 +122,8 @@ def test_a_pixel_is_seen_by_its_neighbours_only(stride, dilation, dtype, path):
         assert {(1, a // stride, b // stride) for a, b in seen} == set(map(tuple, changed.nonzero().tolist()))
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
-def test_autocast(path):
-    check_autocast(OP, SMALL, path)
-
-
-def test_finite_differences():
-    for sizes in (dict(residual=True), dict(stride=2), dict(dilation=2)):
-        check_gradients(OP, dict(shape=(1, 3, 2, 2), hidden=3, out=2, **sizes), "reference")
-    check_gradients(OP, dict(shape=(1, 2, 2, 1), hidden=2, out=1), "reference", twice=True)
-
-
-@pytest.mark.parametrize("backend, layout", registrations(OP))
-def test_registration(backend, layout):
-    check_registration(OP, SMALL, layout, backend)
-
-
 def test_registration_with_stride():
     check_registration(OP, dict(shape=(2, 5, 7, 8), hidden=24, out=12, stride=2))
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_same_bits(path):
-    check_same_bits(OP, dict(shape=(1, 8, 8, 16), hidden=32, out=16), path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -179,43 +177,3 @@ def test_large_values(path, dtype):
     tensors = {"x": x, **weights, "project_weight": one, "project_bias": none}
     out = call(OP, tensors, {"stride": 1, "dilation": 1, "residual": False}, path)
     torch.testing.assert_close(out, x.clamp(min=0), rtol=0, atol=1e-8)
-
-
-REFUSED = [
-    (dict(x=None), TypeError, ("x is", "torch.Tensor is wanted")),
-    (dict(expand_bias=None), TypeError, ("expand_bias is", "torch.Tensor is wanted")),
-    (dict(x=lambda x: x[0]), ValueError, ("x has shape (5, 7, 8)", "4 axes (B, H, W, C)")),
-    (dict(x=lambda x: x[..., :7]), ValueError, ("expand_weight has shape (24, 8)", "(hidden, 7) is wanted")),
-    (dict(x=lambda x: x[:, :0]), ValueError, ("empty map of 0 × 7",)),
-    (dict(expand_weight=lambda w: w[:, :, None, None]), ValueError, ("expand_weight has shape (24, 8, 1, 1)",)),
-    (dict(expand_bias=torch.zeros(8)), ValueError, ("expand_bias has shape (8,)", "(24,) is wanted")),
-    (dict(depthwise_weight=torch.zeros(24, 24, 3, 3)), ValueError, ("depthwise_weight", "(24, 1, 3, 3) is wanted")),
-    (dict(depthwise_weight=torch.zeros(24, 1, 5, 5)), ValueError, ("depthwise_weight", "(24, 1, 3, 3) is wanted")),
-    (dict(depthwise_bias=torch.zeros(1)), ValueError, ("depthwise_bias has shape (1,)", "(24,) is wanted")),
-    (dict(project_weight=lambda w: w.t()), ValueError, ("project_weight has shape (24, 8)", "(out, 24) is wanted")),
-    (dict(project_bias=torch.zeros(24)), ValueError, ("project_bias has shape (24,)", "(8,) is wanted")),
-    (dict(project_bias=lambda b: b.double()), TypeError, ("project_bias is torch.float64", "model.to(dtype)")),
-    (dict(x=lambda x: x.half()), TypeError, ("expand_weight is torch.float32", "x torch.float16")),
-    (dict(depthwise_weight=lambda w: w.to("meta")), ValueError, ("depthwise_weight is on meta", ".to(device)")),
-    (dict(stride=3), ValueError, ("stride is 3", "1 or 2")),
-    (dict(stride=(2, 2)), ValueError, ("stride is (2, 2)", "1 or 2")),
-    (dict(stride=1.0), ValueError, ("stride is 1.0", "1 or 2")),
-    (dict(dilation=0), ValueError, ("dilation is 0", "positive int")),
-    (dict(dilation=1.5), ValueError, ("dilation is 1.5", "positive int")),
-    (dict(stride=2), ValueError, ("residual wants stride 1", "stride is 2")),
-    (
-        dict(project_weight=torch.zeros(9, 24), project_bias=torch.zeros(9)),
-        ValueError,
-        ("as many channels out as in", "8 channels come in and 9 go out"),
-    ),
-    (dict(backend="fast"), ValueError, ("unknown backend 'fast'",)),
-]
-
-
-@pytest.mark.parametrize("change, error, says", REFUSED, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
-def test_refuses(change, error, says):
-    check_refusal(OP, SMALL, change, error, *says)
-
-
-def test_meta_device():
-    check_meta(OP, SMALL, "reference")

@@ -18,7 +18,6 @@ from support.cases import (
     paths,
     takes,
 )
-from support.checks import one_thread  # noqa: F401 (a fixture)
 
 SIZES = {
     "layer_norm": dict(shape=(2, 3, 4, 24)),

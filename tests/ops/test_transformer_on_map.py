@@ -9,7 +9,6 @@ import torch
 from mvit_kernels.dropout import LayerDropout, drop_path
 from mvit_kernels.ops import transformer_on_map
 from support.cases import INFERENCE, Recorder, carefully, convert, evaluate, lay_out, make, structured
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.fake_backend import NAME, fake_backend
 from support.oracle import sequences
 from support.oracle import transformer_on_map as oracle

@@ -28,6 +28,7 @@ from support.cases import (
     Tensors,
     backward_arguments,
     call,
+    call_raw,
     carefully,
     convert,
     device_of,
@@ -36,24 +37,15 @@ from support.cases import (
     lay_out,
     lay_out_all,
     make,
-    paths,
     plain_dtype,
     poisoned,
     raw_arguments,
     structured,
+    takes,
 )
-from support.tolerance import Compared, assert_close_over_draws
+from support.tolerance import Compared, assert_close_as_pytorch, assert_close_over_draws
 
 THREADS = 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Imported by the operators' tests: on a busy machine, waking threads for tiny operators takes ten times their
-    time."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
@@ -189,12 +181,6 @@ def check_registration(
         torch.library.opcheck(raw(f"{operator}_backward", backend), arguments)
 
 
-def registrations(operator: str) -> list[tuple[str, str]]:
-    """The backends and layouts for `check_registration`; kernels may want dense rows."""
-    kernels = [path for path in paths(operator) if path not in ("reference", "raw")]
-    return [("reference", "contiguous"), ("reference", "permuted"), *((kernel, "contiguous") for kernel in kernels)]
-
-
 def check_same_bits(operator: str, sizes: dict[str, Any], path: str, runs: int = 20) -> None:
     """The same call gives the same bits every time, gradients included."""
     tensors, settings = make(operator, sizes)
@@ -238,6 +224,24 @@ def check_gradients_one_by_one(operator: str, sizes: dict[str, Any], path: str) 
         assert torch.equal(alone[f"gradient of {name}"], together[f"gradient of {name}"]), (
             f"{operator} by {path}: {name}"
         )
+
+
+def check_saved_statistics(operator: str, sizes: dict[str, Any], dtype: str, path: str) -> None:
+    """The raw operator's second and third results are the mean and 1/σ of x's rows, in float32 or better."""
+    backend = "reference" if path == "raw" else path
+    tensors, settings = make(operator, sizes)
+    tensors = convert(tensors, getattr(torch, dtype))
+    if not takes(backend, dtype):
+        with pytest.raises((TypeError, RuntimeError), match="bfloat16 and float"):
+            call_raw(operator, backend, tensors, settings)
+        return
+    _, mean, rstd = call_raw(operator, backend, tensors, settings)
+    x, d = tensors["x"].double(), sizes["shape"][-1]
+    centred = x - x.sum(-1, keepdim=True) / d
+    _, pytorch_mean, pytorch_rstd = torch.native_layer_norm(tensors["x"].float(), (d,), None, None, settings["eps"])
+    truth = 1 / torch.sqrt((centred * centred).sum(-1) / d + settings["eps"])
+    assert_close_as_pytorch("mean", mean, pytorch_mean.squeeze(-1), x.sum(-1) / d)
+    assert_close_as_pytorch("rstd", rstd, pytorch_rstd.squeeze(-1), truth)
 
 
 def check_graph_only_where_needed(operator: str, sizes: dict[str, Any], path: str) -> None:

@@ -21,7 +21,6 @@ from support.cases import (
     evaluate,
     make,
 )
-from support.checks import one_thread  # noqa: F401  (a fixture)
 
 MOST = 1.3  # times the careful error
 

@@ -13,7 +13,6 @@ import pytest
 from support.cases import (
     paths,
 )
-from support.checks import one_thread  # noqa: F401  (a fixture)
 from support.exactness import MOST, draws, ratios
 
 CASES = [

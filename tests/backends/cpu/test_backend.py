@@ -19,7 +19,6 @@ from support.checks import (
     check,
     check_autocast,
     check_registration,
-    one_thread,  # noqa: F401 (a fixture)
 )
 from support.native import LIBRARY, skip_without_a_compiler, why_not_built
 

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 import mvit_kernels
 from mvit_kernels.freezing.modules import FrozenConv2d
 from support.cases import call, convert, evaluate, make
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.native import skip_without_a_compiler
 
 skip_without_a_compiler()

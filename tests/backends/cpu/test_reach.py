@@ -20,7 +20,6 @@ from mvit_kernels.backends import library as _library
 from mvit_kernels.freezing.modules import FrozenSequential
 from mvit_kernels.freezing.network import TO_SIZE_OF, TO_WHOLE_PATCHES, Builder, Place
 from support.cases import call, convert, make
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.native import skip_without_a_compiler
 from support.networks import Draw, composed, native
 

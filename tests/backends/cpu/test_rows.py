@@ -19,7 +19,6 @@ from mvit_kernels.backends.library import raw
 from support.cases import LAYOUTS, backward_arguments, convert, make, poisoned, raw_arguments
 from support.checks import (
     check,
-    one_thread,  # noqa: F401 (a fixture)
 )
 from support.native import skip_without_a_compiler
 
