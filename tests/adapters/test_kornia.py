@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kornia's MobileViT, the variant that it is: what the adapter accepts and declines, its dropout, its errors."""
 
-import copy
-
 import pytest
 import torch
 from kornia.models import vit_mobile
 from torch import nn
 
 from mvit_kernels import accelerate, report
-from mvit_kernels.backends import use_backend
 from support import models
 from support.declined import LoRA, assert_declined, evaluated, replaced
 from support.models import accelerated, assert_same, blocks, fast_calls
@@ -105,16 +102,7 @@ def test_live_dropout_draws_what_kornia_draws(probability):
 
 
 def test_dropout_left_on_in_evaluation():
-    model = models.build("kornia", dropout=0.2).double()
-    for module in model.modules():
-        module.train(isinstance(module, nn.Dropout))
-    outputs = []
-    for candidate in (accelerated(model), model, copy.deepcopy(model).eval()):
-        torch.manual_seed(5)
-        with use_backend("reference"):
-            outputs.append(evaluated(candidate, X))
-    assert_same(outputs[0], outputs[1])
-    assert not torch.equal(outputs[1], outputs[2])
+    models.assert_dropout_left_on(models.build("kornia", dropout=0.2).double(), X)
 
 
 def test_the_input_comes_last_in_the_concatenation():

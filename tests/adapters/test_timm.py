@@ -288,17 +288,7 @@ def test_drop_path_drops_whole_sequences():
 
 
 def test_dropout_left_on_in_evaluation():
-    """Monte Carlo dropout: the model evaluates, its dropout modules train."""
-    model = _dropping(models.build("timm"), proj_drop=0.2, drop2=0.3).double()
-    for module in model.modules():
-        module.train(isinstance(module, nn.Dropout))
-    outputs = []
-    for candidate in (accelerated(model), model, copy.deepcopy(model).eval()):
-        torch.manual_seed(5)
-        with use_backend("reference"):
-            outputs.append(evaluated(candidate, X))
-    assert_same(outputs[0], outputs[1])
-    assert not torch.equal(outputs[1], outputs[2])
+    models.assert_dropout_left_on(_dropping(models.build("timm"), proj_drop=0.2, drop2=0.3).double(), X)
 
 
 # ----------------------------------------------------------------------------------------------- what timm's models do
@@ -307,21 +297,7 @@ def test_dropout_left_on_in_evaluation():
 def test_gradient_checkpointing():
     model = models.build("timm", drop_path_rate=0.2).double()
     x = models.images(2, 64, 64).double()
-    results = []
-    for candidate, checkpointing in ((model, True), (accelerated(model), True), (accelerated(model), False)):
-        candidate.set_grad_checkpointing(checkpointing)
-        seen = []
-        for block in blocks(candidate):
-            block.register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module))
-        torch.manual_seed(5)
-        with use_backend("reference"), fast_calls() as calls:
-            y, gradients = models.differentiated(candidate, x)
-        results.append((y, gradients, len(seen), len(calls)))
-    theirs, ours, plain = results
-    assert theirs[2:] == (6, 0) and ours[2:] == (6, 6) and plain[2:] == (3, 3)
-    for other in (theirs, plain):
-        assert_same(ours[0], other[0])
-        models.assert_gradients_as_pytorch(ours[1], other[1], other[1], unit=1e-9)
+    models.assert_same_when_checkpointed(model, x, lambda model, on: model.set_grad_checkpointing(on))
 
 
 @pytest.mark.parametrize("feature_cls", ["list", "hook", "fx", "getter"])

@@ -236,3 +236,42 @@ def assert_same_draws(model: nn.Module, x: Tensor) -> Tensor:
     assert_same(ours, theirs)
     assert_gradients_as_pytorch(our_gradients, gradients, gradients, unit=1e-9)
     return theirs
+
+
+def assert_dropout_left_on(model: nn.Module, x: Tensor) -> None:
+    """Monte Carlo dropout, where the model evaluates and its dropout modules train: an accelerated copy drops the same
+    on the reference backend, and something is dropped."""
+    for module in model.modules():
+        module.train(isinstance(module, nn.Dropout))
+    outputs = []
+    for candidate in (accelerated(model), model, copy.deepcopy(model).eval()):
+        torch.manual_seed(5)
+        with mvit_kernels.use_backend("reference"), torch.no_grad():
+            outputs.append(output(candidate(x)))
+    assert_same(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def assert_same_when_checkpointed(
+    model: nn.Module,
+    x: Tensor,
+    switch: Callable[[nn.Module, bool], object],
+    inside: Callable[[nn.Module], nn.Module] = lambda block: block,
+) -> None:
+    """With gradient checkpointing, which `switch` turns on or off, each block runs again in backward with the same
+    draws: `inside` gives the part of a block that is then called twice."""
+    results = []
+    for candidate, checkpointing in ((model, True), (accelerated(model), True), (accelerated(model), False)):
+        switch(candidate, checkpointing)
+        seen = []
+        for block in blocks(candidate):
+            inside(block).register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module))
+        torch.manual_seed(5)
+        with mvit_kernels.use_backend("reference"), fast_calls() as calls:
+            y, gradients = differentiated(candidate, x)
+        results.append((y, gradients, len(seen), len(calls)))
+    theirs, ours, plain = results
+    assert theirs[2:] == (6, 0) and ours[2:] == (6, 6) and plain[2:] == (3, 3)
+    for other in (theirs, plain):
+        assert_same(ours[0], other[0])
+        assert_gradients_as_pytorch(ours[1], other[1], other[1], unit=1e-9)
