@@ -5,7 +5,7 @@ The operators' own tests take the GPU as one more path where there is one; here 
 CUDA graphs, tensors of more than 2³¹ elements, and compiled graphs. Without a GPU it says "no GPU" and skips. What
 needs no GPU runs in Triton's interpreter as well, at the same shapes where those are small:
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_gpu.py
+    TRITON_INTERPRET=1 python -m pytest tests/backends/test_gpu.py
 """
 
 import copy
@@ -19,7 +19,7 @@ from mvit_kernels import LayerDropout, backends
 from mvit_kernels.backends import triton
 from mvit_kernels.dropout import ATTENTION_BRANCH, MLP_BRANCH, branch_factor
 from mvit_kernels.ops import transformer_on_map
-from support.cases import DIFFERENTIABLE, call, convert, evaluate, make
+from support.cases import DIFFERENTIABLE, NARROW, call, convert, evaluate, make
 from support.checks import (
     check,
     check_same_bits,
@@ -37,14 +37,6 @@ if why := backends.unavailable("triton", DEVICE):
 
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU: Triton's interpreter has no streams and no graphs")
 
-SMALL = {
-    "layer_norm": dict(shape=(2, 4, 6, 24)),
-    "layer_norm_linear": dict(shape=(2, 4, 6, 24), n=40, activation="silu"),
-    "patch_attention": dict(shape=(2, 4, 6), heads=2, head_dim=12, patch=(2, 2)),
-    "linear_residual": dict(shape=(2, 4, 6, 24), n=40),
-    "layer_norm_mlp": dict(shape=(2, 4, 6, 24), hidden=40),
-    "transformer_layer": dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2)),
-}
 STAGES = [  # d, side of the map at 256 px
     *((64, 32), (80, 16), (96, 8)),  # xxs
     *((96, 32), (120, 16), (144, 8)),  # xs
@@ -113,7 +105,7 @@ def test_row_counts(rows):
 
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_the_same_bits_every_time(operator):
-    check_same_bits(operator, SMALL[operator], "triton")
+    check_same_bits(operator, NARROW[operator], "triton")
 
 
 def test_tf32_where_it_is_allowed():
@@ -129,7 +121,7 @@ def test_tf32_where_it_is_allowed():
 
 def test_the_mask_is_the_reference_s():
     """Bit by bit, on the device: kernels and PyTorch's integers compute the same Philox numbers."""
-    tensors, settings = leaves_of("transformer_layer", SMALL["transformer_layer"])
+    tensors, settings = leaves_of("transformer_layer", NARROW["transformer_layer"])
     seed = torch.tensor([2**62 + 3, 2**61 + 5], device=DEVICE)
     with torch.no_grad():
         for name, t in tensors.items():
@@ -153,7 +145,7 @@ def test_the_mask_is_the_reference_s():
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_the_current_stream(operator):
     """Inputs arrive late on a stream of their own: a kernel on another stream would read what was there before."""
-    tensors, settings = leaves_of(operator, SMALL[operator])
+    tensors, settings = leaves_of(operator, NARROW[operator])
     expected = forward_and_backward(operator, tensors, settings)
     late = {name: None if t is None else torch.full_like(t, 7.0).requires_grad_() for name, t in tensors.items()}
     stream = torch.cuda.Stream()
@@ -188,7 +180,7 @@ def captured(function):
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_a_cuda_graph(operator):
     """Forward and backward are captured; a replay computes from what then lies in the inputs."""
-    tensors, settings = leaves_of(operator, SMALL[operator], torch.bfloat16)
+    tensors, settings = leaves_of(operator, NARROW[operator], torch.bfloat16)
     graph, results = captured(lambda: forward_and_backward(operator, tensors, settings))
     first = next(iter(tensors))
     for seed in (1, 2):
@@ -204,7 +196,7 @@ def test_a_cuda_graph(operator):
 @needs_gpu
 def test_a_cuda_graph_draws_new_masks():
     """Each replay drops something else, backward drops what forward dropped, and the generator's seed governs."""
-    tensors, settings = leaves_of("transformer_layer", SMALL["transformer_layer"])
+    tensors, settings = leaves_of("transformer_layer", NARROW["transformer_layer"])
     with torch.no_grad():
         for name, t in tensors.items():
             if t is not None and not name.startswith("norm"):
@@ -229,8 +221,8 @@ def test_a_cuda_graph_draws_new_masks():
 def test_another_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
-    expected = forward_and_backward("transformer_layer", *leaves_of("transformer_layer", SMALL["transformer_layer"]))
-    tensors, settings = leaves_of("transformer_layer", SMALL["transformer_layer"], device="cuda:1")
+    expected = forward_and_backward("transformer_layer", *leaves_of("transformer_layer", NARROW["transformer_layer"]))
+    tensors, settings = leaves_of("transformer_layer", NARROW["transformer_layer"], device="cuda:1")
     for ours, wanted in zip(forward_and_backward("transformer_layer", tensors, settings), expected, strict=True):
         assert ours.device.index == 1 and torch.equal(ours.to("cuda:0"), wanted)
 
@@ -383,7 +375,7 @@ def test_memory_of_a_training_step():
 def test_evaluate_runs_here():
     """The file's own helper sees every operator on this device."""
     for operator in DIFFERENTIABLE:
-        tensors, settings = leaves_of(operator, SMALL[operator])
+        tensors, settings = leaves_of(operator, NARROW[operator])
         names = [name for name, t in tensors.items() if t is not None]
         assert len(forward_and_backward(operator, tensors, settings)) == 1 + len(names)
         plain = {name: None if t is None else t.detach() for name, t in tensors.items()}

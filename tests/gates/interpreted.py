@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mvit_kernels
 from mvit_kernels.backends.triton.target import INTERPRETED
 from mvit_kernels.ops import transformer_on_map
-from support.cases import DIFFERENTIABLE, call, convert, evaluate, make
+from support.cases import DIFFERENTIABLE, NARROW, call, convert, evaluate, make
 from support.checks import (
     check,
     check_autocast,
@@ -29,15 +29,6 @@ from support.tolerance import assert_close_as_pytorch
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"
 launch = pytest.importorskip("mvit_kernels.backends.triton._launch")
-
-NARROW = {  # rows that are no tile, widths that are no power of two
-    "layer_norm": dict(shape=(2, 3, 5, 24)),
-    "transformer_layer": dict(shape=(1, 4, 6, 24), heads=2, patch=(2, 2)),
-    "layer_norm_linear": dict(shape=(2, 3, 5, 24), n=40, activation="silu"),
-    "patch_attention": dict(shape=(2, 6, 8), heads=2, head_dim=12, patch=(2, 2)),
-    "linear_residual": dict(shape=(2, 3, 5, 24), n=40),
-    "layer_norm_mlp": dict(shape=(2, 3, 5, 24), hidden=40),
-}
 
 ROW_WISE = [
     ("layer_norm", dict(shape=(70, 144)), "bfloat16"),

@@ -8,6 +8,7 @@ import torch
 
 from support.cases import (
     DIFFERENTIABLE,
+    NARROW,
     call,
     convert,
     device_of,
@@ -19,14 +20,6 @@ from support.cases import (
     takes,
 )
 
-SIZES = {
-    "layer_norm": dict(shape=(2, 3, 4, 24)),
-    "layer_norm_linear": dict(shape=(2, 3, 4, 24), n=40, activation="silu"),
-    "patch_attention": dict(shape=(2, 4, 6), heads=2, head_dim=12, patch=(2, 2)),
-    "linear_residual": dict(shape=(2, 3, 4, 24), n=40),
-    "layer_norm_mlp": dict(shape=(2, 3, 4, 24), hidden=40),
-    "transformer_layer": dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2)),
-}
 LAYOUTS = ("sliced", "permuted", "transposed", "strided", "offset", "expanded")
 PATHS = [(operator, path) for operator in DIFFERENTIABLE for path in paths(operator) if differentiable(operator, path)]
 
@@ -34,7 +27,7 @@ PATHS = [(operator, path) for operator in DIFFERENTIABLE for path in paths(opera
 def cases(operator, path, dtype):
     """(the name of one tensor, its layout, all tensors with it laid out so, the settings), in float32 and a mean far
     from 0 for x."""
-    tensors, settings = make(operator, SIZES[operator])
+    tensors, settings = make(operator, NARROW[operator])
     for name in ("x", "residual"):
         if name in tensors:
             tensors[name] = tensors[name] + 100
@@ -83,7 +76,7 @@ def test_strides_of_a_leaf_change_no_gradient(operator, path, dtype):
 def test_what_a_tensor_is_a_part_of_gets_its_gradient(operator, path):
     """A crop's, among zeros; an expanded tensor's, added up."""
     dtype = "float32" if takes(path, "float32") else "bfloat16"
-    tensors, settings = make(operator, SIZES[operator])
+    tensors, settings = make(operator, NARROW[operator])
     tensors = convert(tensors, getattr(torch, dtype), device=device_of(path))
 
     def gradient(name, whole, part):

@@ -46,7 +46,7 @@ LAYOUTS = ("contiguous", "permuted", "transposed", "sliced", "strided", "offset"
 
 Tensors = dict[str, Tensor | None]
 
-# A small call of each operator
+# A small call of each operator.
 SMALL = {
     "layer_norm": dict(shape=(3, 8)),
     "layer_norm_linear": dict(shape=(3, 8), n=4, activation="silu"),
@@ -56,6 +56,16 @@ SMALL = {
     "inverted_residual": dict(shape=(2, 4, 4, 8), hidden=16, out=8, residual=True),
     "transformer": dict(shape=(2, 4, 4, 8), heads=2, patch=(2, 2)),
     "transformer_layer": dict(shape=(2, 4, 4, 8), heads=2, patch=(2, 2), dropout=dict(mlp=0.1)),
+}
+
+# Another of each with a gradient: rows that fill no tile, widths that are no power of two.
+NARROW = {
+    "layer_norm": dict(shape=(2, 3, 5, 24)),
+    "layer_norm_linear": dict(shape=(2, 3, 5, 24), n=40, activation="silu"),
+    "patch_attention": dict(shape=(2, 6, 8), heads=2, head_dim=12, patch=(2, 2)),
+    "linear_residual": dict(shape=(2, 3, 5, 24), n=40),
+    "layer_norm_mlp": dict(shape=(2, 3, 5, 24), hidden=40),
+    "transformer_layer": dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2)),
 }
 
 
