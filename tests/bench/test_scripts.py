@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import mvit_kernels
+from gates import every_kernel
 from mvit_kernels.bench.results import append, read, row
 from support import ROOT
 
@@ -299,20 +301,34 @@ def test_regressions_check_and_time_the_cpu_path(script):
     assert timed[0].shape == (1, 8, 8, 64) and len(timed[1]) == 1 + 4
 
 
-def test_the_small_run_of_every_kernel(script, monkeypatch, capsys):
-    """It is right with the kernels that are here, and ends with 1 where one is wrong."""
-    small = script("gpu_small")
-    monkeypatch.setattr(small, "STAGES", small.STAGES[:1])
-    monkeypatch.setattr(sys, "argv", ["gpu_small.py", "reference"])
-    assert small.main() == 0 and capsys.readouterr().out.count(": ok") == 2 * len(small.OPERATORS)
-    right = small.operands
+def test_every_kernel_once(monkeypatch, capsys):
+    """It is right with the kernels that are here, and ends with 1 where one is wrong, and where all are refused."""
+    monkeypatch.setattr(every_kernel, "SIZES", {name: sizes[:1] for name, sizes in every_kernel.SIZES.items()})
+    assert every_kernel.main(["reference"]) == 0
+    dtypes = 3
+    assert capsys.readouterr().out.count(": ok\n") == dtypes * len(every_kernel.SIZES)
+    right = mvit_kernels.linear_residual
 
-    def wrong(operator, stage, seed):
-        case = right(operator, stage, seed=seed)
-        return case._replace(public=lambda *t, backend: case.plain(*t) * (1.1 if operator == "linear_residual" else 1))
+    def wrong(*arguments, **options):
+        return right(*arguments, **options) * 1.1
 
-    monkeypatch.setattr(small, "operands", wrong)
-    assert small.main() == 1 and capsys.readouterr().out.count("WRONG") == 2
+    def refused(*arguments, **options):
+        raise mvit_kernels.BackendError("linear_residual: not here")
+
+    monkeypatch.setattr(mvit_kernels, "linear_residual", wrong)
+    assert every_kernel.main(["reference"]) == 1
+    out = capsys.readouterr().out
+    assert out.count(": WRONG: ") == dtypes and out.count(": ok\n") == dtypes * (len(every_kernel.SIZES) - 1)
+    assert every_kernel.main(["reference", "--only", "linear_residual", "--run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(": ran\n") == dtypes and out.endswith(f"{dtypes} calls\n")
+    monkeypatch.setattr(mvit_kernels, "linear_residual", refused)
+    assert every_kernel.main(["reference"]) == 0 and capsys.readouterr().out.count(": refused: ") == dtypes
+    assert every_kernel.main(["reference", "--only", "linear_residual"]) == 1
+
+
+def test_every_kernel_is_among_the_small_cases():
+    assert every_kernel.SIZES.keys() == set(mvit_kernels.backends.operators("reference"))
 
 
 def gpu_script(*arguments, **environment):
@@ -350,7 +366,7 @@ case "$*" in
   *get_device_properties*) echo "a GPU" ;;
   *"--suite operators"*) [ -e {tmp_path}/lost ] || {{ touch {tmp_path}/lost; exit 2; }} ;;
   *pytest*) echo "12 passed in 1.00s" ;;
-  *gpu_small*) echo "cuda patch_attention: WRONG: 1 for 2"; exit 1 ;;
+  *gates.every_kernel*) echo "cuda patch_attention: WRONG: 1 for 2"; exit 1 ;;
 esac
 """
     )

@@ -45,6 +45,7 @@ LAYOUTS = ("contiguous", "permuted", "transposed", "sliced", "strided", "offset"
 # ------------------------------------------------------------------------------------------------------------ inputs
 
 Tensors = dict[str, Tensor | None]
+Sizes = dict[str, Any]  # the keyword arguments of an operator's function below, `_layer_norm` for one
 
 # A small call of each operator.
 SMALL = {

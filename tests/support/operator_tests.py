@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from support.cases import DTYPES, LAYOUTS, differentiable, paths
+from support.cases import DTYPES, LAYOUTS, Sizes, differentiable, paths
 from support.checks import (
     check,
     check_autocast,
@@ -29,8 +29,6 @@ from support.checks import (
     check_registration,
     check_same_bits,
 )
-
-Sizes = dict[str, Any]
 
 
 class OperatorTests:
