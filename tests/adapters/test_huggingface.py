@@ -187,7 +187,7 @@ def test_segmentation(output_stride):
 
 
 def test_keyword_calls_of_the_block():
-    """Hugging Face names the block's argument, and so may its users."""
+    """Hugging Face passes the block's argument by name, and so may users."""
     block = blocks(accelerated(models.build("huggingface")))[0].double()
     x = torch.randn(1, 24, 16, 16, dtype=torch.float64)
     assert_same(block(features=x), block(x))
@@ -205,7 +205,7 @@ def test_save_and_load_pretrained(tmp_path):
 
 
 def test_transformers_finds_blocks_by_name():
-    """device_map and FSDP go by `_no_split_modules`."""
+    """device_map and FSDP rely on `_no_split_modules`."""
     model = accelerated(models.build("huggingface"))
     (name,) = model._no_split_modules
     assert [type(block).__name__ for block in blocks(model)] == [name] * 3

@@ -144,7 +144,7 @@ def test_declined(case):
     ],
 )
 def test_normed_weights_are_declined(wrap, differs):
-    """They compute the weight at each call, by a parametrization or by a hook."""
+    """A parametrization or a hook computes the weight anew at each call."""
 
     def change(block):
         torch.manual_seed(0)  # the power iteration starts at random
@@ -154,7 +154,7 @@ def test_normed_weights_are_declined(wrap, differs):
 
 
 def test_another_scale_is_declined():
-    """Read by timm's unfused attention only, so nothing else would notice."""
+    """Only timm's unfused attention reads it, so nothing else would notice."""
 
     def change(block):
         block.transformer[0].attn.scale, block.transformer[0].attn.fused_attn = 0.5, False
@@ -184,7 +184,7 @@ def _heads_of_eight(block):
 
 
 def _pruned_heads(block):
-    """One head of four taken out, with all that belongs to it."""
+    """One of four heads removed, with everything that belongs to it."""
     for layer in block.transformer:
         attention = layer.attn
         qkv, proj = nn.Linear(64, 3 * 48).double(), nn.Linear(48, 64).double()
@@ -240,7 +240,7 @@ def test_dilated_models(output_stride):
 
 
 def _dropping(model, **probabilities):
-    """With these dropout probabilities, by the modules' names."""
+    """The model with these dropout probabilities, given by module name."""
     for name, module in model.named_modules():
         module.p = probabilities.get(name.rpartition(".")[2], getattr(module, "p", 0.0))
     return model

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels on the device itself: what neither the interpreter nor the compiler can tell.
+"""The Triton kernels on the device itself: what neither the interpreter nor the compiler can show.
 
-The operators' own tests take the GPU as one more path where there is one; here are stages at their full size, streams,
+Where there is a GPU, the operators' own tests have it as one more path; here are stages at their full size, streams,
 CUDA graphs, tensors of more than 2³¹ elements, and compiled graphs. Without a GPU it says "no GPU" and skips. What
 needs no GPU runs in Triton's interpreter as well, at the same shapes where those are small:
 
@@ -120,7 +120,7 @@ def test_tf32_where_it_is_allowed():
 
 
 def test_the_mask_is_the_reference_s():
-    """Bit by bit, on the device: kernels and PyTorch's integers compute the same Philox numbers."""
+    """Bit by bit, on the device: kernels and PyTorch's integer arithmetic compute the same Philox numbers."""
     tensors, settings = leaves_of("transformer_layer", NARROW["transformer_layer"])
     seed = torch.tensor([2**62 + 3, 2**61 + 5], device=DEVICE)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_the_mask_is_the_reference_s():
 @needs_gpu
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_the_current_stream(operator):
-    """Inputs arrive late on a stream of their own: a kernel on another stream would read what was there before."""
+    """Inputs arrive late on a stream of their own: a kernel on another stream would read the old values."""
     tensors, settings = leaves_of(operator, NARROW[operator])
     expected = forward_and_backward(operator, tensors, settings)
     late = {name: None if t is None else torch.full_like(t, 7.0).requires_grad_() for name, t in tensors.items()}
@@ -163,7 +163,7 @@ def test_the_current_stream(operator):
 
 
 def captured(function):
-    """A CUDA graph of `function()`, which was called before on the capturing stream, and its results."""
+    """A CUDA graph of `function()`, after a warm-up on the capturing stream, and its results."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -179,7 +179,7 @@ def captured(function):
 @needs_gpu
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_a_cuda_graph(operator):
-    """Forward and backward are captured; a replay computes from what then lies in the inputs."""
+    """Forward and backward are captured; a replay computes from the inputs' current values."""
     tensors, settings = leaves_of(operator, NARROW[operator], torch.bfloat16)
     graph, results = captured(lambda: forward_and_backward(operator, tensors, settings))
     first = next(iter(tensors))
@@ -195,7 +195,7 @@ def test_a_cuda_graph(operator):
 
 @needs_gpu
 def test_a_cuda_graph_draws_new_masks():
-    """Each replay drops something else, backward drops what forward dropped, and the generator's seed governs."""
+    """Each replay drops different elements, backward drops what forward dropped, and the generator's seed decides."""
     tensors, settings = leaves_of("transformer_layer", NARROW["transformer_layer"])
     with torch.no_grad():
         for name, t in tensors.items():
@@ -252,7 +252,7 @@ def enough_memory(gigabytes):
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_more_elements_than_32_bits_count(operator, sizes, images, gigabytes):
-    """The last image of a batch is right, forward and backward: an offset of 32 bits would miss it."""
+    """The last image of a batch is right, forward and backward: a 32-bit offset would miss it."""
     enough_memory(gigabytes)
     one, settings = make(operator, sizes)
     one = convert(one, torch.bfloat16, device=DEVICE)
@@ -289,7 +289,7 @@ def a_map(dtype=torch.float32, d=48, layers=2):
     return x, stack, tuple(tensors.values())[-2:]
 
 
-@needs_gpu  # interpreted, it is a test of its own
+@needs_gpu  # in the interpreter it is a test in gates/interpreted.py
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("live", [False, True])
 def test_compiles_whole(live, mode):
@@ -360,7 +360,7 @@ def test_memory_of_a_training_step():
 
     def left(block):
         with torch.autocast(DEVICE, torch.bfloat16):
-            block(x).sum().backward()  # libraries take their workspaces, gradients are there
+            block(x).sum().backward()  # so that libraries' workspaces and the gradients are allocated
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             out = block(x)
@@ -373,7 +373,7 @@ def test_memory_of_a_training_step():
 
 
 def test_evaluate_runs_here():
-    """The file's own helper sees every operator on this device."""
+    """This file's helper works for every operator on this device."""
     for operator in DIFFERENTIABLE:
         tensors, settings = leaves_of(operator, NARROW[operator])
         names = [name for name, t in tensors.items() if t is not None]

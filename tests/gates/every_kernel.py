@@ -5,7 +5,7 @@
     python -m gates.every_kernel --run triton --only linear_residual # run alone, for a sanitizer to watch
 
 `benchmarks/gpu.sh` runs both, and under_compute_sanitizer.py the second. Where there is a GPU its backends run, else
-the CPU's. A line tells how each call went, and the exit code is 1 if one was wrong, or if not one was made.
+the CPU's. A line tells how each call went; the exit code is 1 if one was wrong, or if every one was refused.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
     possible = [b for b in backends.PREFERENCE[device] if b != "reference" and not backends.unavailable(b, device)]
     parser = argparse.ArgumentParser(prog="gates.every_kernel", description=__doc__.splitlines()[0])
     parser.add_argument("backends", nargs="*", default=possible, metavar="BACKEND", help=f"else {' '.join(possible)}")
-    parser.add_argument("--only", choices=SIZES, metavar="OPERATOR")
+    parser.add_argument("--only", choices=SIZES, metavar="OPERATOR", help="this operator alone")
     parser.add_argument("--run", action="store_true", help="run the kernels, and compare nothing")
     given = parser.parse_args(arguments)
     outcomes = []

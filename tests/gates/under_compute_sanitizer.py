@@ -3,12 +3,12 @@
 
     python -m pytest tests/gates/under_compute_sanitizer.py
 
-What runs there is every_kernel.py, on one backend and operator at a time.
+It runs every_kernel.py, for one backend and operator at a time.
 
-memcheck sees accesses beside a tensor and misaligned ones: PyTorch's caching allocator is off in these processes, so
+memcheck sees accesses outside a tensor and misaligned ones: PyTorch's caching allocator is off in these processes, so
 that a tensor ends where its memory does. racecheck sees hazards in shared memory, synccheck barriers that not all
-threads reach, initcheck memory that is read before anybody wrote it. Where there is no GPU, or no compute-sanitizer, it
-says so and skips.
+threads reach, initcheck memory that is read before it is written. Without a GPU or compute-sanitizer it says so and
+skips.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sanitizer() -> str | None:
 
 
 def under(tool: str, command: list[str]) -> subprocess.CompletedProcess:
-    """Run Python under a tool, Triton compiling with line numbers, each tensor in memory of its own."""
+    """Run Python under a tool, with every tensor in memory of its own; Triton compiles with line numbers."""
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only"]
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -79,7 +79,7 @@ torch.cuda.synchronize()
 
 @pytest.mark.parametrize("elements, code", [(1024, 0), (512, FOUND)])
 def test_memcheck_sees_a_write_behind_a_tensor(elements, code, tmp_path):
-    """It is at work: 2 KB too far are found, and the right size is not."""
+    """The tool is at work: a write 2 KB too far is found, and one of the right size is not."""
     script = tmp_path / "broken.py"
     script.write_text(BROKEN.format(elements=elements))
     done = under("memcheck", [str(script)])

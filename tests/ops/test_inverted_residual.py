@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``inverted_residual``: values by every path (gradients by the reference), and what it refuses."""
+"""``inverted_residual``: values on every path (gradients by the reference), and what it refuses."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ CASES = [
     dict(shape=(2, 7, 5, 8), hidden=16, out=8, stride=2, dilation=2),
     dict(shape=(1, 1, 1, 8), hidden=16, out=8, residual=True),
     *(dict(shape=(1, 4, 3, c), hidden=h, out=o) for c, h, o in ((17, 33, 100), (33, 100, 17), (1, 1, 1), (3, 7, 5))),
-    *(  # more columns than kernels take at once, by every step that is left over
+    *(  # more columns than kernels take at once, with every kind of remainder
         dict(shape=(1, 7, w, 20), hidden=70, out=50, stride=stride, dilation=dilation)
         for w, stride, dilation in ((16, 1, 1), (37, 1, 1), (39, 2, 1), (66, 2, 1), (35, 1, 2), (35, 2, 2), (38, 2, 3))
     ),
@@ -109,7 +109,7 @@ def test_is_the_module_everybody_writes(path, stride, dilation):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)])
 def test_a_pixel_is_seen_by_its_neighbours_only(stride, dilation, dtype, path):
-    """Also at the border, where the padding is zeros of expanded values, not of x."""
+    """Also at the border, where zeros pad the expanded values, not x."""
     tensors, settings = make(OP, dict(shape=(2, 6, 8, 8), hidden=16, out=8, stride=stride, dilation=dilation))
     tensors = convert(tensors, getattr(torch, dtype))
     for h, w in ((0, 0), (3, 4), (5, 7)):
@@ -153,7 +153,8 @@ def test_same_bits_for_any_number_of_threads(path, sizes, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("path", PATHS)
 def test_leaves_nothing_behind(path, dtype):
-    """Memory that is kept from call to call does not show: neither a larger call's NaNs, nor another shape's rows."""
+    """Memory that is kept between calls never shows: neither the NaNs of a larger call, nor the rows of another
+    shape."""
     small, settings = make(OP, SMALL)
     small = convert(small, getattr(torch, dtype))
     before = call(OP, small, settings, path)
@@ -166,8 +167,8 @@ def test_leaves_nothing_behind(path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("path", PATHS)
 def test_large_values(path, dtype):
-    """SiLU of large values is 0 or the value itself, far beyond what its exponential can take (-1e30 over the largest
-    finite e^x is -3e-9)."""
+    """SiLU of large values is 0 or the value itself, far beyond the range of its exponential (-1e30 divided by the
+    largest finite e^x is -3e-9)."""
     x = torch.tensor([-1e30, -3000.0, -100.0, 100.0, 3000.0, 1e30], dtype=getattr(torch, dtype)).reshape(1, 1, 1, 6)
     one = torch.eye(6, dtype=x.dtype)
     centre = torch.zeros(6, 1, 3, 3, dtype=x.dtype)

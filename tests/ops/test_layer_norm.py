@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm``: values and gradients by every path, and what it refuses."""
+"""``layer_norm``: values and gradients on every path, and what it refuses."""
 
 import torch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm_linear``: values and gradients by every path, the layouts it may meet, and what it refuses."""
+"""``layer_norm_linear``: values and gradients on every path, the layouts it may get, and what it refuses."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ class TestLayerNormLinear(OperatorTests):
     repeated = dict(shape=(50, 64), n=192)
 
 
-@pytest.mark.filterwarnings("ignore:var_mean")  # PyTorch's word on no rows at all
+@pytest.mark.filterwarnings("ignore:var_mean")  # PyTorch warns of a LayerNorm of no rows at all
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("sizes", EMPTY, ids=str)
 def test_empty(sizes, path):
@@ -83,7 +83,7 @@ def test_mean_far_from_zero(dtype, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_constant_rows(path):
-    """No variance at all: rstd is eps^(-1/2) and the result the bias of the norm through the linear layer."""
+    """No variance at all: rstd is eps^(-1/2), and the result is the linear layer of the norm's bias."""
     tensors, settings = make(OP, dict(shape=(3, 24), n=8))
     tensors = convert({**tensors, "x": torch.full((3, 24), 7.0)}, plain_dtype(path))
     out = call(OP, tensors, settings, path)
@@ -122,7 +122,7 @@ def test_nan_stays_in_its_row(path):
 
 
 def test_normalised_rows_have_mean_zero_and_variance_one():
-    """The oracle itself, by definition."""
+    """The oracle itself, checked against the definition."""
     y = layer_norm(torch.randn(5, 64, dtype=torch.float64) * 3 + 7, torch.ones(64), torch.zeros(64), 1e-12)
     torch.testing.assert_close(y.mean(-1), torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(y.var(-1, correction=0), torch.ones(5, dtype=torch.float64), atol=1e-9, rtol=0)

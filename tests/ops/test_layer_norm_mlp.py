@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm_mlp``: values and gradients by every path, the layouts it may meet, and what it refuses."""
+"""``layer_norm_mlp``: values and gradients on every path, the layouts it may get, and what it refuses."""
 
 import pytest
 import torch

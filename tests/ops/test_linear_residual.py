@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_residual``: values and gradients by every path, the layouts it may meet, and what it refuses."""
+"""``linear_residual``: values and gradients on every path, the layouts it may get, and what it refuses."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ class TestLinearResidual(OperatorTests):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_residual_is_not_written(path):
-    """Not even where it could be: the caller's x goes on to be used by the backward pass."""
+    """Not even where it could be: the backward pass still uses the caller's tensor."""
     tensors, settings = make(OP, dict(shape=(6, 24), n=24))
     tensors = convert(tensors, plain_dtype(path))
     before = tensors["residual"].clone()
@@ -80,7 +80,8 @@ def test_rows_are_independent(path):
 
 
 def test_autocast_takes_a_residual_of_another_dtype():
-    """The stream of a float32 model under autocast is float32 first and autocast's dtype after the first operator."""
+    """In a float32 model under autocast, the residual stream is float32 at first, and autocast's dtype after the first
+    operator."""
     x, weight, residual = torch.randn(3, 8).bfloat16(), torch.randn(4, 8), torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
         out = linear_residual(x, weight, None, residual)

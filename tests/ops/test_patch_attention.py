@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``patch_attention``: which tokens meet, values and gradients by every path, and what is refused."""
+"""``patch_attention``: which tokens attend to each other, values and gradients on every path, and what it refuses."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_saved_logsumexp(backend, dtype):
     """The raw operator's second result, (B, ph·pw, heads, N): the logarithm of each row's softmax normaliser."""
     backend = "reference" if backend == "raw" else backend
     if not takes(backend, dtype):
-        return  # refused by its predicate, which test_values_and_gradients sees
+        return  # its predicate refuses, which test_values_and_gradients checks
     tensors, settings = make(OP, dict(shape=(2, 4, 6), heads=3, head_dim=10, patch=(2, 1)))
     qkv = tensors["qkv"].to(getattr(torch, dtype))
     _, logsumexp = call_raw(OP, backend, {"qkv": qkv}, settings)
@@ -119,8 +119,7 @@ def test_saved_logsumexp(backend, dtype):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("patch", [(2, 2), (1, 1), (2, 1), (1, 3), (4, 3)])
 def test_who_attends_to_whom(patch, path):
-    """With equal scores and a value for each token of its own, the result names exactly the tokens that were attended
-    to."""
+    """With equal scores and a distinct value for each token, the result shows exactly which tokens were attended to."""
     height, width = 4, 6
     tokens = height * width
     values = torch.eye(tokens).reshape(1, height, width, tokens)
@@ -138,7 +137,7 @@ def test_who_attends_to_whom(patch, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_heads_keep_apart(path):
-    """Changing one head's q, k and v changes that head's part of the result alone, everywhere."""
+    """Changing one head's q, k and v changes only that head's part of the result, and everywhere."""
     tensors, settings = make(OP, dict(shape=(1, 4, 4), heads=4, head_dim=8, patch=(2, 2)))
     qkv = tensors["qkv"].to(plain_dtype(path))
     before = call(OP, {"qkv": qkv}, settings, path)
@@ -162,7 +161,7 @@ def test_a_pixel_changes_its_own_sequence_only(patch, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_permuted_tokens_permute_the_result(path):
-    """Attention does not know the order of a sequence; gradients follow as well."""
+    """Attention does not depend on the order of a sequence; nor do gradients."""
     tensors, settings = make(OP, dict(shape=(1, 6, 8), heads=2, head_dim=12, patch=(2, 2)))
     generator = torch.Generator().manual_seed(3)
     order = torch.arange(48)
@@ -197,7 +196,7 @@ def test_a_whole_map_patch_size_of_one_is_ordinary_attention(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_one_token_a_sequence_is_its_value(path):
-    """And its score gets no gradient, to the last bit: it has no say."""
+    """And its score, which has no influence, gets a gradient of exactly 0."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, 2, 2, 1200, generator=generator).to(plain_dtype(path)).requires_grad_(path != "raw")
     out = call(OP, {"qkv": qkv}, {"num_heads": 4, "patch_size": (2, 2), "scale": None}, path)

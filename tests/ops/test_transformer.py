@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer``: the whole stack's values by every path (gradients by the reference), and what it refuses."""
+"""``transformer``: the whole stack's values on every path (gradients by the reference), and what it refuses."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SMALL = dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2))
 
 
 def served(path, sizes=SMALL):
-    """The sizes, of a width and heads that the path has kernels for: CUDA's are of MobileViT's."""
+    """The sizes with a width and heads that the path has kernels for: CUDA only has MobileViT's."""
     return {**sizes, "shape": (*sizes["shape"][:3], 64), "heads": 4} if path == "cuda" else sizes
 
 
@@ -26,7 +26,7 @@ CASES = [
         dict(shape=(1, 4, 4, d), heads=4, patch=(2, 2), layers=layers)
         for d, layers in ((64, 2), (80, 4), (96, 3), (144, 2), (240, 3))
     ),
-    *(  # Kornia: 4 heads of 8 whatever d is, no qkv bias, no last norm
+    *(  # Kornia: 4 heads of 8 whatever d is, no qkv bias, no final norm
         dict(shape=(1, 4, 6, d), heads=4, head_dim=8, ratio=ratio, qkv_bias=False, final_norm=False, patch=(2, 2))
         for d, ratio in ((64, 2), (80, 4))
     ),

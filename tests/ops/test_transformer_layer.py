@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer_layer``: values and gradients by every path, with and without live dropout, and what it refuses."""
+"""``transformer_layer``: values and gradients on every path, with and without live dropout, and what it refuses."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ class TestTransformerLayer(OperatorTests):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("live", LIVE.values(), ids=LIVE.keys())
 def test_live_dropout(live, dtype, path):
-    """The mask is that of the seed, forward and backward; the oracle computes it one element at a time."""
+    """The mask is the seed's, forward and backward; the oracle computes it one element at a time."""
     for sizes in (SMALL, CASES[5]):
         check(OP, {**sizes, "dropout": live}, dtype=dtype, path=path)
 
@@ -129,7 +129,7 @@ def test_the_factor_is_the_oracle_s():
 
 
 def masks(path, count=1, shape=(2, 16, 32, 24), seed=None, **live):
-    """The masks of one branch: its values are 1 everywhere, of rows that are 0."""
+    """The masks of one branch, whose values are made 1 everywhere and added to rows of 0."""
     place = "proj" if live.keys() & {"projection", "path1"} else "fc2"
     tensors, settings = make(OP, dict(shape=shape, heads=2, patch=(2, 2)))
     tensors = convert(tensors, torch.float32)
@@ -144,8 +144,8 @@ def masks(path, count=1, shape=(2, 16, 32, 24), seed=None, **live):
 @pytest.mark.parametrize("path", DRAWING)
 @pytest.mark.parametrize("field", ["projection", "mlp"])
 def test_statistics(field, path):
-    """The fraction dropped and the scale of what is kept, as PyTorch's dropout has them; no pattern in any axis, and
-    neighbours as well as calls are independent of each other."""
+    """The fraction dropped and the scale of what is kept, as in PyTorch's dropout; no pattern along any axis, and both
+    neighbours and calls are independent of each other."""
     torch.manual_seed(0)
     mask = masks(path, 2, **{field: 0.3})
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
@@ -219,7 +219,7 @@ def test_gradient_checkpointing_drops_the_same_again(path):
 
 
 def test_the_reference_draws_as_pytorch_does():
-    """The plain layer with PyTorch's dropout in it: the same draws, in the same order."""
+    """A plain layer with PyTorch's own dropout makes the same draws in the same order."""
     tensors, settings = make(OP, SMALL)
     live = LayerDropout(0.1, 0.2, 0.15, 0.25, 0.3, 0.4)
     torch.manual_seed(5)

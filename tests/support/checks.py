@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks that every operator passes by every path.
+"""The checks that every operator passes on every path.
 
 Example:
     >>> check("patch_attention", dict(shape=(2, 6, 4), heads=4, head_dim=16, patch=(2, 2)), path="raw")
@@ -69,9 +69,9 @@ def check(
     gradients: bool = True,
     seed: int = 0,
 ) -> None:
-    """The result and every gradient by the tolerance rule; inputs and what lies around them unchanged.
+    """The result and every gradient by the tolerance rule; inputs and the memory around them stay unchanged.
 
-    A backend that refuses the case has to say so, and the automatic choice has to serve it all the same.
+    A backend that refuses the case has to say so, and the automatic choice has to serve it nevertheless.
     """
 
     def draw(seed: int) -> dict[str, Compared]:
@@ -128,8 +128,7 @@ def _draw(operator, sizes, dtype, path, layout, norm_dtype, gradients, seed) -> 
 
 
 def check_autocast(operator: str, sizes: dict[str, Any], path: str = "reference") -> None:
-    """Under autocast: the very bits of the same call with the casts done by hand, LayerNorm's parameters left in
-    float32."""
+    """Under autocast: the same bits as the call with the casts done by hand, LayerNorm's parameters left in float32."""
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, torch.float32, device=device_of(path))
 
@@ -150,7 +149,7 @@ def check_autocast(operator: str, sizes: dict[str, Any], path: str = "reference"
 
 
 def check_gradients(operator: str, sizes: dict[str, Any], path: str, *, twice: bool = False) -> None:
-    """Finite differences in float64, of the gradients as well with `twice`."""
+    """Finite differences in float64; with `twice`, those of the gradients too."""
     tensors, settings = make(operator, sizes)
     names = [name for name, t in tensors.items() if t is not None]
     inputs = [tensors[name].requires_grad_() for name in names]
@@ -187,7 +186,7 @@ def check_same_bits(operator: str, sizes: dict[str, Any], path: str, runs: int =
     tensors = convert(tensors, plain_dtype(path), device=device_of(path))
     gradients = differentiable(operator, path)
     if triton.target.INTERPRETED:
-        runs = 2  # one program after the other, and slowly
+        runs = 2  # which runs one program after another, slowly
     with threads_of(path):
         first = evaluate(lambda t: call(operator, t, settings, path), tensors, gradients)
         for _ in range(runs - 1):
@@ -215,7 +214,7 @@ def check_refusal(
 def check_gradients_one_by_one(operator: str, sizes: dict[str, Any], path: str) -> None:
     """Frozen parameters: a tensor gets the same gradient whether or not the others need theirs."""
     if not differentiable(operator, path):
-        return  # which check_graph_only_where_needed sees refused
+        return  # check_graph_only_where_needed sees that it is refused
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, plain_dtype(path), device=device_of(path))
     together = evaluate(lambda t: call(operator, t, settings, path), tensors, True)
@@ -245,7 +244,7 @@ def check_saved_statistics(operator: str, sizes: dict[str, Any], dtype: str, pat
 
 
 def check_graph_only_where_needed(operator: str, sizes: dict[str, Any], path: str) -> None:
-    """A result has a graph iff some tensor needs a gradient and gradients are on; a path without gradients says so."""
+    """A result has a graph iff some tensor needs a gradient and gradients are on; a path without gradients raises."""
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, plain_dtype(path), device=device_of(path))
     assert not call(operator, tensors, settings, path).requires_grad

@@ -18,6 +18,7 @@ def why_not_built() -> str:
 
 
 def skip_without_a_compiler() -> None:
-    """Skip the module where there is nothing to build the library with; a library that should be there is missed."""
+    """Skip the module if there is no compiler to build the library with; a library that should be there and is not is
+    an error."""
     if not LIBRARY.exists() and why_not_built().startswith("no C++ compiler"):
         pytest.skip(f"the C++ library is not built: {why_not_built()}", allow_module_level=True)

@@ -7,8 +7,8 @@ Example, from an operator's file:
     ...     tiny = [dict(shape=(2, 3, 4), n=3)]
     ...     repeated = dict(shape=(50, 64), n=64)
 
-An operator that a test is not about sets it to None; one of which more is asked overrides the test. What the tests run
-over is in `pytest_generate_tests`, and the checks themselves are in `support.checks`.
+An operator to which a test does not apply sets it to None; one that needs more overrides it. What the tests are
+parametrised over is in `pytest_generate_tests`, and the checks themselves are in `support.checks`.
 """
 
 from __future__ import annotations
