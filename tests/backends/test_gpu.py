@@ -20,10 +20,7 @@ from mvit_kernels.backends import triton
 from mvit_kernels.dropout import ATTENTION_BRANCH, MLP_BRANCH, branch_factor
 from mvit_kernels.ops import transformer_on_map
 from support.cases import DIFFERENTIABLE, NARROW, call, convert, evaluate, make
-from support.checks import (
-    check,
-    check_same_bits,
-)
+from support.checks import check, check_same_bits
 from support.tolerance import assert_close_as_pytorch
 
 DEVICE = triton.BACKEND.device_type  # "cuda", or "cpu" where Triton interprets

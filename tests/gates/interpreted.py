@@ -19,13 +19,7 @@ import mvit_kernels
 from mvit_kernels.backends.triton.target import INTERPRETED
 from mvit_kernels.ops import transformer_on_map
 from support.cases import DIFFERENTIABLE, NARROW, call, convert, evaluate, make
-from support.checks import (
-    check,
-    check_autocast,
-    check_gradients_one_by_one,
-    check_registration,
-    check_same_bits,
-)
+from support.checks import check, check_autocast, check_gradients_one_by_one, check_registration, check_same_bits
 from support.tolerance import assert_close_as_pytorch
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"

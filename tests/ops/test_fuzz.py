@@ -10,9 +10,7 @@ import random
 import pytest
 
 from support.cases import DIFFERENTIABLE, DTYPES, INFERENCE, LAYOUTS, paths
-from support.checks import (
-    check,
-)
+from support.checks import check
 
 CASES = int(os.environ.get("MVIT_KERNELS_FUZZ", "40"))
 
