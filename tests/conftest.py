@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from types import SimpleNamespace
 
-# Read when torch loads OpenMP. Its threads spin while they wait for each other: beside any other process two threads
+# Read when torch loads OpenMP. Its threads spin while they wait for each other: next to any other process, two threads
 # were ten times slower than one, and the tests of threads took longer than all others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -18,8 +18,7 @@ from mvit_kernels.backends import triton
 from mvit_kernels.nn import MobileViT
 from support import TESTS
 
-# The shapes are small; what is about threads sets their number itself.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # while modules are imported, and in their fixtures
 
 if triton.target.INTERPRETED:  # the Triton backend serves CPU tensors, and is a path of the operators' tests
     from support import interpreter
@@ -30,8 +29,9 @@ if os.environ.get("MVIT_KERNELS_EMULATED") == "1":  # the CUDA backend serves CP
     from support import emulated  # noqa: F401
 
 
-# Files of few tests that take minutes. They come first, then those of many tests: a worker that began with the first of
-# these last went on alone for four minutes. (`make test` tells xdist to keep this order; its own has them at the end.)
+# Files of few tests that take minutes. They come first, then the files with the most tests: a worker that started the
+# first of these at the end ran on alone for four minutes. (`make test` tells xdist to keep this order; its own order
+# puts them last.)
 LONG = (
     "backends/triton/test_backend backends/cpu/test_instruction_sets bench/test_peers freezing/test_models "
     "verification/test_verify bench/test_bench backends/cuda/test_backend nn/test_timm_models"
@@ -42,6 +42,13 @@ def pytest_collection_modifyitems(items):
     tests = Counter(item.path for item in items)
     order = {TESTS / f"{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: (order.get(item.path, len(LONG)), -tests[item.path]))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine, waking a second thread for a tiny operator takes ten times as long as the operator. Tests that
+    are about threads set their number, and need not set it back."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

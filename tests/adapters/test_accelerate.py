@@ -15,7 +15,6 @@ from mvit_kernels import accelerate, report, restore
 from mvit_kernels._utils.third_party import import_timm, import_transformers
 from mvit_kernels.backends import BackendError
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import LoRA, assert_declined, classes, evaluated, replaced
 from support.fake_backend import fake_backend
 from support.models import BYPASSED, CALLED, LIBRARIES, accelerated, assert_same, blocks, fast_calls
@@ -113,7 +112,7 @@ def test_no_module():
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: import_timm().create_model("mobilevitv2_050")])
 def test_a_model_without_blocks(make, caplog):
-    """MobileViTv2's block is another one: separable attention, no heads."""
+    """MobileViTv2's block is a different one: separable attention, no heads."""
     model = make()
     untouched = classes(model)
     assert accelerate(model) is model
@@ -125,7 +124,7 @@ def test_a_model_without_blocks(make, caplog):
 
 
 def test_the_later_networks_are_named():
-    """Their blocks are counted by class, in every message that finds no block, and beside blocks that are served."""
+    """Their blocks are counted by class, both in messages that find no block and next to blocks that are served."""
     transformers = import_transformers()
     v2 = import_timm().create_model("mobilevitv2_050")
     huggingface = transformers.MobileViTV2Model(transformers.MobileViTV2Config(width_multiplier=0.5))
@@ -146,7 +145,7 @@ def test_the_later_networks_are_named():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_script_modules_are_left_alone():
-    """TorchScript's copies of the blocks bear other classes, and have no Python forward to replace."""
+    """TorchScript's copies of the blocks have other classes, and no Python forward to replace."""
     scripted = torch.jit.trace(models.build("timm"), X.float(), check_trace=False)
     assert isinstance(scripted, torch.jit.ScriptModule)
     assert accelerate(scripted) is scripted
@@ -188,7 +187,7 @@ def test_the_backend_asked_for_serves_the_blocks(requested):
 
 
 def test_classes_of_the_same_name_elsewhere_are_not_ours():
-    """Somebody's own MobileVitBlock may compute anything."""
+    """A class that merely has the name MobileVitBlock may compute anything."""
     theirs = models.build("timm")
     cls = type("MobileVitBlock", (nn.Module,), {"forward": lambda self, x: x})
     for block in blocks(theirs):
@@ -214,7 +213,7 @@ def test_subclasses_are_declined(library):
 
 
 def test_a_forward_replaced_on_the_block_is_declined():
-    """As Hugging Face's accelerate does with device_map: what it put there would no longer be ours to call."""
+    """As Hugging Face's accelerate does with device_map: our forward would never call the one it put there."""
     model = models.build("timm")
     for block in blocks(model):
         block.forward = lambda x: x
@@ -273,7 +272,7 @@ def test_every_kind_of_hook_is_declined(register):
 
 
 def test_hooks_on_all_modules_get_every_call():
-    """FLOP counters and the like register one; while they do, blocks run module by module."""
+    """FLOP counters and similar tools register one; while it is there, blocks run module by module."""
     model = accelerated(double())
     expected, seen = evaluated(model, X), []
     handle = register_module_forward_hook(lambda module, args, y: seen.append(module))
@@ -300,7 +299,7 @@ def test_flops_are_counted_by_module():
     assert counts[0] == counts[1]
 
 
-# ------------------------------------------------------------------------------------------------- changes on the way
+# ----------------------------------------------------------------------------------------- changes after the first call
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -332,6 +331,14 @@ def test_changed_weights_are_seen_by_the_next_call(library):
     assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:], strict=False))
 
 
+def assert_as_restored(model):
+    """The fast path, taken in all three blocks, gives what the restored model gives. Leaves the model restored."""
+    with fast_calls() as calls:
+        ours = evaluated(model, X)
+    assert len(calls) == 3
+    assert_same(ours, evaluated(restore(model), X))
+
+
 def test_a_replaced_submodule_is_seen():
     model = accelerated(double())
     evaluated(model, X)
@@ -339,10 +346,7 @@ def test_a_replaced_submodule_is_seen():
     layer.mlp.fc1 = nn.Linear(64, 256).double()  # even of another width
     layer.mlp.fc2 = nn.Linear(256, 64).double()
     blocks(model)[1].conv_1x1 = nn.Conv2d(64, 80, 1, bias=True).double()
-    with fast_calls() as calls:
-        ours = evaluated(model, X)
-    assert len(calls) == 3
-    assert_same(ours, evaluated(restore(model), X))
+    assert_as_restored(model)
 
 
 def test_changed_attributes_are_seen():
@@ -354,10 +358,7 @@ def test_changed_attributes_are_seen():
             module.eps = 0.5
     for layer in blocks(model)[0].transformer:
         layer.attn.num_heads, layer.attn.head_dim, layer.attn.scale = 2, 32, 32**-0.5
-    with fast_calls() as calls:
-        ours = evaluated(model, X)
-    assert len(calls) == 3
-    assert_same(ours, evaluated(restore(model), X))
+    assert_as_restored(model)
 
 
 def test_layers_added_and_taken_away_are_seen():
@@ -366,10 +367,7 @@ def test_layers_added_and_taken_away_are_seen():
     first, second = blocks(model)[:2]
     first.transformer.append(copy.deepcopy(first.transformer[0]))
     del second.transformer[1]
-    with fast_calls() as calls:
-        ours = evaluated(model, X)
-    assert len(calls) == 3
-    assert_same(ours, evaluated(restore(model), X))
+    assert_as_restored(model)
 
 
 def test_frozen_parameters_get_no_gradient():
@@ -405,7 +403,7 @@ def test_a_replaced_transformer_is_declined(library):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_unknown_modules_inside_are_declined(library):
-    """An adapter layer that somebody put there and that a patched class may call."""
+    """An adapter layer that a user added, and that a patched class may call."""
 
     def change(block):
         block.get_submodule(BYPASSED[library][1]).adapter = nn.Linear(1, 1).double()

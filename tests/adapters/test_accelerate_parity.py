@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accelerated models compute what they computed: outputs and every gradient, in all libraries, by the tolerance
-rule."""
+"""Accelerated models compute what they did before: outputs and every gradient, for all libraries, by the
+tolerance rule."""
 
 import copy
 
@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.models import LIBRARIES, VARIANTS, fast_calls
 from support.tolerance import assert_close_as_pytorch
 
-# 224 px meets an odd map in stage 5, 250 × 270 odd maps in stages 3 to 5. Kornia takes multiples of 64 only.
+# 224 px gives an odd map in stage 5, 250 × 270 odd maps in stages 3 to 5. Kornia only takes multiples of 64.
 SIZES = {library: [(256, 256), (224, 224), (192, 192), (250, 270)] for library in LIBRARIES}
 SIZES["kornia"] = [(256, 256), (192, 192), (128, 192), (320, 256)]
 SMALL = {library: (64, 96) for library in LIBRARIES} | {"kornia": (64, 128)}  # 64 × 96: 2 × 3 in stage 5
@@ -75,7 +74,7 @@ def test_training_under_autocast(library, variant):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_float64_to_the_last_digits(library):
-    """The sharpest test: what float32 hides in its rounding shows here, in the output and in every gradient."""
+    """The sharpest test: errors that float32's rounding would hide show here, in the output and in every gradient."""
     model = models.build(library).double()
     x = models.images(2, *SMALL[library]).double()
     ours, ours_gradients = models.differentiated(models.accelerated(model), x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accelerated models under what users do with models: copies, files, processes, threads, compilers, exporters."""
+"""Accelerated models in all that users do with them: copies, files, processes, threads, compilers, exporters."""
 
 import copy
 import io
@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from mvit_kernels import accelerate, freeze, report, restore
 from mvit_kernels.backends import use_backend
 from support import ROOT, models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import classes, evaluated
 from support.fake_backend import fake_backend
 from support.models import LIBRARIES, accelerated, assert_same, blocks, fast_calls
@@ -95,7 +94,7 @@ def test_loading_a_state_dict_into_an_accelerated_model():
 
 
 def test_functional_calls_and_averaged_models():
-    """Parameters that are put in for one call, and a moving average's deep copy."""
+    """Parameters substituted for one call, and the deep copy that a moving average makes."""
     model = accelerated(double())
     evaluated(model, X)
     other = {name: value * 1.01 for name, value in model.state_dict().items() if value.is_floating_point()}
@@ -109,7 +108,7 @@ def test_functional_calls_and_averaged_models():
 
 
 def test_gradients_for_each_image():
-    """torch.func's transforms reach into operators of PyTorch's own only: under them a block runs as it was."""
+    """torch.func's transforms only see into PyTorch's own operators: under them a block runs its original forward."""
     model = accelerated(models.build("timm", num_classes=3)).double()
     parameters, buffers = (dict(values) for values in (model.named_parameters(), model.named_buffers()))
     x = models.images(2, 64, 64).double()
@@ -144,7 +143,7 @@ def test_distributed_data_parallel(library, process_group):
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("library", ["timm", "huggingface"])
 def test_fully_sharded_blocks_by_class(library, process_group):
-    """Policies name the library's class; our blocks are of it."""
+    """Policies name the library's class; our blocks are instances of it."""
     model = double(library)
     x = models.images(2, 64, 96).double()
     expected, expected_gradients = models.differentiated(copy.deepcopy(model), x)
@@ -162,7 +161,8 @@ def test_fully_sharded_blocks_by_class(library, process_group):
 
 
 def test_fully_shard(process_group):
-    """It makes a class of its own from ours: still fast; but not around inner modules, whose hooks must run."""
+    """It derives a class of its own from ours, which stays fast; but not when inner modules are sharded, whose hooks
+    must run."""
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     model = double()
     x = models.images(2, 64, 96).double()
@@ -192,7 +192,7 @@ def test_fully_shard(process_group):
 
 
 def test_replicas_use_their_own_modules():
-    """DataParallel's replicas are made of a copy of each module's __dict__, what we keep in it too."""
+    """DataParallel's replicas are made from a copy of each module's __dict__, including what we keep in it."""
     model = accelerated(double())
     block = blocks(model)[0]
     x = torch.randn(1, 48, 8, 8, dtype=torch.float64)
@@ -212,7 +212,7 @@ def test_two_threads_call_one_model():
     model = accelerated(models.build("huggingface"))
     inputs = [models.images(1, 64, 64 + 32 * (i % 2), seed=i) for i in range(8)]
     expected = [evaluated(model, x) for x in inputs]
-    for block in blocks(model):  # both threads make the plan, and meet other sizes
+    for block in blocks(model):  # both threads make the plan, for different sizes
         block.__dict__.pop("_mvit_plan")
     outputs, errors = {}, []
 
@@ -244,7 +244,7 @@ def fresh_compiler():
 
 
 def test_compiled_blocks(fresh_compiler):
-    """In one graph each, as timm's in test_compile.py; a block that declines compiles as it was."""
+    """One graph each, like timm's in ops/test_compile.py; a block that declines compiles in its original form."""
     for library in ("huggingface", "kornia", "cvnets"):
         block = blocks(accelerated(double(library)))[0]
         x = torch.randn(1, 24 if library == "huggingface" else 48, 8, 8, dtype=torch.float64)
@@ -276,7 +276,7 @@ def test_a_compiled_block_sees_new_weights_and_modules(fresh_compiler):
 
 @pytest.mark.parametrize("library", ["timm", "huggingface"])
 def test_export_is_plain_pytorch(library):
-    """Whatever backend runs otherwise: here one that serves everything."""
+    """Whichever backend would run in eager mode: here one that serves everything."""
     model = accelerated(double(library))
     expected = evaluated(model, X)
     with fake_backend(KERNELS):
@@ -310,7 +310,7 @@ def test_onnx():
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("library, made", [("timm", accelerated), ("huggingface", accelerated), ("own", freeze)])
 def test_onnx_of_a_trace(library, made):
-    """The older exporter, at 224 px, where the last block's map of 7 × 7 is resized; the batch stays free."""
+    """The older exporter, at 224 px, where the last block's map of 7 × 7 is resized; the batch size stays dynamic."""
     model = models.build(library)
 
     class Logits(nn.Module):
@@ -333,7 +333,7 @@ def test_onnx_of_a_trace(library, made):
 
 
 def test_training_step_lowers_the_loss():
-    """A whole step: autocast, gradients, clipping, AdamW, on live dropout."""
+    """A whole step: autocast, gradients, clipping, AdamW, with live dropout."""
     model = accelerated(models.build("huggingface", hidden_dropout_prob=0.1)).train()
     x, labels = models.images(4, 64, 96), torch.arange(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cvnets' MobileViT, by a stand-in with its names: keys, video, and the habit of its LayerNorm."""
+"""cvnets' MobileViT, played by a stand-in with its names: keys, video, and the quirk of its LayerNorm."""
 
 import copy
 
@@ -9,7 +9,6 @@ from torch import nn
 
 from mvit_kernels import accelerate, freeze, report, verify
 from support import cvnets, data, models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import LoRA, assert_declined, evaluated, replaced
 from support.models import accelerated, assert_same, blocks, fast_calls
 
@@ -30,7 +29,8 @@ def test_the_stand_in_has_the_papers_parameters(variant, parameters):
 
 
 def test_the_stand_in_has_cvnets_keys():
-    """A checkpoint trained in cvnets' layout loads strictly, and gets its ten photos right, before and after."""
+    """A checkpoint trained in cvnets' layout loads strictly and classifies its ten photos correctly, before and after
+    acceleration."""
     model = cvnets.MobileViT("xxs", num_classes=21, norm=cvnets.PlainLayerNorm)
     model.load_state_dict(torch.load(data.land_use_checkpoint(), map_location="cpu", weights_only=True))
     model.eval()
@@ -69,7 +69,7 @@ def _as(cls):
 
 
 class _LayerNormFP32(cvnets.LayerNorm):
-    """cvnets has one of that name; what a subclass computes is its own."""
+    """cvnets has a class of that name; a subclass may compute something else."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -135,7 +135,7 @@ def test_vendored_packages_and_linears_of_pytorch():
 
 
 def _copied(model: nn.Module, **changed) -> nn.Module:
-    """cvnets' classes in somebody's ``model.py``; those of a name in `changed` with another forward."""
+    """cvnets' classes copied into a user's ``model.py``; those named in `changed` get another forward."""
     classes: dict[type, type] = {}
     for module in model.modules():
         cls = type(module)
@@ -147,7 +147,7 @@ def _copied(model: nn.Module, **changed) -> nn.Module:
 
 @pytest.mark.parametrize("options", GENERATIONS.values(), ids=GENERATIONS)
 def test_copies_in_another_package(options):
-    """Known by name, children and keys, and tried; nobody's hooks are called for that."""
+    """Recognised by name, children and keys, and then tried out, for which no hook is called."""
     model, calls = _copied(models.build("cvnets", **options)), []
     model.layer_1[0].block.register_forward_hook(lambda *_: calls.append(1))
     model.layer_3[1].local_rep[0].register_forward_hook(lambda *_: calls.append(1))
@@ -186,7 +186,7 @@ def test_without_fusion():
     assert len(calls) == 1
 
 
-# -------------------------------------------------------------------------------------------------- cvnets' own habits
+# -------------------------------------------------------------------------------------------------- cvnets' own quirks
 
 
 @pytest.mark.parametrize("variant", ["xxs", "s"])
@@ -224,7 +224,7 @@ def test_layer_norm_over_patches_after_resizing(size):
 
 
 def test_a_tuple_is_video_and_passes_through():
-    """Frame by frame: a tuple (map, patches of the frame before) gives a tuple; nothing of it is ours."""
+    """Frame by frame: a tuple (map, patches of the previous frame) gives a tuple, all computed by cvnets."""
     model = models.build("cvnets").double()
     block, ours = blocks(model)[0], blocks(accelerated(model))[0]
     frames = torch.randn(3, 1, 48, 6, 8, dtype=torch.float64)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face's MobileViT: what the adapter accepts and declines, live dropout, checkpointing, task models."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -10,9 +8,7 @@ from transformers.models.mobilevit import modeling_mobilevit
 
 import mvit_kernels
 from mvit_kernels import accelerate, report
-from mvit_kernels.backends import use_backend
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import LoRA, assert_declined, evaluated, replaced
 from support.models import accelerated, assert_same, blocks, fast_calls
 
@@ -145,41 +141,20 @@ def test_live_dropout_draws_what_transformers_draws(options, size):
 
 
 def test_dropout_left_on_in_evaluation():
-    """Monte Carlo dropout: the model evaluates, its dropout modules train."""
     model = models.build("huggingface", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1).double()
-    for module in model.modules():
-        module.train(isinstance(module, nn.Dropout))
-    outputs = []
-    for candidate in (accelerated(model), model, copy.deepcopy(model).eval()):
-        torch.manual_seed(5)
-        with use_backend("reference"):
-            outputs.append(evaluated(candidate, X))
-    assert_same(outputs[0], outputs[1])
-    assert not torch.equal(outputs[1], outputs[2])
+    models.assert_dropout_left_on(model, X)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant):
-    """Each block's forward is run again in backward, with the same draws."""
     model = models.build("huggingface", hidden_dropout_prob=0.1).double()
-    x = models.images(2, 64, 96).double()
-    results = []
-    for candidate, checkpointing in ((model, True), (accelerated(model), True), (accelerated(model), False)):
-        if checkpointing:
-            candidate.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        seen = []
-        for block in blocks(candidate):
-            block.conv_kxk.register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module))
-        torch.manual_seed(5)
-        with use_backend("reference"), fast_calls() as calls:
-            y, gradients = models.differentiated(candidate, x)
-        results.append((y, gradients, len(seen), len(calls)))
-    theirs, ours, plain = results
-    assert theirs[2:] == (6, 0) and ours[2:] == (6, 6) and plain[2:] == (3, 3)
-    for other in (theirs, plain):
-        assert_same(ours[0], other[0])
-        models.assert_gradients_as_pytorch(ours[1], other[1], other[1], unit=1e-9)
+
+    def switch(model, on):
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+
+    models.assert_same_when_checkpointed(model, models.images(2, 64, 96).double(), switch, lambda block: block.conv_kxk)
 
 
 def test_hidden_states_loss_and_tuples():
@@ -212,7 +187,7 @@ def test_segmentation(output_stride):
 
 
 def test_keyword_calls_of_the_block():
-    """Hugging Face names the block's argument, and so may its users."""
+    """Hugging Face passes the block's argument by name, and so may users."""
     block = blocks(accelerated(models.build("huggingface")))[0].double()
     x = torch.randn(1, 24, 16, 16, dtype=torch.float64)
     assert_same(block(features=x), block(x))
@@ -230,7 +205,7 @@ def test_save_and_load_pretrained(tmp_path):
 
 
 def test_transformers_finds_blocks_by_name():
-    """device_map and FSDP go by `_no_split_modules`."""
+    """device_map and FSDP rely on `_no_split_modules`."""
     model = accelerated(models.build("huggingface"))
     (name,) = model._no_split_modules
     assert [type(block).__name__ for block in blocks(model)] == [name] * 3

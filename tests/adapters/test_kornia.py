@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kornia's MobileViT, the variant that it is: what the adapter accepts and declines, its dropout, its errors."""
-
-import copy
+"""Kornia's MobileViT, which differs from the paper's: what the adapter accepts and declines, dropout, errors."""
 
 import pytest
 import torch
@@ -9,9 +7,7 @@ from kornia.models import vit_mobile
 from torch import nn
 
 from mvit_kernels import accelerate, report
-from mvit_kernels.backends import use_backend
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import LoRA, assert_declined, evaluated, replaced
 from support.models import accelerated, assert_same, blocks, fast_calls
 
@@ -65,7 +61,7 @@ def test_declined(case):
 
 @pytest.mark.parametrize(("heads", "bias"), [(2, False), (8, True)])
 def test_other_heads_and_a_qkv_bias(heads, bias):
-    """Kornia's 32 inner channels may be split otherwise; a bias would be used too."""
+    """Kornia's 32 inner channels may be split into other heads; a bias, if there were one, would be used."""
     model = models.build("kornia").double()
     for attention, _ in blocks(model)[0].transformer.layers:
         attention.fn.heads, attention.fn.scale = heads, (32 // heads) ** -0.5
@@ -106,20 +102,11 @@ def test_live_dropout_draws_what_kornia_draws(probability):
 
 
 def test_dropout_left_on_in_evaluation():
-    model = models.build("kornia", dropout=0.2).double()
-    for module in model.modules():
-        module.train(isinstance(module, nn.Dropout))
-    outputs = []
-    for candidate in (accelerated(model), model, copy.deepcopy(model).eval()):
-        torch.manual_seed(5)
-        with use_backend("reference"):
-            outputs.append(evaluated(candidate, X))
-    assert_same(outputs[0], outputs[1])
-    assert not torch.equal(outputs[1], outputs[2])
+    models.assert_dropout_left_on(models.build("kornia", dropout=0.2).double(), X)
 
 
 def test_the_input_comes_last_in_the_concatenation():
-    """Where it comes matters to the last convolution: halves swapped, the block gives something else."""
+    """The order matters to the last convolution: with the halves swapped, the block gives something else."""
     block = blocks(models.build("kornia"))[0].double()
     x = torch.randn(1, 48, 4, 4, dtype=torch.float64)
     expected = block(x).detach()

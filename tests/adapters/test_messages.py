@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages that list what may be many stay short: the first few, and how many more there are."""
+"""Messages whose lists could grow long stay short: the first few, and how many more there are."""
 
 import logging
 
@@ -31,7 +31,8 @@ def test_some():
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_hooks_on_every_module(library, caplog):
-    """Whoever hooks every module (profilers, feature viewers) gets lines, not pages; all reasons stay in the report."""
+    """Tools that hook every module (profilers, feature viewers) cause a few lines, not pages; the report keeps all
+    reasons."""
     caplog.set_level(logging.INFO, logger="mvit_kernels")
     accelerated = with_hooks_everywhere(accelerate(models.build(library)))
     with torch.no_grad():

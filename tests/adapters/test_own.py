@@ -9,7 +9,6 @@ from mvit_kernels import accelerate, report, restore
 from mvit_kernels.backends import use_backend
 from mvit_kernels.nn import MobileViT, MobileViTBlock, TransformerLayer
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import LoRA, assert_declined, classes, evaluated, replaced
 from support.models import assert_same, blocks, fast_calls
 
@@ -77,7 +76,7 @@ def test_declined(case):
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 90)])
 def test_live_dropout_draws_what_the_textbook_path_draws(size):
-    """One dropout module serves the projection and the MLP of a layer; each has its own draw."""
+    """A layer's projection and MLP share one dropout module; each has its own draw."""
     model = models.build("own", dropout=0.3).double()
     x = models.images(2, *size).double()
     theirs = models.assert_same_draws(model, x)

@@ -14,7 +14,6 @@ import mvit_kernels
 from mvit_kernels import accelerate, report
 from mvit_kernels.backends import use_backend
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.declined import LoRA, LoRALinear, as_class, assert_declined, evaluated, replaced
 from support.models import accelerated, assert_same, blocks, fast_calls
 
@@ -145,7 +144,7 @@ def test_declined(case):
     ],
 )
 def test_normed_weights_are_declined(wrap, differs):
-    """They compute the weight at each call, by a parametrization or by a hook."""
+    """A parametrization or a hook computes the weight anew at each call."""
 
     def change(block):
         torch.manual_seed(0)  # the power iteration starts at random
@@ -155,7 +154,7 @@ def test_normed_weights_are_declined(wrap, differs):
 
 
 def test_another_scale_is_declined():
-    """Read by timm's unfused attention only, so nothing else would notice."""
+    """Only timm's unfused attention reads it, so nothing else would notice."""
 
     def change(block):
         block.transformer[0].attn.scale, block.transformer[0].attn.fused_attn = 0.5, False
@@ -185,7 +184,7 @@ def _heads_of_eight(block):
 
 
 def _pruned_heads(block):
-    """One head of four taken out, with all that belongs to it."""
+    """One of four heads removed, with everything that belongs to it."""
     for layer in block.transformer:
         attention = layer.attn
         qkv, proj = nn.Linear(64, 3 * 48).double(), nn.Linear(48, 64).double()
@@ -241,7 +240,7 @@ def test_dilated_models(output_stride):
 
 
 def _dropping(model, **probabilities):
-    """With these dropout probabilities, by the modules' names."""
+    """The model with these dropout probabilities, given by module name."""
     for name, module in model.named_modules():
         module.p = probabilities.get(name.rpartition(".")[2], getattr(module, "p", 0.0))
     return model
@@ -289,17 +288,7 @@ def test_drop_path_drops_whole_sequences():
 
 
 def test_dropout_left_on_in_evaluation():
-    """Monte Carlo dropout: the model evaluates, its dropout modules train."""
-    model = _dropping(models.build("timm"), proj_drop=0.2, drop2=0.3).double()
-    for module in model.modules():
-        module.train(isinstance(module, nn.Dropout))
-    outputs = []
-    for candidate in (accelerated(model), model, copy.deepcopy(model).eval()):
-        torch.manual_seed(5)
-        with use_backend("reference"):
-            outputs.append(evaluated(candidate, X))
-    assert_same(outputs[0], outputs[1])
-    assert not torch.equal(outputs[1], outputs[2])
+    models.assert_dropout_left_on(_dropping(models.build("timm"), proj_drop=0.2, drop2=0.3).double(), X)
 
 
 # ----------------------------------------------------------------------------------------------- what timm's models do
@@ -308,21 +297,7 @@ def test_dropout_left_on_in_evaluation():
 def test_gradient_checkpointing():
     model = models.build("timm", drop_path_rate=0.2).double()
     x = models.images(2, 64, 64).double()
-    results = []
-    for candidate, checkpointing in ((model, True), (accelerated(model), True), (accelerated(model), False)):
-        candidate.set_grad_checkpointing(checkpointing)
-        seen = []
-        for block in blocks(candidate):
-            block.register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module))
-        torch.manual_seed(5)
-        with use_backend("reference"), fast_calls() as calls:
-            y, gradients = models.differentiated(candidate, x)
-        results.append((y, gradients, len(seen), len(calls)))
-    theirs, ours, plain = results
-    assert theirs[2:] == (6, 0) and ours[2:] == (6, 6) and plain[2:] == (3, 3)
-    for other in (theirs, plain):
-        assert_same(ours[0], other[0])
-        models.assert_gradients_as_pytorch(ours[1], other[1], other[1], unit=1e-9)
+    models.assert_same_when_checkpointed(model, x, lambda model, on: model.set_grad_checkpointing(on))
 
 
 @pytest.mark.parametrize("feature_cls", ["list", "hook", "fx", "getter"])

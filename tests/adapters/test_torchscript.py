@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TorchScript of accelerated, own and frozen models: the plain path is what is compiled or traced."""
+"""TorchScript of accelerated, own and frozen models: what is compiled or traced is the plain path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch import nn
 from mvit_kernels import MobileViT, freeze, report, restore
 from mvit_kernels.nn import register_timm_models
 from support import models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.models import LIBRARIES, accelerated, assert_same, blocks, fast_calls
 
 register_timm_models()
@@ -72,7 +71,7 @@ def test_script_of_a_block_alone(library):
 
 @pytest.mark.parametrize("library", [library for library in LIBRARIES if library not in SCRIPTABLE])
 def test_what_cannot_be_scripted_fails_as_before(library):
-    """Kornia's and cvnets' blocks take any arguments, and Hugging Face's are no TorchScript either."""
+    """Kornia's and cvnets' blocks take ``*args``, and Hugging Face's cannot be scripted either."""
     model = models.build(library)
     errors = []
     for candidate in (copy.deepcopy(model), accelerated(model)):
@@ -103,7 +102,7 @@ def test_script_of_feature_extractors(name, feature_cls):
 
 @pytest.mark.parametrize("name", ["mobilevit_xxs", "mvit_kernels_mobilevit_xxs"])
 def test_script_after_fx(name):
-    """As timm's own tests do: traced by FX, blocks as steps, then scripted."""
+    """As timm's own tests do: traced by FX with blocks as leaves, then scripted."""
     model = accelerated(timm.create_model(name)).double().eval()
     traced = create_feature_extractor(model, return_nodes=[get_graph_node_names(model)[1][-1]]).eval()
     (expected,), (y,) = traced(X).values(), torch.jit.script(traced)(X).values()
@@ -111,7 +110,7 @@ def test_script_after_fx(name):
 
 
 def test_own_model_scripts_in_every_state():
-    """Born accelerated, restored, with gradient checkpointing, as a backbone."""
+    """Accelerated as built, restored, with gradient checkpointing, as a backbone."""
     model = MobileViT("xxs", dropout=0.1, drop_path=0.1).double().eval()
     expected = model(X).detach()
     for change in (lambda: None, lambda: model.set_grad_checkpointing(True), lambda: restore(model)):

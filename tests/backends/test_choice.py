@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who serves a call: names, precedence, reasons, the log, and that the chosen kernels really run."""
+"""Which backend serves a call: names, precedence, reasons, the log, and that the chosen kernels really run."""
 
 import logging
 import os
@@ -14,14 +14,13 @@ from mvit_kernels import backends
 from mvit_kernels.backends import Call, library, use_backend
 from mvit_kernels.backends.contract import REGISTRY
 from support.cases import DIFFERENTIABLE, INFERENCE, SMALL, Recorder, call, convert, evaluate, make, raw_arguments
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.fake_backend import NAME, fake_backend
 
 ATTENTION = Call("patch_attention", "cpu", torch.float32, False, (2, 4, 4, 24), (("num_heads", 2),))
 
 
 def attention(backend=None, dtype=torch.float32, requires_grad=False):
-    """A call of patch_attention: our raw operators that ran."""
+    """Call patch_attention; returns which of our raw operators ran."""
     qkv = torch.randn(2, 4, 4, 24, dtype=dtype, requires_grad=requires_grad)
     with Recorder() as recorder:
         out = mvit_kernels.patch_attention(qkv, num_heads=2, patch_size=2, backend=backend)
@@ -59,8 +58,7 @@ def test_kernels_for_inference_run(operator):
 
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_kernels_see_one_dtype_under_autocast(operator):
-    """Autocast does not reach into raw operators: the linear weights are cast before, with gradients through the
-    casts."""
+    """Autocast does not see inside raw operators: linear weights are cast first, with gradients through the casts."""
     tensors, settings = make(operator, SMALL[operator])
     tensors = convert(tensors, torch.float32)
     with fake_backend([operator]) as module:
@@ -120,7 +118,7 @@ def test_a_backend_for_inference_leaves_training_to_the_reference(operator):
 
 @pytest.mark.parametrize("operator", INFERENCE)
 def test_no_gradient_is_lost_where_a_kernel_has_none(operator):
-    """Even if a backend forgets to say that it has no backward."""
+    """Even if a backend forgets to declare that it has no backward."""
     tensors, settings = make(operator, SMALL[operator])
     with fake_backend([operator]):
         results = evaluate(lambda t: call(operator, t, settings, None), convert(tensors, torch.float32), True)
@@ -314,7 +312,7 @@ def test_choices_do_not_grow_without_end():
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_tracing_and_exporting_choose_plain_pytorch():
-    """Whatever ran before in eager mode, and without a trace on what runs after."""
+    """Whatever ran before in eager mode, and without effect on what runs after."""
 
     class Attention(torch.nn.Module):
         def forward(self, qkv):
@@ -362,7 +360,7 @@ def test_the_cpu_backend_is_for_the_cpu():
 
 @pytest.mark.parametrize("operator", library.SCHEMAS)
 def test_every_backend_has_its_place(operator):
-    """One overload for each backend, of one schema, that keeps the strides it was traced with."""
+    """One overload for each backend, all of one schema, which keeps the strides it was traced with."""
     schemas = set()
     for backend in library.BACKENDS:
         overload = library.raw(operator, backend)
@@ -374,7 +372,7 @@ def test_every_backend_has_its_place(operator):
 
 @pytest.mark.parametrize("operator", SMALL)
 def test_every_backend_has_a_fake(operator):
-    """Shapes and dtypes for torch.compile, also of backends whose library is not there."""
+    """Shapes and dtypes for torch.compile, even for backends whose library is not there."""
     tensors, settings = make(operator, SMALL[operator])
     arguments = raw_arguments(operator, convert(tensors, torch.float32), settings)
     expected = library.raw(operator, "reference")(*arguments)

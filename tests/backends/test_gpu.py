@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels on the device itself: what neither the interpreter nor the compiler can tell.
+"""The Triton kernels on the device itself: what neither the interpreter nor the compiler can show.
 
-The operators' own tests take the GPU as one more path where there is one; here are stages at their full size, streams,
+Where there is a GPU, the operators' own tests have it as one more path; here are stages at their full size, streams,
 CUDA graphs, tensors of more than 2³¹ elements, and compiled graphs. Without a GPU it says "no GPU" and skips. What
 needs no GPU runs in Triton's interpreter as well, at the same shapes where those are small:
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_gpu.py
+    TRITON_INTERPRET=1 python -m pytest tests/backends/test_gpu.py
 """
 
 import copy
@@ -19,12 +19,8 @@ from mvit_kernels import LayerDropout, backends
 from mvit_kernels.backends import triton
 from mvit_kernels.dropout import ATTENTION_BRANCH, MLP_BRANCH, branch_factor
 from mvit_kernels.ops import transformer_on_map
-from support.cases import DIFFERENTIABLE, call, convert, evaluate, make
-from support.checks import (
-    check,
-    check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
-)
+from support.cases import DIFFERENTIABLE, NARROW, call, convert, evaluate, make
+from support.checks import check, check_same_bits
 from support.tolerance import assert_close_as_pytorch
 
 DEVICE = triton.BACKEND.device_type  # "cuda", or "cpu" where Triton interprets
@@ -38,14 +34,6 @@ if why := backends.unavailable("triton", DEVICE):
 
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU: Triton's interpreter has no streams and no graphs")
 
-SMALL = {
-    "layer_norm": dict(shape=(2, 4, 6, 24)),
-    "layer_norm_linear": dict(shape=(2, 4, 6, 24), n=40, activation="silu"),
-    "patch_attention": dict(shape=(2, 4, 6), heads=2, head_dim=12, patch=(2, 2)),
-    "linear_residual": dict(shape=(2, 4, 6, 24), n=40),
-    "layer_norm_mlp": dict(shape=(2, 4, 6, 24), hidden=40),
-    "transformer_layer": dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2)),
-}
 STAGES = [  # d, side of the map at 256 px
     *((64, 32), (80, 16), (96, 8)),  # xxs
     *((96, 32), (120, 16), (144, 8)),  # xs
@@ -114,7 +102,7 @@ def test_row_counts(rows):
 
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_the_same_bits_every_time(operator):
-    check_same_bits(operator, SMALL[operator], "triton")
+    check_same_bits(operator, NARROW[operator], "triton")
 
 
 def test_tf32_where_it_is_allowed():
@@ -129,8 +117,8 @@ def test_tf32_where_it_is_allowed():
 
 
 def test_the_mask_is_the_reference_s():
-    """Bit by bit, on the device: kernels and PyTorch's integers compute the same Philox numbers."""
-    tensors, settings = leaves_of("transformer_layer", SMALL["transformer_layer"])
+    """Bit by bit, on the device: kernels and PyTorch's integer arithmetic compute the same Philox numbers."""
+    tensors, settings = leaves_of("transformer_layer", NARROW["transformer_layer"])
     seed = torch.tensor([2**62 + 3, 2**61 + 5], device=DEVICE)
     with torch.no_grad():
         for name, t in tensors.items():
@@ -153,8 +141,8 @@ def test_the_mask_is_the_reference_s():
 @needs_gpu
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_the_current_stream(operator):
-    """Inputs arrive late on a stream of their own: a kernel on another stream would read what was there before."""
-    tensors, settings = leaves_of(operator, SMALL[operator])
+    """Inputs arrive late on a stream of their own: a kernel on another stream would read the old values."""
+    tensors, settings = leaves_of(operator, NARROW[operator])
     expected = forward_and_backward(operator, tensors, settings)
     late = {name: None if t is None else torch.full_like(t, 7.0).requires_grad_() for name, t in tensors.items()}
     stream = torch.cuda.Stream()
@@ -172,7 +160,7 @@ def test_the_current_stream(operator):
 
 
 def captured(function):
-    """A CUDA graph of `function()`, which was called before on the capturing stream, and its results."""
+    """A CUDA graph of `function()`, after a warm-up on the capturing stream, and its results."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -188,8 +176,8 @@ def captured(function):
 @needs_gpu
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_a_cuda_graph(operator):
-    """Forward and backward are captured; a replay computes from what then lies in the inputs."""
-    tensors, settings = leaves_of(operator, SMALL[operator], torch.bfloat16)
+    """Forward and backward are captured; a replay computes from the inputs' current values."""
+    tensors, settings = leaves_of(operator, NARROW[operator], torch.bfloat16)
     graph, results = captured(lambda: forward_and_backward(operator, tensors, settings))
     first = next(iter(tensors))
     for seed in (1, 2):
@@ -204,8 +192,8 @@ def test_a_cuda_graph(operator):
 
 @needs_gpu
 def test_a_cuda_graph_draws_new_masks():
-    """Each replay drops something else, backward drops what forward dropped, and the generator's seed governs."""
-    tensors, settings = leaves_of("transformer_layer", SMALL["transformer_layer"])
+    """Each replay drops different elements, backward drops what forward dropped, and the generator's seed decides."""
+    tensors, settings = leaves_of("transformer_layer", NARROW["transformer_layer"])
     with torch.no_grad():
         for name, t in tensors.items():
             if t is not None and not name.startswith("norm"):
@@ -230,8 +218,8 @@ def test_a_cuda_graph_draws_new_masks():
 def test_another_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
-    expected = forward_and_backward("transformer_layer", *leaves_of("transformer_layer", SMALL["transformer_layer"]))
-    tensors, settings = leaves_of("transformer_layer", SMALL["transformer_layer"], device="cuda:1")
+    expected = forward_and_backward("transformer_layer", *leaves_of("transformer_layer", NARROW["transformer_layer"]))
+    tensors, settings = leaves_of("transformer_layer", NARROW["transformer_layer"], device="cuda:1")
     for ours, wanted in zip(forward_and_backward("transformer_layer", tensors, settings), expected, strict=True):
         assert ours.device.index == 1 and torch.equal(ours.to("cuda:0"), wanted)
 
@@ -261,7 +249,7 @@ def enough_memory(gigabytes):
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_more_elements_than_32_bits_count(operator, sizes, images, gigabytes):
-    """The last image of a batch is right, forward and backward: an offset of 32 bits would miss it."""
+    """The last image of a batch is right, forward and backward: a 32-bit offset would miss it."""
     enough_memory(gigabytes)
     one, settings = make(operator, sizes)
     one = convert(one, torch.bfloat16, device=DEVICE)
@@ -298,7 +286,7 @@ def a_map(dtype=torch.float32, d=48, layers=2):
     return x, stack, tuple(tensors.values())[-2:]
 
 
-@needs_gpu  # interpreted, it is a test of its own
+@needs_gpu  # in the interpreter it is a test in gates/interpreted.py
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("live", [False, True])
 def test_compiles_whole(live, mode):
@@ -369,7 +357,7 @@ def test_memory_of_a_training_step():
 
     def left(block):
         with torch.autocast(DEVICE, torch.bfloat16):
-            block(x).sum().backward()  # libraries take their workspaces, gradients are there
+            block(x).sum().backward()  # so that libraries' workspaces and the gradients are allocated
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             out = block(x)
@@ -382,9 +370,9 @@ def test_memory_of_a_training_step():
 
 
 def test_evaluate_runs_here():
-    """The file's own helper sees every operator on this device."""
+    """This file's helper works for every operator on this device."""
     for operator in DIFFERENTIABLE:
-        tensors, settings = leaves_of(operator, SMALL[operator])
+        tensors, settings = leaves_of(operator, NARROW[operator])
         names = [name for name, t in tensors.items() if t is not None]
         assert len(forward_and_backward(operator, tensors, settings)) == 1 + len(names)
         plain = {name: None if t is None else t.detach() for name, t in tensors.items()}

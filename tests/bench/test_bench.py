@@ -27,16 +27,6 @@ from mvit_kernels.bench.timing import Timing, interleave
 from mvit_kernels.cli import demo
 from support import models
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine take a hundred times as long as one that works."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- timing
 
 
@@ -47,7 +37,7 @@ class Clock:
         self.now, self.log = 0.0, []
 
     def candidate(self, name, *seconds):
-        """A function that takes `seconds`, one after the other, over and over."""
+        """A function that takes `seconds` in turn, over and over."""
         state = {"calls": 0}
 
         def run():
@@ -133,7 +123,7 @@ def _missing(subject):
 
 
 def _wrong(subject):
-    """Off by a thousandth in one weight: nothing that a look at the output would show."""
+    """Off by a thousandth in one weight, which nobody would notice in the output."""
     model, images = eager(subject)
     with torch.no_grad():
         model.classifier.weight[7, 7] += 1e-3
@@ -229,7 +219,7 @@ def test_bench_writes_a_row_a_candidate(tmp_path, capsys):
 def test_bench_fails_where_ours_is_wrong(monkeypatch, capsys):
     command = "bench --model own/xxs --size 64 --seconds 0.1 --no-memory --peers accelerated".split()
     monkeypatch.setitem(PEERS, "accelerated", Peer("", _wrong))
-    assert main(command) == 0 and "not timed" in capsys.readouterr().out  # a compiler's mistake, say
+    assert main(command) == 0 and "not timed" in capsys.readouterr().out  # a compiler's bug, say
     monkeypatch.setitem(PEERS, "accelerated", Peer("", _wrong, ours=True))
     assert main(command) == 1 and "not timed" in capsys.readouterr().out
 
@@ -316,7 +306,7 @@ VIEWS = set(
     "_nnpack_available _reshape_alias _unsafe_view alias as_strided as_strided_ chunk detach expand flatten narrow "
     "permute reshape resolve_conj select slice split squeeze t to transpose unbind unflatten unsqueeze view".split()
 )
-POOLING = set("adaptive_avg_pool2d mean sum".split())  # once a model, over its last and smallest map
+POOLING = set("adaptive_avg_pool2d mean sum".split())  # once per model, over its last and smallest map
 
 
 @pytest.mark.parametrize(
@@ -338,7 +328,7 @@ def test_categories_cover_what_a_model_runs(form, backend, expected):
     assert work == pytest.approx(sum(operator.ms for operator in profile.operators))
     for name in expected:
         assert profile.categories[name] > 0, name
-    # Which operators are left over, not how long they took: a share of the time depends on what else the machine does.
+    # Which operators are left over, not how long they took: shares of the time depend on what else the machine does.
     other = {operator.name.removeprefix("aten::") for operator in profile.operators if operator.category == OTHER}
     assert other <= ALLOCATION | VIEWS | POOLING, other - ALLOCATION - VIEWS - POOLING
     assert expected[0] in profile_table({form: profile})
@@ -362,7 +352,7 @@ def test_layout_copies_finds_each_copy_and_no_other():
 
 
 def _copies_of_the_map(block, x, width):
-    """Copies of at least the (B, H, W, width) map that the 1 × 1 convolution in writes and that out reads.
+    """Copies at least as large as the (B, H, W, width) map between the 1 × 1 convolutions in and out.
 
     All other maps of the block are narrower (C < width), but for fusion's concatenation, which is a cat.
     """
@@ -376,7 +366,7 @@ def _copies_of_the_map(block, x, width):
 @pytest.mark.parametrize(
     "backend, expected",
     [
-        ("reference", 2),  # into sequence order and back, once a block
+        ("reference", 2),  # into sequence order and back, once per block
         ("auto", 0),  # where the C++ attention is built, which reads rows where they are
     ],
 )

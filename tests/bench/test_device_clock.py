@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both clocks of a GPU, on a machine without one: CUDA's part is played by stand-ins, tensors are on the CPU."""
+"""Both clocks of a GPU, on a machine without one: stand-ins play CUDA's part, and tensors are on the CPU."""
 
 import contextlib
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def test_inputs_are_rotated_beyond_three_times_the_cache():
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """torch.cuda as far as `capture` uses it: a graph is the list of what was called while it was captured."""
+    """As much of torch.cuda as `capture` uses: a graph is the list of what was called while it was captured."""
     log = []
     stream = SimpleNamespace(wait_stream=lambda other: log.append("wait"))
 
@@ -64,7 +64,7 @@ def test_a_graph_holds_one_call_for_each_set(fake_gpu):
 
 
 def test_a_gpus_rows_have_both_clocks(monkeypatch):
-    """Wall and graph with a ratio of their own, launches and memory; a candidate without a graph says why."""
+    """Wall and graph with a ratio each, launches and memory; a candidate without a graph says why."""
     walls = {"eager": Timing(8.0, 7, 9, 5), "ours": Timing(2.0, 1, 3, 5), "own graphs": Timing(4.0, 3, 5, 5)}
     graphs = {"eager": Timing(6.0, 5, 7, 5), "ours": Timing(3.0, 2, 4, 5)}  # of replays of two calls
 
@@ -98,7 +98,7 @@ def test_a_gpus_rows_have_both_clocks(monkeypatch):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("operator", ["linear_residual", "patch_attention", "transformer"])
 def test_an_operator_is_measured_on_a_gpu(monkeypatch, operator, training):
-    """All that is done there, on CPU tensors: candidates, replays over sets of inputs that differ, both clocks."""
+    """Everything that is done there, on CPU tensors: candidates, replays over different sets of inputs, both clocks."""
     captured = []
 
     def capture(calls):
@@ -149,7 +149,7 @@ def test_a_networks_graph_holds_several_batches(monkeypatch):
 
 
 def test_what_goes_wrong_with_a_gpus_clock_leaves_the_walls(monkeypatch):
-    """Unless the GPU is lost: then nothing on it can be trusted."""
+    """Except when the GPU is lost: then nothing on it can be trusted."""
 
     def interleave(calls, *, events=False, **options):
         if events:

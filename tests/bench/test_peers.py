@@ -20,7 +20,7 @@ RUNTIMES = ("onnxruntime", "openvino", "openvino_by_image")
 
 
 class Tiny(nn.Module):
-    """A network of two outputs; each of its channels is another function of the image."""
+    """A network with two outputs, each channel of which is a different function of the image."""
 
     def __init__(self, heads: int = 2) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def test_a_runtime_computes_what_the_model_does(name, heads):
     subject = tiny(heads=heads)
     form = PEERS[name].build(subject)
     with torch.no_grad():
-        for images in (form.images, form.images.flip(0)):  # not the example's values alone
+        for images in (form.images, form.images.flip(0)):  # not only the values of the example
             expected = named_outputs(subject.model(images))
             got = named_outputs(form.model(images))
             assert list(got) == list(expected)
@@ -55,7 +55,7 @@ def test_a_runtime_computes_what_the_model_does(name, heads):
 
 
 def test_a_runtime_gets_the_plain_model():
-    """An accelerated subject is restored for it, and left as it is itself."""
+    """An accelerated subject is restored for it in a copy; the subject itself stays as it is."""
     model = models.build("timm", "xxs")
     before = type(model.stages[2][1])
     subject = Subject(peers.accelerate(model), torch.rand(1, 3, 32, 32))
@@ -74,7 +74,7 @@ def test_runtimes_are_gated_and_timed_with_the_others():
 
 
 def test_openvino_in_bfloat16():
-    """It computes in bfloat16 (its error is that of bfloat16, not of float32), and is judged beside PyTorch's own."""
+    """It computes in bfloat16 (its error is that of bfloat16, not of float32), and is judged against PyTorch's own."""
     subject = tiny(dtype=torch.bfloat16)
     try:
         form = PEERS["openvino"].build(subject)
@@ -88,7 +88,8 @@ def test_openvino_in_bfloat16():
 
 
 def test_openvino_leaves_signals_alone():
-    """Of two cores the one that goes last leaves Python's signal handlers a stack that is no more."""
+    """Of two OpenVINO cores, the one destroyed last leaves Python's signal handlers on a stack that no longer
+    exists."""
     for _ in range(2):
         first, second = (PEERS["openvino"].build(tiny(heads=1)) for _ in range(2))
         del first, second
@@ -110,7 +111,7 @@ def test_a_dtype_that_a_runtime_has_not(name, dtype, says):
 @pytest.mark.parametrize("module", ["onnxruntime", "openvino", "onnxscript"])
 def test_an_absent_runtime_is_listed_with_what_installs_it(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(runtimes, "_openvino_core", runtimes._openvino_core.__wrapped__)  # not yet made
+    monkeypatch.setattr(runtimes, "_openvino_core", runtimes._openvino_core.__wrapped__)  # not created yet
     name = "openvino" if module == "openvino" else "onnxruntime"
     results = compare(tiny(), [name], seconds=0.1, warmup_seconds=0.0)
     assert results[0].timing is not None
@@ -119,7 +120,7 @@ def test_an_absent_runtime_is_listed_with_what_installs_it(module, monkeypatch):
 
 @pytest.mark.parametrize("runtime", [OnnxRuntime, OpenVino])
 def test_images_and_results_are_not_copied(runtime):
-    """What a runtime gets is the tensor's memory, and what it gives is its own."""
+    """A runtime reads the tensor's memory, and its result lies in its own."""
     seen = []
 
     class Spy(torch.Tensor):
@@ -183,12 +184,12 @@ class Keeps(nn.Module):
 def test_peak_memory_is_what_a_call_holds(rise, kept):
     subject = Subject(Keeps(rise, kept).eval(), torch.rand(1, 3, 8, 8))
     peaks = peak_memory.on_cpu(subject, ["eager", "channels_last"])
-    for name, peak in peaks.items():  # the second one finds nothing that the first has left
+    for name, peak in peaks.items():  # the second finds nothing left behind by the first
         assert rise + kept - 0.5 < peak < rise + kept + 6, (name, peaks)
 
 
 def test_peak_memory_of_every_kind_of_peer():
-    """One that compiles at its first call as well: the compiler's own memory does not count."""
+    """Including one that compiles at its first call: the compiler's own memory does not count."""
     subject = Subject(models.build("own", "xxs"), torch.rand(1, 3, 64, 64))
     results = compare(subject, ["eager", "frozen"], seconds=0.1, warmup_seconds=0.0, memory=True)
     results += compare(tiny(), ["openvino", "compile"], seconds=0.1, warmup_seconds=0.0, memory=True)[1:]
@@ -206,7 +207,7 @@ def test_peak_memory_of_a_training_step_is_more():
 
 def test_memory_that_cannot_be_measured_says_why(monkeypatch):
     subject = tiny()
-    # The fresh process knows the package's own peers alone.
+    # The fresh process only knows the package's own peers.
     monkeypatch.setitem(PEERS, "stranger", Peer("", peers.eager))
     result = compare(subject, ["stranger"], seconds=0.1, warmup_seconds=0.0, memory=True)[1]
     assert result.timing is not None and result.peak_mb is None

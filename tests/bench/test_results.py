@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of results, the files that they are appended to, and what they tell of their origin."""
+"""Rows of results, the files they are appended to, and what they say about their origin."""
 
 import csv
 
@@ -38,7 +38,7 @@ def test_a_file_of_other_columns_is_left_alone(tmp_path):
 
 
 def test_the_latest_rows_stay_with_those_they_were_measured_beside():
-    """Of one subject the newest date's rows, all of them and no other; another clock is another set."""
+    """For each subject all rows of its newest date, and no others; another clock makes another set."""
 
     def line(date, candidate, subject="s", clock="wall", ms="1.0"):
         known = dict(date=date, candidate=candidate, subject=subject, clock=clock, median_ms=ms)
@@ -48,7 +48,7 @@ def test_the_latest_rows_stay_with_those_they_were_measured_beside():
     new = [line("2026-01-03", "eager"), line("2026-01-03", "frozen"), line("2026-01-02", "eager", clock="graph")]
     assert latest([*new, *old]) == [*new, old[2]]
     assert key(old[0]) == key(new[0]) != key(old[2])
-    assert latest([*old, *new]) == [*new[:2], old[2], new[2]]  # in the order in which subjects first came
+    assert latest([*old, *new]) == [*new[:2], old[2], new[2]]  # in the order in which subjects first appeared
     failed = line("2026-01-04", "eager", ms="")
     assert latest([*new, failed]) == new and latest([failed]) == [failed]
 

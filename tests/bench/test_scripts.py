@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import mvit_kernels
+from gates import every_kernel
 from mvit_kernels.bench.results import append, read, row
 from support import ROOT
 
@@ -19,7 +21,7 @@ FOLDER = ROOT / "benchmarks"
 
 @pytest.fixture
 def script(monkeypatch):
-    """A script of benchmarks/ as a module."""
+    """Import a script of benchmarks/ as a module."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
@@ -41,7 +43,7 @@ PLACE = {
 
 
 def line(candidate, ms, subject="mobilevit_s", **known):
-    """A row as the suite of networks writes it; ms None: it was not timed."""
+    """A row as the suite of networks writes it; with ms None it was not timed."""
     usual = dict(suite="models", mode="inference", size=256, batch=1, dtype="float32", backend="auto", clock="wall")
     usual |= dict(note="absent: not here", samples=0) if ms is None else dict(samples=5)
     if ms is not None:
@@ -62,7 +64,7 @@ def test_readme_is_what_the_committed_results_give(script):
 
 
 def test_readme_has_no_figure_of_speed_by_hand():
-    """Milliseconds, ratios and rates stand between the markers, where the results are their source."""
+    """Milliseconds, ratios and rates only stand between the markers, where they come from the results."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     by_hand = re.sub(r"<!-- report: (\w+) -->.*?<!-- end of report: \1 -->", "", text, flags=re.DOTALL)
     assert len(by_hand) < len(text)
@@ -72,7 +74,7 @@ def test_readme_has_no_figure_of_speed_by_hand():
 
 @pytest.fixture
 def device(tmp_path):
-    """Results of one CPU: S at batch 1, where OpenVINO wins, and at batch 8, where we do; an older run beside."""
+    """Results of one CPU: S at batch 1, where OpenVINO wins, and at batch 8, where we do; and those of an older run."""
     folder = tmp_path / "amd-epyc-zen5"
     old = [line("eager", 99.0, date="2026-11-24T20:00:00Z"), line("frozen", 1.0, date="2026-11-24T20:00:00Z")]
     new = [line("eager", 60.0), line("openvino", 15.0), line("frozen", 20.0), line("accelerated", 40.0)]
@@ -100,7 +102,7 @@ def test_the_report_takes_the_newest_rows_and_hides_no_loss(script, device):
 
 
 def test_every_number_of_the_report_is_a_rows(script, device):
-    """Milliseconds in the tables are medians of rows, and ratios are of two of them."""
+    """Milliseconds in the tables are medians of rows, and ratios are those of two medians."""
     report = script("report")
     text = "\n".join(report.sections(device).values())
     medians = [float(one["median_ms"]) for one in read(device / "amd-epyc-zen5" / "models.csv") if one["median_ms"]]
@@ -185,7 +187,7 @@ def test_plots_are_drawn(script, operators, tmp_path):
         plots.draw(kind, folder, tmp_path / f"{kind}.png")
     for name in ("headline", *plots.KINDS):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert [t.any["batch"] for t in plots._under_the_roof(found)] == ["1"]  # what has no kernel of ours is left out
+    assert [t.any["batch"] for t in plots._under_the_roof(found)] == ["1"]  # what we have no kernel for is left out
     points = plots._scaling(found)
     assert [x for x, _ in points["batch", "cpu"]] == [1, 2, 4] and [x for x, _ in points["tokens", "eager"]] == [
         64,
@@ -215,9 +217,9 @@ def test_compare_tells_what_moved_beyond_the_noise(script, two):
     old, new = map(compare.load, two)
     verdicts = {change.old["candidate"]: change.verdict for change in compare.changes(old, new)}
     assert verdicts == {
-        "eager": "same",  # its percentiles meet those of before
+        "eager": "same",  # its percentiles overlap those of before
         "frozen": "faster",
-        "accelerated": "same",  # as much slower as eager is
+        "accelerated": "same",  # slower by as much as eager is
         "compile": "lost",
         "openvino": "slower",
     }
@@ -268,7 +270,7 @@ def test_boundary_writes_a_row_a_path(script, tmp_path, monkeypatch, capsys):
 
 
 def test_exactness_writes_a_row_a_result(script, tmp_path, monkeypatch, capsys):
-    """Both sides of a truth that is exact beside them; the operators of one dtype, and of no other."""
+    """Ours and PyTorch's, against a truth that is exact in comparison; operators only in the dtypes they have."""
     exactness = script("exactness")
     if exactness.mvit_kernels.backends.unavailable("cpu", "cpu"):
         pytest.skip(exactness.mvit_kernels.backends.unavailable("cpu", "cpu")[0])
@@ -299,20 +301,34 @@ def test_regressions_check_and_time_the_cpu_path(script):
     assert timed[0].shape == (1, 8, 8, 64) and len(timed[1]) == 1 + 4
 
 
-def test_the_small_run_of_every_kernel(script, monkeypatch, capsys):
-    """It is right with the kernels that are here, and ends with 1 where one is wrong."""
-    small = script("gpu_small")
-    monkeypatch.setattr(small, "STAGES", small.STAGES[:1])
-    monkeypatch.setattr(sys, "argv", ["gpu_small.py", "reference"])
-    assert small.main() == 0 and capsys.readouterr().out.count(": ok") == 2 * len(small.OPERATORS)
-    right = small.operands
+def test_every_kernel_once(monkeypatch, capsys):
+    """It exits with 0 if all is right, and with 1 if a kernel is wrong or if every call is refused."""
+    monkeypatch.setattr(every_kernel, "SIZES", {name: sizes[:1] for name, sizes in every_kernel.SIZES.items()})
+    assert every_kernel.main(["reference"]) == 0
+    dtypes = 3
+    assert capsys.readouterr().out.count(": ok\n") == dtypes * len(every_kernel.SIZES)
+    right = mvit_kernels.linear_residual
 
-    def wrong(operator, stage, seed):
-        case = right(operator, stage, seed=seed)
-        return case._replace(public=lambda *t, backend: case.plain(*t) * (1.1 if operator == "linear_residual" else 1))
+    def wrong(*arguments, **options):
+        return right(*arguments, **options) * 1.1
 
-    monkeypatch.setattr(small, "operands", wrong)
-    assert small.main() == 1 and capsys.readouterr().out.count("WRONG") == 2
+    def refused(*arguments, **options):
+        raise mvit_kernels.BackendError("linear_residual: not here")
+
+    monkeypatch.setattr(mvit_kernels, "linear_residual", wrong)
+    assert every_kernel.main(["reference"]) == 1
+    out = capsys.readouterr().out
+    assert out.count(": WRONG: ") == dtypes and out.count(": ok\n") == dtypes * (len(every_kernel.SIZES) - 1)
+    assert every_kernel.main(["reference", "--only", "linear_residual", "--run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(": ran\n") == dtypes and out.endswith(f"{dtypes} calls\n")
+    monkeypatch.setattr(mvit_kernels, "linear_residual", refused)
+    assert every_kernel.main(["reference"]) == 0 and capsys.readouterr().out.count(": refused: ") == dtypes
+    assert every_kernel.main(["reference", "--only", "linear_residual"]) == 1
+
+
+def test_every_kernel_is_among_the_small_cases():
+    assert every_kernel.SIZES.keys() == set(mvit_kernels.backends.operators("reference"))
 
 
 def gpu_script(*arguments, **environment):
@@ -327,7 +343,7 @@ def gpu_script(*arguments, **environment):
 
 
 def test_the_script_for_gpus_without_one(tmp_path):
-    """It says so, does what it was asked for, and tells what failed; the folder has the report, whatever came of it."""
+    """It says so, does what was asked, and tells what failed; the folder has the report, whatever the outcome."""
     broken = tmp_path / "python"
     broken.write_text('#!/bin/sh\ncase "$*" in *build_native*) exit 7 ;; esac\nexec "$REAL" "$@"\n')
     broken.chmod(0o755)
@@ -350,7 +366,7 @@ case "$*" in
   *get_device_properties*) echo "a GPU" ;;
   *"--suite operators"*) [ -e {tmp_path}/lost ] || {{ touch {tmp_path}/lost; exit 2; }} ;;
   *pytest*) echo "12 passed in 1.00s" ;;
-  *gpu_small*) echo "cuda patch_attention: WRONG: 1 for 2"; exit 1 ;;
+  *gates.every_kernel*) echo "cuda patch_attention: WRONG: 1 for 2"; exit 1 ;;
 esac
 """
     )

@@ -25,15 +25,11 @@ ORIGIN = environment()
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """One thread, and rates of the machine that are measured in no time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The machine's rates, measured in no time."""
     monkeypatch.setattr(ceilings, "SQUARES", {"cpu": (32, 64)})
     monkeypatch.setattr(ceilings, "CONVOLUTION", (8, 6))
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
     monkeypatch.setattr(ceilings, "SECONDS", {"cpu": 0.01})
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- arithmetic
@@ -65,7 +61,7 @@ def test_work_counts_what_pytorch_counts(operator):
 
 
 def test_work_of_a_network():
-    """4.06 GFLOP an image for S at 256 px, and as many bytes as its 5.6 million weights have."""
+    """4.06 GFLOP an image for S at 256 px, and the bytes of its 5.6 million weights."""
     model = models.build("own", "s")
     work = networks.work_of(Subject(model, torch.rand(2, 3, 256, 256), torch.bfloat16))
     assert work.gflop == pytest.approx(2 * 4.06, rel=0.02)
@@ -91,7 +87,7 @@ def test_ceilings_are_the_best_that_was_seen(monkeypatch, convolution, best):
         ceilings, "interleave", lambda calls, **_: timings | dict(zip(list(calls)[2:], others, strict=True))
     )
     found = ceilings.measure(torch.float32)
-    assert found.gflop_per_s == pytest.approx(best / 1e9)  # not a smaller one's
+    assert found.gflop_per_s == pytest.approx(best / 1e9)  # not that of a smaller product
     assert found.gb_per_s == pytest.approx(2 * 2**12 / 0.5e-3 / 1e9)  # read and written
     assert found.amounts("product of 32 × 32")["gflop_per_s"] == pytest.approx(2 * 32**3 / 2e-3 / 1e9)
 
@@ -150,7 +146,7 @@ def test_a_wrong_operator_is_not_timed(monkeypatch, training, wrong):
 
 
 def test_bad_luck_with_one_draw_is_no_error(monkeypatch):
-    """An operator that misses on one draw of eight, within what PyTorch does on another, is right."""
+    """An operator that misses on one draw of eight, by no more than PyTorch does on another, is right."""
     unit = torch.finfo(torch.float32).eps
     lucky, other = (ErrorRow("output", e, p, 2 * (p + unit), 1.0) for e, p in ((5e-6, 1e-6), (3e-6, 4e-6)))
     together = operators._together([lucky, other], unit)
@@ -195,7 +191,7 @@ class Clock:
 
 
 def fake_suite(monkeypatch, clock, costs, *, compiles=0.0, fails=()):
-    """A suite of cases that take as many seconds as they cost; what ran is in the list that is returned."""
+    """A suite of cases that take as many seconds as they cost; returns the list of what ran."""
     ran = []
 
     def measured(name, cost):
@@ -229,7 +225,7 @@ def test_a_budget_is_kept_the_most_valuable_first(monkeypatch, tmp_path):
     clock = Clock()
     ran = fake_suite(monkeypatch, clock, [10, 20, 300, 15, 30, 40])
     right, said = run_fake(clock, tmp_path, 1.5)
-    assert ran == ["c0", "c1", "c3", "c4"] and clock.now <= 90  # 300 never fits, 40 no more
+    assert ran == ["c0", "c1", "c3", "c4"] and clock.now <= 90  # 300 never fits, 40 no longer does
     assert right and said[-1].startswith("fake: 4 cases in ") and "; 2 left out" in said[-1]
     assert [line["subject"] for line in read(tmp_path / "fake.csv")] == ran
 
@@ -292,7 +288,7 @@ def test_a_lost_gpu_ends_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with pytest.raises(suites.DeviceLost, match="lost in c1: an illegal memory access"):
         suites.run(["fake"], device="cuda", minutes=5, folder=tmp_path, clock=clock, progress=lambda line: None)
-    assert len(read(tmp_path / "fake.csv")) == 2  # the case at fault has its row, so that resuming passes it over
+    assert len(read(tmp_path / "fake.csv")) == 2  # the failed case has its row, so that resuming skips it
 
 
 def test_suites_share_a_budget(monkeypatch, tmp_path):
@@ -348,7 +344,7 @@ def test_an_absent_backend_is_listed_with_its_reasons(monkeypatch):
 
 
 def test_the_papers_protocol(monkeypatch):
-    """MobileNetV2 has no blocks of ours and is the baseline of all ratios; each form runs as often as was said."""
+    """MobileNetV2 has none of our blocks and is the baseline of all ratios; each form runs as often as was asked."""
     networks_ = {"mobilenetv2_100": 64, "mobilevit_xxs": 64}
 
     def subject(name, device):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State dicts between timm, Hugging Face, cvnets and this package, and everything that must not load."""
+"""State dicts of timm, Hugging Face, cvnets and this package, converted to one another, and what must not load."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config(mode: str, **kwargs) -> MobileViTConfig:
 
 
 def models(mode: str) -> dict[str, nn.Module]:
-    """The three that can be made here, each with weights of its own."""
+    """The three libraries' models that can be built here, each with its own weights."""
     return {
         "own": MobileViT(mode, num_classes=CLASSES),
         "timm": timm.create_model(f"mobilevit_{mode}", num_classes=CLASSES),
@@ -51,7 +51,7 @@ def models(mode: str) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> nn.Module:
-    """Weights and statistics of which no two tensors are alike, so that a swapped pair of keys shows."""
+    """Draw weights and statistics in which no two tensors are alike, so that a swapped pair of keys shows."""
     torch.manual_seed(0)
     for name, tensor in model.state_dict().items():
         if tensor.ndim == 1:
@@ -111,7 +111,7 @@ def test_layouts_hold_the_same_network(mode):
 
 
 def network_order(model: nn.Module) -> list[str]:
-    """The model's keys; Hugging Face's in the network's order, since it has a layer's norms last."""
+    """The model's keys; Hugging Face's, which has a layer's norms last, in the network's order."""
     keys = list(model.state_dict())
     if not isinstance(model, MobileViTForImageClassification):
         return keys
@@ -183,7 +183,7 @@ def test_wrapped_state_dicts_load(wrap, xxs):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])
 def test_files_load(suffix, xxs, tmp_path):
-    """Hugging Face's layout, so that what convert_state_dict returns is seen to be savable."""
+    """In Hugging Face's layout, to show that what convert_state_dict returns can be saved."""
     path = tmp_path / f"weights{suffix}"
     save = torch.save if suffix == ".pth" else safetensors.torch.save_file
     save(convert_state_dict(xxs, to="huggingface"), path)
@@ -204,7 +204,7 @@ def test_wrapped_models_load(xxs):
 
 @pytest.mark.parametrize("library", ["own", "timm", "huggingface"])
 def test_accelerated_models_load(library, xxs):
-    """After accelerate() as before it; the model computes with the new weights, also when it ran with the old."""
+    """After accelerate() as before it; the model computes with the new weights, even if it has run with the old."""
     model = accelerate(models("xxs")[library], strict=True)
     x = torch.randn(1, 3, 64, 64)
     before = logits(model, x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files: damaged, of training scripts, malicious, or no checkpoints at all."""
+"""Checkpoint files: damaged, written by training scripts, malicious, or not checkpoints at all."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def test_a_flipped_bit_in_the_weights_names_the_record(xxs, tmp_path):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_flipped_bits_are_seen_or_change_no_weight(kind, tmp_path):
-    """Everywhere in an archive, which has checksums; in the others before the weights, where the structure is."""
+    """Anywhere in an archive, which has checksums; in other files before the weights, where the structure is."""
     path = tmp_path / "weights.bin"
     torch.manual_seed(0)
     weights = {f"layer.{i}.weight": torch.randn(4, 3, 2, 2) for i in range(3)} | {"bias": torch.randn(5)}
-    weights["count"] = torch.tensor(0x123456789ABCDEF)  # which stands nowhere else in the file
+    weights["count"] = torch.tensor(0x123456789ABCDEF)  # a value that occurs nowhere else in the file
     whole = saved(weights, path, kind)
     data = [whole.index(tensor.numpy().tobytes()) for tensor in weights.values()]  # in an order that varies
     end = len(whole) if kind == "zip" else min(data)
@@ -100,7 +100,7 @@ def test_flipped_bits_are_seen_or_change_no_weight(kind, tmp_path):
             assert str(path) in str(error) and "\n" not in str(error), (at, bit)
             seen += 1
             continue
-        # Without checksums a name, a shape or a dtype may come out changed, which then fits no model.
+        # Without checksums a name, a shape or a dtype may come out changed, and then fits no model.
         if kind != "zip" and (not isinstance(read, dict) or list(read) != list(weights)):
             continue
         for key, expected in weights.items():
@@ -122,7 +122,7 @@ def test_truncated_and_prolonged_files(kind, xxs, tmp_path):
         path.write_bytes(whole[:length])
         assert "is corrupt" in refusal(path)
     path.write_bytes(whole + bytes(64))
-    if kind == "zip":  # which allows a comment there
+    if kind == "zip":  # zip allows a comment there
         with contextlib.suppress(ValueError):
             assert all(torch.equal(tensor, xxs[key]) for key, tensor in read_file(path).items())
     else:
@@ -158,7 +158,7 @@ def test_timm_checkpoint_saver(xxs, tmp_path):
     saver.save_checkpoint(3, metric=np.float64(71.5))
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "last.pth.tar", weights_only=True)
-    safe = set(torch.serialization.get_safe_globals())  # in no order
+    safe = set(torch.serialization.get_safe_globals())  # a list in no particular order
     loaded = load_checkpoint(MobileViT("xxs", num_classes=CLASSES), tmp_path / "last.pth.tar").state_dict()
     assert all(torch.equal(tensor, xxs[key]) for key, tensor in loaded.items())
     assert set(torch.serialization.get_safe_globals()) == safe
@@ -220,7 +220,7 @@ def test_newer_pickle_protocols_are_named(xxs, tmp_path):
     assert "was saved with pickle protocol 4" in refusal(tmp_path / "weights.pth")
 
 
-# -- what is no checkpoint
+# -- what is not a checkpoint
 
 
 def archive_of(**files: bytes) -> bytes:
@@ -328,7 +328,7 @@ def test_paths_without_a_file(tmp_path):
 
 
 def test_a_name_does_not_decide(xxs, tmp_path):
-    """torch.save under the name of safetensors, and the other way round."""
+    """torch.save's format under a safetensors name, and the other way round."""
     torch.save(dict(xxs), tmp_path / "a.safetensors")
     safetensors.torch.save_file(dict(xxs), tmp_path / "b.pth")
     for name in ("a.safetensors", "b.pth"):

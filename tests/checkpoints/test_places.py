@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where in a checkpoint the network is: below prefixes, in training checkpoints, beside other things."""
+"""Where in a checkpoint the network is: below prefixes, in training checkpoints, next to other things."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def models() -> dict[int, nn.Module]:
 
 @pytest.fixture
 def loads(models, xxs, other, caplog):
-    """Load a checkpoint into a model that has other weights: exactly `xxs` is there then. Returns the warnings."""
+    """Load a checkpoint into a model with other weights, which must then have exactly `xxs`. Returns the warnings."""
 
     def loads(checkpoint, classes=CLASSES):
         model = models[classes]
@@ -87,7 +87,7 @@ def test_wrappers_inside_the_keys(xxs, loads):
 
 
 def test_lightning_checkpoint(xxs, loads, tmp_path):
-    """As Lightning writes it, with what a training module has beside its network."""
+    """As Lightning writes it, with what a training module has besides its network."""
     checkpoint = {
         "epoch": 3,
         "global_step": 100,
@@ -159,7 +159,7 @@ def test_two_networks_are_refused(xxs, other, models):
 
 
 def test_heads_of_other_tasks_are_refused(xxs, models):
-    """Beside a network without its classifier another head is what makes the model: it is not dropped unseen."""
+    """With a network that lacks its classifier, another head is what makes the model: it is not silently dropped."""
     for head in ("head.weight", "seg_head.aspp.conv.weight", "fc.bias"):
         with pytest.raises(ValueError, match=rf"beside it {head}.*start with {head.split('.')[0]}"):
             load_checkpoint(models[0], {**below("backbone.", without_classifier(xxs)), head: torch.ones(3)})
@@ -168,7 +168,7 @@ def test_heads_of_other_tasks_are_refused(xxs, models):
 
 
 def test_peft(xxs, models, loads):
-    """The prefix alone is taken off; adapters are part of the function, and are merged first."""
+    """Only the prefix is removed; adapters are part of the function, and must be merged first."""
     loads(below("base_model.model.", xxs))
     qkv = "stages.2.1.transformer.0.qkv"
     adapted = below("base_model.model.", xxs)
@@ -188,7 +188,8 @@ def test_models_with_prefixes(wrap, xxs):
 
 
 def test_models_with_more_than_the_network(xxs):
-    """A training module takes its own state dict whole; of the network alone, it is told where that goes."""
+    """A training module loads its own state dict whole; given the network's alone, the error says where that
+    belongs."""
     module = nn.ModuleDict({"net": MobileViT("xxs", num_classes=CLASSES), "loss": nn.Linear(2, 2)})
     whole = {**below("net.", xxs), "loss.weight": torch.ones(2, 2), "loss.bias": torch.ones(2)}
     assert all(torch.equal(value, whole[key]) for key, value in load_checkpoint(module, whole).state_dict().items())
@@ -197,7 +198,7 @@ def test_models_with_more_than_the_network(xxs):
 
 
 def test_huggingface_below_a_prefix(xxs, other):
-    """Whose classifier stands beside the network, and not below its own prefix."""
+    """Its classifier stands next to the network, not below the network's prefix."""
     widths = {"hidden_sizes": [64, 80, 96], "neck_hidden_sizes": [16, 16, 24, 48, 64, 80, 320], "expand_ratio": 2.0}
     model = MobileViTForImageClassification(MobileViTConfig(**widths, num_labels=CLASSES))
     load_checkpoint(nn.ModuleDict({"net": model}), below("lit.", convert_state_dict(xxs, to="huggingface")))

@@ -101,7 +101,7 @@ def test_load_image_turns_photos_upright(tmp_path):
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, :8] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees: left of the file is the top of the photo
+    exif[0x0112] = 6  # rotated by 90 degrees: the left of the file is the top of the photo
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     upright = np.asarray(images.load_image(tmp_path / "a.png"))
     assert upright.shape == (16, 8, 3) and upright[:8].min() == 255 and upright[8:].max() == 0

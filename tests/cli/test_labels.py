@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label files, in every form in which they are passed around, and the output of what is in them."""
+"""Label files in every form in circulation, and how their contents are printed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_labels_keep_their_letters(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         (tmp_path / "file").write_bytes("\n".join(names).encode(encoding))
         assert list(read_labels(tmp_path / "file").values()) == names
-    (tmp_path / "digits").write_text("1\n2\n3\n")  # of which none is the index of its line
+    (tmp_path / "digits").write_text("1\n2\n3\n")  # none of which is the index of its line
     assert list(read_labels(tmp_path / "digits").values()) == ["1", "2", "3"]
 
 
@@ -119,12 +119,12 @@ def test_tables_that_are_none(tmp_path):
             read_labels(tmp_path / name)
 
 
-# -- output that has not all letters
+# -- output encodings that lack letters
 
 
 @pytest.fixture
 def printed(monkeypatch):
-    """Run a command whose output has this encoding: its exit code, what it printed, and what it said of errors."""
+    """Run a command whose output has this encoding: its exit code, stdout and stderr."""
 
     def printed(encoding, *arguments):
         streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2)]
@@ -148,7 +148,7 @@ NAMES = ["猫", "été", "😀", "Größe", "plain"]
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_classify_prints_in_every_encoding(encoding, printed, weights, photo, tmp_path):
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
-    strange = os.fsencode(photo) + b"\xff\xe9.png"  # a name in no encoding
+    strange = os.fsencode(photo) + b"\xff\xe9.png"  # a name that is valid in no encoding
     os.rename(photo, strange)
     command = ["classify", os.fsdecode(strange), "--checkpoint", weights, "--labels", tmp_path / "names.json"]
     code, text, errors = printed(encoding, *command, "--size", "64")

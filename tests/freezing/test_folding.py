@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `freeze` folds into a convolution, and what only looks as if it could: that is left, and said."""
+"""What `freeze` folds into a convolution, and what only looks foldable: that is left as it is, and reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGES = models.images(2, 64, 64).double()
 
 
 def frozen_as_exact(model: nn.Module, x: torch.Tensor = IMAGES) -> nn.Module:
-    """The frozen model, seen to compute in float64 what `model` does: a fold of the wrong thing is off by far more."""
+    """The frozen model, checked in float64 against `model`: folding the wrong thing would be off by far more."""
     model = model.double().eval()
     frozen = mvit_kernels.freeze(model)
     with torch.no_grad():
@@ -82,7 +82,7 @@ class DoublingNorm(nn.BatchNorm2d):
 
 
 class Swish(nn.Module):
-    """Of a well-known name, and another slope."""
+    """It has a well-known name, and another slope."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.7 * x)
@@ -190,14 +190,14 @@ class Doubled(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Of timm's name."""
+    """It has the name of timm's."""
 
     def forward(self, x):
         return 0.5 * x
 
 
 def _own_class(module: nn.Module) -> None:
-    """Somebody's class of the same name, around the same modules."""
+    """A user's class of the same name, around the same modules."""
     forward = type(module).forward
     namespace = {"forward": lambda self, x: 2 * forward(self, x), "__module__": "somebodys.models"}
     module.__class__ = type(type(module).__name__, (type(module),), namespace)
@@ -259,7 +259,7 @@ def test_a_hook_that_would_no_longer_be_called_keeps_an_inverted_residual():
 
 
 def test_a_sequential_of_a_block_with_its_own_forward_is_called():
-    """cvnets' local representation; a native call that walked through its children would leave the 1 out."""
+    """cvnets' local representation; a native call that only ran its children would leave out the 1."""
     model = models.build("cvnets")
     for block in models.blocks(model):
         block.local_rep.__class__ = Shifted
@@ -268,7 +268,7 @@ def test_a_sequential_of_a_block_with_its_own_forward_is_called():
     assert mvit_kernels.verify(frozen, IMAGES.float(), reference=model).ok
 
 
-# -- other batch norms throughout
+# -- other kinds of batch norm in the whole network
 
 
 @pytest.mark.parametrize("convert", ["convert_sync_batchnorm", "freeze_batch_norm_2d"])
@@ -306,7 +306,7 @@ COMPUTED = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", COMPUTED)
 def test_computed_weights_are_folded_as_they_are(case):
-    """Of every convolution and every linear; the same as in evaluation."""
+    """For every convolution and every linear; the same weights as in evaluation."""
     torch.manual_seed(0)
     model, plain = models.build("timm").double(), models.build("timm").double()
     for module in model.modules():

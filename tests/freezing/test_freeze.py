@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`freeze`: the copy computes what the model computes, faster, and what cannot be frozen is left and said."""
+"""`freeze`: the copy computes what the model computes, faster; what cannot be frozen is left as it is, and reported."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_frozen_models_do_not_train():
     with pytest.raises(RuntimeError, match="frozen for inference and cannot be trained"):
         frozen.train()
     frozen.eval()
-    # a gradient of the image still flows: saliency maps need no training
+    # the image still gets a gradient: saliency maps need no training
     images = example("timm").requires_grad_()
     reference = example("timm").requires_grad_()
     frozen(images).square().sum().backward()
@@ -141,7 +141,7 @@ def test_copies_pickles_moves_and_loads():
 
 @pytest.mark.parametrize("feature_cls", ["list", "hook", "fx"])
 def test_features_only(feature_cls):
-    # By hand and not from _models: the extractors are themselves the model.
+    # Not from support.models: here the extractors are themselves the model.
     model = models.timm("xxs", features_only=True, feature_cls=feature_cls).eval()
     models.sensible(model)
     images = example("timm")
@@ -180,7 +180,7 @@ def test_a_block_or_a_unit_alone():
 
 
 def test_the_fold_is_the_batch_norm():
-    """Against the formula, in float64, with statistics far from neutral."""
+    """Checked against the formula in float64, with statistics far from neutral."""
     conv, norm = nn.Conv2d(3, 5, 3, padding=1, groups=1).double(), nn.BatchNorm2d(5, eps=0.1).double().eval()
     for value in (norm.weight.data, norm.bias.data, norm.running_mean):
         value.normal_(3, 2)
@@ -192,7 +192,7 @@ def test_the_fold_is_the_batch_norm():
     assert [type(module).__name__ for module in frozen] == ["FrozenConv2d", "Identity", "Identity"]
 
 
-# -- what is left, and said
+# -- what is left as it is, and reported
 
 
 def test_a_declined_block_stays_and_is_right():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`freeze` and `verify` on models as people have them: shared modules, hooks, strange tensors beside the network,
-inputs that are no images yet, other default devices; and what becomes of a frozen model's weights on disk."""
+"""`freeze` and `verify` on models as users have them: shared modules, hooks, unusual tensors next to the network,
+inputs that are not images yet, other default devices; and a frozen model's weights on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(model: nn.Module, x: Tensor = IMAGES) -> Tensor:
 
 
 def assert_frozen_right(model: nn.Module, x: Tensor = IMAGES, **options) -> nn.Module:
-    """All of the network is frozen, and right."""
+    """The whole network is frozen, and its results are right."""
     frozen = mvit_kernels.freeze(model, **options)
     found = frozen.freeze_report
     assert (len(found.blocks), len(found.inverted_residuals), len(found.convolutions)) == (3, 7, 35), found
@@ -43,7 +43,7 @@ def assert_frozen_right(model: nn.Module, x: Tensor = IMAGES, **options) -> nn.M
 
 
 class Twice(nn.Module):
-    """A block, a unit, an inverted residual and a stage with second names, called under both."""
+    """A block, a unit, an inverted residual and a stage that each have a second name, called under both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_shared_modules_accelerate():
 
 
 def test_a_convolution_shared_with_a_sequential_keeps_its_own_value():
-    """Under its second name it is called without the batch norm that follows it under the first."""
+    """Under its second name it runs without the batch norm that follows it under the first."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -93,11 +93,11 @@ def test_a_convolution_shared_with_a_sequential_keeps_its_own_value():
     )
 
 
-# -- what else a model may hold
+# -- what else a model may contain
 
 
 class Beside(nn.Module):
-    """A network, and something that is nothing of ours."""
+    """A network, and something that is none of ours."""
 
     def __init__(self, add) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_only_what_is_mobilevits_is_touched(case):
     frozen = assert_frozen_right(model)
     expected = run(model)
     for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float64, 1e-4)):
-        # a scripted convolution takes no other dtype than its own, frozen or not
+        # a scripted convolution takes its own dtype only, frozen or not
         images = IMAGES.to(dtype) if case == "ScriptModule" else IMAGES
         other = mvit_kernels.freeze(model, dtype=dtype)
         ours = run(other, images)
@@ -150,7 +150,7 @@ def test_only_what_is_mobilevits_is_touched(case):
 
 
 class Packed(Tensor):
-    """A weight whose values are somewhere else, as quantised ones are: a subclass with ``__torch_dispatch__``."""
+    """A weight whose values are stored elsewhere, like quantised ones: a subclass with ``__torch_dispatch__``."""
 
     @staticmethod
     def __new__(cls, values: Tensor):
@@ -190,7 +190,7 @@ def test_weights_of_a_tensor_subclass_are_left():
 
 
 def test_full_backward_hooks_are_kept():
-    """Class activation maps look at the gradient of a map; in a frozen model they get the same one."""
+    """Class activation maps use the gradient of a map; in a frozen model they get the same one."""
     gradients = {}
     for name, make in (("frozen", mvit_kernels.freeze), ("stock", copy.deepcopy)):
         model, seen = models.build("timm"), []
@@ -206,7 +206,7 @@ def test_full_backward_hooks_are_kept():
 
 
 def test_forward_hooks_are_kept_whole():
-    """With keyword arguments, and those that are called after an error too."""
+    """Those with keyword arguments, and those that are called even after an error."""
     model, calls = models.build("timm"), []
     model.stem.register_forward_hook(lambda m, args, kwargs, y: calls.append(kwargs), with_kwargs=True)
     model.stem.register_forward_pre_hook(lambda m, args, kwargs: calls.append(kwargs), with_kwargs=True)
@@ -256,7 +256,7 @@ NO_IMAGES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool, torc
 
 @pytest.mark.parametrize("part", ["model", "convolution", "stages", "block", "inverted residual"])
 def test_what_stock_refuses_is_refused(part):
-    """Integers cast without a scale would give another class, and of complex numbers a half would be dropped."""
+    """Integers cast without a scale would give another class, and complex numbers would lose their imaginary part."""
     module, channels = _frozen_parts()[part]
     kinds = (FrozenConv2d, FrozenSequential, FrozenMobileViTBlock, FrozenInvertedResidual)
     assert part == "model" or isinstance(module, kinds)
@@ -327,7 +327,7 @@ def test_where_tensors_are_made_on_another_device_by_default(library, elsewhere)
 
 
 def test_every_tensor_is_made_on_a_device_that_is_named():
-    """Else it is made where the user's default is."""
+    """Otherwise it would be made on the user's default device."""
     factories = "zeros ones empty full arange linspace tensor as_tensor eye rand randn randint randperm empty_strided"
     package, found = Path(mvit_kernels.__file__).parent, []
     for path in package.rglob("*.py"):
@@ -353,13 +353,13 @@ def test_a_model_on_meta_freezes(library):
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 @pytest.mark.parametrize("library", models.LIBRARIES)
 def test_a_frozen_state_dict_goes_through_safetensors(library, assign, tmp_path):
-    """Dense values, each once. Where a library's own block serves some calls, it has the loaded weights too."""
+    """Dense values, each stored once. Where a library's own block serves some calls, it too has the loaded weights."""
     safetensors = pytest.importorskip("safetensors.torch")
     model = models.build(library)
     frozen = mvit_kernels.freeze(model)
     safetensors.save_file(frozen.state_dict(), tmp_path / "frozen.safetensors")
     other = mvit_kernels.freeze(models.sensible(models.build(library), seed=5))
-    # In memory of their own: with SSE, MKL multiplies weights that lie at odd addresses of a file in another order.
+    # Cloned: with SSE, MKL multiplies weights at the odd addresses of a file's memory in another order.
     loaded = {name: value.clone() for name, value in safetensors.load_file(tmp_path / "frozen.safetensors").items()}
     other.load_state_dict(loaded, assign=assign)
     # cvnets: 64 patches of 64 channels at stage 3, which its own block serves
@@ -369,7 +369,7 @@ def test_a_frozen_state_dict_goes_through_safetensors(library, assign, tmp_path)
 
 
 def test_save_pretrained_says_why_not(tmp_path):
-    """from_pretrained would leave the frozen weights out, and draw others."""
+    """from_pretrained would skip the frozen weights, and initialise others."""
     model = models.build("huggingface")
     frozen = mvit_kernels.freeze(model)
     for candidate in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), frozen.mobilevit):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen chain as one native call: against float64 and PyTorch, whatever the sizes, threads and layouts, and what it
-leaves to the modules one by one."""
+"""A frozen chain as one native call: against float64 and PyTorch, for all sizes, numbers of threads and layouts; and
+what it leaves to the modules one by one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASES = int(os.environ.get("MVIT_KERNELS_FUZZ", "60"))
 
 
 def check(module: Frozen, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The tolerance rule, against the same modules one by one."""
+    """The tolerance rule, with the same modules one by one as PyTorch's result."""
     module, x = copy.deepcopy(module).to(dtype), x.to(dtype)
     ours = native(module, x)
     exact, x64 = copy.deepcopy(module).double(), x.double()
@@ -44,15 +44,6 @@ def check(module: Frozen, x: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     assert_close_as_pytorch(name, ours, composed(module, x), composed(exact, x64), careful)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     return ours
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Unless a test sets more: threads that wait for one another beside other processes take ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -175,7 +166,7 @@ def test_the_same_bits_for_any_number_of_threads_and_any_batch(batch, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_left_of_an_earlier_call(dtype):
-    """The workspace is kept from call to call: after one whose every value was NaN it holds nothing else."""
+    """The workspace is kept between calls: after a call whose every value was NaN it holds nothing but NaN."""
     module, draw = chain()
     module, x = module.to(dtype), draw(3, 3, 51, 66).to(dtype)
     for count in (1, 2):
@@ -323,7 +314,8 @@ def test_bfloat16_takes_pairs_only_where_all_widths_are_even():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_long_sums_are_as_exact_as_pytorchs(seed):
-    """Nine times 320 channels, the fusion of S's last block, beside the convolution that PyTorch runs unfrozen."""
+    """Nine times 320 channels, the fusion of S's last block, compared with the convolution that PyTorch runs
+    unfrozen."""
     draw = Draw(seed)
     conv, x = draw.conv(320, 160, 3, act=False), draw(1, 320, 8, 8)
     truth, pytorch = (

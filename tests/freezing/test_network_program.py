@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the library makes of a program: a wrong one is an error that names the step, whatever Python checked before."""
+"""How the library reads a program: a wrong one is an error that names the step, whatever Python checked before."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SOURCE, TARGET, WORDS = 2, 5, 8  # of a step, beside its length and kind
 
 @pytest.fixture(scope="module")
 def made() -> tuple[Network, torch.Tensor, torch.Tensor]:
-    """A chain's network, an input, and what comes of it."""
+    """A chain's network, an input, and the result."""
     module, draw = chain()
     x = draw(2, 3, 33, 30)
     native(module, x)
@@ -38,7 +38,7 @@ def made() -> tuple[Network, torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def still_right(made):
-    """Whatever was refused, the right program gives the same bits as before."""
+    """After whatever was refused, the right program gives the same bits as before."""
     yield
     network, x, expected = made
     assert torch.equal(call(x, network.weights, network.program, network.out_channels, network.halvings), expected)
@@ -143,7 +143,7 @@ def test_a_dilation_that_is_wider_than_the_border(made):
 
 
 def test_maps_too_large_for_memory(made):
-    """Borders that make 2^50 bytes of a map, and some that make 2^43: a number, but no memory."""
+    """Borders that make a map of 2^50 bytes, and some that make one of 2^43: valid numbers, but more than memory."""
     network, x, _ = made
     value = int(network.program[steps(network.program, CONVOLUTION)[0] + SOURCE])
     for border, says in ((2**23, "too large|no memory for"), (2**19, "no memory for .* bytes")):
@@ -194,7 +194,7 @@ def test_wrong_input_and_result(made):
 
 
 def test_rows_of_an_input_that_has_none():
-    """A network that begins with an inverted residual reads x's rows where they are."""
+    """A network that begins with an inverted residual reads x's rows in place."""
     module, draw = Draw(1).inverted(8, 16, 8), Draw(2)
     x = draw(2, 8, 9, 10)
     expected = native(module, x)
@@ -272,7 +272,7 @@ def test_every_raw_operator_has_a_fake():
 
 
 def test_a_fake_refuses_tensors_of_two_devices():
-    """A call with a meta tensor among real ones would return memory that nothing was written to."""
+    """A call with a meta tensor among real ones would return memory that was never written."""
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
     for first, second in ((x, weight.to("meta")), (x.to("meta"), weight)):
         with pytest.raises(ValueError, match=r"linear_residual\.cpu: tensors are on .* move all to one device"):

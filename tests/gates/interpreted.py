@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels in Triton's interpreter, at few shapes that meet every branch. ``test_triton_backend`` runs this
-file in a process of its own, since TRITON_INTERPRET is read when kernels are defined:
+"""The Triton kernels in Triton's interpreter, at a few shapes that reach every branch.
+backends/triton/test_backend.py runs this file in a process of its own, since TRITON_INTERPRET is read when kernels are
+defined:
 
     TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted.py
 
@@ -17,28 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mvit_kernels
 from mvit_kernels.backends.triton.target import INTERPRETED
 from mvit_kernels.ops import transformer_on_map
-from support.cases import DIFFERENTIABLE, call, convert, evaluate, make
-from support.checks import (
-    check,
-    check_autocast,
-    check_gradients_one_by_one,
-    check_registration,
-    check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
-)
+from support.cases import DIFFERENTIABLE, NARROW, call, convert, evaluate, make
+from support.checks import check, check_autocast, check_gradients_one_by_one, check_registration, check_same_bits
 from support.tolerance import assert_close_as_pytorch
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"
 launch = pytest.importorskip("mvit_kernels.backends.triton._launch")
-
-NARROW = {  # rows that are no tile, widths that are no power of two
-    "layer_norm": dict(shape=(2, 3, 5, 24)),
-    "transformer_layer": dict(shape=(1, 4, 6, 24), heads=2, patch=(2, 2)),
-    "layer_norm_linear": dict(shape=(2, 3, 5, 24), n=40, activation="silu"),
-    "patch_attention": dict(shape=(2, 6, 8), heads=2, head_dim=12, patch=(2, 2)),
-    "linear_residual": dict(shape=(2, 3, 5, 24), n=40),
-    "layer_norm_mlp": dict(shape=(2, 3, 5, 24), hidden=40),
-}
 
 ROW_WISE = [
     ("layer_norm", dict(shape=(70, 144)), "bfloat16"),
@@ -81,7 +66,7 @@ LAYERS = [
     (dict(shape=(1, 4, 4, 40), heads=4, head_dim=8, hidden=160, patch=(2, 2), qkv_bias=False), "bfloat16"),
     (
         dict(
-            shape=(2, 9, 10, 33),  # 90 rows an image, of which a tile of 64 sees two
+            shape=(2, 9, 10, 33),  # 90 rows an image: a tile of 64 rows covers parts of two
             heads=3,
             head_dim=20,
             hidden=17,
@@ -105,7 +90,7 @@ def test_attention(sizes, dtype):
 
 
 def test_programs_of_several_blocks_of_rows(monkeypatch):
-    """As from 4224 rows on, where a LayerNorm's backward has no more programs."""
+    """As happens from 4224 rows on, where LayerNorm's backward has reached its largest number of programs."""
     monkeypatch.setattr(importlib.import_module("mvit_kernels.backends.triton.layer_norm"), "_PARTS", 2)
     for rows in (64, 65, 100, 130):
         check("layer_norm", dict(shape=(rows, 24)), path="triton")
@@ -147,7 +132,7 @@ def test_scores_that_overflow_without_the_maximum_taken_out(dtype):
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of keys whose gradients are not stored
 @pytest.mark.parametrize("tokens", [6, 48, 65])
 def test_keys_after_the_last_weigh_nothing(tokens):
-    """All scores are about −100: against them a key of zeros, as tiles are filled up with, would have infinite
+    """All scores are about −100: compared with them a key of zeros, with which tiles are padded, would have infinite
     weight."""
     qkv = torch.randn(1, tokens, 1, 48, generator=torch.Generator().manual_seed(0))
     qkv[..., :16] += 5
@@ -172,7 +157,7 @@ def test_torch_knows_the_operators(operator):
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_float32_keeps_to_what_pytorch_allows(precision):
-    """By default products of float32 are as exact as PyTorch's; where TF32 is allowed, of TF32's ten bits."""
+    """By default float32 products are as exact as PyTorch's; where TF32 is allowed, they have TF32's ten bits."""
     sizes = dict(shape=(6, 64), n=64)
     tensors, settings = make("linear_residual", sizes)
     tensors = convert(tensors, torch.float32)
@@ -225,7 +210,7 @@ FORWARD = ["_normed_product", "forward", "_product", "_mlp"]
 
 
 def test_launches_of_the_operators():
-    """Four kernels forward and eleven backward, and autograd adds the gradients of x up."""
+    """Four kernels forward and eleven backward, and autograd adds up the gradients of x."""
     x, layer = torch.randn(1, 4, 4, 32, dtype=torch.bfloat16, requires_grad=True), weights_of(32, torch.bfloat16)
     forward, backward = launched(lambda: operators_of(x, layer))
     weights = ["_weight_gradients", "_sum_parts"]
@@ -248,7 +233,8 @@ def test_launches_of_the_operators():
     ids=str,
 )
 def test_launches_of_a_layer(live, more):
-    """As one operator: four forward and eight backward. Dropout is part of them, but for one kernel backward."""
+    """As one operator: four forward and eight backward. Dropout is part of these, but for one more kernel in
+    backward."""
     x, layer = torch.randn(1, 4, 4, 32, dtype=torch.bfloat16, requires_grad=True), weights_of(32, torch.bfloat16)
     dropout = mvit_kernels.LayerDropout(**live) if live else None
     forward, backward = launched(lambda: layer_of(x, layer, dropout))
@@ -275,7 +261,7 @@ class PyTorchLaunches(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def blocks():
-    """timm's first MobileViT block of xxs, in training, and the same accelerated."""
+    """timm's first MobileViT block of xxs in training mode, and the same block accelerated."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     found = [m for m in timm.create_model("mobilevit_xxs").modules() if type(m).__name__ == "MobileVitBlock"]
@@ -316,8 +302,8 @@ def test_launches_of_a_block(blocks):
 
 
 def kept_bytes(block, x) -> int:
-    """What autograd keeps between forward and backward, weights and their casts aside; tensors that share memory count
-    once."""
+    """The bytes that autograd keeps between forward and backward, except weights and their casts; tensors that share
+    memory count once."""
     weights = {tuple(sorted(p.shape)) for p in block.parameters()}
     storages = {}
 
@@ -334,13 +320,13 @@ def kept_bytes(block, x) -> int:
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_memory_kept_for_backward(blocks, memory_format):
     """At most half of what timm's block keeps, convolutions included, both in bfloat16 under autocast."""
-    x = torch.randn(1, 48, 8, 12).to(memory_format=memory_format)  # 96 tokens, which is no width of a weight
+    x = torch.randn(1, 48, 8, 12).to(memory_format=memory_format)  # 96 tokens: no weight has that width
     theirs, ours = (kept_bytes(block, x) for block in blocks)
     assert ours * 2 <= theirs, f"{ours} bytes, and timm's block {theirs}"
 
 
 def test_a_mask_is_not_kept():
-    """Dropout keeps its seed and nothing else."""
+    """Dropout keeps its seed and nothing more."""
     x, layer = torch.randn(1, 4, 4, 32), weights_of(32, torch.float32)
 
     def kept(dropout):
@@ -354,7 +340,7 @@ def test_a_mask_is_not_kept():
 
 @pytest.mark.parametrize("function", [operators_of, layer_of])
 def test_compiles_whole(function):
-    """One graph, forward and backward, by the operators themselves; the same values."""
+    """One graph, forward and backward, with the operators themselves in it; the same values."""
     layer = weights_of(32, torch.float32)
     x = torch.randn(1, 4, 4, 32, requires_grad=True)
     expected = function(x, layer)
@@ -367,8 +353,8 @@ def test_compiles_whole(function):
 
 
 def test_a_map_with_live_dropout_compiles_whole():
-    """Under autocast: casts of all weights at once, seeds, layers and the last LayerNorm in one graph. Run without
-    inductor's own random numbers the values are eager's."""
+    """Under autocast: casts of all weights at once, seeds, layers and the final LayerNorm in one graph. Without
+    inductor's own random numbers the values are those of eager mode."""
     layers, norm = [weights_of(32, torch.float32) for _ in range(2)], tuple(weights_of(32, torch.float32)[:2])
     leaves = [t for layer in layers for t in layer] + list(norm)
     x = torch.randn(2, 32, 4, 4, requires_grad=True)
@@ -396,7 +382,7 @@ def test_a_map_with_live_dropout_compiles_whole():
 
 @pytest.mark.parametrize("probability", [0.0, 0.1])
 def test_nothing_on_the_host_depends_on_data(probability):
-    """A call and its backward plan all their launches on tensors without data: no synchronisation, no choice that a
+    """A call and its backward plan all launches with tensors that have no data: no synchronisation, no choice that a
     CUDA graph would freeze."""
     from gates.triton_gate import stage
     from mvit_kernels.dropout import draw_seeds

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How exact the Triton kernels' float32 sums are, in Triton's interpreter, whose products are chains of FMAs as the
-compiled ones are (`_interpreter`). ``test_triton_backend`` runs this file in a process of its own, beside
-`_interpreted`:
+"""How exact the Triton kernels' float32 sums are, in Triton's interpreter, whose products are made chains of FMAs
+like the compiled ones (`support.interpreter`). backends/triton/test_backend.py runs this file in a process of its own,
+like interpreted.py:
 
     TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted_sums.py
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mvit_kernels.backends.triton.target import INTERPRETED
 from support.cases import call, convert, evaluate, make, paths
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.exactness import MOST, draws, ratios
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"
@@ -22,12 +21,12 @@ gradients = importlib.import_module("mvit_kernels.backends.triton._weight_gradie
 
 
 def noise(value: Tensor, truth: Tensor) -> float:
-    """The root mean square of the errors, of the values."""
+    """The root mean square of the errors, relative to that of the values."""
     return ((value.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
 
 
 def noise_of_one_chain(terms: int) -> float:
-    """Of sums of so many products of normal numbers, added up one after the other."""
+    """The same for sums of so many products of normal numbers, added one after the other."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2000, terms, generator=generator) for _ in range(2))
     total = torch.zeros(2000)
@@ -52,7 +51,7 @@ LONG = [  # the terms of the longest sum in a result
 @pytest.mark.parametrize("operator, sizes, name, terms", LONG, ids=str)
 def test_long_sums_are_of_several_chains(operator, sizes, name, terms, monkeypatch):
     """In blocks of √K terms errors are a third of one chain's at K = 500, and grow with K^(3/4). PyTorch's own products
-    have blocks as well; on an H200 gradients of x by one chain missed the rule at widths 192 and 240."""
+    are summed in blocks too; on an H200, gradients of x by one chain missed the rule at widths 192 and 240."""
     monkeypatch.setattr(gradients, "_PROGRAMS", 1)  # all rows are one part
     gradients._schedule.cache_clear()
     tensors, settings = make(operator, sizes)
@@ -65,7 +64,7 @@ def test_long_sums_are_of_several_chains(operator, sizes, name, terms, monkeypat
 
 
 def test_attention_makes_no_habit_of_errors():
-    """Where an exponential lies between two products, no one chain is the measure."""
+    """With an exponential between two products, a single chain is not the measure."""
     assert "triton" in paths("patch_attention")  # and loaded
     sizes = dict(shape=(1, 16, 8), heads=2, head_dim=20, patch=(2, 2))
     found = ratios(draws("patch_attention", sizes, "triton"))
@@ -75,7 +74,8 @@ def test_attention_makes_no_habit_of_errors():
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
 @pytest.mark.parametrize("d", [17, 144, 192, 300])
 def test_statistics(d, mean):
-    """The mean to half a unit (of the largest values where it is near 0), 1/σ to two, however far off the mean is."""
+    """The mean to half a unit (of the largest values where it is near 0), 1/σ to two, however far the mean is from
+    0."""
     tensors, settings = make("layer_norm", dict(shape=(40, d), mean=mean))
     tensors = convert(tensors, torch.float32)
     kernels = importlib.import_module("mvit_kernels.backends.triton.layer_norm")

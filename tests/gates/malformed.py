@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Malformed direct calls of the raw operators: each must raise or return, and the process go on.
+"""Malformed direct calls of the raw operators: each must raise or return, and the process must survive.
 
     python -m gates.malformed [--backend cpu] [--count 20000] [--first 0] [--all]
 
 Call number n of a backend is the same everywhere: a well-formed call of a seeded choice of sizes, some of which may
-be 0 or huge, with up to three of its arguments made wrong. They are made in a child of this process, in which
-well-formed calls between them must go on giving the right values. A call that ends the child, or that takes longer
+be 0 or huge, with up to three of its arguments made wrong. Calls run in a child of this process, in which well-formed
+calls between them must keep giving the right values. A call that ends the child, or that takes longer
 than `SECONDS`, is printed as a line to paste; ``--all`` goes on after it.
 """
 
@@ -30,7 +30,7 @@ from support.malformed_arguments import DTYPES, LAYOUTS, Call, T, Weights, Words
 from support.malformed_operators import HUGE, NATIVE, operators, well_formed
 
 SECONDS = 60  # a call may take
-MEMORY = 1 << 30  # bytes of addresses that the child may have beside those it begins with: no tensor of 2^31 elements
+MEMORY = 1 << 30  # bytes of address space that the child may add to what it starts with: no tensor of 2^31 elements
 EVERY = 40  # calls between two well-formed ones
 INTEGERS = (-(2**63), -(2**31), -3, -1, 0, 1, 2, 3, 5, 0x5555555555555556, *HUGE)
 FLOATS = (0.0, -1.0, 1e308, nan, inf, -inf)
@@ -40,7 +40,7 @@ FLOATS = (0.0, -1.0, 1e308, nan, inf, -inf)
 
 
 def malformed(number: int, backend: str) -> Call:
-    """Call `number`: up to three arguments are wrong, or none where the sizes may be wild."""
+    """Call `number`: up to three wrong arguments, or possibly none where the sizes may be wild."""
     r = random.Random(f"{backend} {number}")
     names = _operators.setdefault(backend, operators(backend))
     call = well_formed(r.choice(names), backend, r, wild=r.random() < 0.5)
@@ -77,7 +77,7 @@ def changed(argument: Any, r: random.Random, others: list[Any]) -> Any:
         return r.choice(("", "silu", "relu", "SiLU", "\0", "é" * 1000))
     if isinstance(argument, list):
         return _changed_list(argument, r, others)
-    tensors = [other for other in others if isinstance(other, T)]  # of a None
+    tensors = [other for other in others if isinstance(other, T)]  # in place of a None
     return r.choice((None, *tensors))
 
 
@@ -152,7 +152,7 @@ def _changed_list(values: list[Any], r: random.Random, others: list[Any]) -> Any
 
 
 class Sentinel:
-    """Well-formed calls of every operator, against the reference at first and against these bits afterwards."""
+    """Well-formed calls of every operator, compared with the reference at first and with those bits afterwards."""
 
     def __init__(self, backend: str) -> None:
         r = random.Random(f"well-formed calls of {backend}")
@@ -196,7 +196,7 @@ def child(sentinel: Sentinel, backend: str, first: int, last: int, state: mmap.m
     for number in range(first, last):
         state[:16] = struct.pack("qq", number, raised)
         call = malformed(number, backend)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # whose signal ends the process
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # its signal ends the process
         returned = made.setdefault(call.operator, [])
         try:
             with torch.no_grad():

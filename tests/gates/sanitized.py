@@ -6,12 +6,11 @@
 
 Both need the library that ``MVIT_KERNELS_SANITIZE=1 python setup.py build_native --inplace`` leaves in
 ``build/sanitized``, and start processes of their own on it. An error ends such a process with the sanitizer's report.
-`make sanitize` runs both; `make test` has no time for
-a second build of the library.
+`make sanitize` runs both; `make test` has no time for a second build of the library.
 
-PyTorch's own memory comes from malloc, which AddressSanitizer replaces: a kernel that reads or writes beside a tensor
-is seen, and so is one beside its scratch memory, which is of the exact size in this build (csrc/cpu/tensors.h). Not
-seen is a kernel that leaves one part of its scratch memory for another.
+PyTorch's own memory comes from malloc, which AddressSanitizer replaces: a kernel that reads or writes outside a
+tensor is seen, and so is one outside its scratch memory, which has the exact size in this build (csrc/cpu/scratch.cpp).
+A kernel that strays from one part of its scratch memory into another is not seen.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from support import ROOT, TESTS
 from support.native import instruction_sets
 
 LIBRARIES = ROOT / "build" / "sanitized"
-UNSUPPORTED = 3  # exit code of a process whose instruction set this processor has not
+UNSUPPORTED = 3  # exit code of a process whose instruction set this processor does not have
 
 
 class NoSanitizer(Exception):
-    """This machine's compiler has no sanitizer; the message says what is missing."""
+    """This machine's compiler has no sanitizers; the message says what is missing."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -46,7 +45,7 @@ def environment(**more: str) -> dict[str, str]:
     if not compiler:
         raise NoSanitizer("no C++ compiler")
     preload = []
-    for name in ("libasan.so", "libstdc++.so.6"):  # without the second, AddressSanitizer knows of no C++ exceptions
+    for name in ("libasan.so", "libstdc++.so.6"):  # without the second, AddressSanitizer does not know C++ exceptions
         command = [*compiler, f"-print-file-name={name}"]
         path = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
         if not path.is_absolute():
@@ -66,7 +65,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run_cases(isa: str) -> None:
     """Every operator's cases (``CASES`` of its test file) in every dtype and frozen networks, on `isa`; exit code
-    `UNSUPPORTED` where the processor has it not. Values are the other tests' business."""
+    `UNSUPPORTED` if the processor does not have it. Other tests judge the values."""
     os.environ["MVIT_KERNELS_CPU_ISA"] = isa
     import torch
 
@@ -105,7 +104,7 @@ def run_cases(isa: str) -> None:
 
 
 def run_all_cases() -> None:
-    """`run_cases` on every instruction set, each in a fork of this process, since to load PyTorch takes longest."""
+    """`run_cases` on every instruction set, each in a fork of this process, since loading PyTorch takes longest."""
     import torch  # noqa: F401
 
     from mvit_kernels import backends
@@ -143,8 +142,8 @@ def main(arguments: list[str]) -> int:
 
     files = [f"ops/test_{operator}.py" for operator in backends.operators("cpu")] + ["freezing/test_network.py"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-k", "cpu or network", "-p", "no:cacheprovider"]
-    pytest += ["-p", "no:faulthandler"]  # whose stack would stand in front of the sanitizer's
-    pytest += ["--capture=sys"]  # else the report of a process that it ends is lost with pytest's file
+    pytest += ["-p", "no:faulthandler"]  # its stack would be printed before the sanitizer's
+    pytest += ["--capture=sys"]  # otherwise the report of a process that it ends is lost with pytest's file
     pytest += [str(TESTS / file) for file in files]
     for isa in instruction_sets():
         variables = environment(MVIT_KERNELS_CPU_ISA=isa)

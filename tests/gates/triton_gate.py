@@ -5,9 +5,9 @@ Example:
     $ python -m gates.triton_gate    # compile everything, and write tests/data/triton_gate.csv
     $ python -m gates.triton_gate --arch 90 --only _mlp,_hidden --dry
 
-The operators plan their launches for meta tensors of every shape that a zoo's model has; each different plan is
-compiled for each architecture, as its launch would compile it. A row has registers a thread, bytes of stack (where
-spills go), shared memory, and which tensor-core instructions came out.
+The operators plan their launches for meta tensors of every shape that a model of the zoo has; each distinct plan is
+compiled for each architecture, as its launch would compile it. A row has registers per thread, bytes of stack (where
+spills go), shared memory, and which tensor-core instructions were emitted.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ SIDES = {1024: 32, 256: 16, 64: 8}
 
 
 def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int, probability: float = 0.0) -> list:
-    """The launches of one transformer layer of width d, forward and backward: operator by operator, and as one, every
-    dropout of which has this probability."""
+    """The launches of one transformer layer of width d, forward and backward: operator by operator, and as one operator
+    with this probability for every dropout."""
     from mvit_kernels.backends.triton import (
         layer_norm,
         layer_norm_linear,
@@ -86,8 +86,8 @@ def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int, p
 
 
 def cases(target: int) -> Iterator[tuple[str, object]]:
-    """(name, launch): every width in bfloat16 for one image and for 64, these with live dropout; some in the other
-    dtypes, without."""
+    """(name, launch): every width in bfloat16 for one image, and for 64 with live dropout; some widths in the other
+    dtypes, without dropout."""
     for d in WIDTHS:
         for batch, probability in ((64, 0.1), (1, 0.0)):
             for launch in stage(d, batch, torch.bfloat16, "highest", target, probability):
@@ -143,13 +143,13 @@ def compiled_for(launch, arch: int):
 
 
 def float32_operations(ptx: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """By the register that it defines, each float32 operation and its operands."""
+    """Each float32 operation and its operands, by the register that it defines."""
     found = re.findall(r"^\s*(?:@\S+ )?([a-z]+)\S*\.f32\s+(%\w+), (.*);", ptx, re.MULTILINE)
     return {register: (name, tuple(operands.split(", "))) for name, register, operands in found}
 
 
 def build(launch, arch: int) -> dict[str, object]:
-    """Compile; what came out."""
+    """Compile, and describe the result."""
     import triton
 
     compiled = compiled_for(launch, arch)
@@ -188,7 +188,7 @@ def different(arch: int) -> list[tuple[dict[str, object], object]]:
     for case, launch in cases(arch):
         row = describe(case, launch, arch)
         variant = tuple(None if t is None else t.dtype for t in launch.tensors)
-        tile = "" if row["kernel"].endswith("_sum_parts") else row["tile"]  # sums know no tile but BLOCK
+        tile = "" if row["kernel"].endswith("_sum_parts") else row["tile"]  # sums have no tile but BLOCK
         found.setdefault((row["kernel"], tile, variant), (row, launch))
     return list(found.values())
 

@@ -2,12 +2,13 @@
 """Every GPU kernel under NVIDIA's compute-sanitizer, on tiny shapes: `make sanitize-gpu` runs this.
 
     python -m pytest tests/gates/under_compute_sanitizer.py
-    python -m gates.under_compute_sanitizer triton linear_residual      # the calls alone, as the sanitizer runs them
 
-memcheck sees accesses beside a tensor and misaligned ones: PyTorch's caching allocator is off in these processes, so
+It runs every_kernel.py, for one backend and operator at a time.
+
+memcheck sees accesses outside a tensor and misaligned ones: PyTorch's caching allocator is off in these processes, so
 that a tensor ends where its memory does. racecheck sees hazards in shared memory, synccheck barriers that not all
-threads reach, initcheck memory that is read before anybody wrote it. Where there is no GPU, or no compute-sanitizer, it
-says so and skips.
+threads reach, initcheck memory that is read before it is written. Without a GPU or compute-sanitizer it says so and
+skips.
 """
 
 from __future__ import annotations
@@ -22,53 +23,9 @@ import pytest
 import torch
 
 from mvit_kernels import backends
-from support.cases import DIFFERENTIABLE, call, convert, device_of, evaluate, make
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 9  # exit code of a process in which a tool found something
-LIVE = dict(projection=0.2, mlp=0.2, path1=0.2, path2=0.2)
-SIZES = {  # rows that are no tile, widths that are no power of two, every kernel of an operator
-    "layer_norm": [dict(shape=(70, 24)), dict(shape=(3, 300))],
-    "layer_norm_linear": [dict(shape=(70, 24), n=40, activation="silu"), dict(shape=(3, 300), n=17, bias=False)],
-    "patch_attention": [
-        dict(shape=(2, 6, 8), heads=3, head_dim=12, patch=(2, 2)),  # short sequences
-        dict(shape=(1, 16, 16), heads=2, head_dim=36, patch=(2, 2)),  # backward whole
-        dict(shape=(1, 10, 26), heads=1, head_dim=20, patch=(2, 2)),  # backward by blocks
-        dict(shape=(1, 16, 16), heads=1, head_dim=17, patch=(1, 1)),
-    ],
-    "linear_residual": [dict(shape=(70, 24), n=40), dict(shape=(5, 33), n=100, bias=False)],
-    "layer_norm_mlp": [dict(shape=(70, 24), hidden=40), dict(shape=(5, 33), hidden=50)],
-    "transformer_layer": [
-        dict(shape=(2, 6, 8, 24), heads=2, patch=(2, 2), dropout=LIVE),
-        dict(shape=(1, 5, 6, 33), heads=3, head_dim=20, hidden=17, patch=(1, 2), qkv_bias=False),
-    ],
-    "inverted_residual": [
-        dict(shape=(2, 7, 9, 24), hidden=40, out=24, residual=True),
-        dict(shape=(1, 8, 6, 17), hidden=33, out=20, stride=2),
-    ],
-    "transformer": [
-        dict(shape=(2, 6, 8, 24), heads=2, patch=(2, 2)),
-        dict(shape=(1, 16, 16, 64), heads=4, patch=(2, 2), qkv_bias=False, final_norm=False),
-    ],
-}
-
-
-def run_cases(backend: str, operator: str) -> int:
-    """The operator forward, and backward where it has one, in every dtype that the backend takes."""
-    done, device = 0, device_of(backend) if backend == "triton" else "cuda"
-    for sizes in SIZES[operator]:
-        tensors, settings = make(operator, sizes)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            inputs = convert(tensors, dtype, device=device)
-            try:
-                evaluate(lambda t: call(operator, t, settings, backend), inputs, operator in DIFFERENTIABLE)  # noqa: B023
-                done += 1
-            except backends.BackendError as refusal:
-                print(f"{operator} by {backend}: {refusal}", flush=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    print(f"{operator} by {backend}: {done} calls", flush=True)
-    return done
 
 
 def sanitizer() -> str | None:
@@ -79,7 +36,7 @@ def sanitizer() -> str | None:
 
 
 def under(tool: str, command: list[str]) -> subprocess.CompletedProcess:
-    """Run Python under a tool, Triton compiling with line numbers, each tensor in memory of its own."""
+    """Run Python under a tool, with every tensor in memory of its own; Triton compiles with line numbers."""
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only"]
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -104,9 +61,9 @@ KERNELS = [(backend, operator) for backend in ("triton", "cuda") for operator in
 def test_an_operator(backend, operator, tool):
     if why := backends.unavailable(backend, "cuda"):
         pytest.skip("; ".join(why))
-    done = under(tool, ["-m", "gates.under_compute_sanitizer", backend, operator])
+    done = under(tool, ["-m", "gates.every_kernel", "--run", backend, "--only", operator])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert f"{operator} by {backend}: " in done.stdout and ": 0 calls" not in done.stdout
+    assert f"{backend} {operator} " in done.stdout and ": ran\n" in done.stdout
 
 
 BROKEN = """
@@ -122,13 +79,9 @@ torch.cuda.synchronize()
 
 @pytest.mark.parametrize("elements, code", [(1024, 0), (512, FOUND)])
 def test_memcheck_sees_a_write_behind_a_tensor(elements, code, tmp_path):
-    """It is at work: 2 KB too far are found, and the right size is not."""
+    """The tool is at work: a write 2 KB too far is found, and one of the right size is not."""
     script = tmp_path / "broken.py"
     script.write_text(BROKEN.format(elements=elements))
     done = under("memcheck", [str(script)])
     assert (done.returncode == 0) == (code == 0), done.stdout[-4000:] + done.stderr[-2000:]
     assert ("Invalid __global__ write" in done.stdout) == (code != 0)
-
-
-if __name__ == "__main__":
-    sys.exit(0 if run_cases(*sys.argv[1:]) else 1)

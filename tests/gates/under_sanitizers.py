@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize` runs this, and more."""
+"""The C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize` runs this, and more."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from support import ROOT
 
 @pytest.fixture(scope="module")
 def variables() -> dict[str, str]:
-    """The library, built (the first time a minute on two cores, then nothing), and the variables to run on it."""
+    """Builds the library (the first time a minute on two cores, then no time); gives the variables to run with it."""
     try:
         found = sanitized.environment()
     except sanitized.NoSanitizer as why:
@@ -35,9 +35,9 @@ def test_every_operator_under_the_sanitizers(variables):
     assert "portable: frozen networks" in done.stdout
 
 
-@pytest.mark.parametrize("isa", ["", "portable"])  # the best that there is, and the one that has other vectors
+@pytest.mark.parametrize("isa", ["", "portable"])  # the best there is, and the one with other vectors
 def test_malformed_calls_under_the_sanitizers(variables, isa):
-    """None reads or writes beside a tensor, or counts beyond what a number holds."""
+    """None reads or writes outside a tensor, or overflows an integer."""
     options = variables["ASAN_OPTIONS"] + ":max_allocation_size_mb=1024"  # as without the sanitizers: see malformed.py
     limited = {**variables, "ASAN_OPTIONS": options, "MVIT_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "gates.malformed", "--count", "10000"]
@@ -47,7 +47,7 @@ def test_malformed_calls_under_the_sanitizers(variables, isa):
 
 
 def test_the_sanitizers_see_a_write_behind_a_tensor(variables):
-    """They are at work: the library that was built for them stops a process that writes one float too far."""
+    """The sanitizers are at work: the library built for them stops a process that writes one float too far."""
     code = "import ctypes, torch, mvit_kernels.backends.cpu as c; assert c.instruction_set(); x = torch.empty(5); "
     code += "ctypes.memset(x.data_ptr(), 0, 4 * {})"
     for floats, fails in ((5, False), (6, True)):

@@ -21,7 +21,7 @@ def set_fused(model: nn.Module, fused: bool) -> nn.Module:
 
 
 def paths(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """(fused, textbook) copies of a model, in float64, where only an error of ours can tell them apart."""
+    """(fused, textbook) copies of a model in float64, where only an error of ours could make them differ."""
     return set_fused(copy.deepcopy(model).double(), True), set_fused(copy.deepcopy(model).double(), False)
 
 
@@ -70,8 +70,8 @@ def test_both_paths_agree_at_any_size(size, patch_size):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_both_paths_train_alike(dropout):
-    """Every gradient, on even and resized maps; with dropout both draw the same numbers in the same order, the
-    operators where the reference serves them (kernels leave the rows in the map's order, and draw in it)."""
+    """Every gradient, on even and resized maps; with dropout both draw the same numbers in the same order, if the
+    reference serves the operators (kernels keep the rows in the map's order, and draw in that)."""
     fused, textbook = paths(MobileViT("xxs", num_classes=3, dropout=dropout, classifier_dropout=dropout).train())
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     for model in (fused, textbook):
@@ -80,7 +80,7 @@ def test_both_paths_train_alike(dropout):
             model(x).square().sum().backward()
     largest = max(p.grad.abs().max() for p in textbook.parameters())
     for (name, a), b in zip(fused.named_parameters(), textbook.parameters(), strict=True):
-        # Some gradients are 0 in exact arithmetic (a bias before a batch norm): those are bound by the largest.
+        # Some gradients are 0 in exact arithmetic (a bias before a batch norm): those are held to the largest gradient.
         assert (a.grad - b.grad).abs().max() <= 1e-9 * b.grad.abs().max() + 1e-13 * largest, name
     if dropout:
         assert not torch.equal(fused(x), fused(x))
@@ -88,7 +88,7 @@ def test_both_paths_train_alike(dropout):
 
 
 def test_a_pixel_attends_within_its_place_in_the_patch():
-    """Changing one pixel of a map changes, after the transformer, those at its place in every patch alone."""
+    """Changing one pixel of a map only changes, after the transformer, the pixels at its place in every patch."""
     block = MobileViTBlock(8, dim=16, depth=2, patch_size=(2, 3)).eval()
     maps = []
     block.conv_out.register_forward_pre_hook(lambda _, args: maps.append(args[0]))
@@ -238,7 +238,7 @@ def test_empty_batch():
     assert MobileViT("xxs", num_classes=3).eval()(torch.rand(0, 3, 224, 224)).shape == (0, 3)
 
 
-# -- what the operators would miss
+# -- what the operators would not see
 
 
 class Doubled(nn.Linear):

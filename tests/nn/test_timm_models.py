@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mvit_kernels_mobilevit_*` in timm's registry: what timm asks of its models, held against its own `mobilevit_*`."""
+"""`mvit_kernels_mobilevit_*` in timm's registry: what timm expects of its models, compared with its own
+`mobilevit_*`."""
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ from torch import nn
 
 from mvit_kernels import MobileViT, convert_state_dict, freeze, report, use_backend
 from mvit_kernels.nn import register_timm_models
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.models import assert_same, blocks, fast_calls, sensible
 
 register_timm_models()
@@ -34,7 +34,7 @@ def stock(**options) -> nn.Module:
 
 
 def twins(**options) -> tuple[nn.Module, nn.Module]:
-    """Ours and timm's in float64, made with the same options and of the same weights."""
+    """Ours and timm's in float64, built with the same options and given the same weights."""
     theirs = sensible(stock(**options)).double()
     twin = ours(**options).double().eval()
     weights = convert_state_dict(theirs.state_dict(), to="own")
@@ -138,15 +138,15 @@ def test_pools_and_resetting_the_classifier(pool):
         assert_same(twin(x), theirs.forward_head(features, pre_logits=True))
         twin.reset_classifier(0, "")
         assert_same(twin(x), features)
-        twin.reset_classifier(2)  # a new classifier wants a pool again
+        twin.reset_classifier(2)  # a new classifier needs a pool again
         assert (twin.global_pool, twin(x).shape) == ("avg", (len(x), 2))
         assert not any(module.training for module in twin.modules())
     assert ours(num_classes=3, global_pool="catavgmax").get_classifier().weight.shape == (3, 640)
 
 
 def test_drop_path_draws_what_timm_draws():
-    """The same rates, rising to the last block, and the same draws. Where a block adds nothing to its input, timm drops
-    all there is, which ours does not: those are switched off in timm's."""
+    """The same rates, rising to the last block, and the same draws. In blocks without a shortcut timm's drop-path drops
+    the whole value, which ours does not do: there it is switched off in timm's."""
     twin, theirs = twins(drop_path_rate=0.3, num_classes=4)
     for block in theirs.modules():
         if type(block).__name__ == "BottleneckBlock" and block.shortcut is None:
@@ -210,11 +210,11 @@ def test_features_only(feature_cls, out_indices):
     for value, other in zip(maps, expected, strict=True):
         assert_same(value.detach(), other.detach())
     sum(value.sum() for value in maps).backward()
-    assert all(p.grad is not None for p in extractor.parameters())  # what is not needed is gone
+    assert all(p.grad is not None for p in extractor.parameters())  # unused layers are gone
 
 
 def _as_network(extractor: nn.Module) -> dict[str, torch.Tensor]:
-    """Its weights by the network's names: extractors put a prefix before them, or join the first two parts."""
+    """Its weights by the network's names: extractors add a prefix, or join the first two parts."""
     state_dict = {}
     for key, value in extractor.state_dict().items():
         key = key.removeprefix("model.").removeprefix("graph_module.")
@@ -225,7 +225,7 @@ def _as_network(extractor: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3, 4), (2, -1), 2, [4, 1]])
 @pytest.mark.parametrize("feature_cls", [None, "list"])
 def test_features_beside_the_last_convolution(out_indices, feature_cls):
-    """Other than timm's, ours gives both the last stage (4) and the last convolution (5)."""
+    """Unlike timm's, ours gives both the last stage (4) and the last convolution (5)."""
     options = {"feature_cls": feature_cls} if feature_cls else {}
     features = ours(features_only=True, out_indices=out_indices, **options)
     maps = features(X)
@@ -291,7 +291,7 @@ def test_pruning(indices):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_fx(training):
-    """As timm's own tests trace: a block is one step of the graph."""
+    """Traced as in timm's own tests: a block is one node of the graph."""
     model = ours(num_classes=5).double().train(training)
     nodes = get_graph_node_names(model)[not training]
     assert "stages.2.1" in nodes and not any(".transformer" in node for node in nodes)

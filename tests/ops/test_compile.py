@@ -15,7 +15,6 @@ from mvit_kernels.dropout import LayerDropout
 from mvit_kernels.ops import transformer_on_map
 from mvit_kernels.ops.transformer import flatten
 from support.cases import Recorder, convert, make, structured
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.fake_backend import NAME, fake_backend
 
 # the modules: `mvit_kernels.ops` gives the functions of the same names
@@ -34,7 +33,7 @@ def fresh_compiler():
 
 
 def weights(layers=1, d=24, heads=2, dtype=torch.float32):
-    """The arguments of a stack without its map."""
+    """The arguments of a stack, except its map."""
     tensors, settings = make("transformer", dict(shape=(1, 2, 2, d), heads=heads, patch=(2, 2), layers=layers))
     arguments = structured("transformer", convert(tensors, dtype))
     return arguments["layers"], arguments["final_norm"], settings
@@ -48,7 +47,7 @@ def layer_by_public_functions(x, w):
 
 
 def layer_by_raw_operators(x, w):
-    """The same through the autograd functions around the raw operators, as every backend with kernels has it."""
+    """A layer through the autograd functions around the raw operators, as on every backend with kernels."""
 
     qkv = layer_norm_linear.apply("reference", True, x, *w[:4], 1e-5, "")
     attended = patch_attention.apply("reference", True, qkv, 2, (2, 2), 12**-0.5)
@@ -65,7 +64,7 @@ def differentiated(function, x, w):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_raw_operators_with_their_gradients(backend):
-    """One graph, and strides as they were traced: the map is NCHW in memory."""
+    """One graph, and the strides that were traced: the map is NCHW in memory."""
     (w,), _, _ = weights(dtype=torch.float64)
     x = torch.randn(2, 24, 4, 6, dtype=torch.float64).permute(0, 2, 3, 1)
     compiled = torch.compile(layer_by_raw_operators, fullgraph=True, backend=backend)
@@ -121,7 +120,7 @@ def test_operators_for_inference():
 
 
 def test_no_recompile_storm():
-    """After the first two, one graph serves any size: multi-scale training must not compile each anew."""
+    """After the first two sizes, one graph serves any: multi-scale training must not compile each one anew."""
     layers, final_norm, settings = weights()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -213,7 +212,7 @@ class Stack(torch.nn.Module):
 
 @pytest.mark.parametrize("size, strict", [((4, 6), False), ((5, 7), False), ((5, 7), True)])
 def test_export_is_plain_pytorch(size, strict):
-    """Whatever backend serves the model otherwise, also by name; the batch stays free."""
+    """Whichever backend would serve the model, even one asked for by name; the batch size stays dynamic."""
     model = Stack().eval()
     x = torch.randn(2, 24, *size)
     expected = model(x)

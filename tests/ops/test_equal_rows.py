@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that have no spread, of one column or of equal values: LayerNorm makes them its bias, to the last bit, and what
-is 0 in their gradients is 0.
+"""Rows without spread, of one column or of equal values: LayerNorm gives exactly its bias for them, and gradients that
+should be 0 are 0.
 
-The mean of equal values is that value. Where it is off in its last bit, 1/σ makes 316 times as much of it, and a value
-of 1e4 becomes 0.3; where it is right forward, and backward subtracts something else, x's gradient is such an error.
+The mean of equal values is that value. If it is off in its last bit, 1/σ multiplies the error by 316, and a value of
+1e4 becomes 0.3; if forward has it right and backward subtracts something else, x's gradient has such an error.
 """
 
 import pytest
 import torch
 
 from support.cases import call, convert, differentiable, evaluate, lay_out, make, paths, takes
-from support.checks import one_thread  # noqa: F401 (a fixture)
 
 SIZES = {  # by operator, of d columns
     "layer_norm": lambda d: dict(shape=(2, 3, d)),
@@ -18,14 +17,14 @@ SIZES = {  # by operator, of d columns
     "layer_norm_mlp": lambda d: dict(shape=(2, 3, d), hidden=6),
     "transformer_layer": lambda d: dict(shape=(1, 2, 3, d), heads=1, head_dim=3, hidden=6, patch=(1, 3)),
 }
-# PyTorch's own layer_norm, which the path "reference" is, has 0.3 where 0 is right: the rest of the paths.
+# All paths but "reference": that is PyTorch's own layer_norm, which gives 0.3 where 0 is right.
 EXACT = [(operator, path) for operator in SIZES for path in paths(operator) if path != "reference"]
 VALUES = (0.0, 7.1, -123.456, 1e4 + 0.37)
 LAYOUTS = ("contiguous", "sliced", "expanded")  # of x
 
 
 def made(operator, d, dtype, layout, value, norm_dtype=None):
-    """The operator's tensors, x of `value` in the first row and of others in the others."""
+    """The operator's tensors; x is `value` in all of its first row, and other values in the other rows."""
     tensors, settings = make(operator, SIZES[operator](d))
     rows = torch.arange(tensors["x"].numel() // d, dtype=torch.float64).view(*tensors["x"].shape[:-1], 1)
     tensors["x"] = (value * (1 + rows / 8)).expand(tensors["x"].shape)
@@ -37,9 +36,9 @@ def made(operator, d, dtype, layout, value, norm_dtype=None):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("operator, path", EXACT)
 def test_the_norm_of_equal_values_is_its_bias(operator, path, dtype):
-    """Result and gradients are those of rows of zeros to the bit, whatever the value; but an MLP's result, which has x
-    added. The norm's weight gets none."""
-    if not takes(path, dtype) or operator == "transformer_layer":  # whose second norm has other rows
+    """Result and gradients are to the bit those of rows of zeros, whatever the value, except an MLP's result, to which
+    x is added. The norm's weight gets no gradient."""
+    if not takes(path, dtype) or operator == "transformer_layer":  # its second norm has other rows
         return
     for d in (1, 17, 144, 192, 240, 300):
         results = []
@@ -47,7 +46,7 @@ def test_the_norm_of_equal_values_is_its_bias(operator, path, dtype):
             tensors, settings = made(operator, d, dtype, "contiguous", value)
             gradients = differentiable(operator, path)
             results.append(evaluate(lambda t, s=settings: call(operator, t, s, path), tensors, gradients))
-            if operator == "layer_norm_mlp" or path == "raw":  # whose result is PyTorch's own norm's
+            if operator == "layer_norm_mlp" or path == "raw":  # where the norm's result is PyTorch's own
                 del results[-1]["out"]
             results[-1].pop("gradient of x", None)
         for value, result in zip(VALUES, results, strict=True):
@@ -61,7 +60,7 @@ def test_the_norm_of_equal_values_is_its_bias(operator, path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("operator, path", EXACT)
 def test_rows_of_one_column_take_no_gradient_through_the_norm(operator, path, dtype, layout):
-    """x's gradient is 0, and with a residual the gradient of the result."""
+    """x's gradient is 0, or with a residual the gradient of the result."""
     if not takes(path, dtype) or not differentiable(operator, path):
         return
     if layout != "contiguous" and path in ("triton", "cuda"):  # which refuse strides

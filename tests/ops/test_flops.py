@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PyTorch's FLOP counter counts: for a kernel what it counts for the operators that it stands for."""
+"""What PyTorch's FLOP counter counts: for a kernel, what it counts for the operators that the kernel replaces."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ FORWARD_PRODUCTS_MADE_AGAIN = {"layer_norm_linear": 1, "patch_attention": 0.5, "
 
 
 def counted(function):
-    """PyTorch has a formula for attention by matrix products alone on the CPU, none for the fused kernel."""
+    """On the CPU PyTorch only has a formula for attention by matrix products, and none for the fused kernel."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = function()
     return counter.get_total_flops(), result
@@ -52,9 +52,10 @@ def test_operators(operator):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_models(library):
-    """Accelerated and frozen as they were, though the counter's hooks on all modules change what runs."""
+    """Accelerated and frozen models count the same as before, though the counter's hooks on all modules change what
+    runs."""
     model = models.build(library)
-    side = 64 if library == "kornia" else 96  # which takes no map of 3 × 3, as the last block's is
+    side = 64 if library == "kornia" else 96  # which does not take 3 × 3, the last block's map
     x = models.images(2, side, side)
     with torch.no_grad():
         expected, _ = counted(lambda: model(x))
@@ -64,7 +65,7 @@ def test_models(library):
 
 @pytest.mark.skipif(bool(cpu.BACKEND.unavailable("cpu")), reason="needs the compiled library")
 def test_a_network():
-    """One native call for all of a model's stages, called directly; 96 px leave the last block a map of 3 × 3."""
+    """One native call for all of a model's stages, called directly; 96 px give the last block a map of 3 × 3."""
     stages = freeze(models.build("timm")).stages
     x = torch.randn(2, 16, 48, 48)
     network = stages.native()

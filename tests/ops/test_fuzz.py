@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random shapes, dtypes and layouts for every operator by every path; a failure prints the case to paste.
+"""Random shapes, dtypes and layouts for every operator on every path; a failure prints the case to paste.
 
-``MVIT_KERNELS_FUZZ=5000 pytest tests/ops/test_fuzz.py`` looks longer; the cases of a number are always the same.
+``MVIT_KERNELS_FUZZ=5000 pytest tests/ops/test_fuzz.py`` searches longer; a number always gives the same case.
 """
 
 import os
@@ -10,10 +10,7 @@ import random
 import pytest
 
 from support.cases import DIFFERENTIABLE, DTYPES, INFERENCE, LAYOUTS, paths
-from support.checks import (
-    check,
-    one_thread,  # noqa: F401 (a fixture)
-)
+from support.checks import check
 
 CASES = int(os.environ.get("MVIT_KERNELS_FUZZ", "40"))
 
@@ -31,7 +28,7 @@ def _width(r: random.Random) -> int:
 
 
 def _mean(r: random.Random, d: int) -> float:
-    """Far from zero for wide rows only: two values around 30 may be so near that no dtype knows their difference."""
+    """Far from zero for wide rows only: two values around 30 may be too close for a dtype to distinguish."""
     return r.choice((0.0, 0.0, 30.0)) if d >= 15 else 0.0
 
 
@@ -40,7 +37,7 @@ def _patch(r: random.Random) -> tuple[int, int]:
 
 
 def sizes_of(operator: str, r: random.Random) -> dict:
-    """The literals of `cases.make`."""
+    """The sizes that `cases.make` takes."""
     if operator == "layer_norm":
         d = _width(r)
         return dict(shape=(*_rows(r), d), mean=_mean(r, d))

@@ -1,26 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm``: values and gradients by every path, and what it refuses."""
+"""``layer_norm``: values and gradients on every path, and what it refuses."""
 
-import pytest
 import torch
 
-from support.cases import DTYPES, LAYOUTS, paths
-from support.checks import (
-    check,
-    check_autocast,
-    check_gradients,
-    check_gradients_one_by_one,
-    check_graph_only_where_needed,
-    check_meta,
-    check_refusal,
-    check_registration,
-    check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
-    registrations,
-)
+from support.operator_tests import OperatorTests
 
 OP = "layer_norm"
-PATHS = paths(OP)
 SMALL = dict(shape=(2, 3, 5, 24))
 CASES = [
     *(dict(shape=(2, 3, d)) for d in (64, 80, 96, 120, 144, 192, 240)),  # of xxs, xs and s
@@ -31,54 +16,6 @@ CASES = [
     dict(shape=(5, 24), eps=0.1),
     dict(shape=(0, 4, 24)),
 ]
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", CASES, ids=str)
-def test_values_and_gradients(sizes, dtype, path):
-    check(OP, sizes, dtype=dtype, path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layouts(layout, dtype, path):
-    check(OP, SMALL, dtype=dtype, path=path, layout=layout)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_norm_parameters_in_float32(dtype, path):
-    check(OP, SMALL, dtype=dtype, norm_dtype="float32", path=path)
-
-
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
-def test_autocast(path):
-    check_autocast(OP, SMALL, path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_graph(path):
-    check_graph_only_where_needed(OP, SMALL, path)
-    check_gradients_one_by_one(OP, SMALL, path)
-
-
-@pytest.mark.parametrize("path", paths(OP, "float64"))
-def test_finite_differences(path):
-    check_gradients(OP, dict(shape=(2, 3, 4)), path, twice=path == "reference")
-
-
-@pytest.mark.parametrize("backend, layout", registrations(OP))
-def test_registration(backend, layout):
-    check_registration(OP, SMALL, layout, backend)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_same_bits(path):
-    check_same_bits(OP, dict(shape=(50, 64)), path)
-
-
 REFUSED = [
     (dict(x=None), TypeError, ("x is", "torch.Tensor is wanted")),
     (dict(x=lambda x: x.to(torch.uint8)), TypeError, ("x is torch.uint8",)),
@@ -91,10 +28,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("change, error, says", REFUSED, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
-def test_refuses(change, error, says):
-    check_refusal(OP, SMALL, change, error, *says)
-
-
-def test_meta_device():
-    check_meta(OP, SMALL, "reference")
+class TestLayerNorm(OperatorTests):
+    operator, cases, small, refused = OP, CASES, SMALL, REFUSED
+    tiny = [dict(shape=(2, 3, 4))]
+    repeated = dict(shape=(50, 64))

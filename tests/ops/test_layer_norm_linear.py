@@ -1,23 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm_linear``: values and gradients by every path, the layouts it may meet, and what it refuses."""
+"""``layer_norm_linear``: values and gradients on every path, the layouts it may get, and what it refuses."""
 
 import pytest
 import torch
 
-from support.cases import DTYPES, LAYOUTS, call, call_raw, convert, make, paths, plain_dtype, takes
-from support.checks import (
-    check,
-    check_autocast,
-    check_gradients,
-    check_gradients_one_by_one,
-    check_graph_only_where_needed,
-    check_meta,
-    check_refusal,
-    check_registration,
-    check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
-    registrations,
-)
+from support.cases import DTYPES, call, convert, make, paths, plain_dtype
+from support.checks import check, check_saved_statistics
+from support.operator_tests import OperatorTests
 from support.oracle import layer_norm
 from support.tolerance import assert_close_as_pytorch
 
@@ -34,130 +23,6 @@ CASES = [
     dict(shape=(300, 24), n=8, activation="silu"),  # more rows than any tile
 ]
 EMPTY = [dict(shape=(0, 4, 4, 24), n=8), dict(shape=(0, 24), n=8, activation="silu")]
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", CASES, ids=str)
-def test_values_and_gradients(sizes, dtype, path):
-    check(OP, sizes, dtype=dtype, path=path)
-
-
-@pytest.mark.filterwarnings("ignore:var_mean")  # PyTorch's word on no rows at all
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("sizes", EMPTY, ids=str)
-def test_empty(sizes, path):
-    check(OP, sizes, path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layouts(layout, dtype, path):
-    check(OP, SMALL, dtype=dtype, path=path, layout=layout)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_norm_parameters_in_float32(dtype, path):
-    check(OP, SMALL, dtype=dtype, norm_dtype="float32", path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_mean_far_from_zero(dtype, path):
-    """E[x²] − E[x]² would lose six digits of the variance here."""
-    check(OP, dict(shape=(40, 64), n=32, mean=1e3), dtype=dtype, path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_constant_rows(path):
-    """No variance at all: rstd is eps^(-1/2) and the result the bias of the norm through the linear layer."""
-    tensors, settings = make(OP, dict(shape=(3, 24), n=8))
-    tensors = convert({**tensors, "x": torch.full((3, 24), 7.0)}, plain_dtype(path))
-    out = call(OP, tensors, settings, path)
-    expected = tensors["norm_bias"].double() @ tensors["weight"].double().t() + tensors["bias"]
-    assert_close_as_pytorch("constant rows", out, call(OP, tensors, settings, "usual"), expected.expand(3, 8).double())
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-1, 10.0])
-def test_eps(eps, path):
-    check(OP, dict(shape=(6, 24), n=8, eps=eps), path=path)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", PATHS[1:])
-def test_saved_statistics(backend, dtype):
-    """The raw operator's second and third results are the rows' mean and 1/σ, in float32 or better."""
-    backend = "reference" if backend == "raw" else backend
-    tensors, settings = make(OP, dict(shape=(3, 7, 80), n=16, mean=3.0))
-    tensors = convert(tensors, getattr(torch, dtype))
-    if not takes(backend, dtype):
-        with pytest.raises((TypeError, RuntimeError), match="bfloat16 and float"):
-            call_raw(OP, backend, tensors, settings)
-        return
-    _, mean, rstd = call_raw(OP, backend, tensors, settings)
-    x = tensors["x"].double()
-    centred = x - x.sum(-1, keepdim=True) / 80
-    rstd64 = 1 / torch.sqrt((centred * centred).sum(-1) / 80 + 1e-5)
-    _, pytorch_mean, pytorch_rstd = torch.native_layer_norm(tensors["x"].float(), (80,), None, None, 1e-5)
-    assert_close_as_pytorch("mean", mean, pytorch_mean.squeeze(-1), x.sum(-1) / 80)
-    assert_close_as_pytorch("rstd", rstd, pytorch_rstd.squeeze(-1), rstd64)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_rows_are_independent(path):
-    tensors, settings = make(OP, dict(shape=(37, 64), n=48, activation="silu"))
-    tensors = convert(tensors, plain_dtype(path))
-    before = call(OP, tensors, settings, path)
-    tensors["x"][11] += 1
-    changed = (call(OP, tensors, settings, path) != before).any(-1)
-    assert changed.nonzero().flatten().tolist() == [11]
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_nan_stays_in_its_row(path):
-    tensors, settings = make(OP, dict(shape=(9, 64), n=48))
-    tensors = convert(tensors, plain_dtype(path))
-    tensors["x"][4, 63] = torch.nan
-    assert call(OP, tensors, settings, path).isnan().all(-1).nonzero().flatten().tolist() == [4]
-
-
-def test_normalised_rows_have_mean_zero_and_variance_one():
-    """The oracle itself, by definition."""
-    y = layer_norm(torch.randn(5, 64, dtype=torch.float64) * 3 + 7, torch.ones(64), torch.zeros(64), 1e-12)
-    torch.testing.assert_close(y.mean(-1), torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
-    torch.testing.assert_close(y.var(-1, correction=0), torch.ones(5, dtype=torch.float64), atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
-def test_autocast(path):
-    check_autocast(OP, SMALL, path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_graph(path):
-    check_graph_only_where_needed(OP, SMALL, path)
-    check_gradients_one_by_one(OP, SMALL, path)
-
-
-@pytest.mark.parametrize("path", paths(OP, "float64"))
-def test_finite_differences(path):
-    tiny = dict(shape=(3, 5), n=4, activation="silu")
-    check_gradients(OP, tiny, path, twice=path == "reference")
-
-
-@pytest.mark.parametrize("backend, layout", registrations(OP))
-def test_registration(backend, layout):
-    check_registration(OP, SMALL, layout, backend)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_same_bits(path):
-    check_same_bits(OP, dict(shape=(50, 64), n=192), path)
-
-
 REFUSED = [
     (dict(x="a string"), TypeError, ("x is a str", "torch.Tensor is wanted")),
     (dict(x=lambda x: x.int()), TypeError, ("x is torch.int32", "float32, bfloat16", ".float()")),
@@ -196,9 +61,71 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("change, error, says", REFUSED, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
-def test_refuses(change, error, says):
-    check_refusal(OP, SMALL, change, error, *says)
+class TestLayerNormLinear(OperatorTests):
+    operator, cases, small, refused = OP, CASES, SMALL, REFUSED
+    tiny = [dict(shape=(3, 5), n=4, activation="silu")]
+    repeated = dict(shape=(50, 64), n=192)
+
+
+@pytest.mark.filterwarnings("ignore:var_mean")  # PyTorch warns of a LayerNorm of no rows at all
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sizes", EMPTY, ids=str)
+def test_empty(sizes, path):
+    check(OP, sizes, path=path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_mean_far_from_zero(dtype, path):
+    """E[x²] − E[x]² would lose six digits of the variance here."""
+    check(OP, dict(shape=(40, 64), n=32, mean=1e3), dtype=dtype, path=path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_constant_rows(path):
+    """No variance at all: rstd is eps^(-1/2), and the result is the linear layer of the norm's bias."""
+    tensors, settings = make(OP, dict(shape=(3, 24), n=8))
+    tensors = convert({**tensors, "x": torch.full((3, 24), 7.0)}, plain_dtype(path))
+    out = call(OP, tensors, settings, path)
+    expected = tensors["norm_bias"].double() @ tensors["weight"].double().t() + tensors["bias"]
+    assert_close_as_pytorch("constant rows", out, call(OP, tensors, settings, "usual"), expected.expand(3, 8).double())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-1, 10.0])
+def test_eps(eps, path):
+    check(OP, dict(shape=(6, 24), n=8, eps=eps), path=path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", PATHS[1:])
+def test_saved_statistics(backend, dtype):
+    check_saved_statistics(OP, dict(shape=(3, 7, 80), n=16, mean=3.0), dtype, backend)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_are_independent(path):
+    tensors, settings = make(OP, dict(shape=(37, 64), n=48, activation="silu"))
+    tensors = convert(tensors, plain_dtype(path))
+    before = call(OP, tensors, settings, path)
+    tensors["x"][11] += 1
+    changed = (call(OP, tensors, settings, path) != before).any(-1)
+    assert changed.nonzero().flatten().tolist() == [11]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nan_stays_in_its_row(path):
+    tensors, settings = make(OP, dict(shape=(9, 64), n=48))
+    tensors = convert(tensors, plain_dtype(path))
+    tensors["x"][4, 63] = torch.nan
+    assert call(OP, tensors, settings, path).isnan().all(-1).nonzero().flatten().tolist() == [4]
+
+
+def test_normalised_rows_have_mean_zero_and_variance_one():
+    """The oracle itself, checked against the definition."""
+    y = layer_norm(torch.randn(5, 64, dtype=torch.float64) * 3 + 7, torch.ones(64), torch.zeros(64), 1e-12)
+    torch.testing.assert_close(y.mean(-1), torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(y.var(-1, correction=0), torch.ones(5, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 def test_autocast_refuses_float64_weights_but_takes_half():
@@ -210,7 +137,3 @@ def test_autocast_refuses_float64_weights_but_takes_half():
         ).shape == (3, 4)
         with pytest.raises(TypeError, match="layer_norm_linear: weight is torch.float64"):
             call(OP, dict(x=x, norm_weight=one, norm_bias=one, weight=w.double(), bias=None), {}, "reference")
-
-
-def test_meta_device():
-    check_meta(OP, SMALL, "reference")

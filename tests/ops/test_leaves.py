@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that need a gradient and are cropped, expanded, transposed or moved in memory, x and weights alike: each gets
-the gradient that the same values get where they are contiguous, and what it was cropped or expanded from gets it where
-PyTorch would put it."""
+"""Tensors that need a gradient and are cropped, expanded, transposed or offset in memory, x and weights alike: each
+gets the gradient that the same values get when contiguous, and the tensor that it was cropped or expanded from gets it
+where PyTorch would put it."""
 
 import pytest
 import torch
 
 from support.cases import (
     DIFFERENTIABLE,
+    NARROW,
     call,
     convert,
     device_of,
@@ -18,24 +19,15 @@ from support.cases import (
     paths,
     takes,
 )
-from support.checks import one_thread  # noqa: F401 (a fixture)
 
-SIZES = {
-    "layer_norm": dict(shape=(2, 3, 4, 24)),
-    "layer_norm_linear": dict(shape=(2, 3, 4, 24), n=40, activation="silu"),
-    "patch_attention": dict(shape=(2, 4, 6), heads=2, head_dim=12, patch=(2, 2)),
-    "linear_residual": dict(shape=(2, 3, 4, 24), n=40),
-    "layer_norm_mlp": dict(shape=(2, 3, 4, 24), hidden=40),
-    "transformer_layer": dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2)),
-}
 LAYOUTS = ("sliced", "permuted", "transposed", "strided", "offset", "expanded")
 PATHS = [(operator, path) for operator in DIFFERENTIABLE for path in paths(operator) if differentiable(operator, path)]
 
 
 def cases(operator, path, dtype):
-    """(the name of one tensor, its layout, all tensors with it laid out so, the settings), in float32 and a mean far
-    from 0 for x."""
-    tensors, settings = make(operator, SIZES[operator])
+    """(the name of one tensor, its layout, all tensors with that one laid out so, the settings), with a mean far from 0
+    for x."""
+    tensors, settings = make(operator, NARROW[operator])
     for name in ("x", "residual"):
         if name in tensors:
             tensors[name] = tensors[name] + 100
@@ -48,14 +40,14 @@ def cases(operator, path, dtype):
 
 
 def refuses_strides(path, name, tensor):
-    """Kernels of a GPU want dense activations, and all want the channels of qkv adjacent; and say so."""
+    """GPU kernels need dense activations, and all kernels need the channels of qkv adjacent; they say so."""
     if path in ("reference", "raw") or name not in ("x", "residual", "qkv"):
         return False
     return tensor.stride(-1) != 1 if name == "qkv" else path != "cpu" and not tensor.is_contiguous()
 
 
 def assert_same(ours, expected, path, where):
-    """The same bits by kernels; PyTorch's own products go other ways for other strides."""
+    """The same bits from kernels; PyTorch's own products take different routes for different strides."""
     assert ours.shape == expected.shape, where
     if path in ("reference", "raw"):
         error = (ours.double() - expected.double()).abs().max()
@@ -82,13 +74,13 @@ def test_strides_of_a_leaf_change_no_gradient(operator, path, dtype):
 
 @pytest.mark.parametrize("operator, path", PATHS)
 def test_what_a_tensor_is_a_part_of_gets_its_gradient(operator, path):
-    """A crop's, among zeros; an expanded tensor's, added up."""
+    """A crop's gradient among zeros; an expanded tensor's added up."""
     dtype = "float32" if takes(path, "float32") else "bfloat16"
-    tensors, settings = make(operator, SIZES[operator])
+    tensors, settings = make(operator, NARROW[operator])
     tensors = convert(tensors, getattr(torch, dtype), device=device_of(path))
 
     def gradient(name, whole, part):
-        """Of `whole`, of which `part` makes the tensor; and of that tensor."""
+        """The gradient of `whole`, from which `part` makes the tensor, and that of the tensor itself."""
         whole = whole.detach().requires_grad_()
         inner = part(whole)
         inner = inner.contiguous() if refuses_strides(path, name, inner) else inner

@@ -1,24 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_residual``: values and gradients by every path, the layouts it may meet, and what it refuses."""
+"""``linear_residual``: values and gradients on every path, the layouts it may get, and what it refuses."""
 
 import pytest
 import torch
 
 from mvit_kernels import linear_residual
-from support.cases import DTYPES, LAYOUTS, call, convert, make, paths, plain_dtype
-from support.checks import (
-    check,
-    check_autocast,
-    check_gradients,
-    check_gradients_one_by_one,
-    check_graph_only_where_needed,
-    check_meta,
-    check_refusal,
-    check_registration,
-    check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
-    registrations,
-)
+from support.cases import call, convert, make, paths, plain_dtype
+from support.operator_tests import OperatorTests
 
 OP = "linear_residual"
 PATHS = paths(OP)
@@ -34,25 +22,35 @@ CASES = [
     dict(shape=(0, 4, 4, 24), n=8),
     dict(shape=(0, 24), n=8, bias=False),
 ]
+REFUSED = [
+    (dict(x=None), TypeError, ("x is", "torch.Tensor is wanted")),
+    (dict(weight=None), TypeError, ("weight is", "torch.Tensor is wanted")),
+    (dict(residual=None), TypeError, ("residual is", "torch.Tensor is wanted")),
+    (dict(residual=0.0), TypeError, ("residual is a float", "torch.Tensor is wanted")),
+    (dict(x=lambda x: x.to(torch.uint8)), TypeError, ("x is torch.uint8",)),
+    (dict(weight=lambda w: w.t()), ValueError, ("x has shape (2, 3, 5, 24)", "weight (24, 40)", "(..., k) and (n, k)")),
+    (dict(weight=lambda w: w[0]), ValueError, ("weight (24,)",)),
+    (dict(x=torch.tensor(1.0)), ValueError, ("x has shape ()",)),
+    (dict(bias=torch.zeros(24)), ValueError, ("bias has shape (24,)", "(40,) is wanted")),
+    (dict(residual=lambda r: r[:1]), ValueError, ("residual has shape (1, 3, 5, 40)", "(2, 3, 5, 40) is wanted")),
+    (dict(residual=lambda r: r[..., :24]), ValueError, ("residual has shape (2, 3, 5, 24)", "shape of the result")),
+    (dict(residual=lambda r: r.double()), TypeError, ("residual is torch.float64", "x torch.float32")),
+    (dict(weight=lambda w: w.bfloat16()), TypeError, ("weight is torch.bfloat16", "torch.autocast")),
+    (dict(residual=lambda r: r.to("meta")), ValueError, ("residual is on meta", ".to(device)")),
+    (dict(backend=3), ValueError, ("unknown backend 3",)),
+]
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", CASES, ids=str)
-def test_values_and_gradients(sizes, dtype, path):
-    check(OP, sizes, dtype=dtype, path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layouts(layout, dtype, path):
-    check(OP, SMALL, dtype=dtype, path=path, layout=layout)
+class TestLinearResidual(OperatorTests):
+    operator, cases, small, refused = OP, CASES, SMALL, REFUSED
+    tiny = [dict(shape=(2, 3, 4), n=3)]
+    repeated = dict(shape=(50, 64), n=64)
+    test_norm_parameters_in_float32 = None  # it has no norm
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_residual_is_not_written(path):
-    """Not even where it could be: the caller's x goes on to be used by the backward pass."""
+    """Not even where it could be: the backward pass still uses the caller's tensor."""
     tensors, settings = make(OP, dict(shape=(6, 24), n=24))
     tensors = convert(tensors, plain_dtype(path))
     before = tensors["residual"].clone()
@@ -81,63 +79,10 @@ def test_rows_are_independent(path):
     assert changed.nonzero().flatten().tolist() == [11, 23]
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
-def test_autocast(path):
-    check_autocast(OP, SMALL, path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_graph(path):
-    check_graph_only_where_needed(OP, SMALL, path)
-    check_gradients_one_by_one(OP, SMALL, path)
-
-
-@pytest.mark.parametrize("path", paths(OP, "float64"))
-def test_finite_differences(path):
-    check_gradients(OP, dict(shape=(2, 3, 4), n=3), path, twice=path == "reference")
-
-
-@pytest.mark.parametrize("backend, layout", registrations(OP))
-def test_registration(backend, layout):
-    check_registration(OP, SMALL, layout, backend)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_same_bits(path):
-    check_same_bits(OP, dict(shape=(50, 64), n=64), path)
-
-
-REFUSED = [
-    (dict(x=None), TypeError, ("x is", "torch.Tensor is wanted")),
-    (dict(weight=None), TypeError, ("weight is", "torch.Tensor is wanted")),
-    (dict(residual=None), TypeError, ("residual is", "torch.Tensor is wanted")),
-    (dict(residual=0.0), TypeError, ("residual is a float", "torch.Tensor is wanted")),
-    (dict(x=lambda x: x.to(torch.uint8)), TypeError, ("x is torch.uint8",)),
-    (dict(weight=lambda w: w.t()), ValueError, ("x has shape (2, 3, 5, 24)", "weight (24, 40)", "(..., k) and (n, k)")),
-    (dict(weight=lambda w: w[0]), ValueError, ("weight (24,)",)),
-    (dict(x=torch.tensor(1.0)), ValueError, ("x has shape ()",)),
-    (dict(bias=torch.zeros(24)), ValueError, ("bias has shape (24,)", "(40,) is wanted")),
-    (dict(residual=lambda r: r[:1]), ValueError, ("residual has shape (1, 3, 5, 40)", "(2, 3, 5, 40) is wanted")),
-    (dict(residual=lambda r: r[..., :24]), ValueError, ("residual has shape (2, 3, 5, 24)", "shape of the result")),
-    (dict(residual=lambda r: r.double()), TypeError, ("residual is torch.float64", "x torch.float32")),
-    (dict(weight=lambda w: w.bfloat16()), TypeError, ("weight is torch.bfloat16", "torch.autocast")),
-    (dict(residual=lambda r: r.to("meta")), ValueError, ("residual is on meta", ".to(device)")),
-    (dict(backend=3), ValueError, ("unknown backend 3",)),
-]
-
-
-@pytest.mark.parametrize("change, error, says", REFUSED, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
-def test_refuses(change, error, says):
-    check_refusal(OP, SMALL, change, error, *says)
-
-
 def test_autocast_takes_a_residual_of_another_dtype():
-    """The stream of a float32 model under autocast is float32 first and autocast's dtype after the first operator."""
+    """In a float32 model under autocast, the residual stream is float32 at first, and autocast's dtype after the first
+    operator."""
     x, weight, residual = torch.randn(3, 8).bfloat16(), torch.randn(4, 8), torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
         out = linear_residual(x, weight, None, residual)
     assert torch.equal(out, linear_residual(x, weight.bfloat16(), None, residual.bfloat16()))
-
-
-def test_meta_device():
-    check_meta(OP, SMALL, "reference")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Direct calls of the raw operators with anything at all: an error or a result, and the process goes on.
+"""Direct calls of the raw operators with anything at all: an error or a result, and the process survives.
 
 Each test is a process that makes calls of `gates.malformed`; one that ends it is printed as a line to paste. The calls
-by ``.cuda`` run the bindings' source on the CPU, as backends/cuda/test_bindings.py does. `make sanitize` makes the
-``.cpu`` ones once more, under AddressSanitizer and UndefinedBehaviorSanitizer.
+by ``.cuda`` run the bindings' source on the CPU, as backends/cuda/test_bindings.py does. `make sanitize` repeats the
+``.cpu`` ones under AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from support.malformed_operators import _layer
 from support.native import skip_without_a_compiler
 
 skip_without_a_compiler()
-assert not cpu.BACKEND.unavailable("cpu")  # which loads the library
+assert not cpu.BACKEND.unavailable("cpu")  # this loads the library
 
 CALLS = {"cpu": 20000, "reference": 2000, "cuda": 1500}
 
@@ -35,7 +35,7 @@ def test_malformed_calls(backend):
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert f" calls of {backend}, " in done.stdout and " 0 ended the process" in done.stdout
-    # The generator is no use if the first check refuses all calls of an operator, or if none is wrong.
+    # The generator is useless if the first check refuses all calls of an operator, or if no call is wrong.
     tally = re.findall(r"^(\w+): (\d+) of (\d+) returned$", done.stdout, re.MULTILINE)
     assert len(tally) >= 5
     for operator, returned, made in tally:
@@ -43,7 +43,7 @@ def test_malformed_calls(backend):
 
 
 def test_a_call_that_ends_the_process_is_seen():
-    """The runner at work: it prints the call that raises a signal, and goes on after it."""
+    """The runner works: it prints the call that raises a signal, and continues after it."""
     code = (
         "import os, signal, sys, gates.malformed as m; made = m.malformed; sys.argv[1:] = ['--count', '6', '--all']\n"
     )
@@ -84,7 +84,7 @@ def test_numbers_that_overflow(operator, arguments, says):
 
 
 def test_a_dilation_beyond_the_map_costs_nothing():
-    """All taps but the middle one then see zeros; memory for the rows between used to overflow."""
+    """All taps but the middle one then see zeros; the size of the memory for the rows between used to overflow."""
     weights = T((8, 3)), T((8,)), T((8, 1, 3, 3)), T((8,)), T((5, 8)), T((5,))
     near, far = (Call("inverted_residual", "cpu", (T((2, 4, 7, 3)), *weights, 1, d, False))() for d in (7, HUGE))
     right = Call("inverted_residual", "reference", (T((2, 4, 7, 3)), *weights, 1, 7, False))()
@@ -93,7 +93,7 @@ def test_a_dilation_beyond_the_map_costs_nothing():
 
 
 def test_gradients_of_no_elements():
-    """No rows and no channels: memory of nothing, whose address is null."""
+    """No rows and no channels: empty memory, whose address is null."""
     for n, d in ((0, 3), (3, 0), (0, 0)):
         x, grad, statistic = T((0, d)), T((0, n)), T((0,))
         arguments = (grad, x, statistic, statistic, T((d,)), T((d,)), T((n, d)), T((n,)), "silu")

@@ -1,25 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``patch_attention``: which tokens meet, values and gradients by every path, and what is refused."""
+"""``patch_attention``: which tokens attend to each other, values and gradients on every path, and what it refuses."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mvit_kernels import patch_attention
-from support.cases import DTYPES, LAYOUTS, call, call_raw, convert, evaluate, lay_out, make, paths, plain_dtype, takes
-from support.checks import (
-    check,
-    check_autocast,
-    check_gradients,
-    check_gradients_one_by_one,
-    check_graph_only_where_needed,
-    check_meta,
-    check_refusal,
-    check_registration,
-    check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
-    registrations,
-)
+from support.cases import DTYPES, call, call_raw, convert, evaluate, lay_out, make, paths, plain_dtype, takes
+from support.checks import check
+from support.operator_tests import OperatorTests
 from support.oracle import patch_attention_and_logsumexp, sequences
 from support.tolerance import assert_close_as_pytorch
 
@@ -39,26 +28,45 @@ CASES = [
     dict(shape=(1, 10, 26), heads=1, head_dim=20, patch=(2, 2)),  # N = 65, one more than any tile
     dict(shape=(1, 34, 10), heads=1, head_dim=8, patch=(1, 1)),  # N = 340
 ]
+REFUSED = [
+    (dict(qkv=[1.0]), TypeError, ("qkv is a list", "torch.Tensor is wanted")),
+    (dict(qkv=lambda t: t.long()), TypeError, ("qkv is torch.int64", "float32, bfloat16")),
+    (dict(qkv=lambda t: t[0]), ValueError, ("qkv has shape (6, 8, 72)", "4 axes (B, H, W, 3·inner)")),
+    (dict(qkv=lambda t: t[..., :71]), ValueError, ("qkv has 71 channels", "3 · num_heads = 6")),
+    (dict(qkv=lambda t: t[..., :0]), ValueError, ("qkv has 0 channels", "positive multiple")),
+    (dict(num_heads=5), ValueError, ("qkv has 72 channels", "3 · num_heads = 15")),
+    (dict(num_heads=0), ValueError, ("num_heads is 0", "positive int")),
+    (dict(num_heads=True), ValueError, ("num_heads is True", "positive int")),
+    (dict(num_heads=2.0), ValueError, ("num_heads is 2.0", "positive int")),
+    (dict(qkv=lambda t: t[:, :5]), ValueError, ("qkv is a map of 5 × 8", "patches of 2 × 2", "transformer_on_map")),
+    (dict(qkv=lambda t: t[:, :, :7]), ValueError, ("qkv is a map of 6 × 7", "patches of 2 × 2")),
+    (dict(qkv=lambda t: t[:, :0]), ValueError, ("qkv is a map of 0 × 8",)),
+    (dict(patch_size=(4, 3)), ValueError, ("qkv is a map of 6 × 8", "patches of 4 × 3")),
+    (dict(patch_size=(2, 2, 2)), ValueError, ("patch_size is (2, 2, 2)", "(height, width)")),
+    (dict(patch_size=(0, 2)), ValueError, ("patch_size is (0, 2)", "positive ints")),
+    (dict(patch_size=(2.0, 2)), ValueError, ("patch_size is (2.0, 2)", "positive ints")),
+    (dict(patch_size=2.0), ValueError, ("patch_size is 2.0", "positive ints")),
+    (dict(patch_size=None), ValueError, ("patch_size is None", "positive ints")),
+    (dict(patch_size=True), ValueError, ("patch_size is True", "positive ints")),
+    (dict(patch_size="22"), ValueError, ("patch_size is '22'", "positive ints")),
+    (dict(scale=float("inf")), ValueError, ("scale is inf", "finite")),
+    (dict(scale=float("nan")), ValueError, ("scale is nan", "finite")),
+    (dict(scale="0.1"), ValueError, ("scale is '0.1'", "finite")),
+    (dict(backend="CPU"), ValueError, ("unknown backend 'CPU'",)),
+]
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", CASES, ids=str)
-def test_values_and_gradients(sizes, dtype, path):
-    check(OP, sizes, dtype=dtype, path=path)
+class TestPatchAttention(OperatorTests):
+    operator, cases, small, refused = OP, CASES, SMALL, REFUSED
+    tiny = [dict(shape=(1, 4, 2), heads=2, head_dim=2, patch=patch) for patch in ((2, 1), (1, 1))]
+    repeated = dict(shape=(2, 16, 16), heads=4, head_dim=16, patch=(2, 2))
+    test_norm_parameters_in_float32 = None  # it has no norm
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_empty_batch(dtype, path):
     check(OP, dict(shape=(0, 4, 6), heads=2, head_dim=12, patch=(2, 2)), dtype=dtype, path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layouts(layout, dtype, path):
-    check(OP, SMALL, dtype=dtype, path=path, layout=layout)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -96,7 +104,7 @@ def test_saved_logsumexp(backend, dtype):
     """The raw operator's second result, (B, ph·pw, heads, N): the logarithm of each row's softmax normaliser."""
     backend = "reference" if backend == "raw" else backend
     if not takes(backend, dtype):
-        return  # refused by its predicate, which test_values_and_gradients sees
+        return  # its predicate refuses, which test_values_and_gradients checks
     tensors, settings = make(OP, dict(shape=(2, 4, 6), heads=3, head_dim=10, patch=(2, 1)))
     qkv = tensors["qkv"].to(getattr(torch, dtype))
     _, logsumexp = call_raw(OP, backend, {"qkv": qkv}, settings)
@@ -111,8 +119,7 @@ def test_saved_logsumexp(backend, dtype):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("patch", [(2, 2), (1, 1), (2, 1), (1, 3), (4, 3)])
 def test_who_attends_to_whom(patch, path):
-    """With equal scores and a value for each token of its own, the result names exactly the tokens that were attended
-    to."""
+    """With equal scores and a distinct value for each token, the result shows exactly which tokens were attended to."""
     height, width = 4, 6
     tokens = height * width
     values = torch.eye(tokens).reshape(1, height, width, tokens)
@@ -130,7 +137,7 @@ def test_who_attends_to_whom(patch, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_heads_keep_apart(path):
-    """Changing one head's q, k and v changes that head's part of the result alone, everywhere."""
+    """Changing one head's q, k and v changes only that head's part of the result, and everywhere."""
     tensors, settings = make(OP, dict(shape=(1, 4, 4), heads=4, head_dim=8, patch=(2, 2)))
     qkv = tensors["qkv"].to(plain_dtype(path))
     before = call(OP, {"qkv": qkv}, settings, path)
@@ -154,7 +161,7 @@ def test_a_pixel_changes_its_own_sequence_only(patch, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_permuted_tokens_permute_the_result(path):
-    """Attention does not know the order of a sequence; gradients follow as well."""
+    """Attention does not depend on the order of a sequence; nor do gradients."""
     tensors, settings = make(OP, dict(shape=(1, 6, 8), heads=2, head_dim=12, patch=(2, 2)))
     generator = torch.Generator().manual_seed(3)
     order = torch.arange(48)
@@ -189,7 +196,7 @@ def test_a_whole_map_patch_size_of_one_is_ordinary_attention(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_one_token_a_sequence_is_its_value(path):
-    """And its score gets no gradient, to the last bit: it has no say."""
+    """And its score, which has no influence, gets a gradient of exactly 0."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, 2, 2, 1200, generator=generator).to(plain_dtype(path)).requires_grad_(path != "raw")
     out = call(OP, {"qkv": qkv}, {"num_heads": 4, "patch_size": (2, 2), "scale": None}, path)
@@ -217,68 +224,3 @@ def test_nan_stays_in_its_sequence(path):
 def test_the_result_is_contiguous(heads, patch, layout):
     qkv, _ = lay_out(torch.randn(2, 4, 6, 48), layout)
     assert patch_attention(qkv, num_heads=heads, patch_size=patch, backend="reference").is_contiguous()
-
-
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
-def test_autocast(path):
-    check_autocast(OP, SMALL, path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_graph(path):
-    check_graph_only_where_needed(OP, SMALL, path)
-    check_gradients_one_by_one(OP, SMALL, path)
-
-
-@pytest.mark.parametrize("path", paths(OP, "float64"))
-@pytest.mark.parametrize("patch", [(2, 1), (1, 1)])
-def test_finite_differences(patch, path):
-    tiny = dict(shape=(1, 4, 2), heads=2, head_dim=2, patch=patch)
-    check_gradients(OP, tiny, path, twice=path == "reference")
-
-
-@pytest.mark.parametrize("backend, layout", registrations(OP))
-def test_registration(backend, layout):
-    check_registration(OP, SMALL, layout, backend)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_same_bits(path):
-    check_same_bits(OP, dict(shape=(2, 16, 16), heads=4, head_dim=16, patch=(2, 2)), path)
-
-
-REFUSED = [
-    (dict(qkv=[1.0]), TypeError, ("qkv is a list", "torch.Tensor is wanted")),
-    (dict(qkv=lambda t: t.long()), TypeError, ("qkv is torch.int64", "float32, bfloat16")),
-    (dict(qkv=lambda t: t[0]), ValueError, ("qkv has shape (6, 8, 72)", "4 axes (B, H, W, 3·inner)")),
-    (dict(qkv=lambda t: t[..., :71]), ValueError, ("qkv has 71 channels", "3 · num_heads = 6")),
-    (dict(qkv=lambda t: t[..., :0]), ValueError, ("qkv has 0 channels", "positive multiple")),
-    (dict(num_heads=5), ValueError, ("qkv has 72 channels", "3 · num_heads = 15")),
-    (dict(num_heads=0), ValueError, ("num_heads is 0", "positive int")),
-    (dict(num_heads=True), ValueError, ("num_heads is True", "positive int")),
-    (dict(num_heads=2.0), ValueError, ("num_heads is 2.0", "positive int")),
-    (dict(qkv=lambda t: t[:, :5]), ValueError, ("qkv is a map of 5 × 8", "patches of 2 × 2", "transformer_on_map")),
-    (dict(qkv=lambda t: t[:, :, :7]), ValueError, ("qkv is a map of 6 × 7", "patches of 2 × 2")),
-    (dict(qkv=lambda t: t[:, :0]), ValueError, ("qkv is a map of 0 × 8",)),
-    (dict(patch_size=(4, 3)), ValueError, ("qkv is a map of 6 × 8", "patches of 4 × 3")),
-    (dict(patch_size=(2, 2, 2)), ValueError, ("patch_size is (2, 2, 2)", "(height, width)")),
-    (dict(patch_size=(0, 2)), ValueError, ("patch_size is (0, 2)", "positive ints")),
-    (dict(patch_size=(2.0, 2)), ValueError, ("patch_size is (2.0, 2)", "positive ints")),
-    (dict(patch_size=2.0), ValueError, ("patch_size is 2.0", "positive ints")),
-    (dict(patch_size=None), ValueError, ("patch_size is None", "positive ints")),
-    (dict(patch_size=True), ValueError, ("patch_size is True", "positive ints")),
-    (dict(patch_size="22"), ValueError, ("patch_size is '22'", "positive ints")),
-    (dict(scale=float("inf")), ValueError, ("scale is inf", "finite")),
-    (dict(scale=float("nan")), ValueError, ("scale is nan", "finite")),
-    (dict(scale="0.1"), ValueError, ("scale is '0.1'", "finite")),
-    (dict(backend="CPU"), ValueError, ("unknown backend 'CPU'",)),
-]
-
-
-@pytest.mark.parametrize("change, error, says", REFUSED, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
-def test_refuses(change, error, says):
-    check_refusal(OP, SMALL, change, error, *says)
-
-
-def test_meta_device():
-    check_meta(OP, SMALL, "reference")

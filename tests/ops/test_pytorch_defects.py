@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PyTorch gets wrong, and is not asked for."""
+"""What PyTorch gets wrong, and is therefore never asked for."""
 
 import copy
 
@@ -15,7 +15,7 @@ from support.networks import Draw, composed
 @pytest.mark.parametrize("stride, dilation", [(2, 1), (2, 2), (3, 1), (1, 1)])
 def test_pytorch_gets_no_one_column_convolution_that_it_would_get_wrong(stride, dilation, activation):
     """With AMX, torch 2.13 multiplies unwritten memory where a strided bfloat16 convolution gives one column of more
-    than four rows; seen where what was freed before was full of NaN:
+    than four rows; seen when previously freed memory was full of NaN:
     ``F.conv2d(torch.randn(1, 8, 24, 1).bfloat16(), torch.randn(8, 8, 3, 3).bfloat16(), None, 2, 1)``."""
     draw = Draw(0)
     for inp, width in ((8, 1), (3, 2), (17, 3), (40, 4)):

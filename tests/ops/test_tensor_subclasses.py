@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights and maps that are subclasses of Tensor: quantized, distributed, or merely named otherwise."""
+"""Weights and maps that are subclasses of Tensor: quantized, distributed, or with nothing but another name."""
 
 import copy
 
@@ -19,7 +19,7 @@ from support.models import LIBRARIES, accelerated, assert_same, blocks, fast_cal
 
 
 class Quantized(torch.Tensor):
-    """Eight bits a value, as torchao keeps a weight: PyTorch's own operators see the values, others nothing."""
+    """Eight bits a value, as torchao keeps weights: PyTorch's own operators see the values, others see nothing."""
 
     @staticmethod
     def __new__(cls, values):
@@ -99,7 +99,7 @@ def test_plain_parameters_of_another_name():
 
 
 def test_distributed_weights(process_group):
-    """Fully sharded ones are plain inside a call (test_accelerate_systems.py); these are not."""
+    """Fully sharded weights are plain inside a call (adapters/test_accelerate_systems.py); these are not."""
     model = accelerated(models.build("timm").double())
     x = models.images(1, 64, 64).double()
     evaluated(model, x)
@@ -110,13 +110,14 @@ def test_distributed_weights(process_group):
             module._parameters[name] = nn.Parameter(distribute_tensor(value.detach(), mesh, [Replicate()]))
     assert "of class DTensor" in report(model).declined[0].reasons[0]
     with fast_calls() as calls, pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
-        first(torch.randn(1, 48, 8, 8, dtype=torch.float64))  # as the block's own forward says
+        first(torch.randn(1, 48, 8, 8, dtype=torch.float64))  # the error of the block's own forward
     assert not calls
 
 
 @pytest.mark.parametrize("operator", SMALL)
 def test_operators(operator):
-    """The last tensor or the map: PyTorch's operators serve it, and asked by name a backend says why it cannot."""
+    """As the last tensor or as the map: PyTorch's operators serve it, and a backend asked for by name says why it
+    cannot."""
     tensors, settings = make(
         operator, {**SMALL[operator], **({"dropout": None} if "dropout" in SMALL[operator] else {})}
     )
@@ -131,7 +132,7 @@ def test_operators(operator):
 
 
 def test_a_map_of_fake_tensors():
-    """Symbolic sizes are no keys of what was chosen before."""
+    """Symbolic sizes are not keys of the cache of choices."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 

@@ -1,22 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer``: the whole stack's values by every path (gradients by the reference), and what it refuses."""
+"""``transformer``: the whole stack's values on every path (gradients by the reference), and what it refuses."""
 
 import pytest
 import torch
 
 from mvit_kernels import TransformerLayerWeights
-from support.cases import DTYPES, LAYOUTS, call, convert, evaluate, make, paths, plain_dtype
-from support.checks import (
-    check,
-    check_autocast,
-    check_gradients,
-    check_meta,
-    check_refusal,
-    check_registration,
-    check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
-    registrations,
-)
+from support.cases import call, convert, evaluate, make, paths, plain_dtype
+from support.checks import check, check_autocast, check_registration
+from support.operator_tests import OperatorTests
 from support.oracle import sequences
 from support.tolerance import assert_close_as_pytorch
 
@@ -26,7 +17,7 @@ SMALL = dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2))
 
 
 def served(path, sizes=SMALL):
-    """The sizes, of a width and heads that the path has kernels for: CUDA's are of MobileViT's."""
+    """The sizes with a width and heads that the path has kernels for: CUDA only has MobileViT's."""
     return {**sizes, "shape": (*sizes["shape"][:3], 64), "heads": 4} if path == "cuda" else sizes
 
 
@@ -35,7 +26,7 @@ CASES = [
         dict(shape=(1, 4, 4, d), heads=4, patch=(2, 2), layers=layers)
         for d, layers in ((64, 2), (80, 4), (96, 3), (144, 2), (240, 3))
     ),
-    *(  # Kornia: 4 heads of 8 whatever d is, no qkv bias, no last norm
+    *(  # Kornia: 4 heads of 8 whatever d is, no qkv bias, no final norm
         dict(shape=(1, 4, 6, d), heads=4, head_dim=8, ratio=ratio, qkv_bias=False, final_norm=False, patch=(2, 2))
         for d, ratio in ((64, 2), (80, 4))
     ),
@@ -46,95 +37,6 @@ CASES = [
     dict(shape=(2, 2, 2, 24), heads=8, patch=(2, 2)),  # N = 1
     dict(shape=(0, 4, 6, 24), heads=2, patch=(2, 2)),
 ]
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", CASES, ids=str)
-def test_values_and_gradients(sizes, dtype, path):
-    check(OP, sizes, dtype=dtype, path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layouts(layout, dtype, path):
-    check(OP, SMALL, dtype=dtype, path=path, layout=layout)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_norm_parameters_in_float32(dtype, path):
-    check(OP, SMALL, dtype=dtype, norm_dtype="float32", path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_eps_of_every_norm(path):
-    check(OP, {**SMALL, "eps": 0.5}, path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_pixel_changes_its_own_sequence_only(path):
-    tensors, settings = make(OP, served(path, dict(shape=(2, 8, 6, 24), heads=2, patch=(2, 3))))
-    tensors = convert(tensors, plain_dtype(path))
-    before = call(OP, tensors, settings, path)
-    tensors["x"][1, 5, 4] += 1
-    changed = (call(OP, tensors, settings, path) != before).any(-1)
-    expected = torch.zeros(2, 48, dtype=torch.bool)
-    expected[1, next(tokens for tokens in sequences(8, 6, (2, 3)) if 5 * 6 + 4 in tokens)] = True
-    assert torch.equal(changed, expected.reshape(2, 8, 6))
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_permuted_tokens_permute_the_result(path):
-    tensors, settings = make(OP, served(path, dict(shape=(1, 4, 6, 24), heads=2, patch=(2, 2))))
-    order = torch.arange(24)
-    for tokens in sequences(4, 6, (2, 2)):
-        order[torch.tensor(tokens)] = torch.tensor(tokens).flip(0)  # its own inverse
-    single = convert(tensors, plain_dtype(path))
-
-    def shuffled(t):
-        x = t["x"].flatten(1, 2)[:, order].reshape(t["x"].shape)
-        return call(OP, {**t, "x": x}, settings, path).flatten(1, 2)[:, order].reshape(t["x"].shape)
-
-    ours = evaluate(shuffled, single, False)["out"]
-    truth = call(OP, convert(single, torch.float64), settings, "oracle")
-    assert_close_as_pytorch("permuted", ours, call(OP, single, settings, "usual"), truth)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_nan_stays_in_its_sequence(path):
-    tensors, settings = make(OP, served(path))
-    tensors = convert(tensors, plain_dtype(path))
-    tensors["x"][0, 1, 3, 5] = torch.nan
-    found = call(OP, tensors, settings, path).isnan().all(-1)
-    expected = torch.zeros(2, 24, dtype=torch.bool)
-    expected[0, sequences(4, 6, (2, 2))[3]] = True
-    assert torch.equal(found, expected.reshape(2, 4, 6))
-
-
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
-def test_autocast(path):
-    check_autocast(OP, served(path), path)
-
-
-def test_autocast_in_a_bfloat16_model_without_a_last_norm():
-    check_autocast(OP, {**SMALL, "final_norm": False, "qkv_bias": False})
-
-
-def test_finite_differences():
-    check_gradients(OP, dict(shape=(1, 2, 4, 2), heads=1, patch=(2, 2), layers=1), "reference")
-
-
-@pytest.mark.parametrize("backend, layout", registrations(OP))
-def test_registration(backend, layout):
-    sizes = dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2), layers=1, qkv_bias=layout == "permuted")
-    check_registration(OP, served(backend, sizes), layout, backend)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_same_bits(path):
-    check_same_bits(OP, dict(shape=(1, 8, 8, 64), heads=4, patch=(2, 2)), path)
 
 
 def _replaced(**fields):
@@ -183,10 +85,64 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("change, error, says", REFUSED, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
-def test_refuses(change, error, says):
-    check_refusal(OP, SMALL, change, error, *says)
+class TestTransformer(OperatorTests):
+    operator, cases, small, refused = OP, CASES, SMALL, REFUSED
+    tiny = [dict(shape=(1, 2, 4, 2), heads=1, patch=(2, 2), layers=1)]
+    repeated = dict(shape=(1, 8, 8, 64), heads=4, patch=(2, 2))
+    test_graph = None  # kernels have no gradient
+
+    def test_autocast(self, path):
+        check_autocast(OP, served(path), path)
+
+    def test_registration(self, backend, layout):
+        sizes = dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2), layers=1, qkv_bias=layout == "permuted")
+        check_registration(OP, served(backend, sizes), layout, backend)
 
 
-def test_meta_device():
-    check_meta(OP, SMALL, "reference")
+@pytest.mark.parametrize("path", PATHS)
+def test_eps_of_every_norm(path):
+    check(OP, {**SMALL, "eps": 0.5}, path=path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_pixel_changes_its_own_sequence_only(path):
+    tensors, settings = make(OP, served(path, dict(shape=(2, 8, 6, 24), heads=2, patch=(2, 3))))
+    tensors = convert(tensors, plain_dtype(path))
+    before = call(OP, tensors, settings, path)
+    tensors["x"][1, 5, 4] += 1
+    changed = (call(OP, tensors, settings, path) != before).any(-1)
+    expected = torch.zeros(2, 48, dtype=torch.bool)
+    expected[1, next(tokens for tokens in sequences(8, 6, (2, 3)) if 5 * 6 + 4 in tokens)] = True
+    assert torch.equal(changed, expected.reshape(2, 8, 6))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_permuted_tokens_permute_the_result(path):
+    tensors, settings = make(OP, served(path, dict(shape=(1, 4, 6, 24), heads=2, patch=(2, 2))))
+    order = torch.arange(24)
+    for tokens in sequences(4, 6, (2, 2)):
+        order[torch.tensor(tokens)] = torch.tensor(tokens).flip(0)  # its own inverse
+    single = convert(tensors, plain_dtype(path))
+
+    def shuffled(t):
+        x = t["x"].flatten(1, 2)[:, order].reshape(t["x"].shape)
+        return call(OP, {**t, "x": x}, settings, path).flatten(1, 2)[:, order].reshape(t["x"].shape)
+
+    ours = evaluate(shuffled, single, False)["out"]
+    truth = call(OP, convert(single, torch.float64), settings, "oracle")
+    assert_close_as_pytorch("permuted", ours, call(OP, single, settings, "usual"), truth)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nan_stays_in_its_sequence(path):
+    tensors, settings = make(OP, served(path))
+    tensors = convert(tensors, plain_dtype(path))
+    tensors["x"][0, 1, 3, 5] = torch.nan
+    found = call(OP, tensors, settings, path).isnan().all(-1)
+    expected = torch.zeros(2, 24, dtype=torch.bool)
+    expected[0, sequences(4, 6, (2, 2))[3]] = True
+    assert torch.equal(found, expected.reshape(2, 4, 6))
+
+
+def test_autocast_in_a_bfloat16_model_without_a_last_norm():
+    check_autocast(OP, {**SMALL, "final_norm": False, "qkv_bias": False})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer_layer``: values and gradients by every path, with and without live dropout, and what it refuses."""
+"""``transformer_layer``: values and gradients on every path, with and without live dropout, and what it refuses."""
 
 import pytest
 import torch
@@ -8,20 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mvit_kernels import LayerDropout, TransformerLayerWeights, dropout
 from mvit_kernels.dropout import drop_path
-from support.cases import DTYPES, LAYOUTS, call, convert, device_of, evaluate, make, paths
-from support.checks import (
-    check,
-    check_autocast,
-    check_gradients,
-    check_gradients_one_by_one,
-    check_graph_only_where_needed,
-    check_meta,
-    check_refusal,
-    check_registration,
-    check_same_bits,
-    one_thread,  # noqa: F401 (a fixture)
-    registrations,
-)
+from support.cases import call, convert, device_of, evaluate, make, paths
+from support.checks import check, check_gradients, check_gradients_one_by_one, check_registration, check_same_bits
+from support.operator_tests import OperatorTests
 from support.oracle import branch_factor as oracle_factor
 from support.oracle import philox as oracle_philox
 
@@ -49,74 +38,64 @@ CASES = [
     dict(shape=(1, 6, 4, 17), heads=1, hidden=33, patch=(3, 2)),
     dict(shape=(0, 4, 4, 24), heads=2, patch=(2, 2)),
 ]
+REFUSED = [
+    (dict(x=None), TypeError, ("x is", "torch.Tensor is wanted")),
+    (dict(x=lambda x: x[0]), ValueError, ("x has shape (4, 6, 24)", "(B, H, W, d)")),
+    (dict(x=lambda x: x[:, :3]), ValueError, ("3 × 6 tokens", "patches of 2 × 2")),
+    (dict(layer=None), TypeError, ("layer is a NoneType", "TransformerLayerWeights is wanted")),
+    (
+        dict(layer=lambda w: w._replace(proj_weight=w.proj_weight[:20])),
+        ValueError,
+        ("layer: proj_weight has shape (20, 24)", "(24, 24) is wanted"),
+    ),
+    (dict(layer=lambda w: w._replace(fc2_bias=w.fc2_bias.double())), TypeError, ("fc2_bias is torch.float64",)),
+    (dict(num_heads=5), ValueError, ("layer: qkv_weight has 72 rows", "15")),
+    (dict(num_heads=0), ValueError, ("num_heads is 0",)),
+    (dict(patch_size=(2, 0)), ValueError, ("patch_size is (2, 0)",)),
+    (dict(eps=-1.0), ValueError, ("eps is -1.0", "positive")),
+    (dict(dropout=0.1), TypeError, ("dropout is a float", "a LayerDropout, or None, is wanted")),
+    (dict(dropout=LayerDropout(mlp=1.5)), ValueError, ("dropout.mlp is 1.5", "from 0 to 1")),
+    (dict(dropout=LayerDropout(path1=None)), ValueError, ("dropout.path1 is None",)),
+    (dict(seed=7), TypeError, ("seed is 7", "two int64 numbers are wanted")),
+    (dict(seed=torch.zeros(2)), TypeError, ("seed is torch.float32 of shape (2,)",)),
+    (dict(seed=torch.zeros(1, dtype=torch.int64)), TypeError, ("seed is torch.int64 of shape (1,)",)),
+    (dict(seed=torch.zeros(2, dtype=torch.int64, device="meta")), ValueError, ("seed is on meta and x on cpu",)),
+    (dict(backend=3), ValueError, ("unknown backend 3",)),
+]
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", CASES, ids=str)
-def test_values_and_gradients(sizes, dtype, path):
-    check(OP, sizes, dtype=dtype, path=path)
+class TestTransformerLayer(OperatorTests):
+    operator, cases, small, refused = OP, CASES, SMALL, REFUSED
+    tiny = [dict(shape=(1, 2, 4, 4), heads=2, hidden=6, patch=(2, 2))]
+    repeated = SMALL
+
+    def test_finite_differences(self, sizes, path):
+        super().test_finite_differences(sizes, path)
+        if path in SEEDED:
+            check_gradients(OP, {**sizes, "dropout": LIVE["all"]}, path)
+
+    def test_registration(self, backend, layout):
+        super().test_registration(backend, layout)
+        check_registration(OP, {**SMALL, "dropout": LIVE["all"]}, layout, backend)
+
+    def test_same_bits(self, path):
+        super().test_same_bits(path)
+        if path in SEEDED:
+            check_same_bits(OP, {**SMALL, "dropout": LIVE["all"]}, path)
 
 
 @pytest.mark.parametrize("path", SEEDED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("live", LIVE.values(), ids=LIVE.keys())
 def test_live_dropout(live, dtype, path):
-    """The mask is that of the seed, forward and backward; the oracle computes it one element at a time."""
+    """The mask is the seed's, forward and backward; the oracle computes it one element at a time."""
     for sizes in (SMALL, CASES[5]):
         check(OP, {**sizes, "dropout": live}, dtype=dtype, path=path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, path):
-    check(OP, SMALL, path=path, layout=layout)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_norm_parameters_in_float32(path):
-    check(OP, SMALL, dtype="bfloat16", norm_dtype="float32", path=path)
-
-
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
-def test_autocast(path):
-    check_autocast(OP, SMALL, path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_graph(path):
-    check_graph_only_where_needed(OP, SMALL, path)
-    check_gradients_one_by_one(OP, SMALL, path)
 
 
 @pytest.mark.parametrize("path", SEEDED)
 def test_gradients_one_by_one_with_dropout(path):
     check_gradients_one_by_one(OP, {**SMALL, "dropout": LIVE["all"]}, path)
-
-
-@pytest.mark.parametrize("path", paths(OP, "float64"))
-def test_finite_differences(path):
-    small = dict(shape=(1, 2, 4, 4), heads=2, hidden=6, patch=(2, 2))
-    check_gradients(OP, small, path)
-    if path != "reference":
-        check_gradients(OP, {**small, "dropout": LIVE["all"]}, path)
-
-
-@pytest.mark.parametrize("backend, layout", registrations(OP))
-def test_registration(backend, layout):
-    check_registration(OP, SMALL, layout, backend)
-    check_registration(OP, {**SMALL, "dropout": LIVE["all"]}, layout, backend)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_same_bits(path):
-    check_same_bits(OP, SMALL, path)
-    if path in SEEDED:
-        check_same_bits(OP, {**SMALL, "dropout": LIVE["all"]}, path)
-
-
-def test_meta_device():
-    check_meta(OP, SMALL, "reference")
 
 
 # ------------------------------------------------------------------------------------------------------------ the mask
@@ -150,7 +129,7 @@ def test_the_factor_is_the_oracle_s():
 
 
 def masks(path, count=1, shape=(2, 16, 32, 24), seed=None, **live):
-    """The masks of one branch: its values are 1 everywhere, of rows that are 0."""
+    """The masks of one branch, whose values are made 1 everywhere and added to rows of 0."""
     place = "proj" if live.keys() & {"projection", "path1"} else "fc2"
     tensors, settings = make(OP, dict(shape=shape, heads=2, patch=(2, 2)))
     tensors = convert(tensors, torch.float32)
@@ -165,8 +144,8 @@ def masks(path, count=1, shape=(2, 16, 32, 24), seed=None, **live):
 @pytest.mark.parametrize("path", DRAWING)
 @pytest.mark.parametrize("field", ["projection", "mlp"])
 def test_statistics(field, path):
-    """The fraction dropped and the scale of what is kept, as PyTorch's dropout has them; no pattern in any axis, and
-    neighbours as well as calls are independent of each other."""
+    """The fraction dropped and the scale of what is kept, as in PyTorch's dropout; no pattern along any axis, and both
+    neighbours and calls are independent of each other."""
     torch.manual_seed(0)
     mask = masks(path, 2, **{field: 0.3})
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
@@ -240,7 +219,7 @@ def test_gradient_checkpointing_drops_the_same_again(path):
 
 
 def test_the_reference_draws_as_pytorch_does():
-    """The plain layer with PyTorch's dropout in it: the same draws, in the same order."""
+    """A plain layer with PyTorch's own dropout makes the same draws in the same order."""
     tensors, settings = make(OP, SMALL)
     live = LayerDropout(0.1, 0.2, 0.15, 0.25, 0.3, 0.4)
     torch.manual_seed(5)
@@ -258,36 +237,3 @@ def test_the_reference_draws_as_pytorch_does():
     hidden = F.silu(F.linear(F.layer_norm(x, d, w.norm2_weight, w.norm2_bias, 1e-5), w.fc1_weight, w.fc1_bias))
     branch = F.dropout(F.linear(F.dropout(hidden, 0.15), w.fc2_weight, w.fc2_bias), 0.25)
     torch.testing.assert_close(out, x + drop_path(branch, 0.4, (2, 2)), rtol=1e-12, atol=1e-12)
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-REFUSED = [
-    (dict(x=None), TypeError, ("x is", "torch.Tensor is wanted")),
-    (dict(x=lambda x: x[0]), ValueError, ("x has shape (4, 6, 24)", "(B, H, W, d)")),
-    (dict(x=lambda x: x[:, :3]), ValueError, ("3 × 6 tokens", "patches of 2 × 2")),
-    (dict(layer=None), TypeError, ("layer is a NoneType", "TransformerLayerWeights is wanted")),
-    (
-        dict(layer=lambda w: w._replace(proj_weight=w.proj_weight[:20])),
-        ValueError,
-        ("layer: proj_weight has shape (20, 24)", "(24, 24) is wanted"),
-    ),
-    (dict(layer=lambda w: w._replace(fc2_bias=w.fc2_bias.double())), TypeError, ("fc2_bias is torch.float64",)),
-    (dict(num_heads=5), ValueError, ("layer: qkv_weight has 72 rows", "15")),
-    (dict(num_heads=0), ValueError, ("num_heads is 0",)),
-    (dict(patch_size=(2, 0)), ValueError, ("patch_size is (2, 0)",)),
-    (dict(eps=-1.0), ValueError, ("eps is -1.0", "positive")),
-    (dict(dropout=0.1), TypeError, ("dropout is a float", "a LayerDropout, or None, is wanted")),
-    (dict(dropout=LayerDropout(mlp=1.5)), ValueError, ("dropout.mlp is 1.5", "from 0 to 1")),
-    (dict(dropout=LayerDropout(path1=None)), ValueError, ("dropout.path1 is None",)),
-    (dict(seed=7), TypeError, ("seed is 7", "two int64 numbers are wanted")),
-    (dict(seed=torch.zeros(2)), TypeError, ("seed is torch.float32 of shape (2,)",)),
-    (dict(seed=torch.zeros(1, dtype=torch.int64)), TypeError, ("seed is torch.int64 of shape (1,)",)),
-    (dict(seed=torch.zeros(2, dtype=torch.int64, device="meta")), ValueError, ("seed is on meta and x on cpu",)),
-    (dict(backend=3), ValueError, ("unknown backend 3",)),
-]
-
-
-@pytest.mark.parametrize("change, error, says", REFUSED, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
-def test_refuses(change, error, says):
-    check_refusal(OP, SMALL, change, error, *says)

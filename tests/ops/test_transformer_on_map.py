@@ -9,7 +9,6 @@ import torch
 from mvit_kernels.dropout import LayerDropout, drop_path
 from mvit_kernels.ops import transformer_on_map
 from support.cases import INFERENCE, Recorder, carefully, convert, evaluate, lay_out, make, structured
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.fake_backend import NAME, fake_backend
 from support.oracle import sequences
 from support.oracle import transformer_on_map as oracle
@@ -32,7 +31,7 @@ def run(function, tensors, settings, **more):
 
 
 def compare(sizes, dtype="float32", gradients=True, **more):
-    """Result and all gradients, by the tolerance rule."""
+    """The result and all gradients, by the tolerance rule."""
 
     def draw(seed):
         tensors, settings = case(sizes, dtype, seed=seed)
@@ -106,7 +105,7 @@ def test_memory_format_is_kept(height, width, gradients):
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "offset", "expanded"])
 def test_layouts(layout):
-    """Other strides give the same values as a dense copy; neither x nor what lies around it is written."""
+    """Other strides give the same values as a dense copy; neither x nor the memory around it is written."""
     tensors, settings = case(dict(shape=(2, 5, 6, 24), heads=2, patch=(2, 2), layers=1))
     x, buffer = lay_out(tensors["x"], layout)
     before = (x if buffer is None else buffer).clone()
@@ -118,7 +117,7 @@ def test_layouts(layout):
 
 @pytest.mark.parametrize("memory_format, copies", [(torch.channels_last, 2), (torch.contiguous_format, 3)])
 def test_few_copies_of_the_map(memory_format, copies):
-    """Into sequence order before the first layer and back after the last, to NCHW once more; none in between."""
+    """One into sequence order before the first layer, one back after the last, one more to NCHW; none in between."""
     tensors, settings = case(dict(shape=(2, 8, 8, 24), heads=2, patch=(2, 2), layers=3))
     tensors["x"] = tensors["x"].contiguous(memory_format=memory_format)
     with torch.no_grad(), Recorder() as recorder:
@@ -139,7 +138,7 @@ def test_few_copies_of_the_map(memory_format, copies):
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(x_dtype, live, size):
-    """Autocast's dtype comes out whatever goes in, also with dropout in every half of every layer."""
+    """Autocast's dtype comes out whatever goes in, even with dropout in both halves of every layer."""
     tensors, settings = case(dict(shape=(2, *size, 24), heads=2, patch=(2, 2)))
     tensors["x"] = tensors["x"].to(x_dtype)
     dropout = [LayerDropout(projection=0.1, mlp=0.1, path1=0.1, path2=0.1)] * 2 if live else None
@@ -147,7 +146,7 @@ def test_autocast(x_dtype, live, size):
         torch.manual_seed(0)
         out = run(transformer_on_map, tensors, settings, dropout=dropout)
     assert out.dtype == torch.bfloat16
-    if size == (4, 6):  # no resize, which is in x's dtype: then it is the same as casting by hand
+    if size == (4, 6):  # no resize, which happens in x's dtype: then it equals casting by hand
         cast = {name: t if "norm" in name else t.bfloat16() for name, t in tensors.items()}
         torch.manual_seed(0)
         assert torch.equal(out, run(transformer_on_map, cast, settings, dropout=dropout))
@@ -178,7 +177,7 @@ LIVE = {
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])
 @pytest.mark.parametrize("live", LIVE.values(), ids=LIVE.keys())
 def test_the_same_draws_as_on_sequences(live, size):
-    """With the same seed: the values and gradients of the usual implementation, whose sequences are unfolded."""
+    """The same seed gives the values and gradients of the usual implementation, which unfolds sequences."""
     tensors, settings = case(dict(shape=(2, *size, 24), heads=2, patch=(2, 2)), "float64")
     dropout = [live, live._replace(projection=live.projection / 2)]  # each layer has its own
 
@@ -207,7 +206,7 @@ def test_zero_dropout_is_none():
 
 @pytest.mark.parametrize("field, place", [("projection", "proj"), ("mlp", "fc2")])
 def test_dropout_statistics(field, place):
-    """A branch that is 1 everywhere shows its mask: the fraction dropped, the scale of what is kept, no pattern."""
+    """A branch of ones shows its mask: the fraction dropped, the scale of what is kept, no pattern."""
     tensors, settings = case(dict(shape=(2, 32, 32, 24), heads=2, patch=(2, 2), layers=1, final_norm=False))
     for name in ("proj", "fc2"):
         tensors[f"layers.0.{name}_weight"].zero_()
@@ -325,7 +324,7 @@ def test_no_copy_of_the_map_with_kernels_and_channels_last():
 
 @pytest.mark.parametrize("live", ["path1", "path2", "unscaled path"])
 def test_drop_path_with_kernels_drops_the_same_sequences(live):
-    """Map order or sequence order, the decisions are drawn in one order."""
+    """In map order or in sequence order, the decisions are drawn in the same order."""
     tensors, settings = case(dict(shape=(3, 4, 6, 24), heads=2, patch=(2, 2)))
     dropout = [LIVE[live]] * 2
     torch.manual_seed(2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What raw operators are opaque to: forward-mode AD, torch.func's transforms, and gradients of gradients."""
+"""What cannot see inside raw operators: forward-mode AD, torch.func's transforms, and gradients of gradients."""
 
 import copy
 import functools
@@ -51,8 +51,8 @@ TRANSFORMS = {
 
 @pytest.fixture(autouse=True)
 def attention_with_tangents():
-    """Stock models and oracles by the one form of PyTorch's attention that has derivatives of every order; ours choose
-    theirs themselves, whatever is enabled."""
+    """Stock models and oracles use the one form of PyTorch's attention that has derivatives of every order; ours choose
+    by themselves, whatever is enabled."""
     with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
         yield
 
@@ -67,7 +67,7 @@ def assert_all_close(ours, expected, tolerance=1e-9):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("operator", NO_DROPOUT)
 def test_operators(operator, transform):
-    """Right though a backend would serve everything, forward and backward; an error where it was asked for by name."""
+    """Right although a backend would serve everything, forward and backward; an error if it was asked for by name."""
     tensors, settings = make(operator, NO_DROPOUT[operator])
     first, x = next(iter(tensors.items()))
     tangent = normal(*x.shape)
@@ -87,7 +87,7 @@ def test_operators(operator, transform):
 
 
 def test_a_dual_weight():
-    """No tensor is asked, only the level: a tangent may come by any of them."""
+    """Only the AD level is looked at, not the tensors: a tangent may come with any of them."""
     tensors, settings = make("linear_residual", SMALL["linear_residual"])
 
     def function(weight, path):
@@ -109,12 +109,12 @@ def test_the_choice_outside_is_not_remembered_inside():
         function(qkv)
         jvp(function, (qkv,), (qkv,))
         function(qkv)
-        assert len(module.asked) == 2  # the second within the transform, which is no key
+        assert len(module.asked) == 2  # the second one inside the transform, which is not part of the key
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 def test_compiled_transforms(transform):
-    """Those that torch.compile traces itself. (It cannot trace PyTorch's own layer_norm under jvp.)"""
+    """The transforms that torch.compile traces itself. (It cannot trace PyTorch's own layer_norm under jvp.)"""
     torch._dynamo.reset()
     tensors, settings = make("patch_attention", SMALL["patch_attention"])
     tangent = normal(*tensors["qkv"].shape)
@@ -158,8 +158,8 @@ def batched(function, x):
 
 @pytest.mark.parametrize("library, transform", [("timm", name) for name in OF_MODELS] + [("huggingface", "dual_level")])
 def test_models(library, transform):
-    """Accelerated in float64: the blocks take the fast path, composed of PyTorch's operators, and lose no tangent.
-    Frozen in float32, where all is one native call otherwise."""
+    """Accelerated, in float64: the blocks take the fast path, composed of PyTorch's operators, and lose no tangent.
+    Frozen, in float32, where everything would otherwise be one native call."""
     options = {"num_labels" if library == "huggingface" else "num_classes": 3}
     model = models.build(library, **options).requires_grad_(transform != "dual_level")
     x = models.images(2, 64, 64)
@@ -199,7 +199,7 @@ def test_a_transform_of_a_model_whose_backend_was_named():
 
 @pytest.mark.parametrize("library", ["huggingface", "timm"])
 def test_other_buffers_for_one_call_of_a_frozen_model(library):
-    """torch.func.functional_call lends them without a word to the modules; packed weights would be the old ones."""
+    """torch.func.functional_call swaps them in without telling the modules; packed weights would be the old ones."""
     first, second = models.build(library), models.sensible(models.build(library), seed=9)
     frozen, x = freeze(first), models.images(1, 64, 64)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_other_buffers_for_one_call_of_a_frozen_model(library):
 @pytest.mark.parametrize("path", [None, "reference"])
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_second_derivatives(operator, path):
-    """Of kernels they are the composed operators', for every tensor; once only, gradients are the kernels' own."""
+    """Kernels have those of the composed operators, for every tensor; first derivatives are the kernels' own."""
     sizes = SMALL if path is None else NO_DROPOUT
     tensors, settings = make(operator, sizes[operator])
     names = [name for name, value in tensors.items() if value is not None]
@@ -272,7 +272,7 @@ def test_gradient_penalty(library, backend):
 
 
 def test_gradient_penalty_under_autocast():
-    """The weights of all layers are cast at once then, and that has a second derivative too."""
+    """All layers' weights are then cast at once, and that cast has a second derivative too."""
     model = models.build("huggingface")
     x = models.images(2, 64, 64)
     penalties = []
@@ -286,7 +286,7 @@ def test_gradient_penalty_under_autocast():
 
 
 def test_gradients_of_once_are_by_kernels():
-    """Second derivatives cost nothing where nobody asks for them, compiled functions included."""
+    """Second derivatives cost nothing unless they are asked for, in compiled functions too."""
     torch._dynamo.reset()
     tensors, settings = make("layer_norm_linear", SMALL["layer_norm_linear"])
     tensors = {name: t.requires_grad_() for name, t in convert(tensors, torch.float32).items()}
@@ -304,7 +304,7 @@ def test_gradients_of_once_are_by_kernels():
 
 
 def test_attention_whose_backward_pytorch_cannot_differentiate():
-    """Why the reference has a second way: should PyTorch learn it, that may go."""
+    """This is why the reference has a second way: once PyTorch can do it, that may go."""
     q = normal(1, 2, 8, 4).requires_grad_()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="not implemented"):
         torch.autograd.grad(scaled_dot_product_attention(q, q, q).sum(), q, create_graph=True)[0].sum().backward()

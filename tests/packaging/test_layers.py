@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports run downwards only: the map of CONTRIBUTING.md, held against every import statement, and no circles."""
+"""Imports run downwards only, and never in circles: every import statement, checked against CONTRIBUTING.md's map."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Example:
     >>> tensors, settings = make("patch_attention", dict(shape=(2, 6, 4), heads=4, head_dim=16, patch=(2, 2)))
     >>> out = call("patch_attention", tensors, settings, path="raw")
 
-A *path* is a way to the operator's values: ``reference`` (the public function on the reference backend, plain PyTorch),
+A *path* is a way to compute the operator: ``reference`` (the public function on the reference backend, plain PyTorch),
 ``raw`` (the reference's raw operators with the autograd function around them), or a backend with kernels, by its name;
 `paths` gives those that can run on this machine. ``oracle`` and ``usual`` are the truth and the yardstick of the tests.
 """
@@ -45,8 +45,9 @@ LAYOUTS = ("contiguous", "permuted", "transposed", "sliced", "strided", "offset"
 # ------------------------------------------------------------------------------------------------------------ inputs
 
 Tensors = dict[str, Tensor | None]
+Sizes = dict[str, Any]  # the keyword arguments of an operator's function below, `_layer_norm` for one
 
-# A small call of each operator
+# A small call of each operator.
 SMALL = {
     "layer_norm": dict(shape=(3, 8)),
     "layer_norm_linear": dict(shape=(3, 8), n=4, activation="silu"),
@@ -58,9 +59,19 @@ SMALL = {
     "transformer_layer": dict(shape=(2, 4, 4, 8), heads=2, patch=(2, 2), dropout=dict(mlp=0.1)),
 }
 
+# Another of each with a gradient: rows that fill no tile, widths that are no power of two.
+NARROW = {
+    "layer_norm": dict(shape=(2, 3, 5, 24)),
+    "layer_norm_linear": dict(shape=(2, 3, 5, 24), n=40, activation="silu"),
+    "patch_attention": dict(shape=(2, 6, 8), heads=2, head_dim=12, patch=(2, 2)),
+    "linear_residual": dict(shape=(2, 3, 5, 24), n=40),
+    "layer_norm_mlp": dict(shape=(2, 3, 5, 24), hidden=40),
+    "transformer_layer": dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2)),
+}
+
 
 class Draw:
-    """Seeded normal float64 tensors, of values that float32 has as well."""
+    """Seeded normal float64 tensors whose values float32 can represent."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -203,7 +214,7 @@ def lay_out(t: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
 
 
 def lay_out_all(tensors: Tensors, layout: str) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """`lay_out` of every tensor; only activations are expanded (weights of equal rows would be no test)."""
+    """`lay_out` of every tensor; only activations are expanded (weights with equal rows would test little)."""
     activations = ("x", "qkv", "residual")
     return {
         name: (None, None)
@@ -217,7 +228,7 @@ def lay_out_all(tensors: Tensors, layout: str) -> dict[str, tuple[Tensor | None,
 
 
 def paths(operator: str, dtype: str | None = None) -> list[str]:
-    """The ways to the operator that can run here, and take `dtype` if given."""
+    """The paths of the operator that can run here, and that take `dtype` if given."""
     found = ["reference", "raw"]
     for backend in BACKENDS[1:]:
         if operator in backends.operators(backend) and not backends.unavailable(backend, device_of(backend)):
@@ -232,12 +243,12 @@ def takes(path: str, dtype: str | None) -> bool:
 
 
 def plain_dtype(path: str) -> torch.dtype:
-    """What tests use that are not about dtypes: float32, or bfloat16 where the path has no kernels for that."""
+    """The dtype for tests that are not about dtypes: float32, or bfloat16 where the path has no kernels for float32."""
     return torch.float32 if takes(path, "float32") else torch.bfloat16
 
 
 def differentiable(operator: str, path: str) -> bool:
-    """Whether gradients go through the operator by `path`: not by a backend that has no backward for it."""
+    """Whether the operator has gradients on `path`: not on a backend that has no backward for it."""
     if path in ("reference", "raw"):
         return path == "reference" or operator in DIFFERENTIABLE
     backward, key = f"mvit_kernels::{operator}_backward.{path}", device_of(path).upper()
@@ -245,7 +256,7 @@ def differentiable(operator: str, path: str) -> bool:
 
 
 def device_of(path: str) -> str:
-    """Where the path's tensors are: its backend's DEVICE_TYPE, and the CPU for those that have none."""
+    """Where the path's tensors are: on its backend's `device_type`, or on the CPU if it has none."""
     return REGISTRY[path].device_type if path in REGISTRY else "cpu"
 
 
@@ -304,15 +315,15 @@ def backward_arguments(
         "layer_norm_mlp": lambda: (grad_out, t[0], *outputs[1:], *t[1:-1]),
         "transformer_layer": lambda: (
             *(grad_out, t[0], *outputs[1:]),
-            *(t[i] for i in (1, 2, 3, 4, 5, 7, 8, 9, 10, 11)),  # but the biases of proj and fc2
+            *(t[i] for i in (1, 2, 3, 4, 5, 7, 8, 9, 10, 11)),  # without the biases of proj and fc2
             *(settings[4], *settings[:3], *_probabilities(settings[3])),
         ),
     }[operator]()
 
 
 def call(operator: str, tensors: Tensors, settings: dict[str, Any], path: str) -> Tensor:
-    """The operator's result by `path`, by the ``oracle`` or the ``usual`` way. CPU tensors are taken where the path
-    runs, and the result brought back."""
+    """The operator's result on `path`, or by the ``oracle`` or the ``usual`` implementation. CPU tensors are moved to
+    where the path runs, and the result is moved back."""
     if path in ("oracle", "usual"):
         function = getattr(oracle if path == "oracle" else usual, operator)
         return function(**structured(operator, tensors), **resolved(operator, tensors, settings))
@@ -332,7 +343,7 @@ def call(operator: str, tensors: Tensors, settings: dict[str, Any], path: str) -
 
 
 def call_raw(operator: str, backend: str, tensors: Tensors, settings: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The results of the raw forward operator for CPU tensors, taken where it runs and brought back."""
+    """The results of the raw forward operator for CPU tensors, moved to where it runs and back."""
     moved = {name: None if t is None else t.to(device_of(backend)) for name, t in tensors.items()}
     return tuple(t.cpu() for t in raw(operator, backend)(*raw_arguments(operator, moved, settings)))
 
@@ -345,13 +356,13 @@ def evaluate(
     arithmetic: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008  (it has no state)
 ) -> dict[str, Tensor]:
     """The result, and the gradients of all tensors or of those named, for the same seeded gradient of the result; both
-    are computed inside of `arithmetic`."""
+    are computed inside `arithmetic`."""
     wanted = [name for name, t in tensors.items() if t is not None and (gradients is True or name in (gradients or ()))]
     leaves = {name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
     with arithmetic:
         out = function(leaves)
     results = {"out": out.detach()}
-    if wanted:  # the gradient of the result is exact in every dtype
+    if wanted:  # a gradient of the result that every dtype represents exactly
         grad_out = lay_out(Draw(99)(*out.shape).to(torch.bfloat16).to(out.device, out.dtype), layout)[0]
         with arithmetic:
             grads = torch.autograd.grad(out, [leaves[name] for name in wanted], grad_out)
@@ -378,7 +389,7 @@ def carefully(
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill every ``torch.empty`` with NaN, also those of compiled code: memory that is read before it is written
+    """Fill every ``torch.empty`` with NaN, even in compiled code, so that memory which is read before it is written
     shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -390,7 +401,7 @@ def poisoned() -> Iterator[None]:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the operators that run inside, by name and with the shapes of their results."""
+    """Records the operators that run inside, by name and with the shapes of their results."""
 
     def __init__(self) -> None:
         super().__init__()

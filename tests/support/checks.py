@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks that every operator passes by every path.
+"""The checks that every operator passes on every path.
 
 Example:
     >>> check("patch_attention", dict(shape=(2, 6, 4), heads=4, head_dim=16, patch=(2, 2)), path="raw")
@@ -28,6 +28,7 @@ from support.cases import (
     Tensors,
     backward_arguments,
     call,
+    call_raw,
     carefully,
     convert,
     device_of,
@@ -36,24 +37,15 @@ from support.cases import (
     lay_out,
     lay_out_all,
     make,
-    paths,
     plain_dtype,
     poisoned,
     raw_arguments,
     structured,
+    takes,
 )
-from support.tolerance import Compared, assert_close_over_draws
+from support.tolerance import Compared, assert_close_as_pytorch, assert_close_over_draws
 
 THREADS = 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Imported by the operators' tests: on a busy machine, waking threads for tiny operators takes ten times their
-    time."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
@@ -77,9 +69,9 @@ def check(
     gradients: bool = True,
     seed: int = 0,
 ) -> None:
-    """The result and every gradient by the tolerance rule; inputs and what lies around them unchanged.
+    """The result and every gradient by the tolerance rule; inputs and the memory around them stay unchanged.
 
-    A backend that refuses the case has to say so, and the automatic choice has to serve it all the same.
+    A backend that refuses the case has to say so, and the automatic choice has to serve it nevertheless.
     """
 
     def draw(seed: int) -> dict[str, Compared]:
@@ -136,8 +128,7 @@ def _draw(operator, sizes, dtype, path, layout, norm_dtype, gradients, seed) -> 
 
 
 def check_autocast(operator: str, sizes: dict[str, Any], path: str = "reference") -> None:
-    """Under autocast: the very bits of the same call with the casts done by hand, LayerNorm's parameters left in
-    float32."""
+    """Under autocast: the same bits as the call with the casts done by hand, LayerNorm's parameters left in float32."""
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, torch.float32, device=device_of(path))
 
@@ -158,7 +149,7 @@ def check_autocast(operator: str, sizes: dict[str, Any], path: str = "reference"
 
 
 def check_gradients(operator: str, sizes: dict[str, Any], path: str, *, twice: bool = False) -> None:
-    """Finite differences in float64, of the gradients as well with `twice`."""
+    """Finite differences in float64; with `twice`, those of the gradients too."""
     tensors, settings = make(operator, sizes)
     names = [name for name, t in tensors.items() if t is not None]
     inputs = [tensors[name].requires_grad_() for name in names]
@@ -189,19 +180,13 @@ def check_registration(
         torch.library.opcheck(raw(f"{operator}_backward", backend), arguments)
 
 
-def registrations(operator: str) -> list[tuple[str, str]]:
-    """The backends and layouts for `check_registration`; kernels may want dense rows."""
-    kernels = [path for path in paths(operator) if path not in ("reference", "raw")]
-    return [("reference", "contiguous"), ("reference", "permuted"), *((kernel, "contiguous") for kernel in kernels)]
-
-
 def check_same_bits(operator: str, sizes: dict[str, Any], path: str, runs: int = 20) -> None:
     """The same call gives the same bits every time, gradients included."""
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, plain_dtype(path), device=device_of(path))
     gradients = differentiable(operator, path)
     if triton.target.INTERPRETED:
-        runs = 2  # one program after the other, and slowly
+        runs = 2  # which runs one program after another, slowly
     with threads_of(path):
         first = evaluate(lambda t: call(operator, t, settings, path), tensors, gradients)
         for _ in range(runs - 1):
@@ -229,7 +214,7 @@ def check_refusal(
 def check_gradients_one_by_one(operator: str, sizes: dict[str, Any], path: str) -> None:
     """Frozen parameters: a tensor gets the same gradient whether or not the others need theirs."""
     if not differentiable(operator, path):
-        return  # which check_graph_only_where_needed sees refused
+        return  # check_graph_only_where_needed sees that it is refused
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, plain_dtype(path), device=device_of(path))
     together = evaluate(lambda t: call(operator, t, settings, path), tensors, True)
@@ -240,8 +225,26 @@ def check_gradients_one_by_one(operator: str, sizes: dict[str, Any], path: str) 
         )
 
 
+def check_saved_statistics(operator: str, sizes: dict[str, Any], dtype: str, path: str) -> None:
+    """The raw operator's second and third results are the mean and 1/σ of x's rows, in float32 or better."""
+    backend = "reference" if path == "raw" else path
+    tensors, settings = make(operator, sizes)
+    tensors = convert(tensors, getattr(torch, dtype))
+    if not takes(backend, dtype):
+        with pytest.raises((TypeError, RuntimeError), match="bfloat16 and float"):
+            call_raw(operator, backend, tensors, settings)
+        return
+    _, mean, rstd = call_raw(operator, backend, tensors, settings)
+    x, d = tensors["x"].double(), sizes["shape"][-1]
+    centred = x - x.sum(-1, keepdim=True) / d
+    _, pytorch_mean, pytorch_rstd = torch.native_layer_norm(tensors["x"].float(), (d,), None, None, settings["eps"])
+    truth = 1 / torch.sqrt((centred * centred).sum(-1) / d + settings["eps"])
+    assert_close_as_pytorch("mean", mean, pytorch_mean.squeeze(-1), x.sum(-1) / d)
+    assert_close_as_pytorch("rstd", rstd, pytorch_rstd.squeeze(-1), truth)
+
+
 def check_graph_only_where_needed(operator: str, sizes: dict[str, Any], path: str) -> None:
-    """A result has a graph iff some tensor needs a gradient and gradients are on; a path without gradients says so."""
+    """A result has a graph iff some tensor needs a gradient and gradients are on; a path without gradients raises."""
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, plain_dtype(path), device=device_of(path))
     assert not call(operator, tensors, settings, path).requires_grad

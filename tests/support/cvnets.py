@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for Apple's cvnets, which no package registry has: its module tree, names and behaviour, written anew.
+"""A stand-in for Apple's cvnets, which is in no package registry: its module tree, names and behaviour, rewritten.
 
 What the adapter and the checkpoint tables rely on is here: the classes' names and packages, the modules' names (so that
 the state dict has cvnets' keys), the attributes that the adapter reads, a tuple as input for video, and what changed
-with 0.3: the convolutional unit is called ``ConvLayer2d``, of subclasses of PyTorch's layers with nothing but an
-``__init__`` of their own, and the LayerNorm takes any tensor whose axis 1 has the width of the norm for a
-channel-first one.
+with 0.3: the convolutional unit is called ``ConvLayer2d`` and consists of subclasses of PyTorch's layers that only
+have an ``__init__`` of their own, and the LayerNorm treats any tensor whose axis 1 has the norm's width as
+channel-first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def _in_package(module: str):
-    """Put a class where cvnets has it, so that its package is cvnets and that it can be pickled."""
+    """Put a class where cvnets has it, so that its package is cvnets and it can be pickled."""
 
     def place(cls: type) -> type:
         parts = module.split(".")
@@ -88,7 +88,7 @@ PlainLayerNorm = _plain_layer_norm()
 
 @_in_package("cvnets.layers.linear_layer")
 class LinearLayer(nn.Module):
-    """Not an nn.Linear, but with its weight."""
+    """Not an nn.Linear, but with a weight like one."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real photos and a real checkpoint for the tests; they skip, with the reason, where these are absent."""
+"""Real photos and a real checkpoint for the tests, which skip with the reason where these are absent."""
 
 from __future__ import annotations
 

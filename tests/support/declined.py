@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One check for every refusal: what would be computed wrongly runs as it was, before and after `accelerate`."""
+"""One check for every refusal: what we would compute wrongly runs in its original form, before and after
+`accelerate`."""
 
 from __future__ import annotations
 
@@ -31,16 +32,17 @@ def assert_declined(
     differs: bool = True,
     **options,
 ) -> None:
-    """`change` makes the first of three blocks compute something else. It is left alone, and the reason says `words`.
+    """`change` makes the first of three blocks compute something else. It is left alone, and the reason contains
+    `words`.
 
     Args:
         library, options: of `models.build`.
-        change: given the block; deterministic, for it is done on several copies.
+        change: applied to the block; deterministic, since it is applied to several copies.
         words: all in the reason.
         runs: whether the changed model still runs in its own library.
         differs: whether it computes something else then.
     """
-    change = torch.no_grad()(change)  # weights computed on the way stay copyable
+    change = torch.no_grad()(change)  # so that weights it computes can be deep-copied
     model = models.build(library, **options).double()
     x = models.images(1, 64, 64).double()
     changed = copy.deepcopy(model)
@@ -56,7 +58,7 @@ def assert_declined(
     assert sum(cls is not was for cls, was in zip(classes(before), untouched, strict=True)) == 2
 
     after = models.accelerated(model)
-    evaluated(after, x)  # it has seen its parts
+    evaluated(after, x)  # it has inspected its parts
     change(models.blocks(after)[0])
     _assert_first_declined(after, words)
     if runs:
@@ -80,7 +82,7 @@ def _assert_first_declined(model: nn.Module, words: tuple[str, ...]) -> None:
 
 
 class LoRA(nn.Module):
-    """A low-rank update beside a frozen linear layer, as PEFT wraps one."""
+    """A low-rank update next to a frozen linear layer, as PEFT wraps one."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors of an operator over random draws, beside those of careful arithmetic."""
+"""The errors of an operator over random draws, compared with those of careful arithmetic."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from support.cases import (
     evaluate,
     make,
 )
-from support.checks import one_thread  # noqa: F401  (a fixture)
 
 MOST = 1.3  # times the careful error
 
 
 class Errors(NamedTuple):
-    """Of one result or gradient in one draw."""
+    """One result or gradient of one draw, and what its error is measured with."""
 
     name: str
     ours: Tensor

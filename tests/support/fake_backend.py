@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend for the tests: "triton" on the CPU, served by the reference's raw operators, as picky as a test wants
-it."""
+"""A backend for the tests: "triton" on the CPU, served by the reference's raw operators, as selective as a test
+needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "triton"
 
 
 def _as_compiled(operator: Callable) -> Callable:
-    """Neither autograd nor autocast sees into a compiled kernel."""
+    """Neither autograd nor autocast sees inside a compiled kernel."""
 
     def kernel(*arguments):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -41,7 +41,7 @@ def fake_backend(
         >>> with fake_backend(["patch_attention"], refuses=lambda call: ["not today"]):
         ...     model(images)
 
-    The backend that is put in has a list `asked` of all `Call`s that it was asked about.
+    The fake backend has a list `asked` of all `Call`s that it was asked about.
     """
     asked: list[backends.Call] = []
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter, made right where it is not: bfloat16, TF32 and the order of float32 sums.
+"""Triton's interpreter, corrected where it differs from a GPU: bfloat16, TF32 and the order of float32 sums.
 
-As it comes, ``tl.dot`` multiplies bfloat16's bit patterns as if they were integers, other arithmetic on them does so
-too, and float32 → bfloat16 cuts off instead of rounding to nearest even; TF32 products are float32's, and float32's
-are NumPy's, whose sums are several. Here bfloat16 operands of a product become float32 first, conversions round as the
-GPU's do, TF32 operands lose their last thirteen bits as there, and a float32 product is one chain of FMAs.
+Unpatched, ``tl.dot`` multiplies bfloat16's bit patterns as if they were integers, as does other arithmetic on them, and
+float32 → bfloat16 truncates instead of rounding to nearest even; TF32 products are computed in float32, and those of
+float32 by NumPy, which sums in several chains. Here bfloat16 operands of a product become float32 first, conversions
+round as the GPU's do, TF32 operands lose their last thirteen bits as they do there, and a float32 product is one chain
+of FMAs.
 """
 
 import numpy as np
@@ -34,8 +35,8 @@ def _operand(handle, input_precision) -> np.ndarray:
 
 
 def _one_chain(a: np.ndarray, b: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """d + a · b in float32 as Triton compiles it: for each element one FMA after the other, from d on. (The products
-    are exact in float64; rounding them and the sum there first is seen once in 2²⁹ elements.)"""
+    """d + a · b in float32 as Triton compiles it: for each element one FMA after another, starting at d. (The products
+    are exact in float64; that the sum is first rounded there shows in one of 2²⁹ elements.)"""
     a, b, total = a.astype(np.float64), b.astype(np.float64), d
     for k in range(a.shape[-1]):
         total = (a[..., k, None] * b[..., k, None, :] + total).astype(np.float32)

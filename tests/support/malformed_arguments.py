@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of raw operators as literals, for `_malformed`: what makes a tensor, a network's program, its weights."""
+"""Arguments of raw operators as literals, for `gates.malformed`: specifications of a tensor, a network's program, its
+weights."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-LARGE = 1 << 20  # elements of a tensor that is not made, but expanded from one
+LARGE = 1 << 20  # elements, beyond which a tensor is not allocated but expanded from one
 DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64", "complex128", "bool", "uint8", "int8", "int32")
 DTYPES += ("int64", "float8_e4m3fn")
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded", "overlapping", "offset", "negated", "meta", "sparse")
@@ -16,7 +17,7 @@ LAYOUTS += ("zero", "needs_grad")
 
 
 class Spec:
-    """What makes an argument; its literal leaves out what is as usual."""
+    """The specification of an argument; its literal leaves out what has its default."""
 
     def __repr__(self) -> str:
         given = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
@@ -72,7 +73,7 @@ _NOISE = torch.randn(LARGE, generator=torch.Generator().manual_seed(0)) * 0.3
 
 @dataclass(frozen=True, repr=False)
 class Words(Spec):
-    """The program of `network(base)`, some of its words replaced, of the rest those at `keep`, in this order."""
+    """The program of `network(base)` with some words replaced, reduced to those at `keep`, in that order."""
 
     base: str
     replaced: tuple[tuple[int, int], ...] = ()
@@ -114,7 +115,7 @@ def lay_out(values: torch.Tensor, dtype: str, layout: str) -> torch.Tensor:
 
 
 class Call(NamedTuple):
-    """``mvit_kernels::<operator>.<backend>`` and its arguments, tensors as what makes them."""
+    """``mvit_kernels::<operator>.<backend>`` and its arguments, with tensors as their specifications."""
 
     operator: str
     backend: str

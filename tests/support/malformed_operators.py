@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Well-formed calls of every raw operator, of seeded sizes that may be 0 or huge, for `_malformed`."""
+"""Well-formed calls of every raw operator, with seeded sizes that may be 0 or huge, for `gates.malformed`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HUGE = (2**31 - 1, 2**31, 2**33 + 1, 2**40, 2**62, 2**63 - 1)
 
 
 class Sizes:
-    """Draws sizes: usual ones (multiples of 8, where `eights` and there are such), where `wild` also 0 and the huge."""
+    """Draws sizes: usual ones (multiples of 8 if `eights`, where there are such); if `wild`, also 0 and huge ones."""
 
     def __init__(self, r: random.Random, wild: bool, eights: bool) -> None:
         self.r, self.wild, self.eights = r, wild, eights

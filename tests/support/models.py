@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MobileViTs of every library, with weights on which a wrong one shows, and what tests do with all of them alike."""
+"""MobileViTs of every library, with weights that expose mistakes, and what tests do with all of them alike."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def huggingface_config(variant: str, **options):
 
 
 def huggingface(variant: str, task: str = "ForImageClassification", **options) -> nn.Module:
-    """Without its default dropouts of 0.1, unless asked for."""
+    """Without its default dropouts of 0.1, unless they are asked for."""
     cls = getattr(third_party.import_transformers(), f"MobileViT{task}")
     return cls(huggingface_config(variant, **{"num_labels": 1000, "classifier_dropout_prob": 0.0} | options))
 
@@ -90,8 +90,8 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(library: str, variant: str = "xxs", **options) -> nn.Module:
-    """A model as its library makes it, not accelerated, in evaluation mode, with `sensible` weights; yours to
-    change."""
+    """A model as its library makes it, not accelerated, in evaluation mode, with `sensible` weights; the caller may
+    change it."""
     return copy.deepcopy(_built(library, variant, tuple(sorted(options.items()))))
 
 
@@ -104,7 +104,7 @@ def _built(library: str, variant: str, options: tuple) -> nn.Module:
 
 
 def sensible(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw weights anew so that nothing vanishes, nothing is neutral and nothing saturates.
+    """Redraw the weights so that nothing vanishes, nothing is neutral and nothing saturates.
 
     Fresh models would hide mistakes: linear weights of 0.02 make attention uniform, biases are 0 and norms 1, Hugging
     Face's batch norms are drawn from N(0, 0.02). Here linear and convolution weights keep the variance, biases and
@@ -149,7 +149,7 @@ def output(result) -> Tensor:
 
 
 def accelerated(model: nn.Module, **options) -> nn.Module:
-    """An accelerated copy; every block must go."""
+    """An accelerated copy; it is an error if a block is declined."""
     return mvit_kernels.accelerate(copy.deepcopy(model), strict=True, **options)
 
 
@@ -193,14 +193,14 @@ def assert_gradients_as_pytorch(
 ) -> None:
     """The tolerance rule for every gradient: errors as root sums of squares, the band `unit` of the module's gradient.
 
-    Two readings make the rule fit a whole network's backward pass, where all errors come through the same long chain.
+    Two adaptations fit the rule to a whole network's backward pass, where all errors come through the same long chain.
 
-    - The largest error of a gradient of 16 numbers is a draw of luck: that of two right paths differs by up to 2.1
+    - The largest error of a gradient of 16 numbers depends on luck: that of two right paths differs by up to 2.1
       times (a batch norm's weight near the input, with nothing but attention computed in another order), their root
       sums of squares by 1.4 at most. So the rule's factor of 2 is applied to those.
     - Some gradients are zero in exact arithmetic and all of their value is rounding: of a key's bias, which shifts the
       scores of a row alike, and of what adds a constant to a channel before a batch norm in training (the last
-      LayerNorm's bias, in Kornia the last fc2's). How large that rounding is, the rest of the module tells.
+      LayerNorm's bias, in Kornia the last fc2's). How large that rounding is can be told from the rest of the module.
     """
 
     def module(name: str) -> str:
@@ -218,7 +218,7 @@ def assert_gradients_as_pytorch(
 
 
 def assert_same(ours: Tensor, expected: Tensor) -> None:
-    """The same in float64 up to the order of summation: a sharper test than any tolerance in float32."""
+    """Equal in float64 up to the order of summation: a sharper test than any tolerance in float32."""
     assert ours.dtype == expected.dtype == torch.float64
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10 * max(expected.abs().max().item(), 1.0))
 
@@ -236,3 +236,42 @@ def assert_same_draws(model: nn.Module, x: Tensor) -> Tensor:
     assert_same(ours, theirs)
     assert_gradients_as_pytorch(our_gradients, gradients, gradients, unit=1e-9)
     return theirs
+
+
+def assert_dropout_left_on(model: nn.Module, x: Tensor) -> None:
+    """Monte Carlo dropout, where the model evaluates and its dropout modules train: an accelerated copy drops the same
+    on the reference backend, and something is dropped."""
+    for module in model.modules():
+        module.train(isinstance(module, nn.Dropout))
+    outputs = []
+    for candidate in (accelerated(model), model, copy.deepcopy(model).eval()):
+        torch.manual_seed(5)
+        with mvit_kernels.use_backend("reference"), torch.no_grad():
+            outputs.append(output(candidate(x)))
+    assert_same(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def assert_same_when_checkpointed(
+    model: nn.Module,
+    x: Tensor,
+    switch: Callable[[nn.Module, bool], object],
+    inside: Callable[[nn.Module], nn.Module] = lambda block: block,
+) -> None:
+    """With gradient checkpointing, which `switch` turns on or off, each block runs again in backward with the same
+    draws: `inside` gives the part of a block that is then called twice."""
+    results = []
+    for candidate, checkpointing in ((model, True), (accelerated(model), True), (accelerated(model), False)):
+        switch(candidate, checkpointing)
+        seen = []
+        for block in blocks(candidate):
+            inside(block).register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module))
+        torch.manual_seed(5)
+        with mvit_kernels.use_backend("reference"), fast_calls() as calls:
+            y, gradients = differentiated(candidate, x)
+        results.append((y, gradients, len(seen), len(calls)))
+    theirs, ours, plain = results
+    assert theirs[2:] == (6, 0) and ours[2:] == (6, 6) and plain[2:] == (3, 3)
+    for other in (theirs, plain):
+        assert_same(ours[0], other[0])
+        assert_gradients_as_pytorch(ours[1], other[1], other[1], unit=1e-9)

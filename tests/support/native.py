@@ -24,6 +24,8 @@ def why_not_built() -> str:
 
 
 def skip_without_a_compiler() -> None:
-    """Skip the module where there is nothing to build the library with; a library that should be there is missed."""
+    """Load the library, or skip the module if there is no compiler to build it with; a library that should be there and
+    is not is an error of test_backend.py."""
     if not LIBRARY.exists() and why_not_built().startswith("no C++ compiler"):
         pytest.skip(f"the C++ library is not built: {why_not_built()}", allow_module_level=True)
+    library.load("cpu")

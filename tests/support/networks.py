@@ -71,7 +71,7 @@ class Draw:
 
 
 def native(module: Frozen, x: Tensor) -> Tensor:
-    """The module's result, seen to come from one native call."""
+    """The module's result, which must come from one native call."""
     with torch.inference_mode():
         y = module(x)
     assert isinstance(module.native(), network.Network), module.native()

@@ -136,7 +136,7 @@ def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int,
 
 
 def branch_factor(seed: Tensor, branch: int, shape, probability, path, patch_size, path_scale) -> Tensor:
-    """What a residual branch of (B, H, W, d) is multiplied with, one element at a time."""
+    """The factor by which dropout multiplies a (B, H, W, d) residual branch, one element at a time."""
     (batch, height, width, d), (ph, pw) = shape, patch_size
     key, above = (int(s) for s in seed)
     high = (above % 2**32, above // 2**32)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What counts as right: as close to float64 as PyTorch itself comes in the same dtype, or as careful arithmetic in that
-dtype would, twice over at most."""
+"""What counts as right: an error against float64 at most twice that of PyTorch in the same dtype, or of careful
+arithmetic in that dtype."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def assert_close_as_pytorch(
     Example:
         >>> assert_close_as_pytorch("fc1, out", ours, torch.nn.functional.linear(x, w), x.double() @ w.double().t())
 
-    PyTorch's error differs from machine to machine, and the careful one does not: so what is careful passes everywhere.
-    It is computed only where PyTorch's does not decide, or is so large that it may be garbage.
+    PyTorch's error differs from machine to machine, and the careful one does not: so what is that exact passes
+    everywhere. It is computed only where PyTorch's does not decide, or is so large that it may be garbage.
 
-    For a float64 result no truth is at hand that is exact beside it, so both yardsticks are float32's errors, scaled by
-    the ratio of the units. The factor is 10 then: PyTorch sums some float32 rows in float64, and float64 in nothing
-    wider; and the truth is as far off as we are.
+    For a float64 result there is no truth of higher precision, so both yardsticks are float32's errors, scaled by the
+    ratio of the units. The factor is then 10: PyTorch sums some float32 rows in float64, and float64 in nothing wider;
+    and the truth is as far off as we are.
 
     The factor and the band leave room for another order of summation, and for one more rounding; they do not grow with
     whatever an implementation happens to do. A NaN of ours fails.
@@ -90,12 +90,14 @@ DRAWS = 8
 
 
 def assert_close_over_draws(draw: Callable[[int], dict[str, Compared]], seed: int = 0) -> None:
-    """The rule for each name that `draw(seed)` gives: on one draw by PyTorch's error, or else on eight by both.
+    """The rule for each name that `draw(seed)` gives: on one draw by PyTorch's error, or if that fails on eight by
+    both.
 
     Both sides of the rule are maxima of rounding errors. Over the one or three values of a small bias either may be off
     by luck: a right operator misses about once in 3,500 checks. Eight draws stacked are one larger sample; of careful
-    arithmetic there are `RUNS` such, and one that is as exact misses in less than a millionth of them
-    (test_tolerance.py). Wrong values stay wrong in it. What is regularly less exact is found by test_exactness.py.
+    arithmetic there are `RUNS` such, and a result as exact as that misses in less than a millionth of
+    them (verification/test_tolerance.py). Wrong values stay wrong in it. What is regularly less exact is found by
+    verification/test_exactness.py.
     """
     for name, (ours, pytorch, truth, _) in (first := draw(seed)).items():
         try:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator as one writes it in PyTorch today, in the dtype at hand: unfold, library layers, fold.
+"""Every operator as it is usually written in PyTorch, in the given dtype: unfold, library layers, fold.
 
-The tolerance rule measures this against float64 to learn how exact a dtype lets anybody be. The transformer with live
-dropout is here too: sequences are unfolded, so its random draws are the ones that the usual implementations make.
+The tolerance rule measures this against float64 to learn how exact a dtype allows an implementation to be. The
+transformer with live dropout is here too: sequences are unfolded, so its random draws are the ones that the usual
+implementations make.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def attention(x: Tensor, num_heads: int, scale: float, dropout: float = 0.0) -> 
     """(S, N, 3·inner) -> (S, N, inner)."""
     s, n, channels = x.shape
     q, k, v = x.reshape(s, n, 3, num_heads, channels // (3 * num_heads)).permute(2, 0, 3, 1, 4)
-    # By a scale of 0 or less the fused kernels of a GPU make NaN; the plain products are right everywhere.
+    # With a scale of 0 or less the fused kernels of a GPU give NaN; the plain products are right everywhere.
     with sdpa_kernel(SDPBackend.MATH) if scale <= 0 else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2).reshape(s, n, channels // 3)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """No kernel is regularly less exact than careful arithmetic in its dtype, in any result or gradient.
 
-The tolerance rule looks at the worst value of each check, which luck decides too, and beside a PyTorch that is far off
-it asks little. Here root mean squares over many draws are held against those of `mvit_kernels.rounding`'s model, which
-no machine changes: over ten thousand values they tell 1.3 times from twice at every look.
+The tolerance rule looks at the worst value of each check, which depends on luck too, and where PyTorch is far off it
+asks little. Here root mean squares over many draws are compared with those of `mvit_kernels.rounding`'s model, which is
+the same on every machine: over ten thousand values they always distinguish 1.3 times from twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import pytest
 from support.cases import (
     paths,
 )
-from support.checks import one_thread  # noqa: F401  (a fixture)
 from support.exactness import MOST, draws, ratios
 
 CASES = [
@@ -37,7 +36,7 @@ CASES = [
 def test_kernels_make_no_habit_of_errors(operator, sizes):
     for path in paths(operator, "float32"):
         if path in ("reference", "raw"):
-            continue  # which are PyTorch's own
+            continue  # those are PyTorch's own
         found = ratios(draws(operator, sizes, path))
         assert max(found.values()) <= MOST, (path, {name: round(ratio, 2) for name, ratio in found.items()})
 

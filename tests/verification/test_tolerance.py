@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instruments of the operators' tests: that they see what they are there to see."""
+"""The instruments of the operators' tests: that they see what they are meant to see."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_one_unlucky_draw_passes_and_a_habit_does_not():
 
 
 def test_careful_arithmetic_decides_where_pytorch_is_too_exact_or_garbage():
-    """Off by 1e-5 as careful arithmetic is: right beside a PyTorch that is exact, and beside one that gives 1e36."""
+    """Off by 1e-5, like careful arithmetic: right whether PyTorch is exact or gives 1e36."""
 
     def careful(seed):
         return TRUTH + torch.tensor([1e-5, 0.0, -1e-5], dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_careful_arithmetic_decides_where_pytorch_is_too_exact_or_garbage():
             assert_close_as_pytorch("far", (TRUTH + 9e-5).float(), pytorch, TRUTH, careful)
         with pytest.raises(AssertionError):
             assert_close_as_pytorch("nan", ours * torch.nan, pytorch, TRUTH, careful)
-    with pytest.raises(AssertionError, match="nan"):  # a garbage that hides nothing: it goes to the draws
+    with pytest.raises(AssertionError, match="nan"):  # garbage that hides nothing: it is decided over the draws
         assert_close_over_draws(lambda seed: {"x": Compared(ours * torch.nan, TRUTH.float(), TRUTH, careful)})
     garbage = TRUTH.float() * 1e36
     with pytest.raises(AssertionError, match="careful arithmetic's"):

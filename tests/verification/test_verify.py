@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verify`: it passes what is right, and fails what is wrong by little."""
+"""`verify`: it passes what is right, and fails what is slightly wrong."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _slightly_off(original):
 
 @pytest.mark.parametrize("wrong", [_swapped_patch_sides, _slightly_off])
 def test_what_is_wrong_fails(wrong, monkeypatch):
-    """Other patches, and a factor of 3e-5: 250 units of float32, a fortieth of one of bfloat16."""
+    """Other patches, and a relative error of 3e-5: 250 units of float32, a fortieth of a unit of bfloat16."""
     from mvit_kernels.adapters import _block
 
     monkeypatch.setattr(_block, "transformer_on_map", wrong(transformer_on_map))
@@ -81,7 +81,7 @@ def test_the_rule():
 
 
 def test_careful_arithmetic_decides_where_pytorch_does_not():
-    """A PyTorch that is exact by luck, and one that gives garbage: what is as careful as the dtype allows is right."""
+    """Whether PyTorch is exact by luck or gives garbage, what is as exact as the dtype allows is right."""
     truth = torch.tensor([1.0, -4.0], dtype=torch.float64)
 
     def careful(seed):
@@ -96,7 +96,7 @@ def test_careful_arithmetic_decides_where_pytorch_does_not():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_models_are_as_exact_as_careful_arithmetic(dtype, monkeypatch):
-    """Which is then asked of every block, and finds PyTorch's own error within three times its own."""
+    """Careful arithmetic is computed for every block; PyTorch's own error is within three times of its error."""
     monkeypatch.setattr(verification, "PLAUSIBLE_BANDS", 0)
     model = mvit_kernels.accelerate(models.build("timm")).to(dtype)
     report = mvit_kernels.verify(model, models.images(1, 64, 64).to(dtype))
@@ -114,7 +114,7 @@ def test_keyword_examples():
 
 
 class Wrapped(nn.Module):
-    """What people put around a network: it takes something else than one batch, and asks for float32 itself."""
+    """A user's wrapper around a network: it takes something other than one batch, and casts to float32 itself."""
 
     def __init__(self, images) -> None:
         super().__init__()
@@ -150,12 +150,12 @@ def test_examples_of_any_kind(case):
     for candidate, reference in [*candidates, (mvit_kernels.accelerate(Wrapped(images).eval()), None)]:
         report = mvit_kernels.verify(candidate, example, reference=reference)
         assert report.ok, f"\n{report}"
-    if case in ("bytes", "nested"):  # whose order can be reversed, and whose cannot
+    if case in ("bytes", "nested"):  # the one order can be reversed, the other cannot
         assert mvit_kernels.verify(candidate, example, gradients=True).ok
 
 
 def test_the_truth_is_float64_throughout():
-    """A model's own ``.float()`` would round it: the error of PyTorch's path would be measured against a float32."""
+    """A model's own ``.float()`` would round it: PyTorch's error would be measured against a float32 truth."""
     model = mvit_kernels.accelerate(Wrapped(lambda x: x).eval())
     images = models.images(1, 64, 64)
     (row,) = [row for row in mvit_kernels.verify(model, images).rows if row.name == "output"]

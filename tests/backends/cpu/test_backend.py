@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ backend, where the operators' own tests (which run by path ``cpu`` as well) do not look.
+"""The C++ backend, in what the operators' own tests (which also run on path ``cpu``) do not cover.
 
 Sizes around every vector's width, scores far outside exp's range, other numbers of threads, two callers at once, calls
-past Python's checks. tests/test_instruction_sets.py runs those named ``test_kernels_…`` again on every instruction set.
+that bypass Python's checks. test_instruction_sets.py runs those named ``test_kernels_…`` on every instruction set.
 """
 
 import random
@@ -15,12 +15,7 @@ import torch
 from mvit_kernels.backends import library
 from mvit_kernels.backends.library import raw
 from support.cases import LAYOUTS, backward_arguments, convert, lay_out, make, poisoned, raw_arguments
-from support.checks import (
-    check,
-    check_autocast,
-    check_registration,
-    one_thread,  # noqa: F401 (a fixture)
-)
+from support.checks import check, check_autocast, check_registration
 from support.native import LIBRARY, skip_without_a_compiler, why_not_built
 
 OP = "patch_attention"
@@ -37,13 +32,13 @@ def test_the_library_loads():
 
 
 def _drawn(seed: int) -> dict:
-    """A case of `check`: every size at random, more often than not beside a multiple of some vector's width."""
+    """A random case for `check`: most sizes lie next to a multiple of some vector's width."""
     draw = random.Random(seed)
     dtype = draw.choice(["float32", "float32", "bfloat16", "float64"])
     patch = draw.choice([(1, 1), (2, 2), (2, 2), (1, 2), (3, 1)])
     tokens = draw.choice([1, 2, 5, 8, 15, 16, 17, 31, 33, 47, 48, 49, 63, 65, 97, 127, 129, 130])
     if dtype == "float64":
-        tokens = min(tokens, 33)  # PyTorch's float64 makes nearly the truth's own roundings when sums are long
+        tokens = min(tokens, 33)  # when sums are long, PyTorch's float64 makes nearly the same roundings as the truth
     columns = draw.choice([n for n in range(1, tokens + 1) if tokens % n == 0])
     return dict(
         sizes=dict(
@@ -62,7 +57,7 @@ def _drawn(seed: int) -> dict:
 @pytest.mark.parametrize("seed", range(50))
 def test_kernels_drawn_at_random(seed):
     case = _drawn(seed)
-    print(f"check({OP!r}, **{case}, path='cpu')")  # pytest shows it where the test fails
+    print(f"check({OP!r}, **{case}, path='cpu')")  # pytest shows it if the test fails
     check(OP, **case, path="cpu")
 
 
@@ -75,7 +70,8 @@ def test_kernels_long_sequences(tokens, head_dim, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("tokens", [9, 150])
 def test_kernels_scores_of_ten_thousand(tokens, dtype):
-    """Weights are 0 and 1, running maxima jump by thousands; of bfloat16's 8 bits we only ask for finite results."""
+    """Weights are 0 and 1, and running maxima jump by thousands; of bfloat16's 8 bits we only ask for finite
+    results."""
     sizes = dict(shape=(1, tokens, 1), heads=2, head_dim=16, patch=(1, 1), magnitude=100.0)
     if dtype != "bfloat16":
         check(OP, sizes, dtype=dtype, path="cpu")
@@ -87,7 +83,7 @@ def test_kernels_scores_of_ten_thousand(tokens, dtype):
 
 
 def test_kernels_infinite_weights_of_nothing():
-    """A score of -inf weighs 0, as in PyTorch; a row of NaN concerns its own sequence alone."""
+    """A score of -inf has weight 0, as in PyTorch; a row of NaN affects its own sequence only."""
     qkv = torch.randn(1, 40, 1, 3 * 16, generator=torch.Generator().manual_seed(0))
     qkv[0, :, 0, 0] = qkv[0, :, 0, 0].abs() + 1
     qkv[0, 7, 0, 16] = -torch.inf
@@ -108,7 +104,7 @@ def _forward_and_backward(sizes: dict, dtype: str = "float32", seed: int = 0) ->
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(shape=(1, 32, 32), heads=1, head_dim=36, patch=(2, 2)),  # 4 strands: their queries are shared out
+        dict(shape=(1, 32, 32), heads=1, head_dim=36, patch=(2, 2)),  # 4 strands: threads share out their queries
         dict(shape=(1, 65, 7), heads=1, head_dim=17, patch=(1, 1)),  # 1 strand of 455 tokens, no multiple of a part
         dict(shape=(2, 16, 16), heads=4, head_dim=48, patch=(2, 2)),
     ],
@@ -129,7 +125,7 @@ def test_kernels_same_bits_for_any_number_of_threads(sizes, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_backward_takes_what_autograd_brings(layout):
-    """A gradient of any layout, also without adjacent channels, and saved tensors of any strides."""
+    """A gradient of any layout, even with channels that are not adjacent, and saved tensors of any strides."""
     tensors, settings = make(OP, dict(shape=(2, 6, 8), heads=2, head_dim=12, patch=(2, 2)))
     qkv = tensors["qkv"].float()
     out, logsumexp = raw(OP, "cpu")(*raw_arguments(OP, {"qkv": qkv}, settings))
@@ -142,7 +138,7 @@ def test_kernels_backward_takes_what_autograd_brings(layout):
 
 
 def test_kernels_leave_nothing_behind():
-    """The memory that a thread keeps from call to call does not show: small, large and poisoned calls in turn."""
+    """The memory that a thread keeps between calls never shows: small, large and poisoned calls in turn."""
     small = dict(shape=(1, 5, 3), heads=2, head_dim=17, patch=(1, 1))
     large = dict(shape=(1, 40, 8), heads=2, head_dim=60, patch=(1, 1))
     first = _forward_and_backward(small)

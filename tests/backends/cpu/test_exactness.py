@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How exact the C++ kernels are by themselves, whatever PyTorch makes of the same on this machine.
+"""How exact the C++ kernels are in themselves, regardless of how exact PyTorch is on this machine.
 
-The tolerance rule measures an error against PyTorch's, which on one machine sums products in one chain and on another
-in sixteen. Here the yardsticks are no machine's: a chain of products, a unit in the last place. benchmarks/exactness.py
-tells the ratios to PyTorch; tests/test_instruction_sets.py runs all of these again on every instruction set.
+The tolerance rule measures an error against PyTorch's, which sums products in one chain on one machine and in sixteen
+on another. Here the yardsticks depend on no machine: a chain of products, a unit in the last place. The ratios to
+PyTorch are what benchmarks/exactness.py reports; test_instruction_sets.py runs all of these on every instruction set.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 import mvit_kernels
 from mvit_kernels.freezing.modules import FrozenConv2d
 from support.cases import call, convert, evaluate, make
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.native import skip_without_a_compiler
 
 skip_without_a_compiler()
@@ -33,7 +32,7 @@ def _rms(value: np.ndarray) -> float:
 
 
 def _chain_error(a: np.ndarray, b: np.ndarray) -> float:
-    """Of a · bᵀ summed in the order of the columns, each product and each sum rounded: root mean square."""
+    """The root mean square error of a · bᵀ summed in column order, with each product and each sum rounded."""
     chain = np.zeros((len(a), len(b)), a.dtype)
     for k in range(a.shape[1]):
         chain += np.outer(a[:, k], b[:, k])
@@ -63,7 +62,7 @@ def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _expand(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ as an inverted residual's first product: what follows is the identity for values far above zero."""
+    """x · weightᵀ as an inverted residual's first product: the rest is the identity for values far above zero."""
     hidden = len(weight)
     taps = x.new_zeros(hidden, 1, 3, 3)
     taps[:, 0, 1, 1] = 1
@@ -77,9 +76,9 @@ def _expand(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("product", [_forward, _grad_x, _pointwise, _expand])
 def test_kernels_sum_long_products_in_blocks(product, dtype, depth, share):
-    """One chain of 192 products is 2.5 times as far off as MKL's sums of few rows, of 2048 3.7 times."""
+    """One chain of 192 products is 2.5 times as far off as MKL's sums of few rows; one of 2048, 3.7 times."""
     if dtype == "float64" and product in (_pointwise, _expand):
-        return  # which float64 has no kernels for
+        return  # it has no float64 kernels
     draw = torch.Generator().manual_seed(depth)
     x = torch.randn(6, depth, generator=draw).to(getattr(torch, dtype))
     weight = torch.randn(96, depth, generator=draw).to(getattr(torch, dtype))
@@ -94,7 +93,7 @@ def test_kernels_sum_long_products_in_blocks(product, dtype, depth, share):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("operator", ["linear_residual", "layer_norm_linear", "layer_norm_mlp"])
 def test_kernels_sums_over_many_rows(operator, dtype):
-    """Biases' gradients are as exact as their terms, of 20,000 rows of 1/3."""
+    """The gradients of biases are as exact as their terms: 20,000 rows of 1/3."""
     rows, d = 20_000, 6
     sizes = {"layer_norm_mlp": dict(hidden=d)}.get(operator, dict(n=d))
     tensors, settings = make(operator, dict(shape=(rows, d), **sizes))
@@ -115,7 +114,7 @@ def test_kernels_sums_over_many_rows(operator, dtype):
 )
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_kernels_silu_to_the_last_places(dtype, low, high, most):
-    """Far below zero too, where all is in the exponential: x · log2(e) rounded would be 60 units off."""
+    """Also far below zero, where all depends on the exponential: with x · log2(e) rounded it would be 60 units off."""
     low, high = (8 * low, 8 * high) if dtype == "float64" and abs(low) + abs(high) > 100 else (low, high)
     x = torch.linspace(low, high, 20_001, dtype=torch.float64).to(getattr(torch, dtype))
     zero = x.new_zeros(2)
@@ -139,8 +138,8 @@ def _normalised(x: np.ndarray, eps: float) -> np.ndarray:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "layer_norm_mlp"])
 def test_kernels_rows_far_from_zero(operator, dtype, mean):
-    """Rows of any mean are normalised as exactly as rows of mean zero; x minus a rounded mean would be off by that
-    rounding, three digits of a float64 near 1e4. So in backward, whose gradient of norm_weight is grad · normalised."""
+    """Rows of any mean are normalised as exactly as rows of mean zero; subtracting a rounded mean would cost three
+    digits of a float64 near 1e4. The same in backward, where the gradient of norm_weight is grad · normalised."""
     rows, d = 6, 64
     draw = torch.Generator().manual_seed(int(mean))
     x = (torch.randn(rows, d, generator=draw, dtype=torch.float64) + mean).to(getattr(torch, dtype))
@@ -155,7 +154,7 @@ def test_kernels_rows_far_from_zero(operator, dtype, mean):
         grad_out[0] = 1
         (grad,) = torch.autograd.grad(out, leaf, grad_out)
         assert np.abs(grad.numpy() - truth[0]).max() < 5 * unit
-    else:  # fc2's gradient is silu(normalised), and the residual is no part of it
+    else:  # fc2's gradient is silu(normalised), without the residual
         fc2 = torch.zeros(d, d).to(x).requires_grad_()
         out = mvit_kernels.layer_norm_mlp(x, leaf, norm_bias, eye, norm_bias, fc2, norm_bias, backend="cpu")
         grad_out = torch.zeros_like(out)
@@ -173,7 +172,7 @@ VALUES = (0.1, -7.3, 1e3, 12345.678, 1e6, -3.3e-9)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "layer_norm_mlp"])
 def test_kernels_rows_of_equal_values_normalise_to_zero(operator, dtype, d):
-    """Exactly: they are in every way rows of zeros, and get no gradient where all of a row's channels weigh alike."""
+    """To the bit, the results are those of rows of zeros, and the gradient is 0 where all channels weigh alike."""
     kind, n = getattr(torch, dtype), 12
     sizes = dict(shape=(len(VALUES), d)) | (dict(hidden=n) if operator == "layer_norm_mlp" else dict(n=n))
     tensors, settings = make(operator, sizes)
@@ -193,7 +192,7 @@ def test_kernels_rows_of_equal_values_normalise_to_zero(operator, dtype, d):
     grads = evaluate(lambda t: call(operator, t, settings, "cpu"), alike, ("x", "norm_weight"))
     if operator == "layer_norm_linear":
         assert not grads["gradient of x"].any()
-    else:  # the residual's alone
+    else:  # only the residual's
         residual = evaluate(lambda t: 1 * t["x"], alike, ("x",))
         assert torch.equal(grads["gradient of x"], residual["gradient of x"])
     assert not grads["gradient of norm_weight"].any()
@@ -201,7 +200,7 @@ def test_kernels_rows_of_equal_values_normalise_to_zero(operator, dtype, d):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_transformer_takes_rows_of_one_column(dtype):
-    """Its LayerNorms give their bias, whatever the rows: only the residual tells them apart."""
+    """Its LayerNorms give their bias whatever the rows are: only the residual distinguishes them."""
     tensors, settings = make("transformer", dict(shape=(1, 4, 4, 1), heads=1, patch=(2, 2), layers=1, final_norm=True))
     tensors = convert(tensors, getattr(torch, dtype))
     with torch.inference_mode():
@@ -210,7 +209,7 @@ def test_kernels_transformer_takes_rows_of_one_column(dtype):
 
 
 def test_kernels_infinite_gradients_stay_infinite():
-    """What a sum keeps of its roundings is nothing once it is infinite."""
+    """A sum that compensates for its roundings must not turn infinity into NaN."""
     for dtype in (torch.float32, torch.float64):
         x, weight, bias = torch.ones(300, 4, dtype=dtype), torch.ones(3, 4, dtype=dtype), torch.ones(3, dtype=dtype)
         leaf = bias.requires_grad_()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A NaN or an infinity in one place changes what mathematics lets it reach, and nothing else by a single bit.
+"""A NaN or an infinity in one place changes what it mathematically can reach, and not one bit of anything else.
 
 Kernels work on whole vectors, pairs and tiles: the partner of an odd pixel, a lane between two sequences, a border of
-zeros. None of that may be multiplied with data, since 0 · NaN is NaN. tests/test_instruction_sets.py runs these again
-on every instruction set.
+zeros. None of that may be multiplied by data, since 0 · NaN is NaN. test_instruction_sets.py runs these again on every
+instruction set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from mvit_kernels.backends import library
 from mvit_kernels.freezing.modules import FrozenSequential
 from mvit_kernels.freezing.network import TO_SIZE_OF, TO_WHOLE_PATCHES, Builder, Place
 from support.cases import call, convert, make
-from support.checks import one_thread  # noqa: F401 (a fixture)
 from support.native import skip_without_a_compiler
 from support.networks import Draw, composed, native
 
@@ -31,7 +30,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def check(function: Callable[[Tensor], Tensor], x: Tensor, at: tuple[int, ...], reach: Tensor, what: str) -> None:
-    """`function(x)` with each poison at x[at]: outside `reach` the bits of the clean one, which is finite."""
+    """`function(x)` with each poison at x[at] keeps the bits of the clean result, which is finite, outside `reach`."""
     clean = function(x)
     assert clean.isfinite().all(), what
     assert not reach.expand_as(clean).all(), f"{what}: everything is in reach, so the case says nothing"
@@ -39,7 +38,7 @@ def check(function: Callable[[Tensor], Tensor], x: Tensor, at: tuple[int, ...], 
         dirty = x.clone()
         dirty[at] = poison
         result = function(dirty)
-        changed = (result != clean) & ~reach.expand_as(clean)  # a NaN is unequal
+        changed = (result != clean) & ~reach.expand_as(clean)  # NaN counts as changed
         assert not changed.any(), f"{what}, {poison} at {at}: {int(changed.sum())} values outside its reach changed"
 
 
@@ -50,7 +49,7 @@ ROWS = [(37, 17, 33), (37, 18, 34), (5, 24, 40), (70, 3, 5), (131, 64, 6)]
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual", "layer_norm_mlp"])
 def test_kernels_rows(operator, dtype, sizes):
-    """Each row by itself: the result, and the gradient of x for a poisoned row and for a poisoned gradient."""
+    """Only its own row: the result, and the gradient of x for a poisoned row and for a poisoned gradient."""
     rows, d, n = sizes
     tensors, settings = make(operator, dict(shape=(rows, d)) | (dict(hidden=n) if "mlp" in operator else dict(n=n)))
     tensors = convert(tensors, getattr(torch, dtype))
@@ -75,7 +74,7 @@ def test_kernels_rows(operator, dtype, sizes):
 )
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
 def test_kernels_patch_attention(dtype, heads, head_dim, patch, size):
-    """One head of one sequence, forward and backward."""
+    """Only one head of one sequence, forward and backward."""
     inner = heads * head_dim
     qkv = torch.randn(2, *size, 3 * inner, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     settings = dict(num_heads=heads, patch_size=patch, backend="cpu")
@@ -146,7 +145,7 @@ def test_kernels_inverted_residual(dtype, stride, dilation, shape, hidden, out):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_transformer(dtype, sizes, eps):
-    """One sequence; lanes between two of them hold rows of zeros, which eps = 0 makes a NaN of."""
+    """Only one sequence; lanes between two sequences hold rows of zeros, which eps = 0 turns into NaN."""
     tensors, settings = make("transformer", sizes)
     tensors, settings = convert(tensors, getattr(torch, dtype)), {**settings, "eps": eps}
     (_, height, width, _), (ph, pw) = sizes["shape"], sizes["patch"]
@@ -165,8 +164,8 @@ def test_kernels_transformer(dtype, sizes, eps):
 
 
 def test_kernels_resize():
-    """What weighs nothing between two pixels is not read: three columns become four and three again, and the four rows
-    stay as they are."""
+    """A pixel of weight 0 is not read: three columns become four and then three again, and the four rows stay as they
+    are."""
     library.load("cpu")
     builder = Builder(2, pairs=False)
     source = builder.copy(Place(0, 0, 2), builder.value(2))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ row-wise operators, where their own tests (which run by path ``cpu`` as well) do not look.
+"""The C++ row-wise operators, in what their own tests (which also run on path ``cpu``) do not cover.
 
 Sizes around every vector's width, tile and block, thousands of rows, rows of any strides, other numbers of threads, two
-callers at once, calls past Python's checks. tests/test_instruction_sets.py runs those named ``test_kernels_…`` again on
-every instruction set.
+callers at once, calls that bypass Python's checks. test_instruction_sets.py runs those named ``test_kernels_…`` again
+on every instruction set.
 """
 
 import random
@@ -17,10 +17,7 @@ from torch import Tensor
 import mvit_kernels.backends.reference  # noqa: F401 (registers the operators' reference)
 from mvit_kernels.backends.library import raw
 from support.cases import LAYOUTS, backward_arguments, convert, make, poisoned, raw_arguments
-from support.checks import (
-    check,
-    one_thread,  # noqa: F401 (a fixture)
-)
+from support.checks import check
 from support.native import skip_without_a_compiler
 
 skip_without_a_compiler()
@@ -61,14 +58,14 @@ ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 97, 127, 128,
 
 
 def _sizes(operator: str, rows: tuple[int, ...], d: int, n: int, activation: str | None = None) -> dict:
-    """The literals of `cases.make`."""
+    """The sizes that `cases.make` takes."""
     if operator == "layer_norm_mlp":
         return dict(shape=(*rows, d), hidden=n)
     return dict(shape=(*rows, d), n=n) | (dict(activation=activation) if operator == "layer_norm_linear" else {})
 
 
 def _both(operator: str, tensors: dict, settings: dict, grad_out: Tensor | None = None) -> list[Tensor]:
-    """The results of the raw operator and of its backward, for a gradient that is the result or the one given."""
+    """The results of the raw operator and of its backward, whose gradient is the result itself if none is given."""
     results = raw(operator, "cpu")(*raw_arguments(operator, tensors, settings))
     results = results if isinstance(results, tuple) else (results,)
     grad_out = results[0] if grad_out is None else grad_out
@@ -95,14 +92,14 @@ def test_kernels_drawn_at_random(seed, operator):
         layout=draw.choice(LAYOUTS),
         seed=seed,
     )
-    print(f"check({operator!r}, **{case}, path='cpu')")  # pytest shows it where the test fails
+    print(f"check({operator!r}, **{case}, path='cpu')")  # pytest shows it if the test fails
     check(operator, **case, path="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_thousands_of_rows(operator, dtype):
-    """Gradients of weights are sums over all of them: by blocks, or the error grows beyond PyTorch's."""
+    """Gradients of weights are sums over all rows: summed in blocks, or the error would exceed PyTorch's."""
     check(operator, _sizes(operator, (9, 701), 26, 34), dtype=dtype, path="cpu")
 
 
@@ -141,7 +138,7 @@ VIEWS = {
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("view", VIEWS)
 def test_kernels_rows_of_any_strides(view, operator, dtype):
-    """A view gives the bits of its contiguous copy: x, the residual and the gradient, each by itself."""
+    """A view gives the same bits as its contiguous copy: x, the residual and the gradient, one at a time."""
     generator = torch.Generator().manual_seed(0)
 
     def viewed() -> Tensor:
@@ -162,7 +159,7 @@ def test_kernels_rows_of_any_strides(view, operator, dtype):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_leave_nothing_behind(operator):
-    """The memory that a thread keeps from call to call does not show: small, large and poisoned calls in turn."""
+    """The memory that a thread keeps between calls never shows: small, large and poisoned calls in turn."""
     small, settings = make(operator, _sizes(operator, (5,), 17, 33))
     small = convert(small, torch.float32)
     first = _both(operator, small, settings)
@@ -178,7 +175,7 @@ def test_kernels_leave_nothing_behind(operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("d, n", [(0, 6), (6, 0), (0, 0)])
 def test_kernels_no_channels(d, n, operator, dtype):
-    """The bias is all that is left, and its gradient the sum over the rows."""
+    """Only the bias is left, and its gradient is the sum over the rows."""
     sizes = _sizes(operator, (70,), d, n)
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, getattr(torch, dtype))

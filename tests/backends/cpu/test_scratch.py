@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that the C++ kernels' threads keep from call to call, by the library's own count: what a large map once
-asked for goes with the usual calls after it, and a stream of large ones keeps it."""
+"""The memory that the C++ kernels' threads keep between calls, by the library's own count: what one large map needed is
+released during the usual calls after it, and a stream of large ones keeps it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.networks import Draw, native
 skip_without_a_compiler()
 
 MB = 1 << 20
-KEPT = 3 * 8 * MB  # of a thread, whatever the calls: kUsual of csrc/cpu/scratch.cpp, for each of three uses
+KEPT = 3 * 8 * MB  # by a thread after any calls: kUsual of csrc/cpu/scratch.cpp, for each of three uses
 
 
 def kept() -> int:
@@ -31,14 +31,14 @@ def kept() -> int:
 
 
 def stem() -> tuple[FrozenSequential, Draw]:
-    """A network of little arithmetic and large maps: 16 channels of float32 at half the input's height and width."""
+    """A network with little arithmetic and large maps: 16 channels of float32 at half the input's height and width."""
     draw = Draw(0)
     return FrozenSequential(draw.conv(3, 16, 3, stride=2), draw.inverted(16, 32, 8, stride=2), draw.conv(8, 8)), draw
 
 
 @pytest.fixture
 def on_a_thread():
-    """Run a function on a thread of its own, whose scratch begins with nothing and goes with it."""
+    """Run a function on a thread of its own, whose scratch is empty at first and freed with it."""
 
     def run(function):
         results = []
@@ -74,9 +74,9 @@ def test_usual_calls_give_back_what_a_large_one_took(on_a_thread):
     before = kept()
     usual, taken, counts = on_a_thread(work)
     assert usual < KEPT < 32 * MB < taken
-    assert counts[0] == taken  # a few small calls in between cost a stream of large ones nothing
+    assert counts[0] == taken  # a few small calls in between do not cost a stream of large ones its memory
     assert counts[-1] <= KEPT
-    for _ in range(1000):  # a thread's memory ends with it, a moment after Python sees its end
+    for _ in range(1000):  # a thread's memory is freed a moment after Python sees it end
         if kept() == before:
             break
         time.sleep(0.01)
@@ -84,7 +84,7 @@ def test_usual_calls_give_back_what_a_large_one_took(on_a_thread):
 
 
 def test_a_stream_of_large_calls_keeps_its_memory(on_a_thread):
-    """Also beside usual ones: fresh pages at each call would cost time."""
+    """Even among usual ones: fresh pages at each call would cost time."""
     module, draw = stem()
     small, large = draw(1, 3, 64, 64), draw(1, 3, 1200, 1200)
 
@@ -103,7 +103,7 @@ def test_a_stream_of_large_calls_keeps_its_memory(on_a_thread):
 
 
 def test_every_use_gives_back(on_a_thread):
-    """Also the memory of other operators, where only a network runs afterwards."""
+    """Even the memory of other operators, when only a network runs afterwards."""
     module, draw = stem()
     small = draw(1, 3, 64, 64)
 
@@ -115,7 +115,7 @@ def test_every_use_gives_back(on_a_thread):
     def work():
         native(module, small)
         before = kept()
-        inverted_residual(120, 1, 256, 60)  # 30 MB of rows that the filter sees at once, on one thread
+        inverted_residual(120, 1, 256, 60)  # 30 MB of rows under the filter at once, on one thread
         one_thread = kept() - before
         inverted_residual(2, 1000, 4000, 1)  # 16 MB of packed weights, which threads share
         shared = kept() - before - one_thread

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA backend's own Python around ``transformer``: packed weights, what decides on a call, the operator and frozen
-models on CPU tensors by emulation, and the library beside a PyTorch without CUDA. The kernel itself is
-test_cuda_transformer.py's."""
+"""The CUDA backend's own Python around ``transformer``: packed weights, what decides about a call, the operator and
+frozen models on CPU tensors by emulation, and the library with a PyTorch without CUDA. The kernel itself is tested in
+test_transformer.py."""
 
 import gc
 import json
@@ -235,7 +235,7 @@ def test_the_operator(emulated, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(emulated, layout):
-    """Maps with strides are read where they lie, if by 16 bytes; else from a copy."""
+    """Strided maps are read in place if 16-byte accesses allow it; otherwise from a copy."""
     tensors, settings = make(OP, dict(shape=(2, 4, 6, 64), heads=4, patch=(2, 2), layers=1))
     low = convert(tensors, torch.bfloat16)
     low["x"], buffer = lay_out(low["x"], layout)
@@ -302,7 +302,7 @@ def test_the_binding_is_what_its_fake_says(emulated):
 
 
 def test_autocast_packs_once(emulated, monkeypatch):
-    """Under autocast weights stay float32: they are packed from there, not cast at every call."""
+    """Under autocast weights stay float32: they are packed from those once, not cast at every call."""
     packs = []
     pack = transformer.pack_transformer
     monkeypatch.setattr(transformer, "pack_transformer", lambda *a, **k: packs.append(1) or pack(*a, **k))
@@ -316,14 +316,14 @@ def test_autocast_packs_once(emulated, monkeypatch):
 
 
 def test_a_frozen_model(emulated, monkeypatch):
-    """Every block's stack in one launch, with weights that freeze packed."""
+    """Every block's stack in one launch, with weights that `freeze` packed."""
     torch.manual_seed(0)
     model = MobileViT("xxs", num_classes=10).eval()
     before = len(transformer._packed)
     fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)
     assert len(transformer._packed) == before + 3
     images = torch.rand(1, 3, 64, 64)
-    monkeypatch.setattr("mvit_kernels.freezing.modules.network_allowed", lambda x: False)  # the CPU's own way
+    monkeypatch.setattr("mvit_kernels.freezing.modules.network_allowed", lambda x: False)  # the CPU's own way to run it
     with torch.inference_mode():
         logits = fast(images.bfloat16())
     with torch.inference_mode(), mvit_kernels.use_backend("reference"):
@@ -335,7 +335,7 @@ def test_a_frozen_model(emulated, monkeypatch):
 
 
 def test_few_sequences_go_operator_by_operator(emulated, monkeypatch):
-    """Where one launch would leave most of a GPU idle, and the operators have kernels of their own."""
+    """When one launch would leave most of a GPU idle and the operators have kernels of their own."""
     load_operators()
     monkeypatch.setattr(cuda.BACKEND, "device_type", "cpu")
     tensors, settings = make(OP, dict(shape=(1, 16, 16, 64), heads=4, patch=(2, 2), layers=1))
@@ -362,7 +362,7 @@ LIBRARY = library.LIBRARY_DIRECTORY / "libmvit_kernels_cuda.so"
 
 
 def test_the_library_loads_beside_any_pytorch():
-    """Also beside one without CUDA, which lacks one of its symbols; and says what is wrong with the driver."""
+    """Even with one without CUDA, which lacks one of its symbols; and it says what is wrong with the driver."""
     if not LIBRARY.exists():
         info = json.loads((library.LIBRARY_DIRECTORY / "build_info.json").read_text())["cuda"]
         assert info["reason"].startswith("no CUDA compiler"), info

@@ -48,7 +48,7 @@ def apply(operator: str, tensors: Tensors, settings: dict) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operator", CASES)
 def test_values_and_gradients(operator, layout, dtype):
-    """Arguments of every layout, the gradient of the result too; and every value that is returned is written."""
+    """Arguments of every layout, including the gradient of the result; and every returned value has been written."""
     tensors, settings = make(operator, CASES[operator])
     tensors = convert(tensors, getattr(torch, dtype))
     laid_out = lay_out_all(tensors, layout)
@@ -87,7 +87,7 @@ def test_empty_batch(operator):
 
 
 def test_long_sequences():
-    """Gradients by blocks: of more keys than a block's warps can share out."""
+    """Gradients by blocks: more keys than the warps of one block can divide among themselves."""
     tensors, settings = make("patch_attention", dict(shape=(1, 18, 15), heads=1, head_dim=20, patch=(1, 1)))
     inputs = convert(tensors, torch.bfloat16)
     ours = evaluate(lambda t: apply("patch_attention", t, settings), inputs, True)
@@ -115,7 +115,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("operator, changes, says", REFUSED)
 def test_refuses(operator, changes, says):
-    """What the predicates of mvit_kernels.backends.cuda keep away is an error of the binding."""
+    """What the predicates of mvit_kernels.backends.cuda reject is an error in the binding."""
     tensors, settings = make(operator, CASES[operator])
     tensors = convert(tensors, torch.bfloat16)
     for name, change in changes.items():
@@ -165,7 +165,7 @@ def call_of(operator, tensors, settings, needs_grad=False, contiguous=True, shap
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_predicates_admit_what_the_bindings_take(monkeypatch, dtype):
-    """And nothing else: of a grid of sizes, on a GPU with little shared memory."""
+    """And nothing else, over a grid of sizes, on a GPU with little shared memory."""
     monkeypatch.setattr(gpu, "limits", lambda: EMULATED)
     admitted = 0
     for operator, sizes in GRID:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What nvcc makes of the CUDA kernels: tensor cores in every one, and no spills.
 
-``data/cuda_gate.csv`` has every kernel × architecture (``make gate`` writes it anew, in minutes; another nvcc shows as
-its diff). Here the whole table is judged; and where the CUDA library was built, what is inside is compared with it.
+``data/cuda_gate.csv`` has every kernel × architecture (``make gate`` rewrites it, in minutes; another nvcc shows up as
+its diff). Here the whole table is judged; and where the CUDA library was built, its contents are compared with it.
 """
 
 import csv
@@ -23,7 +23,7 @@ def _committed():
 
 
 COMMITTED = _committed()
-# Bytes of stack that are no matter: two registers of the loop over layers, in a kernel that uses all 255.
+# Bytes of stack that do not matter: two registers of the loop over layers, in a kernel that uses all 255.
 DECLARED_STACK = {"transformer_kernel<BFloat16, 192, 48, 2>": 8, "transformer_kernel<Half, 192, 48, 2>": 8}
 
 
@@ -41,7 +41,7 @@ def test_the_whole_table():
 
 
 def built_architectures():
-    """Those of the library that was built here, with the compiler's version."""
+    """The architectures of the library that was built here, and the compiler's version."""
     if not LIBRARY.exists():
         info = json.loads((library.LIBRARY_DIRECTORY / "build_info.json").read_text())["cuda"]
         assert info["reason"].startswith("no CUDA compiler"), info
@@ -54,7 +54,7 @@ def built_architectures():
 
 
 def test_the_library_is_what_the_table_has():
-    """Every kernel, of every architecture that was built: by the rules; and by the same nvcc, the same."""
+    """Every kernel of every architecture that was built keeps the rules; built by the same nvcc, it equals its row."""
     architectures, compiler = built_architectures()
     assert architectures
     for arch in architectures:
@@ -70,7 +70,7 @@ def test_the_library_is_what_the_table_has():
 
 @pytest.mark.parametrize("kernel", ["transformer_kernel<BFloat16, 144, 36, 2>", "transformer_kernel<Half, 240, 60, 1>"])
 def test_products_of_the_library(kernel):
-    """Counted again for a few: the listing of all takes half a minute."""
+    """Counted again for a few: listing all of them takes half a minute."""
     architectures, compiler = built_architectures()
     for arch in architectures:
         (known,) = (row for row in COMMITTED if row["arch"] == arch and row["kernel"] == kernel)

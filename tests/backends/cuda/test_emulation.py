@@ -22,7 +22,7 @@ def words(*shape):
 
 
 def reported(says, function, *arguments, **named):
-    """`function` is reported at every seed, in these words."""
+    """The emulation reports `function` at every seed, in these words."""
     for seed in SEEDS:
         with pytest.raises(EmulationFault, match=says):
             function(seed, *arguments, **named)
@@ -165,7 +165,7 @@ def test_product(examples, dtype, k):
 
 
 def special_floats():
-    """Every half and bfloat16, their neighbours and midpoints; random bits; NaN and infinities are among them."""
+    """Every half and bfloat16, their neighbours and midpoints, and random bits, including NaN and infinities."""
     every = torch.arange(1 << 16, dtype=torch.int32)
     bfloats = (every << 16).view(torch.float32)
     halves = every.to(torch.int16).view(torch.float16).float()
@@ -218,7 +218,7 @@ def test_special_functions(examples, index, exact, low, high, relative, absolute
     error = (out.double() - exact(x.double())).abs()
     allowed = relative * exact(x.double()).abs() + absolute
     assert (error <= allowed).all()
-    assert error.max() > 0  # it is no exacter than the hardware
+    assert error.max() > 0  # it is no more exact than the hardware
     again = torch.empty_like(x)
     examples.approximated(1, x, again, x.numel(), index)
     assert torch.equal(out, again)
@@ -264,12 +264,13 @@ def test_the_report_says_where(examples):
 
 
 def test_kernels_ask_for_nothing_but_what_simt_h_names():
-    """Else they are not what runs here. A test of names: PTX, intrinsics, built-in variables and attributes."""
+    """Otherwise what runs here would not be those kernels. A test of names: PTX, intrinsics, built-in variables and
+    attributes."""
     foreign = re.compile(r"\basm\b|\b__\w+|\b(thread|block|grid)(Idx|Dim)\b|<<<|\bcuda[A-Z_]")
     checked = 0
     for path in sorted([*KERNELS.glob("*.h"), *KERNELS.glob("*.cu")]):
         if path.name in ("simt.h", "launch.h", "tensors.h", "row_fronts.h"):
-            continue  # the names themselves, and the host's part
+            continue  # the names themselves, and the host's code
         code = re.sub(r"//.*", "", path.read_text())
         assert not foreign.search(code), f"{path.name}: {foreign.search(code)[0]}"
         checked += "MVIT_DEVICE" in code

@@ -28,7 +28,7 @@ def draw(shape, heads, head_dim, patch, dtype=torch.bfloat16, seed=0, magnitude=
 
 
 def common_bytes(tensor, head_dim):
-    """As csrc/cuda/patch_attention.cpp has it."""
+    """As csrc/cuda/patch_attention.cpp computes it."""
     places = tensor.data_ptr() | 16 | 2 * head_dim
     for size, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
         places |= 2 * step if size > 1 else 0
@@ -51,7 +51,7 @@ def forward(driver, qkv, heads, patch, scale, seed=0, out=None):
 
 
 def is_whole(qkv, heads, patch):
-    """Whether backward has a block for all of a strand: as csrc/cuda/patch_attention.h has it."""
+    """Whether backward gives a whole strand to one block, as csrc/cuda/patch_attention.h decides it."""
     _, rows, columns, _, _, _, head_dim = sizes(qkv, heads, patch)
     return rows * columns <= (256 if head_dim <= 40 else 128)
 
@@ -89,7 +89,7 @@ def check(driver, qkv, grad_out, heads, patch, scale=None, seeds=(0,)):
     assert_close_as_pytorch("logsumexp", logsumexp, pytorch_logsumexp, true_logsumexp)
     inner = qkv.shape[3] // 3
     parts = {"grad_qkv": slice(None)}
-    if logsumexp.shape[-1] > 1:  # of one token grad_q and grad_k are 0
+    if logsumexp.shape[-1] > 1:  # for one token grad_q and grad_k are 0
         parts |= {f"grad_{name}": slice(index * inner, (index + 1) * inner) for index, name in enumerate("qkv")}
     for whole, grad_qkv in grads.items():
         for name, part in parts.items():
@@ -149,7 +149,7 @@ def test_scores_that_overflow_without_the_maximum_taken_out(driver, scale, dtype
 
 @pytest.mark.parametrize("head_dim, wanted", [(8, 16), (16, 16), (24, 16), (20, 8), (36, 8), (60, 8), (30, 4)])
 def test_rows_are_copied_as_widely_as_they_lie(driver, head_dim, wanted):
-    """16 bytes at once, or 8 or 4, also where a wider copy would be aligned by chance; all with the same result."""
+    """By 16, 8 or 4 bytes at once, even where a wider copy would happen to be aligned; all with the same result."""
     qkv, grad_out = draw((1, 4, 6), 2, head_dim, (2, 1))
     assert common_bytes(qkv, head_dim) == wanted
     whole, _ = forward(driver, qkv, 2, (2, 1), 0.3)
@@ -163,7 +163,7 @@ def test_rows_are_copied_as_widely_as_they_lie(driver, head_dim, wanted):
 
 
 def test_strides(driver):
-    """A map cut out of a larger one, one in another order of its axes, and one image for a whole batch."""
+    """A map cut out of a larger one, one with its axes in another order, and one image expanded to a batch."""
     qkv, grad_out = draw((2, 4, 6), 2, 20, (2, 2))
     cut = torch.full((2, 11, 15, 130), 42.0, dtype=qkv.dtype)[:, 2:10, 1:13, 4:124]
     cut.copy_(qkv)
@@ -203,7 +203,7 @@ def test_nan_stays_in_its_sequence(driver):
 
 
 def test_scores_far_below_zero(driver):
-    """Beside which the score 0 of a row that only fills a tile is infinitely large."""
+    """Compared with which the score 0 of a padding row is infinitely large."""
     qkv, grad_out = draw((1, 5, 5), 2, 36, (1, 1), magnitude=0.1)
     qkv[..., :72] += 3
     qkv[..., 72:144] -= 3
@@ -211,7 +211,7 @@ def test_scores_far_below_zero(driver):
 
 
 def test_matrices_lie_in_different_banks(driver):
-    """In all of this file's launches so far."""
+    """In all launches that this file has made so far."""
     assert driver.matrix_conflicts() == 0
 
 
@@ -254,7 +254,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("header, text, other, says", FAULTS, ids=range(len(FAULTS)))
 def test_a_planted_fault_is_found(header, text, other, says):
-    """At every seed, in a sequence of more than two chunks and blocks, or in one that ends inside a tile."""
+    """At every seed, in a sequence of more than two chunks and blocks, or one that ends inside a tile."""
     driver = Driver("patch_attention", [*ONE_HEAD_DIM, (header, text, other)], ["MVIT_ONLY_BFLOAT16"])
     long = draw((1, 10, 13), 1, 36, (2, 1), magnitude=2.0)
     below, grad_out = draw((1, 5, 5), 2, 36, (1, 1), magnitude=0.1)

@@ -95,7 +95,7 @@ def test_other_widths(driver, width):
 
 @pytest.mark.parametrize("width", [264, 480, 960])
 def test_linear_residual_of_wide_rows(driver, width):
-    """Whose weights pass by in parts."""
+    """Their weights are loaded in parts."""
     check(driver, "linear_residual", dict(shape=(35, width), n=72), torch.bfloat16, (0, 1))
 
 
@@ -109,7 +109,7 @@ def test_rows(driver, rows):
 @pytest.mark.parametrize("gpu", [(1, H100[1]), (1, SMALL[1]), (8, H100[1]), H100], ids=str)
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual"])
 def test_plans(driver, operator, gpu):
-    """Blocks of four, two and one warps, and columns shared out among one, some and many blocks: the same bits."""
+    """Blocks of four, two and one warps, and columns divided among one, some and many blocks give the same bits."""
     tensors, settings = make(operator, dict(shape=(150, 240), n=400))
     tensors = convert(tensors, torch.bfloat16)
     one, other = (launch(driver, operator, tensors, settings, 0, each)["out"] for each in (gpu, SMALL))
@@ -126,7 +126,7 @@ def test_norm_in_float_and_large_means(driver, operator, mean):
 
 
 def of_equal_values(driver, width):
-    """layer_norm_linear's x, results and results for rows of zeros."""
+    """layer_norm_linear's x, its results, and its results for rows of zeros."""
     tensors, settings = make("layer_norm_linear", dict(shape=(7, width), n=48))
     low = convert(tensors | {"x": 0 * tensors["x"]}, DTYPES[0])
     zeros = launch(driver, "layer_norm_linear", low, settings, 0, H100)
@@ -138,14 +138,14 @@ def of_equal_values(driver, width):
 
 @pytest.mark.parametrize("width", [56, 112, *WIDTHS])
 def test_the_mean_of_equal_values_is_that_value(driver, width):
-    """And LayerNorm's result its bias, to the last bit."""
+    """And LayerNorm's result is its bias, to the last bit."""
     for x, ours, zeros in of_equal_values(driver, width):
         assert torch.equal(ours["mean"], x[:, 0].float())
         assert torch.equal(ours["out"], zeros["out"])
 
 
 def test_squares_beyond_float32(driver):
-    """1 / σ is 0 then, as PyTorch's, and nothing is NaN."""
+    """1 / σ is then 0, as in PyTorch, and nothing is NaN."""
     tensors, settings = make("layer_norm_linear", dict(shape=(7, 120), n=48))
     low = convert(tensors | {"x": 1e25 * tensors["x"]}, torch.bfloat16)
     ours = launch(driver, "layer_norm_linear", low, settings, 0, H100)
@@ -154,7 +154,7 @@ def test_squares_beyond_float32(driver):
 
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual", "layer_norm_mlp"])
 def test_nothing_is_written_beside_the_result(driver, operator):
-    """What lies before and behind is another's; and the emulation reports every store out of the tensor."""
+    """The memory before and after it belongs to others; and the emulation reports every store outside the tensor."""
     more = dict(hidden=48) if operator == "layer_norm_mlp" else dict(n=24)
     tensors, settings = make(operator, dict(shape=(37, 24), **more))
     tensors = convert(tensors, torch.bfloat16)
@@ -165,7 +165,7 @@ def test_nothing_is_written_beside_the_result(driver, operator):
 
 
 def test_matrices_lie_in_different_banks(driver):
-    """In all of this file's launches so far."""
+    """In all launches that this file has made so far."""
     assert driver.matrix_conflicts() == 0
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``transformer`` in CUDA C++: its kernel's own source, executed on the CPU, against float64.
 
-What a GPU adds (rounding inside tensor cores, time) is not seen here. Where there is one, the operators' own tests run
-by path ``cuda``.
+What only a GPU shows (rounding inside tensor cores, time) is not tested here. Where there is one, the operators' own
+tests run on path ``cuda``.
 """
 
 import pytest
@@ -26,7 +26,7 @@ def driver():
 
 
 def launched(driver, sizes, dtype, per_block=None, tiles=None, tensors=None, seed=0):
-    """The kernel's result for the case, cut as for an H100, or with so many sequences a block and tiles a warp."""
+    """The kernel's result for the case, planned as for an H100 or with the given sequences a block and tiles a warp."""
     made, settings = make(OP, sizes)
     tensors = convert(tensors or made, dtype)
     s = structured(OP, tensors)
@@ -44,7 +44,7 @@ def launched(driver, sizes, dtype, per_block=None, tiles=None, tensors=None, see
 
 
 def check(driver, sizes, dtype, change=None, **how):
-    """`change` is made to the tensors first."""
+    """`change` is applied to the tensors first."""
     tensors, settings = make(OP, sizes)
     if change is not None:
         change(tensors)
@@ -66,7 +66,7 @@ def test_small(driver, d, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", plans.WIDTHS)
 def test_kornia(driver, d, dtype):
-    """Four heads of 8 whatever d is, no qkv bias, no last norm."""
+    """Four heads of 8 whatever d is, no qkv bias, no final norm."""
     sizes = dict(shape=(1, 8, 10, d), heads=4, head_dim=8, qkv_bias=False, final_norm=False, patch=(2, 2), layers=1)
     check(driver, {**sizes, "ratio": 4 if d in (64, 120, 240) else 2}, dtype)
 
@@ -76,7 +76,7 @@ FULL = {64: (32, 32), 80: (16, 16), 96: (32, 32), 120: (32, 16), 144: (32, 32), 
 
 @pytest.mark.parametrize("d", plans.WIDTHS)
 def test_full_size(driver, d):
-    """A map of the model's own at 256 pixels, and larger ones: N = 256, 64, 128."""
+    """A map of the model at 256 pixels, and larger ones: N = 256, 64, 128."""
     check(driver, dict(shape=(1, *FULL[d], d), heads=4, patch=(2, 2), layers=1), torch.bfloat16)
 
 
@@ -111,7 +111,7 @@ def far_from_zero(tensors):
 
 
 def uneven(tensors):
-    """Each row has another mean."""
+    """Each row has a different mean."""
     height, width = tensors["x"].shape[1:3]
     tensors["x"] += torch.arange(height * width).view(height, width, 1) % 7
 
@@ -119,13 +119,13 @@ def uneven(tensors):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [64, 120])
 def test_large_mean(driver, d, dtype):
-    """LayerNorm behind the product cancels by no more than the input's own rounding."""
+    """LayerNorm applied after the product loses no more to cancellation than the input's own rounding."""
     check(driver, dict(shape=(1, 4, 6, d), heads=4, patch=(2, 2), layers=1), dtype, far_from_zero)
 
 
 @pytest.mark.parametrize("d", plans.WIDTHS)
 def test_the_last_norm_of_equal_values_is_its_bias(driver, d):
-    """Of rows that the layer leaves as they are. (The norms before qkv and fc1 stand behind those products, whose
+    """For rows that the layer leaves as they are. (The norms before qkv and fc1 are applied after those products, whose
     rounding is that of the values and not of their spread.)"""
     sizes = dict(shape=(1, 4, 6, d), heads=4, patch=(2, 2), layers=1)
     tensors, _ = make(OP, sizes)
@@ -140,7 +140,7 @@ SEVERAL_STEPS = dict(shape=(1, 16, 16, 80), heads=4, patch=(2, 2), layers=1)
 
 
 def sharp_scores(tensors):
-    """Scores that differ by much more than what the softmax's reference has of slack."""
+    """Scores that differ by much more than the slack of the softmax's reference."""
     tensors["layers.0.qkv_weight"][:160] *= 6
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton backend where no GPU is needed: what it refuses, how it launches, and its kernels in the interpreter.
 
-What the compiler makes of the kernels is in ``test_triton_compile``. On a GPU the operators' own tests run by path
+What the compiler makes of the kernels is tested in test_compile.py. On a GPU the operators' own tests run on path
 ``triton``.
 """
 
@@ -111,7 +111,7 @@ def test_the_kernels_are_not_imported_before_they_are_needed():
 
 
 def test_without_triton():
-    """The package works, and says what is missing to those who ask for the backend by name."""
+    """The package works, and says what is missing when the backend is asked for by name."""
     code = """
 import sys
 sys.modules["triton"] = None
@@ -139,7 +139,7 @@ def test_the_package_does_not_hide_triton():
 
 
 class Kernel:
-    """In a jitted kernel's place: notes the slow launches (``kernel[grid](…)``) and the quick ones (``run``)."""
+    """Stands in for a jitted kernel: records the slow launches (``kernel[grid](…)``) and the quick ones (``run``)."""
 
     def __init__(self):
         self.slow, self.quick = [], []
@@ -166,8 +166,7 @@ def launch(monkeypatch):
 
 
 def test_a_kernel_is_looked_up_once(launch):
-    """The first launch is Triton's own; the next ones take the compiled kernel by its run, with all arguments in
-    order."""
+    """The first launch is Triton's own; later ones call the compiled kernel's ``run``, with all arguments in order."""
     kernel, x = Kernel(), torch.zeros(8)
     plan = launch.Plan(kernel, (64, "tf32"), num_warps=8, num_stages=3)
     for rows in (5, 6, 7):
@@ -182,7 +181,7 @@ def test_a_kernel_is_looked_up_once(launch):
 
 
 def test_unaligned_pointers_never_take_the_aligned_kernel(launch):
-    """A kernel that was compiled for pointers on 16 bytes reads elsewhere, or faults, from others."""
+    """A kernel compiled for 16-byte aligned pointers reads wrong addresses, or faults, with others."""
     kernel, buffer = Kernel(), torch.zeros(64)
     assert buffer.data_ptr() % 16 == 0
     plan = launch.Plan(kernel, (), num_warps=4, num_stages=2)
@@ -218,8 +217,7 @@ def test_profiler_hooks_are_noticed():
 
 
 def test_kinds_of_calls_share_no_plan():
-    """What a plan does not look at (dtypes, absent tensors, the device, the precision) is in the key that it is kept
-    by."""
+    """What a plan does not look at (dtypes, absent tensors, the device, the precision) is in the key of its cache."""
     pytest.importorskip("mvit_kernels.backends.triton._launch", reason="Triton is not installed")
     from mvit_kernels.backends.triton import linear_residual
     from mvit_kernels.backends.triton._launch import watching
@@ -279,7 +277,7 @@ def test_the_tuner_says_that_it_needs_a_gpu(monkeypatch, capsys):
 
 
 def test_the_tuner_finds_the_fastest_row_and_leaves_the_table_alone():
-    """Timed by a clock of ours, over plans for GPUs that are not there."""
+    """Timed by a fake clock, over plans for GPUs that are not there."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from mvit_kernels.backends.triton import (
         _row_gradients,

@@ -2,8 +2,8 @@
 """What Triton's compiler makes of the kernels for GPUs that are not here: tensor cores, no spills, shared memory that
 fits.
 
-``data/triton_gate.csv`` has every kernel × tile × architecture (``make gate`` writes it anew, in about a quarter of an
-hour; another Triton shows as its diff). Here the whole table is judged, and compared with what the operators would
+``data/triton_gate.csv`` has every kernel × tile × architecture (``make gate`` rewrites it, in about a quarter of an
+hour; another Triton shows up as its diff). Here the whole table is judged, and compared with what the operators would
 launch today; a few of its rows, the largest tiles of each kernel, are compiled again.
 """
 
@@ -64,15 +64,14 @@ def test_the_whole_table():
 
 @pytest.mark.parametrize("kernel", ["_product", "_normed_product", "_mlp", "_weight_gradients", "_norm_backward"])
 def test_large_products_are_hopper_s_own(kernel):
-    """wgmma reads its operand from shared memory once for 64 rows; smaller tiles fall back to mma.sync without a
-    word."""
+    """wgmma reads its operand from shared memory once for 64 rows; smaller tiles silently fall back to mma.sync."""
     rows = [r for r in COMMITTED if r["kernel"].endswith(f".{kernel}") and r["arch"] == 90 and "16" in r["dtype"]]
     assert rows and all(row["mma"] == "wgmma" and row["async_copies"] for row in rows)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_table_is_of_what_would_be_launched(arch):
-    """A change of tiles, of the plan, or of a kernel's constants wants a new table."""
+    """A change of tiles, of the plan, or of a kernel's constants needs a new table."""
     columns = ("case", "kernel", "dtype", "tile", "arch")
     planned = [row for row, _ in different(arch)]
     committed = [{name: row[name] for name in columns} for row in COMMITTED if row["arch"] == arch]
@@ -98,7 +97,7 @@ AGAIN = [
 
 @pytest.mark.parametrize("arch, d, name, has", AGAIN)
 def test_compiled_again(arch, d, name, has, monkeypatch):
-    """By the rules; and by the same Triton, the same as in the table."""
+    """The kernels keep the rules; compiled by the same Triton, they equal their rows of the table."""
     cache = TABLE.parents[2] / "build" / "triton"  # a second run compiles nothing that did not change
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     launches = stage(d, 64, torch.bfloat16, "highest", arch, 0.1)
@@ -117,7 +116,7 @@ def test_compiled_again(arch, d, name, has, monkeypatch):
 
 
 def operations_of(arch, monkeypatch, kernel, launch):
-    """The float32 operations of the kernel of this name among those that `launch`, with the kernels' modules, has."""
+    """The float32 operations of the kernel of this name; `launch` is called with the kernels' modules, to launch it."""
     from mvit_kernels.backends.triton import layer_norm, layer_norm_linear, layer_norm_mlp, linear_residual
     from mvit_kernels.backends.triton._launch import watching
 
@@ -136,8 +135,8 @@ def empty(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("d, dtype", [(1, torch.float32), (24, torch.bfloat16)])
 @pytest.mark.parametrize("kernel", ["_backward", "_norm_backward"])
 def test_a_mean_is_subtracted_from_rounded_products(kernel, d, dtype, arch, monkeypatch):
-    """In rows of one column the gradient of x is g · γ less its mean, itself: 0. Of g · γ − mean the compiler makes one
-    fma, with the product in full, unless it is kept from it: 1e-5 on an H200, and in no interpreter."""
+    """In rows of one column the gradient of x is g · γ minus its mean, which is g · γ itself: 0. Unless prevented, the
+    compiler fuses g · γ − mean into one fma with an unrounded product: 1e-5 on an H200, and 0 in any interpreter."""
 
     def launch(layer_norm, layer_norm_linear, *_):
         x, norm, rows = empty(5, d, dtype=dtype), empty(d), empty(5)
@@ -163,7 +162,7 @@ def test_a_mean_is_subtracted_from_rounded_products(kernel, d, dtype, arch, monk
 
 @pytest.mark.parametrize("kernel", ["_product", "_normed_product", "_norm_backward", "_mlp", "_hidden"])
 def test_float32_products_are_summed_in_blocks(kernel, monkeypatch):
-    """Each step of a long product starts a chain of its own, from 0; Triton would make one of them all."""
+    """Each step of a long product starts a new chain from 0; left alone, Triton would make one chain of them all."""
 
     def launch(_, layer_norm_linear, layer_norm_mlp, linear_residual):
         x, norm, rows, weight = empty(5, 96), empty(96), empty(5), empty(96, 96)
