@@ -51,6 +51,8 @@ def gather() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
+    import torch
+
     from .. import __version__
 
     versions: dict[str, str | None] = {"mvit_kernels": __version__, "python": platform.python_version()}
@@ -59,7 +61,7 @@ def _versions() -> dict[str, str | None]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return versions
+    return {**versions, "torch": torch.__version__}  # with the build, which the wheel's metadata may lack
 
 
 def _machine() -> dict[str, Any]:

@@ -47,10 +47,10 @@ def _sharper(attention):
 
 
 DECLINED = {
-    "LoRA": (replaced(f"{ATTENTION}.query", LoRA), f"{ATTENTION}.query is declined.LoRA"),
+    "LoRA": (replaced(f"{ATTENTION}.query", LoRA), f"{ATTENTION}.query is support.declined.LoRA"),
     "GELU": (replaced(f"{LAYER}.intermediate.intermediate_act_fn", lambda _: nn.GELU()), "GELU", "only SiLU"),
     "a norm of another kind": (replaced("layernorm", lambda _: nn.RMSNorm(64).double()), "layernorm", "only LayerNorm"),
-    "another attention": (replaced(ATTENTION, _sharper), f"{ATTENTION} is test_adapter_huggingface._Sharper"),
+    "another attention": (replaced(ATTENTION, _sharper), f"{ATTENTION} is tests.adapters.test_huggingface._Sharper"),
     "one layer with fewer heads": (_prune_a_head, "its layers differ in their heads"),
     "a head pruned, its count not": (lambda block: _prune_a_head(block, True), "widths of layer 0", "pruned heads?"),
     "another dropout": (replaced(f"{LAYER}.output.dropout", lambda _: nn.Tanh()), f"{LAYER}.output.dropout"),

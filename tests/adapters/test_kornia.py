@@ -42,11 +42,11 @@ def _linear(inputs, outputs):
 
 
 DECLINED = {
-    "LoRA": (replaced(f"{LAYER}.0.fn.to_qkv", LoRA), f"{LAYER}.0.fn.to_qkv is declined.LoRA"),
+    "LoRA": (replaced(f"{LAYER}.0.fn.to_qkv", LoRA), f"{LAYER}.0.fn.to_qkv is support.declined.LoRA"),
     "another scale": (_scale, "layer 1 scales its scores by 0.5"),
     "another activation": (replaced(f"{LAYER}.1.fn.net.1", lambda _: nn.GELU()), f"{LAYER}.1.fn.net.1", "only SiLU"),
     "softmax over queries": (replaced(f"{LAYER}.0.fn.attend", lambda _: nn.Softmax(dim=-2)), f"{LAYER}.0.fn.attend"),
-    "another order": (replaced("transformer", _as(_Swapped)), "transformer is test_adapter_kornia._Swapped"),
+    "another order": (replaced("transformer", _as(_Swapped)), "transformer is tests.adapters.test_kornia._Swapped"),
     "one more step": (lambda block: block.transformer.layers[0][1].fn.net.append(nn.Tanh()), "6 steps instead of 5"),
     "no bias": (replaced(f"{LAYER}.0.fn.to_out.0", lambda _: _linear(32, 64)), "a linear of layer 0 has no bias"),
     "norms differ": (lambda block: setattr(block.transformer.layers[0][0].norm, "eps", 0.1), "different eps"),

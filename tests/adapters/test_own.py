@@ -57,8 +57,8 @@ def _fewer_heads(block):
 
 
 DECLINED = {
-    "LoRA": (replaced("transformer.1.qkv", LoRA), "transformer.1.qkv is declined.LoRA"),
-    "another layer": (replaced("transformer.0", _parallel), "transformer.0 is test_adapter_own._Parallel"),
+    "LoRA": (replaced("transformer.1.qkv", LoRA), "transformer.1.qkv is support.declined.LoRA"),
+    "another layer": (replaced("transformer.0", _parallel), "transformer.0 is tests.adapters.test_own._Parallel"),
     "other heads in one layer": (_fewer_heads, "its layers differ in their heads"),
     "another norm": (
         replaced("norm", lambda _: nn.RMSNorm(64).double()),

@@ -74,10 +74,10 @@ def _patch_forward(attention):
 
 
 DECLINED = {
-    "LoRA": (replaced(f"{LAYER}.attn.qkv", LoRA), f"{LAYER}.attn.qkv is declined.LoRA"),
+    "LoRA": (replaced(f"{LAYER}.attn.qkv", LoRA), f"{LAYER}.attn.qkv is support.declined.LoRA"),
     "LoRA as a subclass": (
         replaced(f"{LAYER}.mlp.fc1", as_class(LoRALinear)),
-        f"{LAYER}.mlp.fc1 is declined.LoRALinear",
+        f"{LAYER}.mlp.fc1 is support.declined.LoRALinear",
     ),
     "parametrised": (
         _inside(f"{LAYER}.mlp.fc2", lambda m: parametrize.register_parametrization(m, "weight", _Halving())),
@@ -112,7 +112,10 @@ DECLINED = {
         f"{LAYER}.ls2 is timm.layers.layer_scale.LayerScale",
     ),
     "MLP norm": (replaced(f"{LAYER}.mlp.norm", lambda _: nn.LayerNorm(128).double()), f"{LAYER}.mlp.norm"),
-    "another attention": (replaced(f"{LAYER}.attn", as_class(_Shifted)), f"{LAYER}.attn is test_adapter_timm._Shifted"),
+    "another attention": (
+        replaced(f"{LAYER}.attn", as_class(_Shifted)),
+        f"{LAYER}.attn is tests.adapters.test_timm._Shifted",
+    ),
     "another dropout": (replaced(f"{LAYER}.mlp.drop2", lambda _: nn.Tanh()), f"{LAYER}.mlp.drop2", "only Dropout"),
     "a patched forward": (_inside(f"{LAYER}.attn", _patch_forward), f"the forward of {LAYER}.attn was replaced"),
     "no projection bias": (replaced(f"{LAYER}.attn.proj", lambda _: _constant(64, 64)), "layer 0 has no bias"),

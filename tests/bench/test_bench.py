@@ -16,7 +16,7 @@ import torch
 import mvit_kernels
 from mvit_kernels import backends
 from mvit_kernels.__main__ import main
-from mvit_kernels.bench import comparison, profiling
+from mvit_kernels.bench import comparison, demo, profiling
 from mvit_kernels.bench.comparison import TimeLimit, compare, time_limit
 from mvit_kernels.bench.origin import environment
 from mvit_kernels.bench.peers import PEERS, Form, Peer, Subject, eager
@@ -24,7 +24,6 @@ from mvit_kernels.bench.profiling import LAUNCH_GAPS, OTHER, category, layout_co
 from mvit_kernels.bench.profiling import table as profile_table
 from mvit_kernels.bench.results import COLUMNS
 from mvit_kernels.bench.timing import Timing, interleave
-from mvit_kernels.cli import demo
 from support import models
 
 # --- timing
@@ -391,10 +390,11 @@ def test_accelerated_block_copies_no_map(library, backend, expected):
 # --- the demo
 
 
-def test_demo_on_a_small_model(tmp_path, capsys):
-    command = f"--model own/xxs --size 64 --batch 1 --budget 1 --output {tmp_path}"
-    assert demo.main(command.split()) == 0
-    output = capsys.readouterr().out
+def test_demo_on_a_small_model(tmp_path, run):
+    command = f"demo --model own/xxs --size 64 --batch 1 --budget 1 --output {tmp_path}"
+    result = run(*command.split())
+    assert result.code == 0, result.err
+    output = result.out
     for words in ("3 of 3 MobileViT blocks accelerated", "stages.4.1", "output", "as it was", "every error is allowed"):
         assert words in output
     rows = list(csv.DictReader((tmp_path / "demo.csv").open()))
@@ -403,7 +403,7 @@ def test_demo_on_a_small_model(tmp_path, capsys):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_fails_where_an_error_is_too_large(tmp_path, capsys, monkeypatch):
+def test_demo_fails_where_an_error_is_too_large(tmp_path, run, monkeypatch):
     def wrong(model):
         model = mvit_kernels.accelerate(model)
         model.classifier.bias.data += 1e-3
@@ -411,8 +411,8 @@ def test_demo_fails_where_an_error_is_too_large(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(demo, "accelerate", wrong)
     monkeypatch.setattr(demo, "_measured", lambda *arguments: comparison.compare(arguments[1], ["eager"], seconds=0.1))
-    assert demo.main(f"--model own/xxs --size 64 --batch 1 --budget 1 --output {tmp_path}".split()) == 1
-    assert "TOO LARGE" in capsys.readouterr().out
+    result = run(*f"demo --model own/xxs --size 64 --batch 1 --budget 1 --output {tmp_path}".split())
+    assert result.code == 1 and "TOO LARGE" in result.out
 
 
 def test_calibration_gives_batch_norms_the_statistics_of_the_images():

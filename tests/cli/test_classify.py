@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvit_kernels.cli import models
+from mvit_kernels import zoo
 from mvit_kernels.nn import MobileViT
 from mvit_kernels.zoo import images
 from support import data
@@ -36,7 +36,7 @@ def test_classify_gets_ten_of_ten(run, arguments):
     if arguments:
         return
     with torch.no_grad():
-        probabilities = models.load(None, checkpoint=weights[1])(data.land_use_photos()[0]).softmax(1)
+        probabilities = zoo.load(None, checkpoint=weights[1])(data.land_use_photos()[0]).softmax(1)
     for each, expected in zip(predicted, probabilities, strict=True):
         assert len(each["predictions"]) == 3
         for prediction in each["predictions"]:

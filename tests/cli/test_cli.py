@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mvit_kernels import __version__, backends, cli
+from mvit_kernels import __version__, backends, cli, zoo
 from mvit_kernels.__main__ import main
 from mvit_kernels._utils.third_party import import_transformers
 from mvit_kernels.adapters import _block
 from mvit_kernels.backends import library
-from mvit_kernels.cli import models
 from support import data
 
 # ---------------------------------------------------------------------------------------------------- the whole
@@ -193,11 +192,11 @@ def test_info_about_the_build(run, monkeypatch, tmp_path, build_info, line):
 @pytest.mark.parametrize("name", ["own/xxs", "timm/mobilevit_xxs", "huggingface/xxs", "kornia/xxs"])
 def test_models_without_weights_are_alive_and_always_the_same(name):
     state = torch.random.get_rng_state()
-    model, again = models.load(name), models.load(name)
+    model, again = zoo.load(name), zoo.load(name)
     assert torch.equal(state, torch.random.get_rng_state())
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        y, same = models.logits(model(x)), models.logits(again(x))
+        y, same = zoo.logits(model(x)), zoo.logits(again(x))
     assert torch.equal(y, same) and y.std() > 0.1 and (y[0] - y[1]).abs().max() > 0.1
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert not any(norm.training or norm.momentum == 1.0 for norm in norms)
@@ -218,36 +217,36 @@ def test_models_without_weights_are_alive_and_always_the_same(name):
     ],
 )
 def test_names(name, num_classes, shape):
-    model = models.load(name, num_classes=num_classes)
+    model = zoo.load(name, num_classes=num_classes)
     with torch.no_grad():
-        assert models.logits(model(torch.rand(1, 3, 64, 64))).shape == shape
+        assert zoo.logits(model(torch.rand(1, 3, 64, 64))).shape == shape
 
 
 def test_checkpoint_decides_variant_and_classes(weights):
-    model = models.load(None, checkpoint=weights)
+    model = zoo.load(None, checkpoint=weights)
     assert (model.mode, model.num_classes) == ("xxs", 5)
     with pytest.raises(ValueError, match="XXS"):
-        models.load("own/s", checkpoint=weights)
+        zoo.load("own/s", checkpoint=weights)
 
 
 def test_kornia_loads_its_own_checkpoints_only(tmp_path, weights):
-    model = models.load("kornia/xxs")
+    model = zoo.load("kornia/xxs")
     with torch.no_grad():
         model.conv1[0].weight.fill_(0.5)
     torch.save(model.state_dict(), tmp_path / "kornia.pth")
-    loaded = models.load("kornia/xxs", checkpoint=tmp_path / "kornia.pth")
+    loaded = zoo.load("kornia/xxs", checkpoint=tmp_path / "kornia.pth")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="does not fit kornia/xs"):
-        models.load("kornia/xs", checkpoint=tmp_path / "kornia.pth")
+        zoo.load("kornia/xs", checkpoint=tmp_path / "kornia.pth")
     for name, checkpoint in (("own/xxs", tmp_path / "kornia.pth"), ("kornia/xxs", weights)):
         with pytest.raises(ValueError, match="Kornia"):
-            models.load(name, checkpoint=checkpoint)
+            zoo.load(name, checkpoint=checkpoint)
 
 
 def test_pretrained_from_a_folder(tmp_path):
-    models.load("huggingface/xxs", num_classes=3).save_pretrained(tmp_path)
-    model = models.load(str(tmp_path), pretrained=True)
-    expected = models.load("huggingface/xxs", num_classes=3)
+    zoo.load("huggingface/xxs", num_classes=3).save_pretrained(tmp_path)
+    model = zoo.load(str(tmp_path), pretrained=True)
+    expected = zoo.load("huggingface/xxs", num_classes=3)
     assert not model.training
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in expected.state_dict().items())
 
@@ -271,10 +270,10 @@ def test_logits_takes_what_models_return():
         SimpleNamespace(logits=value),
         SimpleNamespace(last_hidden_state=value),
     ):
-        assert models.logits(output) is value
+        assert zoo.logits(output) is value
     for output in ((), {"x": value}, None):
         with pytest.raises(TypeError, match="there is no tensor"):
-            models.logits(output)
+            zoo.logits(output)
 
 
 # ------------------------------------------------------------------------------------------------------- verify
