@@ -86,7 +86,7 @@ AS_SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_
 test-elsewhere: build
 	@for settings in '$(NO_AMX)' '$(AS_AVX2)' '$(AS_SSE)'; do echo "--- $$settings"; \
 	env $$settings TORCHINDUCTOR_CACHE_DIR="$$(mktemp -d)" $(PY) -m pytest -q $(IN_PARALLEL) \
-		$$(grep -rlE 'support.tolerance|support.checks|verify' tests --include='test_*.py' | grep -vE 'backends/(cuda|triton)|test_gpu') $(PYTEST_ARGS) || exit 1; done
+		$$(grep -rlE 'support.tolerance|support.checks|support.operator_tests|verify' tests --include='test_*.py' | grep -vE 'backends/(cuda|triton)|test_gpu') $(PYTEST_ARGS) || exit 1; done
 
 gate: setup
 	@cd tests && TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m gates.triton_gate

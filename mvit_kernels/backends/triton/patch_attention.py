@@ -259,7 +259,8 @@ _FORWARD = {
 }
 _LONG = (128, 64, 8, 2)  # 16-bit, from 128 tokens on, where there are many queries:
 _MANY = 128 * 128  # enough for a program on each of 128 SMs
-_FEW_BLACKWELL = 32  # 32 + 16 columns on 10.x, unless `_LONG`: 64 keys spill 24 bytes, 32 none
+# 32 + 16 columns on 10.x, unless `_LONG`: 64 keys spill 24 bytes (Triton 3.9), 32 spill 8 (3.8), 16 none.
+_FEW_BLACKWELL = 16
 # Backward with all queries on chip, by columns: for up to 64 tokens, and up to 256; keys per step, warps, stages.
 _WHOLE = {32: ((64, 4, 1), (32, 8, 1)), 64: ((64, 8, 1), (16, 8, 1))}
 _WHOLE_AMPERE = 32  # 32 + 16 columns on 8.x: 16 keys spill 8 bytes there and 32 none; on 12.0 it is the other way round
