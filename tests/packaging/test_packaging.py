@@ -284,15 +284,19 @@ def test_another_compiler_compiles_anew(project: Path) -> None:
 
 @needs_compiler
 def test_objects_are_linked_from_the_lowest_instruction_set_to_the_highest(project: Path) -> None:
-    """Of an inline function that several have the linker keeps the first: it must be one that every processor runs."""
+    """Of an inline function that several have the linker keeps the first: it must be one that every processor runs.
+    And one line adds a set."""
     add_probe(project)
+    sets = project / "csrc" / "cpu" / "CMakeLists.txt"
+    line = "instruction_set(avx VECTOR_BYTES 16 FLAGS -mavx)\ninstruction_set(avx2 "
+    sets.write_text(sets.read_text().replace("instruction_set(avx2 ", line))
     run(sys.executable, "setup.py", "-q", "build_native", "--inplace", cwd=project, MVIT_KERNELS_BUILD="require")
     ninja_file = (project / "build" / "native" / "cpu" / "build.ninja").read_text()
     (objects,) = re.findall(r"^build libmvit_kernels_cpu\.so: \S+ ([^|]*)", ninja_file, re.MULTILINE)
     info = build_info(project / "mvit_kernels")["cpu"]
     folders = [f"CMakeFiles/kernels_{isa}.dir/probe_kernel.cpp.o" for isa in ("portable", *info["isa"])]
     assert objects.split() == ["CMakeFiles/fronts.dir/probe.cpp.o", *folders]
-    order = ["avx2", "avx512", "avx512bf16"]
+    order = ["avx", "avx2", "avx512", "avx512bf16"]
     assert info["isa"] == [isa for isa in order if isa in info["isa"]]
     assert sorted(info["isa"] + info["isa_left_out"]) == order
 
