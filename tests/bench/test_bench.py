@@ -238,7 +238,7 @@ def test_bench_says_what_is_wrong(options, message, capsys):
     if message:
         assert code == 2 and message in output.err
     else:  # the others are still measured; this one is listed with the reason
-        assert code == 0 and "absent: accelerate: backend 'triton' was asked for and cannot run here" in output.out
+        assert code == 0 and "absent: accelerate: backend 'triton' was requested but cannot run here" in output.out
 
 
 def test_launches_are_kernels_alone(monkeypatch):

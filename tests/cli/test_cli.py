@@ -95,7 +95,7 @@ def test_a_closed_pipe_is_no_error():
         (["verify", "--model", "huggingface/l"], "did you mean huggingface/s"),
         (["verify", "--model", "quite_different"], "known are own/xxs, "),
         (["verify", "--model", "resnet18"], "no MobileViT block found"),
-        (["verify", "--model", "mobilevitv2_050"], "its 3 MobileVitV2Block are of MobileViTv2"),
+        (["verify", "--model", "mobilevitv2_050"], "its 3 MobileVitV2Block belong to MobileViTv2"),
         (["verify", "--model", "own/s", "--pretrained"], "no weights are published for own/s"),
         (["verify", "--model", "kornia/xs", "--size", "96"], "multiples of 64"),
         (["verify", "--checkpoint", "nowhere.pth"], "no file nowhere.pth"),
