@@ -123,7 +123,7 @@ def prepare(
     wide = subject._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
     truth = _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
     if not all(torch.isfinite(value).all() for value in truth.values()):
-        raise ValueError("the model's output is not finite in float64 either; mend its weights or the images")
+        raise ValueError("the model's output is not finite in float64 either; fix its weights or the images")
 
     @functools.cache
     def careful(seed: int) -> dict[str, Tensor]:
@@ -333,7 +333,7 @@ def table(results: list[Result]) -> str:
     """The results as a text table, one line per candidate; those without times say why. Times are in ms."""
     width = max(len("candidate"), *(len(result.candidate) for result in results))
     header = f"{'candidate':<{width}}  {'median ms':>9}  {'p20 - p80':>17}  {'ratio':>5}  {'error':>7}  {'allowed':>7}"
-    lines = [header + "    peak MB" * any(result.peak_mb is not None for result in results)]
+    lines = [header + "   peak MiB" * any(result.peak_mb is not None for result in results)]
     for result in results:
         line = f"{result.candidate:<{width}}"
         if result.timing is not None:

@@ -75,8 +75,8 @@ def test_a_closed_pipe_is_no_error():
         (["verify", "--json", "/"], "/ is a folder; name a file in it"),
         (["verify", "--csv", ""], ". is a folder; name a file in it"),
         (["verify", "--csv", "a", "--json", "a"], "--csv and --json both name a"),
-        (["verify", "--device", "abacus"], "no device has this name"),
-        (["verify", "--device", "meta"], "no device has this name"),
+        (["verify", "--device", "abacus"], "unknown or unsupported device"),
+        (["verify", "--device", "meta"], "unknown or unsupported device"),
         (["verify", "--size", "10000000"], "--size or --batch"),
         (["verify", "--batch", str(2**31 - 1)], "take 1.69e+06 GB, and this machine has"),
         (["verify", "--batch", str(2**31)], "is no whole number of 1 or more"),
@@ -272,7 +272,7 @@ def test_logits_takes_what_models_return():
     ):
         assert zoo.logits(output) is value
     for output in ((), {"x": value}, None):
-        with pytest.raises(TypeError, match="there is no tensor"):
+        with pytest.raises(TypeError, match="contains no tensor"):
             zoo.logits(output)
 
 
