@@ -95,7 +95,7 @@ def compare(
         calls = {name: call_of(form, subject) for name, form in forms.items()}
         device = subject.images.device
         if memory and device.type == "cpu":
-            progress("peak memory, each built once more in a process of its own")
+            progress("peak memory: each is built once more in its own process")
             _add_peak_memory(subject, [n for n in calls if memory is True or n in memory], results)
         progress(f"timing {', '.join(calls)}")
         replays = {} if subject.training else {name: _replay_of(name, form) for name, form in forms.items()}
@@ -235,7 +235,7 @@ def _ratio(times: Mapping[str, Timing], baseline: str, name: str) -> float | Non
 def _replay_of(name: str, form: Form) -> Callable[[], Replay]:
     def replay() -> Replay:
         if PEERS[name].has_graphs:
-            raise ValueError("it replays graphs of its own in each call")
+            raise ValueError("each call replays CUDA graphs of its own")
         images = [form.images, *(form.images.clone() for _ in range(IMAGE_SETS - 1))]
         return capture([lambda x=x: form.model(x) for x in images])
 
@@ -272,7 +272,7 @@ def worst_row(
     """
     if outputs.keys() != truth.keys():
         odd = sorted(outputs.keys() ^ truth.keys())
-        raise ValueError(f"its outputs and gradients are not the model's own: {', '.join(odd[:3])} on one side only")
+        raise ValueError(f"its outputs and gradients differ from the model's: {', '.join(odd[:3])} on one side only")
     rows = error_rows(outputs, own, truth, careful)
     return max(rows, key=lambda row: (not row.ok, row.error / row.allowed if row.allowed else row.error))
 

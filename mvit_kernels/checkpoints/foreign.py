@@ -57,8 +57,9 @@ def refuse_objects(path: Path, names: list[str], error: Exception | None = None)
     running = [name for name in names if _runs_commands(name)]
     if running:
         raise ValueError(
-            f"load_checkpoint: {path} is a pickle that calls {some(running)}, which weights never do. Nothing in it was "
-            "executed; do not open it by other means (pickle, weights_only=False), and take weights from a source that you trust"
+            f"load_checkpoint: {path} is a pickle that calls {some(running)}, which weights never do. Nothing in it "
+            "was executed; do not open it by other means (pickle, weights_only=False), and take weights from a source "
+            "that you trust"
         ) from error
     unknown = [name for name in names if not _OF_TENSORS.fullmatch(name)]
     if unknown:
