@@ -242,7 +242,7 @@ def test_compare_takes_folders_files_and_commits(script, two, monkeypatch, capsy
     root = Path(two[0]).parent
     assert len(compare.load(str(root), root)) == 10 and len(compare.load(two[0], root)) == 5
     assert {one["commit"] for one in compare.load("bbb", root)} == {"bbbb"}
-    with pytest.raises(ValueError, match="cccc is no file and no folder"):
+    with pytest.raises(ValueError, match="cccc is not a result file"):
         compare.load("cccc", root)
     monkeypatch.setattr(sys, "argv", ["compare.py", *two])
     assert compare.main() == 0
