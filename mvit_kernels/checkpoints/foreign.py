@@ -198,5 +198,5 @@ def _kind_of_text(path: Path, text: str) -> tuple[str, str]:
     if start.startswith(("{", "[")):
         if "weight_map" in start or path.name.endswith(".index.json"):
             return "an index of several files of weights (JSON)", "join them into one state dict, and pass that"
-        return "JSON text", "give the file of the weights, which often lies beside it"
+        return "JSON text", "give the file of the weights, often in the same folder"
     return f"a text file, which begins {' '.join(text.split())[:40]!r}", "give the file of the weights"

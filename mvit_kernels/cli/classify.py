@@ -67,7 +67,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not (args.checkpoint or args.pretrained):
-        raise ValueError("no weights were given: pass --checkpoint FILE, or --model NAME --pretrained")
+        raise ValueError("no weights were given; give --checkpoint FILE, or --model NAME --pretrained")
     import torch
 
     from .. import accelerate, freeze
