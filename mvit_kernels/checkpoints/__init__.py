@@ -193,7 +193,7 @@ def _fit(
         raise ValueError(f"{what} has no {some(lacking)}, which the model ({model}) has; {advice}")
     wrong = [key for key in current if values[key].shape != current[key].shape]
     if wrong:
-        shapes = [f"{key} is {tuple(values[key].shape)}, there {tuple(current[key].shape)}" for key in wrong]
+        shapes = [f"{key} is {tuple(values[key].shape)}, in the model {tuple(current[key].shape)}" for key in wrong]
         advice = _shape_advice(own, _own_tensors(current, target, what))
         raise ValueError(f"{what} does not fit the model ({model}): {some(shapes, 3)}. {advice}")
     return values
@@ -230,7 +230,7 @@ def _refuse_extra(keys: Keys, what: str) -> None:
     if keys.extra:
         heads = sorted({key.split(".")[0] for key in keys.extra})
         raise ValueError(
-            f"{what} has a MobileViT in {keys.layout}'s layout, and also {some(keys.extra)}, which has no "
+            f"{what} has a MobileViT in {keys.layout}'s layout, and also {some(keys.extra)}, with no "
             f"counterpart; to load the network alone, remove the keys that start with {some(heads)}"
         )
 

@@ -260,7 +260,7 @@ def changed(sd, key, value):
 
 
 REFUSED = {
-    "foreign network": (lambda sd: timm.create_model("resnet18").state_dict(), "no MobileViT.*conv1.weight"),
+    "foreign network": (lambda sd: timm.create_model("resnet18").state_dict(), "not a MobileViT.*conv1.weight"),
     "MobileViTV2": (
         lambda sd: timm.create_model("mobilevitv2_050").state_dict(),
         r"nearest is timm, with 233 of 311 keys: stages\.1\.2\.conv1_1x1.*instead it has stages\.2\.1\.",
@@ -281,7 +281,7 @@ REFUSED = {
     ),
     "other classes": (
         lambda sd: MobileViT("xxs", num_classes=7).state_dict(),
-        r"classifier\.weight is \(7, 320\), there \(5, 320\).*has 7 classes",
+        r"classifier\.weight is \(7, 320\), in the model \(5, 320\).*has 7 classes",
     ),
     "other channels": (lambda sd: MobileViT("xxs", 1, CLASSES).state_dict(), "images' channels differ"),
     "one odd shape": (
@@ -294,7 +294,7 @@ REFUSED = {
             **without(sd, "classifier.", "final_conv."),
             "segmentation_head.classifier.weight": torch.ones(1),
         },
-        "leave out the keys that start with segmentation_head",
+        "remove the keys that start with segmentation_head",
     ),
     "NaN": (
         lambda sd: changed(sd, "classifier.bias", lambda t: t.clone().fill_(torch.nan)),
