@@ -23,31 +23,31 @@ endif
 	build setup clean
 
 help:
-	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and what was gained'
+	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and measure the speedup'
 	@echo 'make test     lint, build, and run the whole test suite'
-	@echo 'make sanitize the C++ operators beside AddressSanitizer and UndefinedBehaviorSanitizer'
-	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; it takes a GPU'
-	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in its interpreter (minutes)'
+	@echo 'make sanitize the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; needs a GPU'
+	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in Triton'"'"'s interpreter (minutes)'
 	@echo 'make test-emulated  the same on the CUDA kernels, their source run on the CPU (a minute)'
-	@echo 'make test-elsewhere  the tests that measure errors beside a PyTorch that works as on other x86 machines (minutes)'
+	@echo 'make test-elsewhere  the tests that measure errors, compared with a PyTorch that works as on other x86 machines (minutes)'
 	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
-	@echo 'make report   the README'"'"'s figures and plots from the results that are there'
-	@echo 'make bench-regressions  the CPU path under pytest-benchmark, beside the run before (by hand)'
-	@echo 'make lint     ruff: rules and format;  make format  repairs both'
-	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error where something is missing'
+	@echo 'make report   the README'"'"'s figures and plots from the committed results'
+	@echo 'make bench-regressions  the CPU path under pytest-benchmark, compared with the previous run (by hand)'
+	@echo 'make lint     ruff: rules and format;  make format  fixes what can be fixed automatically'
+	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error if something is missing'
 	@echo 'make setup    create $(VENV) and install everything as pinned in constraints.txt'
 	@echo 'make clean    remove what was built; the environment stays (rm -r $(VENV) removes that)'
 	@echo
 	@echo 'Each does the set-up it needs, and is quick when there is nothing to do. Variables:'
-	@echo '  PYTHON=python3        what $(VENV) is created with: Python 3.10 or newer'
+	@echo '  PYTHON=python3        the Python that $(VENV) is created with, 3.10 or newer'
 	@echo '  VENV=.venv            the environment'"'"'s folder'
 	@echo '  PYTEST_ARGS=...       handed to pytest: PYTEST_ARGS="-k freeze -x"'
 	@echo '  BUDGET=30, SUITE=all, DEVICE=cpu   of make bench: minutes, suites (operators,models,...), cpu or cuda'
-	@echo '  USE_SYSTEM_PYTHON=1   use PYTHON as it is: no environment, nothing installed, built in place'
+	@echo '  USE_SYSTEM_PYTHON=1   use PYTHON without changes: no environment, nothing installed, built in place'
 	@echo '  CXX, MAX_JOBS         the C++ compiler, and how many files are compiled at once'
 	@echo '  CUDA_HOME, TORCH_CUDA_ARCH_LIST  the CUDA toolkit, and the GPUs it compiles for (8.0;9.0+PTX)'
-	@echo 'pip'"'"'s own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold: they decide which build of torch comes.'
+	@echo 'pip'"'"'s own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply: they decide which build of torch is installed.'
 
 demo: setup
 	@$(PY) setup.py -q build_native --inplace
@@ -119,7 +119,7 @@ else
 
 lint: setup
 	@$(PY) -m ruff check -q . && $(PY) -m ruff format -q --check . || { \
-		echo 'lint: `make format` repairs what can be repaired without a thought' >&2; exit 1; }
+		echo 'lint: `make format` fixes what can be fixed automatically' >&2; exit 1; }
 
 setup:
 	@if [ -e '$(READY)' ] && ! $(PY) -I -c "$$IS_SOUND" constraints.txt; then \
@@ -176,7 +176,7 @@ $(READY): constraints.txt pyproject.toml setup.py mvit_kernels/__init__.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo 'error: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv), or name another Python: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@if [ -d '$(VENV)' ] && [ ! -e '$(VENV)/pyvenv.cfg' ] && [ -n "$$(ls -A '$(VENV)')" ]; then \
-		echo 'error: VENV=$(VENV) is a folder that is no virtual environment: name another, make VENV=/path/to/new' >&2; exit 1; fi
+		echo 'error: VENV=$(VENV) is a folder but not a virtual environment: name another, make VENV=/path/to/new' >&2; exit 1; fi
 	@rm -f $(READY)
 	@echo '--- environment: $(VENV)'
 	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || $(PYTHON) -m venv --clear '$(VENV)'

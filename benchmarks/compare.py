@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What moved beyond the noise between two sets of results.
+"""List what changed beyond the noise between two sets of results.
 
     python benchmarks/compare.py OLD NEW [--absolute] [--least PERCENT] [--all]
 
@@ -54,7 +54,7 @@ def load(what: str, root: Path = RESULTS) -> list[Line]:
     lines = [line for file in files for line in results.latest(filter(wanted, results.read(file)))]
     lines = [line for line in lines if line["subject"] not in ("", "machine")]
     if not lines:
-        raise ValueError(f"{what} is no file and no folder with results, and no commit in {root}")
+        raise ValueError(f"{what} is not a result file, a folder with results or a commit in {root}")
     return lines
 
 
@@ -108,9 +108,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("old", metavar="OLD")
     parser.add_argument("new", metavar="NEW")
-    parser.add_argument("--absolute", action="store_true", help="times as they are, not relative to eager's")
-    parser.add_argument("--least", type=float, default=3.0, metavar="PERCENT", help="smaller changes are noise (3)")
-    parser.add_argument("--all", action="store_true", help="also what did not move")
+    parser.add_argument("--absolute", action="store_true", help="compare absolute times, not times relative to eager's")
+    parser.add_argument(
+        "--least", type=float, default=3.0, metavar="PERCENT", help="ignore changes below this (default: 3)"
+    )
+    parser.add_argument("--all", action="store_true", help="also list what did not change")
     args = parser.parse_args()
     try:
         found = changes(load(args.old), load(args.new), absolute=args.absolute, least=args.least)
@@ -118,7 +120,7 @@ def main() -> int:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     if not found:
-        print("compare: the two have no row of one subject, candidate and device in common", file=sys.stderr)
+        print("compare: the two have no row with the same subject, candidate and device", file=sys.stderr)
         return 2
     order = ("wrong", "lost", "slower", "faster", "new", "same")
     for change in sorted(found, key=lambda change: order.index(change.verdict)):

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How exact the C++ kernels are beside PyTorch: every operator, its result and each gradient, over many draws.
+"""Compare the errors of the C++ kernels with PyTorch's: every operator, its result and each gradient, over many draws.
 
     python benchmarks/exactness.py [--draws 200] [--dtypes float32 float64] [--only linear_residual] [--results FOLDER]
 
-For each case two ratios, ours over PyTorch's (its products are MKL's, its convolutions oneDNN's): of the root mean
-square of the errors of all elements and draws, and of the mean over the draws of the largest error. The truth of a
-float32 result is computed in float64, that of a float64 one in numpy's longdouble, which has 64 bits of mantissa on
-x86; where it is no wider than float64, that is left out.
+It prints two ratios for each case, our error divided by PyTorch's (which uses MKL for products and oneDNN for
+convolutions): "rms" is the ratio of the root mean square errors over all elements and draws, "largest" that of the
+largest error, averaged over the draws. A ratio below 1 means that our kernels are more exact. The true result is
+computed in float64 for float32, and in numpy's longdouble (64 bits of mantissa on x86) for float64; float64 is skipped
+where longdouble is no wider.
 
-PyTorch's errors are the machine's: on an Intel processor MKL multiplies few rows in sums of many lanes, up to four
-times as exact as the chains that it runs on AMD's. ``MVIT_KERNELS_CPU_ISA`` chooses our instruction set.
+PyTorch's errors depend on the machine: on an Intel processor MKL multiplies few rows in sums of many lanes, which is up
+to four times as exact as what it runs on AMD processors. ``MVIT_KERNELS_CPU_ISA`` chooses our instruction set.
 """
 
 from __future__ import annotations
@@ -309,16 +310,23 @@ def measure(draw: Callable[[torch.Generator], dict], draws: int) -> dict[str, Er
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=200, help="of each case (200); fewer where rows are thousands")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "float64"], choices=["float32", "float64"])
-    parser.add_argument("--only", nargs="+", default=[], help="operators")
-    parser.add_argument("--results", type=Path, help="a folder: rows are appended to exactness.csv there")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=200,
+        help="random inputs per case (default: 200; a tenth of it for 1000 rows or more)",
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "float64"], choices=["float32", "float64"], help="(default: both)"
+    )
+    parser.add_argument("--only", nargs="+", default=[], help="names of the operators to measure (default: all)")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="append the rows to FOLDER/exactness.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     origin, rows = environment(), []
     for name in args.dtypes:
         if name == "float64" and np.finfo(np.longdouble).eps > 1e-18:
-            print("float64: no wider type for the truth on this machine", file=sys.stderr)
+            print("float64: skipped, this machine has no wider type to compute the true result in", file=sys.stderr)
             continue
         for (operator, sizes), draw in cases(getattr(torch, name)).items():
             if args.only and operator not in args.only:

@@ -51,7 +51,7 @@ step() {
   shift 2
   if (($(left) < seconds)); then seconds=$(left); fi
   if ((seconds < 5)); then
-    note "$name: left out, the budget is spent"
+    note "$name: skipped, the budget is spent"
     return 1
   fi
   before=$(elapsed) MARK=$(wc -l <"$LOG")
@@ -83,7 +83,7 @@ if torch.cuda.is_available():
 sys.exit(0 if torch.cuda.is_available() else 3)' 2>&1 | tee -a "$REPORT" "$LOG"
 case ${PIPESTATUS[0]} in
   0) DEVICE=cuda ;;
-  3) DEVICE=cpu && note "no GPU that torch sees: the CPU's part alone" ;;
+  3) DEVICE=cpu && note "no GPU is visible to torch: only the CPU part runs" ;;
   *) note "$PYTHON has no torch that works: nothing can be done" && exit 2 ;;
 esac
 
@@ -122,7 +122,7 @@ suite() { # suite NAME SECONDS: append its rows to $OUT/NAME.csv; resume it, up 
   for try in 1 2 3; do
     if (($(left) < seconds)); then seconds=$(left); fi
     if ((seconds < 10)); then
-      note "speed, $name: left out, the budget is spent"
+      note "speed, $name: skipped, the budget is spent"
       return
     fi
     step "speed, $name" $((seconds + 30)) "$PYTHON" -m mvit_kernels bench --suite "$name" --device "$DEVICE" \

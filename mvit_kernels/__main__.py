@@ -18,11 +18,11 @@ from .cli import COMMANDS
 _EXAMPLES = """\
 examples:
   mvit-kernels info                                  versions, device, and which backend can run here
-  mvit-kernels verify --model mobilevit_s            are the numbers the same?
-  mvit-kernels bench --model apple/mobilevit-small   what is gained?
+  mvit-kernels verify --model mobilevit_s            check the numerical errors
+  mvit-kernels bench --model apple/mobilevit-small   measure the speedup
   mvit-kernels classify cat.jpg --checkpoint my.pth
 
-MVIT_KERNELS_BACKEND asks for one backend everywhere; MVIT_KERNELS_DEBUG=1, as --debug, shows tracebacks.
+MVIT_KERNELS_BACKEND requests one backend everywhere; MVIT_KERNELS_DEBUG=1, like --debug, shows tracebacks.
 """
 _ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)  # BackendError is a RuntimeError
 
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog="mvit-kernels",
-        description="Fused kernels for MobileViT: look at them, check them and measure them on your model.",
+        description="Fused kernels for MobileViT: inspect, verify and benchmark them on your model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

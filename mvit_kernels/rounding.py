@@ -131,7 +131,7 @@ class _Errors(TorchDispatchMode):
         super().__init__()
         if dtype == torch.float64:
             raise ValueError(
-                "RoundedArithmetic: dtype is float64, whose errors cannot be told in float64; take float32's"
+                "RoundedArithmetic: dtype is float64, whose errors float64 cannot resolve; pass torch.float32"
             )
         self.seed = seed
         self.generators: dict[torch.device, torch.Generator] = {}

@@ -149,7 +149,9 @@ def verify(
         raise TypeError(f"verify: model is {type(model).__name__}; a torch.nn.Module is wanted")
     frozen = any(isinstance(module, FrozenBlock) for module in model.modules())
     if frozen and reference is None:
-        raise ValueError("verify: a frozen model has lost its own path; give the model it was made from as reference=")
+        raise ValueError(
+            "verify: a frozen model no longer has PyTorch's own path; give the model it was made from as reference="
+        )
     if frozen and gradients:
         raise ValueError("verify: a frozen model has no gradients; verify the model it was made from")
     for value in _tensors(example):
@@ -168,7 +170,7 @@ def verify(
     with _Double():
         exact = run(copy_of(truth), example, torch.float64)
     if not all(torch.isfinite(value).all() for value in exact.values()):
-        raise ValueError("verify: the model's output is not finite in float64 either; mend its weights or the example")
+        raise ValueError("verify: the model's output is not finite in float64 either; fix its weights or the example")
     reverse = gradients and _is_one_batch(example)
     own = [run(copy_of(pytorch), example, dtype)]
     if reverse:

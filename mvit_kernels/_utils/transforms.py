@@ -23,9 +23,9 @@ PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 def transform() -> str:
     """Why only PyTorch's own operators can run now: the transform that is active; "" if none is. It takes 0.1 µs."""
     if forward_ad._current_level >= 0:
-        return "a level of forward-mode AD is open, in which only PyTorch's own operators have tangents"
+        return "forward-mode AD is active, which only PyTorch's own operators support"
     if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active, which only PyTorch's own operators have rules for"
+        return "a transform of torch.func is active, which only PyTorch's own operators support"
     return ""
 
 
@@ -58,7 +58,7 @@ def obstacle(tensors: Iterable[Tensor | None]) -> str:
 
 def why_not(cls: type) -> str:
     """The reason against tensors of a class for which `overrides` holds."""
-    return f"of class {cls.__name__}, which decides what PyTorch's operators mean and knows no others"
+    return f"of class {cls.__name__}, which overrides PyTorch's operators and does not implement mvit_kernels' own"
 
 
 def is_shard(cls: type) -> bool:

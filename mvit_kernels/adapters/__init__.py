@@ -77,7 +77,7 @@ class AccelerationReport(NamedTuple):
         lines = []
         width = max(len(block.name) for block in self.blocks)
         for block in self.blocks:
-            state = "accelerated" if block.accelerated else "as it was"
+            state = "accelerated" if block.accelerated else "not accelerated"
             if block.reasons:
                 state = "declined: " + some(block.reasons, joint="; ")
             lines.append(f"  {block.name or '(the model itself)':<{width}}  {block.library}  {state}")
@@ -134,7 +134,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
             reasons = [f"it has no {', '.join(missing)}"] if missing else []
         if reasons:
             raise backends.BackendError(
-                f"accelerate: backend {backend!r} was asked for and cannot run here: {'; '.join(reasons)}"
+                f"accelerate: backend {backend!r} was requested but cannot run here: {'; '.join(reasons)}"
             )
 
     found = _find(model)
@@ -144,7 +144,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
         found_instead = AccelerationReport(blocks, _relatives(model))
         raise ValueError(f"accelerate(strict=True): {found_instead}. The model is unchanged.")
     for name, adapter, reasons in declined:
-        logger.warning("accelerate: %s (%s) stays as it is: %s", name, adapter.NAME, some(reasons, joint="; "))
+        logger.warning("accelerate: %s (%s) is not accelerated: %s", name, adapter.NAME, some(reasons, joint="; "))
     if not found:
         logger.warning("accelerate: %s", AccelerationReport((), _relatives(model)))
     for _, block, adapter, reasons in found:
@@ -173,8 +173,8 @@ def restore(model: nn.Module) -> nn.Module:
     for name, block in blocks:
         if derived_from_accelerated(block):
             raise ValueError(
-                f"restore: {name} has become a {type(block).__name__} since it was accelerated, and has no way back; "
-                "restore before fully_shard, or build the model anew"
+                f"restore: {name} has become a {type(block).__name__} since it was accelerated, and cannot be "
+                "restored; call restore before fully_shard, or rebuild the model"
             )
     for _, block in blocks:
         unswap(block)
@@ -210,8 +210,8 @@ def _relatives(model: nn.Module) -> tuple[tuple[str, int], ...]:
 
 def _about_relative(name: str, count: int) -> str:
     version = next(filter(None, _RELATIVE.match(name).groups()))
-    why = {"2": "linear, separable attention", "3": "another fusion of local and global features"}[version]
-    return f"its {count} {name} are of MobileViTv{version}, another network ({why}), and stay as they are"
+    why = {"2": "linear, separable attention", "3": "a different fusion of local and global features"}[version]
+    return f"its {count} {name} belong to MobileViTv{version}, a different network ({why}), and are left unchanged"
 
 
 def adapter_of(module: nn.Module) -> ModuleType | None:

@@ -42,7 +42,8 @@ class Inspector:
         cls = original_class(block)
         self.require(
             cls.__name__ == name,
-            f"it is a {cls.__name__}, derived from {name}, and may compute something else (fully_shard comes later)",
+            f"it is a {cls.__name__}, derived from {name}, and may compute something different (call fully_shard after "
+            "accelerate)",
         )
         replaced = cls is type(block) and "forward" in block.__dict__
         self.require(not replaced, "its forward was replaced on the instance")
@@ -76,7 +77,9 @@ class Inspector:
         module = self.get(path)
         if type(module) is nn.Linear:
             return module
-        return self._refuse(path, module, "a quantised, LoRA-wrapped or parametrised linear computes something else")
+        return self._refuse(
+            path, module, "only a plain nn.Linear is fused, none that is quantised, LoRA-wrapped or parametrised"
+        )
 
     def norm(self, path: str) -> nn.LayerNorm | None:
         """nn.LayerNorm, or the library's subclass of that name (timm's can use apex; cvnets': see `cvnets.takes`)."""
@@ -105,7 +108,7 @@ class Inspector:
             return module
         if self._is_own(module, "Dropout") or is_plain(module, nn.Dropout):
             return module
-        return self._refuse(path, module, "only Dropout is known there")
+        return self._refuse(path, module, "only a Dropout is supported there")
 
     def softmax(self, path: str) -> None:
         module = self.get(path)
@@ -173,7 +176,7 @@ class Inspector:
 
         for path, module in self._modules.items():
             if path not in self._looked_at:
-                self.reasons.append(f"{path}, a {type(module).__name__}, is no part of this library's block")
+                self.reasons.append(f"{path}, a {type(module).__name__}, is not part of this library's block")
         self.require(len({heads for heads, _, _ in self._heads}) == 1, "its layers differ in their heads")
         norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)]
         norms += [final_norm] if final_norm is not None else []

@@ -63,7 +63,9 @@ def global_hooks() -> list[str]:
     """The reason against any fast path while a global module hook is registered, as FLOP counters do; else empty."""
     if not _has_any_global_hook():
         return []
-    return ["a hook on all modules (register_module_forward_hook and the like) is registered, which wants every call"]
+    return [
+        "a hook on all modules (register_module_forward_hook and the like) is registered, which must see every call"
+    ]
 
 
 def is_accelerated(module: nn.Module) -> bool:

@@ -37,7 +37,9 @@ def parts(block: nn.Module) -> BlockParts:
     found = _read(block, "")
     # A traced block was tested when it was accelerated.
     if not torch.compiler.is_compiling() and not _is_cvnets(block, found):
-        reason = f"it is a {BLOCK} of {original_class(block).__module__}, which computes something else than cvnets'"
+        reason = (
+            f"it is a {BLOCK} of {original_class(block).__module__}, which computes something different from cvnets'"
+        )
         raise Refusal([reason], found.seen)
     return found
 

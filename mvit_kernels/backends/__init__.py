@@ -236,9 +236,9 @@ def _choose(call: Call, requested: str | None) -> str:
         reasons = reasons_against(requested, call)
         if reasons:
             raise BackendError(
-                f"{call.operator}: backend {requested!r} was asked for and cannot serve this call "
-                f"({_describe(call)}): {'; '.join(reasons)}. Leave the backend to the automatic choice, or change the "
-                "call."
+                f"{call.operator}: backend {requested!r} was requested but cannot serve this call "
+                f"({_describe(call)}): {'; '.join(reasons)}. Request 'auto' instead "
+                "(by backend=, use_backend or MVIT_KERNELS_BACKEND), or change the call."
             )
         return requested
     for backend in PREFERENCE.get(call.device_type, ("reference",)):

@@ -221,7 +221,7 @@ def load(backend: str) -> str:
             compiler = "a CUDA toolkit" if backend == "cuda" else "a C++ compiler"
             _loaded[backend] = (
                 f"its library {path.name} was not built ({compiler} and `pip install --no-build-isolation .` build "
-                "it; `mvit-kernels info` tells what was missing)"
+                "it; `mvit-kernels info` shows what was missing)"
             )
         else:
             try:

@@ -95,7 +95,7 @@ def compare(
         calls = {name: call_of(form, subject) for name, form in forms.items()}
         device = subject.images.device
         if memory and device.type == "cpu":
-            progress("peak memory, each built once more in a process of its own")
+            progress("peak memory: each is built once more in its own process")
             _add_peak_memory(subject, [n for n in calls if memory is True or n in memory], results)
         progress(f"timing {', '.join(calls)}")
         replays = {} if subject.training else {name: _replay_of(name, form) for name, form in forms.items()}
@@ -123,7 +123,7 @@ def prepare(
     wide = subject._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
     truth = _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
     if not all(torch.isfinite(value).all() for value in truth.values()):
-        raise ValueError("the model's output is not finite in float64 either; mend its weights or the images")
+        raise ValueError("the model's output is not finite in float64 either; fix its weights or the images")
 
     @functools.cache
     def careful(seed: int) -> dict[str, Tensor]:
@@ -235,7 +235,7 @@ def _ratio(times: Mapping[str, Timing], baseline: str, name: str) -> float | Non
 def _replay_of(name: str, form: Form) -> Callable[[], Replay]:
     def replay() -> Replay:
         if PEERS[name].has_graphs:
-            raise ValueError("it replays graphs of its own in each call")
+            raise ValueError("each call replays CUDA graphs of its own")
         images = [form.images, *(form.images.clone() for _ in range(IMAGE_SETS - 1))]
         return capture([lambda x=x: form.model(x) for x in images])
 
@@ -272,7 +272,7 @@ def worst_row(
     """
     if outputs.keys() != truth.keys():
         odd = sorted(outputs.keys() ^ truth.keys())
-        raise ValueError(f"its outputs and gradients are not the model's own: {', '.join(odd[:3])} on one side only")
+        raise ValueError(f"its outputs and gradients differ from the model's: {', '.join(odd[:3])} on one side only")
     rows = error_rows(outputs, own, truth, careful)
     return max(rows, key=lambda row: (not row.ok, row.error / row.allowed if row.allowed else row.error))
 
@@ -333,7 +333,7 @@ def table(results: list[Result]) -> str:
     """The results as a text table, one line per candidate; those without times say why. Times are in ms."""
     width = max(len("candidate"), *(len(result.candidate) for result in results))
     header = f"{'candidate':<{width}}  {'median ms':>9}  {'p20 - p80':>17}  {'ratio':>5}  {'error':>7}  {'allowed':>7}"
-    lines = [header + "    peak MB" * any(result.peak_mb is not None for result in results)]
+    lines = [header + "   peak MiB" * any(result.peak_mb is not None for result in results)]
     for result in results:
         line = f"{result.candidate:<{width}}"
         if result.timing is not None:

@@ -29,8 +29,8 @@ from .peers import PEERS, Subject
 from .timing import interleave
 
 FORMS = {  # candidate -> label in the table and the plot
-    "eager": "as it was",
-    "channels_last": "as it was, channels-last",
+    "eager": "eager",
+    "channels_last": "eager, channels-last",
     "accelerated": "accelerated",
     "frozen": "frozen",
     "compile": "torch.compile",
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     _step(f"{place}, torch {origin['torch']}, Python {origin['python']}")
     photos = sample_photos()
     if not photos:
-        raise ValueError("there are no photographs; pip install matplotlib scikit-learn, which ship some")
+        raise ValueError("no sample photographs were found; pip install matplotlib scikit-learn, which ship some")
     images = torch.stack([preprocess(photo, args.size) for _, photo in photos]).to(device)
     _step(f"{len(photos)} photographs, {args.size} × {args.size} px: {', '.join(name for name, _ in photos)}")
 
@@ -100,7 +100,11 @@ def run(args: argparse.Namespace) -> int:
         _step(f"the plot:  {folder / 'demo.png'}")
     except ImportError as error:
         _step(f"no plot: {error}")
-    _step("every error is allowed" if right else "AN ERROR IS LARGER THAN ALLOWED, or ours did not run: see above")
+    _step(
+        "every error is allowed"
+        if right
+        else "AN ERROR IS LARGER THAN ALLOWED, or accelerated or frozen did not run: see above"
+    )
     return 0 if right else 1
 
 
@@ -127,22 +131,20 @@ def _threads() -> int:
     best = min(times, key=lambda name: times[name].median)
     if counts[best] != usual:
         slower, faster = times[str(usual)].median, times[best].median
-        _step(
-            f"other processes use this machine: 1 thread takes {faster:.0f} ms for what takes {usual} {slower:.0f} ms"
-        )
+        _step(f"other processes use this machine, so 1 thread is used: {faster:.0f} ms, not {slower:.0f} with {usual}")
     return counts[best]
 
 
 def _names(args: argparse.Namespace) -> list[str]:
     if args.checkpoint and len(args.model or ()) != 1:
-        raise ValueError("--checkpoint wants exactly one --model, which it is for")
+        raise ValueError("--checkpoint requires exactly one --model, the one it belongs to")
     if args.model:
         return args.model
     try:
         import_timm()
         return ["mobilevit_s", "mobilevit_xxs"]
     except ImportError as error:
-        _step(f"this package's own models instead of timm's: {error}")
+        _step(f"using this package's own models instead of timm's: {error}")
         return ["own/s", "own/xxs"]
 
 
@@ -166,12 +168,12 @@ def _verified(name: str, model: nn.Module, images: Tensor) -> bool:
     """Accelerate and freeze copies of the model, print reports and errors; return whether all errors are allowed."""
     fast = accelerate(copy.deepcopy(model))
     print(_indented(str(report(fast))))
-    _step(f"{name}: errors of the accelerated model against float64, beside PyTorch's own")
+    _step(f"{name}: errors of the accelerated model against float64, compared with PyTorch's own")
     accelerated = verify(fast, images, reference=model)
     print(_indented(str(accelerated)))
     frozen = freeze(fast)
     print(_indented(str(frozen.freeze_report)))
-    _step(f"{name}: errors of the frozen model against float64, beside PyTorch's own")
+    _step(f"{name}: errors of the frozen model against float64, compared with PyTorch's own")
     inference = verify(frozen, images, reference=model)
     print(_indented(str(inference)))
     return accelerated.ok and inference.ok
@@ -185,7 +187,7 @@ def _measured(
     first = setting.batch == min(s.batch for s in (setting, *earlier))
     reserve = 25.0 * (tables - 1)  # what a table takes on two busy cores, without compiling
     if not first and left < 30:
-        _step(f"{setting}: left out, --budget is nearly spent")
+        _step(f"{setting}: skipped, --budget is nearly spent")
         return []
     # torch.compile takes about as long for every batch size, and for S as for XXS, which have equally many layers: an
     # earlier table tells whether to begin at all.
@@ -202,7 +204,7 @@ def _measured(
         progress=lambda step: _step(f"{setting}: {step}"),
     )
     if "compile" not in forms:
-        results.append(Result("compile", note="left out: compiling would not fit into --budget"))
+        results.append(Result("compile", note="skipped: compiling would not fit into --budget"))
     print(_indented(table([result._replace(candidate=FORMS[result.candidate]) for result in results])))
     return results
 
@@ -213,7 +215,7 @@ def _repeated(images: Tensor, batch: int) -> Tensor:
 
 
 def _summary(measured: dict[Setting, list[Result]]) -> list[str]:
-    lines = ["", "how many times as fast as it was:"]
+    lines = ["", "how many times as fast as eager PyTorch:"]
     for setting, results in measured.items():
         ratios = [f"{FORMS[r.candidate]} {r.ratio:.2f}" for r in results[1:] if r.ratio is not None]
         lines.append(f"  {setting}: {', '.join(ratios)}")
@@ -236,7 +238,7 @@ def plot(measured: dict[Setting, list[Result]], title: str, path: Path) -> None:
     columns = list(dict.fromkeys((setting.dtype, setting.batch) for setting in measured))
     figure = Figure(figsize=(1.5 + 5.5 * len(columns), 1.0 + 2.2 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    figure.suptitle(f"{title}\nmedian ms a call, 20th to 80th percentile, and how many times as fast as it was")
+    figure.suptitle(f"{title}\nmedian ms a call, 20th to 80th percentile, and how many times as fast as eager PyTorch")
     for panel in axes.flat:
         panel.set_visible(False)
     for setting, results in measured.items():

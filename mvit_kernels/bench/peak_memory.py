@@ -63,7 +63,7 @@ def on_cpu(subject: Subject, peers: Iterable[str], *, timeout: float | None = No
     """
     peers = list(peers)
     if not Path("/proc/self/clear_refs").exists():
-        return dict.fromkeys(peers, "this system has no /proc/self/clear_refs")
+        return dict.fromkeys(peers, "this system has no /proc/self/clear_refs (Linux only)")
     with tempfile.TemporaryDirectory(prefix="mvit_kernels-") as folder:
         task = Path(folder, "task")
         try:
@@ -72,7 +72,7 @@ def on_cpu(subject: Subject, peers: Iterable[str], *, timeout: float | None = No
             return dict.fromkeys(peers, f"the model cannot be pickled: {error}")
         # Find the same modules as this process, also if sys.path was changed.
         code = f"import sys; sys.path[:] = {sys.path!r}; from mvit_kernels.bench import peak_memory; peak_memory.main()"
-        why = "its process ended without a word"
+        why = "its process ended without an error message"
         try:
             run = subprocess.run([sys.executable, "-c", code, str(task)], capture_output=True, timeout=timeout)
             if run.returncode != 0:

@@ -110,8 +110,8 @@ def _runtime(runtime: Callable[..., Any], **options: Any) -> Callable[[Subject],
 
 
 PEERS: dict[str, Peer] = {
-    "eager": Peer("as it was, NCHW", eager),
-    "channels_last": Peer("as it was, channels-last", channels_last),
+    "eager": Peer("eager PyTorch, NCHW", eager),
+    "channels_last": Peer("eager PyTorch, channels-last", channels_last),
     "accelerated": Peer("channels-last, mvit_kernels.accelerate", _accelerated, ours=True),
     "frozen": Peer("mvit_kernels.freeze", _frozen, inference_only=True, ours=True),
     "compile": Peer("torch.compile", _compiled(eager), lazy=True),
@@ -138,7 +138,7 @@ PEERS: dict[str, Peer] = {
     "onnxruntime": Peer("ONNX Runtime", _runtime(OnnxRuntime), inference_only=True),
     "openvino": Peer("OpenVINO", _runtime(OpenVino), inference_only=True),
     "openvino_by_image": Peer(
-        "OpenVINO, a stream a thread, each image a request", _runtime(OpenVino, by_image=True), inference_only=True
+        "OpenVINO, one stream per thread, one request per image", _runtime(OpenVino, by_image=True), inference_only=True
     ),
 }
 

@@ -146,7 +146,7 @@ def _tell(what: str, keys: Keys, aside: list[str], remarks: list[str]) -> None:
     if keys.prefix:
         logger.info("%s has the network's keys below %r", what, keys.prefix)
     if aside:
-        remarks = [*remarks, f"has also {some(aside)}, which is left aside"]
+        remarks = [*remarks, f"also has {some(aside)}, which is ignored"]
     for remark in remarks:
         logger.warning("%s %s", what, remark)
 
@@ -184,14 +184,16 @@ def _fit(
         if beside.issuperset(lacking):
             child = _where(current, target)
             advice = (
-                f"load the network alone: load_checkpoint(model.{child}, ...)" if child else "take them off the model"
+                f"load the network alone: load_checkpoint(model.{child}, ...)"
+                if child
+                else "remove them from the model"
             )
         else:
             advice = "build the model without a classifier (num_classes=0; Hugging Face: MobileViTModel)"
         raise ValueError(f"{what} has no {some(lacking)}, which the model ({model}) has; {advice}")
     wrong = [key for key in current if values[key].shape != current[key].shape]
     if wrong:
-        shapes = [f"{key} is {tuple(values[key].shape)}, there {tuple(current[key].shape)}" for key in wrong]
+        shapes = [f"{key} is {tuple(values[key].shape)}, in the model {tuple(current[key].shape)}" for key in wrong]
         advice = _shape_advice(own, _own_tensors(current, target, what))
         raise ValueError(f"{what} does not fit the model ({model}): {some(shapes, 3)}. {advice}")
     return values
@@ -228,8 +230,8 @@ def _refuse_extra(keys: Keys, what: str) -> None:
     if keys.extra:
         heads = sorted({key.split(".")[0] for key in keys.extra})
         raise ValueError(
-            f"{what} has a MobileViT in {keys.layout}'s layout, and beside it {some(keys.extra)}, for which "
-            f"there is no place; to take the network alone, leave out the keys that start with {some(heads)}"
+            f"{what} has a MobileViT in {keys.layout}'s layout, and also {some(keys.extra)}, with no "
+            f"counterpart; to load the network alone, remove the keys that start with {some(heads)}"
         )
 
 
@@ -308,8 +310,8 @@ def _unwrap(checkpoint: object, what: str) -> Checkpoint:
         raise ValueError(f"{what} is an empty state dict")
     foreign = [repr(k) for k, v in state_dict.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if foreign:
-        raise TypeError(f"{what} must hold names and tensors only; take {some(foreign)} out, or pass its state dict")
-    remarks = [f"has the weights in {place!r}, which are taken, and in {some(map(repr, others))}"] if others else []
+        raise TypeError(f"{what} must hold names and tensors only; remove {some(foreign)}, or pass its state dict")
+    remarks = [f"has weights in {place!r} (used) and in {some(map(repr, others))} (ignored)"] if others else []
     return Checkpoint(state_dict, remarks)
 
 

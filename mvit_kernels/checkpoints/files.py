@@ -93,7 +93,7 @@ def read_file(path: Path) -> object:
         kind, advice = kind_of_directory(path)
         raise IsADirectoryError(f"load_checkpoint: {path} is {kind}; {advice}")
     if re.match(r"https?:/", str(path)):
-        raise FileNotFoundError(f"load_checkpoint: {path} is an address; download the file, and give that")
+        raise FileNotFoundError(f"load_checkpoint: {path} is a URL; download the file and give its path")
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -119,8 +119,8 @@ def read_file(path: Path) -> object:
     if kind is not None:
         _refuse(path, *kind)
     raise ValueError(
-        f"load_checkpoint: {path} is corrupt or no file of torch.save or safetensors (it begins {head[:8].hex(' ')}); "
-        f"{AGAIN}"
+        f"load_checkpoint: {path} is corrupt or not a file of torch.save or safetensors (it begins "
+        f"{head[:8].hex(' ')}); {AGAIN}"
     )
 
 
@@ -139,7 +139,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # its parser and its reader raise many kinds
         raise ValueError(
-            f"load_checkpoint: {path} is corrupt or no safetensors file ({first_line(error)}); {AGAIN}"
+            f"load_checkpoint: {path} is corrupt or not a safetensors file ({first_line(error)}); {AGAIN}"
         ) from error
 
 
@@ -154,7 +154,7 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
     except Exception as error:  # mostly BadZipFile; others if a field is damaged
         raise ValueError(
             f"load_checkpoint: {path} is corrupt: the archive's directory, at its end, is missing or damaged "
-            f"(a download that broke off?); {AGAIN}"
+            f"(an interrupted download?); {AGAIN}"
         ) from error
     names = [record.filename for record in records]
     pickled = next((name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None)
@@ -171,7 +171,7 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
                     pass
         except Exception as error:  # zipfile passes on what its decoders raise
             raise ValueError(
-                f"load_checkpoint: {path} is corrupt: its record {record.filename} is not as it was saved "
+                f"load_checkpoint: {path} is corrupt: its record {record.filename} is damaged "
                 f"({first_line(error)}); {AGAIN}"
             ) from error
     with archive.open(pickled) as content:
@@ -186,7 +186,7 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
 def _check_legacy(path: Path, file: IO[bytes], checkpoint: object) -> None:
     """Check what the structure allows: the file ends with its last tensor, and every tensor is dense in memory."""
     if file.tell() != path.stat().st_size:
-        raise ValueError(f"load_checkpoint: {path} is corrupt: it goes on after its last tensor; {AGAIN}")
+        raise ValueError(f"load_checkpoint: {path} is corrupt: it has data after its last tensor; {AGAIN}")
     for name, tensor in _tensors("", checkpoint):
         length = 1
         for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -222,4 +222,4 @@ def _load(path: Path, file: IO[bytes]) -> object:
         if isinstance(error, pickle.UnpicklingError):
             stand_ins = _OBJECTS + _DICTS
             refuse_objects(path, [name for name in pickled_names(path) if name not in stand_ins], error)
-        raise ValueError(f"load_checkpoint: {path} is corrupt or no file of torch.save; {AGAIN}") from error
+        raise ValueError(f"load_checkpoint: {path} is corrupt or not a file of torch.save; {AGAIN}") from error

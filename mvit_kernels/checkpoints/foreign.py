@@ -57,8 +57,9 @@ def refuse_objects(path: Path, names: list[str], error: Exception | None = None)
     running = [name for name in names if _runs_commands(name)]
     if running:
         raise ValueError(
-            f"load_checkpoint: {path} is a pickle that calls {some(running)}, as no weights do. Nothing of it was run; "
-            "do not open it by other means (pickle, weights_only=False), and take weights from a source that you trust"
+            f"load_checkpoint: {path} is a pickle that calls {some(running)}, which weights never do. Nothing in it "
+            "was executed; do not open it by other means (pickle, weights_only=False), and take weights from a source "
+            "that you trust"
         ) from error
     unknown = [name for name in names if not _OF_TENSORS.fullmatch(name)]
     if unknown:
@@ -163,7 +164,7 @@ def kind_of_directory(path: Path) -> tuple[str, str]:
     names = {each.name for each in path.iterdir()}
     if any(name.endswith(".distcp") for name in names):
         convert = "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file)"
-        return "a directory, a distributed checkpoint", f"make a file of it: {convert}"
+        return "a directory, a distributed checkpoint", f"convert it to one file: {convert}"
     if "saved_model.pb" in names:
         return "a directory, a TensorFlow SavedModel", _OTHER_FRAMEWORK
     if "data.pkl" in names:
@@ -193,9 +194,9 @@ def _kind_of_text(path: Path, text: str) -> tuple[str, str]:
             "on the Hugging Face hub 'resolve' instead of 'blob' in the address)"
         )
     if start.startswith("<"):
-        return "an XML document", "if it is a server's answer, see what it says; fetch the weights themselves"
+        return "an XML document", "if it is a server's error, read it; fetch the file of the weights itself"
     if start.startswith(("{", "[")):
         if "weight_map" in start or path.name.endswith(".index.json"):
             return "an index of several files of weights (JSON)", "join them into one state dict, and pass that"
-        return "JSON text", "give the file of the weights, which often lies beside it"
+        return "JSON text", "give the file of the weights, often in the same folder"
     return f"a text file, which begins {' '.join(text.split())[:40]!r}", "give the file of the weights"

@@ -151,8 +151,8 @@ def read_keys(keys: Iterable[str], what: str) -> Keys:
     lora = [key for key in keys if _LORA.search(key)]
     if lora:
         raise ValueError(
-            f"{what} has adapters of PEFT, as {lora[0]}, beside or instead of the weights that they change; merge them "
-            "first: model.merge_and_unload().state_dict()"
+            f"{what} has PEFT adapters, such as {lora[0]}, next to or instead of the weights that they change; merge "
+            "them first: model.merge_and_unload().state_dict()"
         )
     bare: dict[str, str] = {}
     for key in keys:
@@ -163,7 +163,7 @@ def read_keys(keys: Iterable[str], what: str) -> Keys:
     places = _places(bare)
     if not places:
         raise ValueError(
-            f"{what} is no MobileViT: the layouts {', '.join(LAYOUTS)} have none of its keys, {some(keys)}"
+            f"{what} is not a MobileViT: the layouts {', '.join(LAYOUTS)} have none of its keys, {some(keys)}"
         )
     readings = [_read_at(bare, layout, prefix) for layout, prefix in places]
     whole = [reading for reading, missing in readings if not missing]
@@ -173,8 +173,8 @@ def read_keys(keys: Iterable[str], what: str) -> Keys:
         raise ValueError(
             f"{what} fits none of the layouts {', '.join(LAYOUTS)}. The nearest is {keys.layout}, with "
             f"{count} of {sum(map(len, network(keys.layout).values()))} keys: {some(missing)} missing"
-            + (f"; in their place {some(keys.extra)}" if keys.extra else "")
-            + ("; by its attention it is a MobileViTv2, another network" if any(map(_V2.search, bare)) else "")
+            + (f"; instead it has {some(keys.extra)}" if keys.extra else "")
+            + ("; by its attention it is a MobileViTv2, a different network" if any(map(_V2.search, bare)) else "")
         )
     if len(whole) > 1:
         whole = [reading for reading in whole if AVERAGED.search(reading.prefix)] or whole
@@ -240,7 +240,7 @@ def _refuse_kornia(bare: Mapping[str, str], what: str) -> None:
     stem = "conv1.0.weight"
     if any(key.endswith(stem) and f"{key.removesuffix(stem)}mv2.0.conv.0.weight" in bare for key in bare):
         raise ValueError(
-            f"{what} is Kornia's MobileViT, another network (4 heads of 8 whatever the width, no qkv bias, "
+            f"{what} is Kornia's MobileViT, a different network (4 heads of 8 whatever the width, no qkv bias, "
             "wider MLPs, no final norm) that cannot be converted; load_state_dict() loads it into Kornia's"
         )
 

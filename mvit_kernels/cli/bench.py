@@ -22,7 +22,7 @@ _EXAMPLES = """\
   mvit-kernels bench --suite all --budget 30
   mvit-kernels bench --suite operators --device cuda --budget 3 --results here
 
-The exit code is 1 if the error of accelerated or frozen is more than allowed, 2 for anything else that is wrong."""
+The exit code is 1 if the error of accelerated or frozen is more than allowed, 2 for any other error."""
 
 
 def add_arguments(subparsers: argparse._SubParsersAction) -> None:
@@ -30,26 +30,26 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         subparsers,
         "bench",
         run,
-        summary="what is gained? milliseconds beside PyTorch's own",
+        summary="speedup over PyTorch, in milliseconds per call",
         description="Times a model in several forms. Each is first compared with float64, and not timed if its\n"
-        "error is more than twice PyTorch's own and a band for rounding. Then all take turns in one\n"
+        "error is more than twice PyTorch's own plus a band for rounding. Then all take turns in one\n"
         "process; times are medians with the 20th and 80th percentile, ratios are to eager: above 1 is\n"
         "faster. In training, --dtype bfloat16 and float16 mean autocast, else weights of that dtype.",
         examples=_EXAMPLES,
     )
     add_model_arguments(parser)
-    suites = parser.add_argument_group("or suites, which choose their models, batches and peers themselves")
+    suites = parser.add_argument_group("suites, instead of one model: they choose models, batches and peers themselves")
     suites.add_argument(
         "--suite",
         metavar="A,B,…",
-        help="operators, blocks, models, training, mobile (MobileNetV2 beside MobileViT, 100 runs at batch 1), or all",
+        help="operators, blocks, models, training, mobile (MobileNetV2 and MobileViT, 100 runs at batch 1), or all",
     )
     suites.add_argument(
         "--budget",
         type=_number,
         metavar="MIN",
         default=10.0,
-        help="minutes for all of it, the most valuable cases first (default: 10)",
+        help="minutes for all suites together, the most valuable cases first (default: 10)",
     )
     suites.add_argument(
         "--results",
@@ -57,21 +57,25 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         metavar="FOLDER",
         help="append the rows to FOLDER/<suite>.csv (default: benchmarks/results/<device>, in the current folder)",
     )
-    suites.add_argument("--resume", action="store_true", help="leave out what the files have from this commit already")
-    suites.add_argument("--dry-run", action="store_true", help="list the cases in their order, and measure nothing")
+    suites.add_argument("--resume", action="store_true", help="skip what the files already have from this commit")
+    suites.add_argument("--dry-run", action="store_true", help="list the cases in their order without measuring")
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--peers",
         metavar="A,B,…",
         default=None,
-        help=f"the candidates; eager comes by itself (default: {_PEERS}, without frozen in training). "
+        help=f"the candidates; eager is always included (default: {_PEERS}, without frozen in training). "
         "Known are eager, channels_last, accelerated, frozen, compile, compile_channels_last, "
         "compile_reduce_overhead, compile_max_autotune, "
         "compile_freezing, compile_accelerated, onnxruntime, openvino, openvino_by_image, or all",
     )
-    what.add_argument("--train", action="store_true", help="forward and backward, not inference")
+    what.add_argument("--train", action="store_true", help="measure forward and backward instead of inference")
     what.add_argument(
-        "--seconds", type=_number, metavar="S", default=10.0, help="of measuring, all together (default: 10)"
+        "--seconds",
+        type=_number,
+        metavar="S",
+        default=10.0,
+        help="measuring time of all candidates together (default: 10)",
     )
     what.add_argument(
         "--build-seconds",
@@ -83,10 +87,10 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         "--no-memory",
         dest="memory",
         action="store_false",
-        help="do not measure peak memory; on the CPU that means to build each candidate once more",
+        help="do not measure peak memory; on the CPU, measuring it builds each candidate once more",
     )
-    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the table there, a line a candidate")
-    what.add_argument("--json", type=output_file, metavar="FILE", help="write the table there as JSON")
+    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the table to FILE, one line per candidate")
+    what.add_argument("--json", type=output_file, metavar="FILE", help="write the table to FILE as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,7 +139,7 @@ def _run_model(args: argparse.Namespace) -> int:
     if peers is None:
         peers = ",".join(n for n in _PEERS.split(",") if not (args.train and n == "frozen"))
     if not peers.strip(","):
-        raise ValueError("--peers names no candidate; see bench --help for those there are")
+        raise ValueError("--peers names no candidate; see mvit-kernels bench --help for the list")
     peers = check_peers(filter(None, peers.split(",")), args.train)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -191,5 +195,5 @@ def _number(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value

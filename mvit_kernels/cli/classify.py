@@ -29,13 +29,13 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         subparsers,
         "classify",
         run,
-        summary="what is in these photos? the likeliest classes of each",
-        description="Classifies photos with an accelerated and frozen model. As the published models want "
-        "it, photos are resized, cropped at the centre and scaled to 0 … 1; a model that was trained "
-        "otherwise needs --mean and --std.",
+        summary="the most probable classes of each photo",
+        description="Classifies photos with an accelerated and frozen model. As the published models "
+        "require, photos are resized, cropped at the centre and scaled to 0 … 1; a model that was "
+        "trained otherwise needs --mean and --std.",
         examples=_EXAMPLES,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a photo, of any kind that Pillow reads")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a photo in any format that Pillow reads")
     add_model_arguments(parser)
     photos = parser.add_argument_group("photos")
     photos.add_argument(
@@ -45,7 +45,9 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         help="short side before the crop to --size (default: size × 256 / 224)",
     )
     photos.add_argument("--mean", type=_three, metavar="R,G,B", help="subtracted from the channels (default: 0,0,0)")
-    photos.add_argument("--std", type=_three, metavar="R,G,B", help="and what they are divided by (default: 1,1,1)")
+    photos.add_argument(
+        "--std", type=_three, metavar="R,G,B", help="divisors of the channels, after --mean (default: 1,1,1)"
+    )
     photos.add_argument(
         "--bgr",
         action=argparse.BooleanOptionalAction,
@@ -59,13 +61,13 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         help="names: JSON (a list, index to name, name to index, a config.json), CSV, or text, one a line",
     )
     result.add_argument("--topk", type=positive, metavar="K", default=5, help="how many classes (default: 5)")
-    result.add_argument("--json", action="store_true", help="as JSON")
+    result.add_argument("--json", action="store_true", help="print JSON")
     result.add_argument("--no-freeze", action="store_true", help="run the accelerated model without freezing it")
 
 
 def run(args: argparse.Namespace) -> int:
     if not (args.checkpoint or args.pretrained):
-        raise ValueError("weights are wanted: give --checkpoint FILE, or --model NAME --pretrained")
+        raise ValueError("no weights were given; give --checkpoint FILE, or --model NAME --pretrained")
     import torch
 
     from .. import accelerate, freeze
@@ -121,9 +123,9 @@ def _probabilities(model: nn.Module, photos: Tensor, batch: int, device: str) ->
         parts = [logits(model(part.to(device))).float().cpu() for part in photos.split(batch)]
     scores = torch.cat(parts)
     if scores.ndim != 2:
-        raise ValueError(f"the model gives maps of shape {tuple(scores.shape[1:])}: it has no classifier")
+        raise ValueError(f"the model returns maps of shape {tuple(scores.shape[1:])}: it has no classifier")
     if not torch.isfinite(scores).all():
-        raise ValueError("the model gives logits that are not finite; try --dtype float32, or other weights")
+        raise ValueError("the model returned logits that are not finite; try --dtype float32, or other weights")
     return scores.softmax(dim=1)
 
 
@@ -138,5 +140,5 @@ def _three(text: str) -> tuple[float, float, float]:
     try:
         red, green, blue = map(float, text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} are no three numbers, as 0.485,0.456,0.406") from None
+        raise argparse.ArgumentTypeError(f"{text!r} are not three numbers such as 0.485,0.456,0.406") from None
     return red, green, blue

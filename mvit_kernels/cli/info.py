@@ -27,7 +27,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         description="Versions, machine, and each backend: available, or the reasons why not.",
         examples="  mvit-kernels info\n  mvit-kernels info --json > info.json",
     )
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -127,7 +127,7 @@ def _libraries() -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {"all": {"built": False, "reason": f"there is no {path}"}}
+        return {"all": {"built": False, "reason": f"{path} does not exist"}}
     except ValueError:
         return {"all": {"built": False, "reason": f"{path} is damaged; build again"}}
 
@@ -148,7 +148,7 @@ def _text(info: dict[str, Any]) -> str:
         about = f"compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}"
         lines.append(_line("gpu", f"{gpu['name']}, {about}, torch for CUDA {gpu['cuda_of_torch']}"))
     if not info["gpus"]:
-        lines.append(_line("gpu", "none that torch sees"))
+        lines.append(_line("gpu", "none visible to torch"))
     lines.append("backends")
     for name, backend in info["backends"].items():
         if backend["reasons_against"]:

@@ -19,7 +19,7 @@ _NAME = ("name", "label", "class", "class_name", "label_name")
 _INSIDE = ("id2label", "label_names", "idx_to_class", "class_to_idx", "label2id", "class_names", "classes", "labels")
 _INSIDE += ("names", "categories")
 _NUMBERED = re.compile(r"\s*(\d+)\s*(?:[:;,\t]|\s)\s*(\S.*)")
-_WANTED = "wanted are names as JSON (a list, index to name, name to index) or CSV, or as text, one a line"
+_WANTED = "names are wanted as JSON (a list, index to name, name to index), CSV, or text with one name per line"
 
 
 def read_labels(path: Path) -> dict[int, str]:
@@ -61,7 +61,7 @@ def _decode(path: Path) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text in UTF-8; {_WANTED}") from None
+        raise ValueError(f"{path} is not UTF-8 text; {_WANTED}") from None
 
 
 def _parse(path: Path, text: str) -> Any:
@@ -71,7 +71,7 @@ def _parse(path: Path, text: str) -> Any:
         try:
             return ast.literal_eval(text.strip())  # ImageNet's names are also distributed as {0: 'tench', …}
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise ValueError(f"{path} is no valid JSON: {error}") from None
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def _from_data(path: Path, data: Any) -> dict[int, str]:
@@ -118,7 +118,7 @@ def _from_lines(path: Path, text: str) -> dict[int, str]:
         return {}
     empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
     if empty is not None:
-        raise ValueError(f"{path}: line {empty} is empty, and so names no class; {_WANTED}")
+        raise ValueError(f"{path}: line {empty} is empty and names no class; {_WANTED}")
     numbered = [match.groups() for line in lines if (match := _NUMBERED.fullmatch(line.strip()))]
     if len(numbered) == len(lines) and {int(index) for index, _ in numbered} == set(range(len(lines))):
         return _numbered(path, numbered)
@@ -132,7 +132,7 @@ def _numbered(path: Path, pairs: Sequence[tuple[Any, Any]]) -> dict[int, str]:
         if isinstance(name, list | tuple) and name and all(isinstance(each, str) for each in name):
             name = name[-1]  # Keras: the WordNet ID, then the name
         if not isinstance(name, str):
-            raise ValueError(f"{path} has {name!r:.40} for a name of its labels; {_WANTED}")
+            raise ValueError(f"{path} has {name!r:.40} instead of a label name; {_WANTED}")
         if not (_is_index(index) or (isinstance(index, str) and index.strip().isdecimal())):
             raise ValueError(f"{path} does not name the classes 0, 1, 2, …; among its keys is {index!r:.40}; {_WANTED}")
         if int(index) in labels:

@@ -23,20 +23,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         metavar="NAME",
-        help="own/xxs, own/xs, own/s (or xxs, xs, s); timm's name, as mobilevit_s; huggingface/s, or the "
-        "hub's name, as apple/mobilevit-small; kornia/s (default: own/ and the checkpoint's variant, else "
+        help="own/xxs, own/xs, own/s (or xxs, xs, s); timm's name, such as mobilevit_s; huggingface/s, or the "
+        "hub's name, such as apple/mobilevit-small; kornia/s (default: own/ and the checkpoint's variant, else "
         "own/s)",
     )
     model.add_argument(
         "--pretrained",
         action="store_true",
-        help="with published weights, downloaded from the Hugging Face hub",
+        help="load published weights, downloaded from the Hugging Face hub",
     )
     model.add_argument(
         "--checkpoint",
         metavar="FILE",
         type=Path,
-        help="with these weights: timm's, Hugging Face's, cvnets' or our own, as .pth or .safetensors",
+        help="load these weights: timm's, Hugging Face's, cvnets' or our own, as .pth or .safetensors",
     )
     how = parser.add_argument_group("how it runs")
     how.add_argument(
@@ -44,19 +44,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=image_size,
         metavar="N|HxW",
         default=(256, 256),
-        help="of the images in pixels (default: 256)",
+        help="size of the images in pixels (default: 256)",
     )
-    how.add_argument("--batch", type=positive, metavar="N", default=1, help="images at once (default: 1)")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: float32)")
+    how.add_argument("--batch", type=positive, metavar="N", default=1, help="images per call (default: 1)")
+    how.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of weights and images (default: float32)"
+    )
     how.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    how.add_argument("--backend", choices=BACKENDS, default="auto", help="whose kernels must run (default: auto)")
-    how.add_argument("--threads", type=thread_count, metavar="N", help="on the CPU (default: PyTorch's choice)")
+    how.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="backend that must serve the model (default: auto)"
+    )
+    how.add_argument(
+        "--threads", type=thread_count, metavar="N", help="number of CPU threads (default: PyTorch's choice)"
+    )
 
 
 def positive(text: str) -> int:
     """Argument type: an integer from 1 to 2³¹ - 1."""
     if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more (below 2³¹)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more (below 2³¹)")
     return int(text)
 
 
@@ -71,7 +77,9 @@ def image_size(text: str) -> tuple[int, int]:
     """Argument type: a size in pixels, ``256``, or height and width as ``250x270``; at least 32 each."""
     sides = text.lower().replace("×", "x").split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give 256, or HxW as 250x270, of 32 pixels or more")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; give 256, or HxW such as 250x270, of 32 pixels or more"
+        )
     return int(sides[0]), int(sides[-1])
 
 
@@ -98,11 +106,11 @@ def check_size(args: argparse.Namespace, images: int | None = None) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 if hasattr(os, "sysconf") else gigabytes * 4
     if gigabytes > memory / 4:  # Linux would grant the memory, and kill the process when it is written to
         raise ValueError(
-            f"{count} × 3 × {height} × {width} pixels take {gigabytes:.3g} GB, and this machine has {memory:.3g}; "
+            f"{count} × 3 × {height} × {width} pixels take {gigabytes:.3g} GB, and this machine has {memory:.3g} GB; "
             f"give a smaller --size or {'--batch' if images is None else 'fewer images'}"
         )
     if (args.model or "").startswith("kornia/") and any(side % 64 for side in args.size):
-        raise ValueError(f"--model {args.model}: Kornia's takes multiples of 64 pixels only; give another --size")
+        raise ValueError(f"--model {args.model}: Kornia's models take multiples of 64 pixels only; give another --size")
 
 
 def random_images(args: argparse.Namespace) -> Tensor:

@@ -21,10 +21,10 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         subparsers,
         "profile",
         run,
-        summary="where does the time go? by category, before and after",
-        description="Profiles a model as it was, accelerated and frozen: convolution, linear, attention, norm and\n"
+        summary="time by category, before and after accelerate and freeze",
+        description="Profiles a model eager, accelerated and frozen: convolution, linear, attention, norm and\n"
         "activation, layout copies, launch gaps (the time between operators). The profiler itself\n"
-        "costs some microseconds an operator: for speed, see bench.",
+        "costs some microseconds per operator: to compare speed, use bench.",
         examples=_EXAMPLES,
     )
     add_model_arguments(parser)
@@ -35,10 +35,10 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         default="eager,accelerated,frozen",
         help="the forms of the model, as bench knows them (default: eager,accelerated,frozen)",
     )
-    what.add_argument("--calls", type=positive, metavar="N", default=5, help="the mean of so many (default: 5)")
+    what.add_argument("--calls", type=positive, metavar="N", default=5, help="average over N calls (default: 5)")
     what.add_argument("--operators", type=positive, metavar="N", help="also list the N slowest operators of each form")
-    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the times there, in long form")
-    what.add_argument("--json", type=output_file, metavar="FILE", help="write the times there as JSON")
+    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the times to FILE, one row per category")
+    what.add_argument("--json", type=output_file, metavar="FILE", help="write the times to FILE as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     names = [name for name in args.peers.split(",") if name]
     check_peers(names)
     if not names:
-        raise ValueError("--peers names no form of the model; see bench --help for those there are")
+        raise ValueError("--peers names no form of the model; see mvit-kernels bench --help for the list")
     if args.threads:
         torch.set_num_threads(args.threads)
     subject = subject_of(args, Subject)

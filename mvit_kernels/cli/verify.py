@@ -18,7 +18,7 @@ _EXAMPLES = """\
   mvit-kernels verify --model own/xxs --dtype bfloat16 --frozen --csv errors.csv
   mvit-kernels verify --checkpoint my.pth --size 224 --image cat.jpg dog.jpg
 
-The exit code is 0 if every error is allowed, 1 if one is not, 2 for anything else that is wrong."""
+The exit code is 0 if every error is allowed, 1 if one is not, 2 for any other error."""
 
 
 def add_arguments(subparsers: argparse._SubParsersAction) -> None:
@@ -26,9 +26,9 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         subparsers,
         "verify",
         run,
-        summary="are the numbers the same? the error of every block and of the output",
-        description="Runs a model accelerated and as it was, and compares both with float64: every block and "
-        "the output. Allowed is twice PyTorch's own error and a band for rounding.",
+        summary="check the numerical errors of every block and of the output",
+        description="Runs a model accelerated and in plain PyTorch, and compares both with float64: every block and "
+        "the output. Allowed is twice PyTorch's own error plus a band for rounding.",
         examples=_EXAMPLES,
     )
     add_model_arguments(parser)
@@ -38,12 +38,14 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="FILE",
         default=[],
-        help="on these photos, cropped to --size, not random images",
+        help="use these photos, cropped to --size, instead of random images",
     )
-    what.add_argument("--frozen", action="store_true", help="the frozen copy, not the accelerated model")
-    what.add_argument("--gradients", action="store_true", help="the gradients of every parameter too")
-    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the errors there, a line each")
-    what.add_argument("--json", type=output_file, metavar="FILE", help="write the errors there as JSON")
+    what.add_argument("--frozen", action="store_true", help="verify the frozen copy instead of the accelerated model")
+    what.add_argument(
+        "--gradients", action="store_true", help="verify the gradient of every parameter instead of the blocks' outputs"
+    )
+    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the errors to FILE, one per line")
+    what.add_argument("--json", type=output_file, metavar="FILE", help="write the errors to FILE as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -43,9 +43,11 @@ class FreezeReport(NamedTuple):
             f"{len(self.blocks)} MobileViT blocks, {len(self.inverted_residuals)} inverted residuals and "
             f"{len(self.convolutions)} convolutions frozen"
         ]
-        left = (f"  {name} stays as it was: {reason}" for name, reason in self.left)
+        left = (f"  {name} was not frozen: {reason}" for name, reason in self.left)
         composed = (f"  {name} runs part by part: {reason}" for name, reason in self.composed)
-        unhooked = (f"  {name} lost its state-dict hooks: a frozen one has other keys" for name in self.unhooked)
+        unhooked = (
+            f"  {name} lost its state-dict hooks: the frozen module has different keys" for name in self.unhooked
+        )
         lines += some_lines(left, "freeze_report.left") + some_lines(composed, "freeze_report.composed")
         lines += some_lines(unhooked, "freeze_report.unhooked")
         return "\n".join(lines)
@@ -146,11 +148,11 @@ def _settle_and_check(holder: nn.Module) -> None:
             full_name = _name_in_model(f"{name}.{own_name}")
             if not torch.isfinite(value).all():
                 raise ValueError(
-                    f"freeze: {full_name} has values that are not finite; mend or reload the weights before freezing"
+                    f"freeze: {full_name} has values that are not finite; fix or reload the weights before freezing"
                 )
             if own_name == "running_var" and (value < 0).any():
                 raise ValueError(
-                    f"freeze: {full_name} has negative variances; mend or reload the weights before freezing"
+                    f"freeze: {full_name} has negative variances; fix or reload the weights before freezing"
                 )
 
 
@@ -165,7 +167,7 @@ def _refuse_save_pretrained(*args, **kwargs) -> None:
     raise RuntimeError(
         "save_pretrained: this model is frozen; from_pretrained would build an unfrozen one, find none of its weights "
         "here, and leave it with random ones. Save the model that freeze() was given and freeze it again after "
-        "loading; or keep the frozen one with torch.save(model, path), or as state_dict() for a model frozen alike"
+        "loading; or keep the frozen one with torch.save(model, path), or its state_dict() for a model frozen alike"
     )
 
 

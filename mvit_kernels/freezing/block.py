@@ -100,7 +100,7 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
 
     def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
         if self.backend not in (None, "auto", "cpu"):
-            raise NotNative(f"backend {self.backend!r} was asked for")
+            raise NotNative(f"backend {self.backend!r} was requested")
         if self.takes is not None:
             builder.takes.append((self, source.channels, builder.halvings[source.value]))
         if self.downsampling is not None:

@@ -92,7 +92,7 @@ def freeze_inverted_residuals(model: nn.Module) -> Iterator[tuple[str, str | Non
                 if is_own(module, package, cls) or alike(frozen, module, frozen.in_channels, TRIED):
                     replace(model, module, frozen)
                 else:
-                    reason = f"it is somebody's {cls}, which computes something else"
+                    reason = f"it has the name of cvnets' {cls}, but computes something different"
             yield name, reason
             break
 
@@ -148,7 +148,7 @@ def _folded_unit(unit: nn.Module) -> FrozenConv2d | str | None:
         exact = cast_floats(copy_of(unit), torch.float64)  # else the fold's rounding would show
         if alike(_fold_parts(exact, paths), exact, frozen.in_channels, TRIED):
             return frozen
-        return f"it is somebody's {type(unit).__name__}, which computes something else"
+        return f"it has the name of cvnets' {type(unit).__name__}, but computes something different"
     return None
 
 

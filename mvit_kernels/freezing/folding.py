@@ -36,8 +36,8 @@ def norm_reason(norm: nn.Module) -> str | None:
             return f"activation {type(norm.act).__name__}; only SiLU is fused"
     elif not is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and not is_own(norm, "torchvision", "FrozenBatchNorm2d"):
         if isinstance(norm, _BatchNorm):
-            return f"{kind} may compute something else than BatchNorm2d, from which it is derived"
-        return f"{kind} is no BatchNorm2d"
+            return f"{kind} is a subclassed or patched batch norm, and may compute something different"
+        return f"{kind} is not a BatchNorm2d"
     if norm.running_mean is None or norm.running_var is None:
         return "its batch norm keeps no running statistics"
     return next(filter(None, (tensor_reason(name, getattr(norm, name)) for name in _STATISTICS)), None)
@@ -57,7 +57,7 @@ def fold(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) 
         activation: the activation after the norm, or None; one that is built into the norm comes first.
     """
     if not is_plain(conv, nn.Conv2d):
-        return f"{type(conv).__name__} is no plain Conv2d"
+        return f"{type(conv).__name__} is not a plain Conv2d"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
     for name in ("weight", "bias"):
@@ -71,7 +71,7 @@ def fold(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) 
         if any(value.shape != conv.weight.shape[:1] for value in _statistics(norm) if value is not None):
             return f"its batch norm is not of {conv.weight.shape[0]} channels"
         if norm.running_mean.device != conv.weight.device:
-            return f"its batch norm is on {norm.running_mean.device}, and it on {conv.weight.device}"
+            return f"its batch norm is on {norm.running_mean.device}, and the convolution is on {conv.weight.device}"
     activations = [act for act in (activation_of(norm), activation) if act is not None and not does_nothing(act)]
     for act in activations:
         if not is_silu(act):

@@ -49,7 +49,7 @@ class Frozen(nn.Module):
 
     def __prepare_scriptable__(self):
         raise RuntimeError(
-            f"{type(self).__name__} is frozen, and its native calls are nothing that TorchScript compiles; use "
+            f"{type(self).__name__} is frozen, and its native calls cannot be compiled by TorchScript; use "
             "torch.jit.trace, or torch.jit.script the model that freeze() was given"
         )
 
@@ -68,9 +68,9 @@ class Frozen(nn.Module):
             raise TypeError(f"{type(self).__name__}: x is {type(x).__name__}; a torch.Tensor is wanted")
         if x.dtype not in DTYPES:
             raise TypeError(
-                f"{type(self).__name__}: x is {x.dtype}; float32, bfloat16, float16 or float64 is wanted. Bring it to "
-                "the range that the model was trained on first: an image of bytes by x.float() / 255, then its mean "
-                "and deviation"
+                f"{type(self).__name__}: x is {x.dtype}; float32, bfloat16, float16 or float64 is wanted. Scale it "
+                "to the range that the model was trained on first: x.float() / 255 for an image of bytes, then its "
+                "mean and standard deviation"
             )
 
     def native(self) -> Network | NotNative:

@@ -346,7 +346,7 @@ def links_of(module: nn.Module) -> list[Link]:
 def _build(module: nn.Module, dtype: torch.dtype, pairs: bool) -> Builder:
     links = links_of(module)
     if not links:
-        raise NotNative("there is nothing in it")
+        raise NotNative("it is empty")
     converts = dtype == torch.bfloat16 and not pairs  # float32 inside, bfloat16 at both ends
     builder = Builder(links[0].in_channels, pairs)
     place = links[0].place(builder)

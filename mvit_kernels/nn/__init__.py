@@ -44,4 +44,4 @@ if "timm.models" in sys.modules:
     try:
         register_timm_models()
     except ImportError as error:  # timm before 0.9: everything but the registration works
-        logging.getLogger("mvit_kernels").warning("timm.create_model will not know MobileViT: %s", error)
+        logging.getLogger("mvit_kernels").warning("timm.create_model will not find the mvit_kernels models: %s", error)

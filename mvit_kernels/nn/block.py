@@ -58,7 +58,7 @@ class TransformerLayer(nn.Module):
                 "take a width that is a multiple of the number of heads"
             )
         if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"TransformerLayer: dropout={dropout} is no probability; give 0 <= dropout <= 1")
+            raise ValueError(f"TransformerLayer: dropout={dropout} is not a probability; give 0 <= dropout <= 1")
         hidden = int(dim * mlp_ratio)
         self.num_heads = num_heads
         self.dropout = nn.Dropout(dropout)

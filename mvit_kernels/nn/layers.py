@@ -88,7 +88,7 @@ class DropPath(nn.Module):
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
         if not 0.0 <= drop_prob <= 1.0:
-            raise ValueError(f"DropPath: drop_prob={drop_prob} is no probability; give 0 <= drop_prob <= 1")
+            raise ValueError(f"DropPath: drop_prob={drop_prob} is not a probability; give 0 <= drop_prob <= 1")
         self.drop_prob = drop_prob
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

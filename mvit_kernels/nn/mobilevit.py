@@ -116,7 +116,7 @@ class MobileViT(nn.Module):
         probabilities = {"dropout": dropout, "classifier_dropout": classifier_dropout, "drop_path": drop_path}
         for name, probability in probabilities.items():
             if not 0.0 <= probability <= 1.0:
-                raise ValueError(f"MobileViT: {name}={probability} is no probability; give 0 <= {name} <= 1")
+                raise ValueError(f"MobileViT: {name}={probability} is not a probability; give 0 <= {name} <= 1")
 
         variant = _VARIANTS[mode]
         self.mode = mode

@@ -164,7 +164,9 @@ class TimmMobileViT(MobileViT):
             indices = self.num_maps
         if isinstance(indices, int):
             if not 0 < indices <= self.num_maps:
-                raise ValueError(f"MobileViT: there are no last {indices} maps; take 1 to {self.num_maps}")
+                raise ValueError(
+                    f"MobileViT: the last {indices} maps were requested, of {self.num_maps}; take 1 to {self.num_maps}"
+                )
             return list(range(self.num_maps - indices, self.num_maps))
         return [feature_index(index, self.num_maps) for index in indices]
 

@@ -98,7 +98,7 @@ def logits(output: Any) -> Tensor:
                 break
         else:
             if not isinstance(output, list | tuple) or not output:
-                raise TypeError(f"the model returned {type(output).__name__}, in which there is no tensor")
+                raise TypeError(f"the model returned {type(output).__name__}, which contains no tensor")
             output = output[0]
     return output
 
@@ -116,7 +116,7 @@ def checked_device(name: str) -> Any:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: no device has this name here; give cpu, cuda or cuda:N")
+        raise ValueError(f"--device {name}: unknown or unsupported device; give cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not count:
@@ -155,7 +155,9 @@ def _load_weights(model: nn.Module, name: str, checkpoint: Checkpoint, path: str
     try:
         model.load_state_dict(checkpoint.state_dict)
     except RuntimeError as error:
-        raise ValueError(f"{path} is of Kornia's MobileViT, and does not fit {name}: take another variant") from error
+        raise ValueError(
+            f"{path} has weights of Kornia's MobileViT that do not fit {name}; give another variant"
+        ) from error
 
 
 def _is_kornia(state_dict: dict[str, Tensor]) -> bool:

@@ -37,14 +37,14 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     if not path.exists():
         raise FileNotFoundError(f"there is no image {path}")
     if path.stat().st_size == 0 and path.is_file():
-        raise ValueError(f"{path} is empty (0 bytes), and no image")
+        raise ValueError(f"{path} is empty (0 bytes), not an image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pil.DecompressionBombWarning)  # it comes at half the size of the error
             with pil.open(path) as image:
                 image.load()
     except pil.UnidentifiedImageError:
-        raise ValueError(f"{path} is no image of a kind that Pillow {pil.__version__} reads") from None
+        raise ValueError(f"{path} is not an image that Pillow {pil.__version__} can read") from None
     except pil.DecompressionBombError:
         most = f"{2 * pil.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
         raise ValueError(f"{path} has more than {most}, the most that Pillow reads; make it smaller first") from None

@@ -44,7 +44,7 @@ def test_hooks_on_every_module(library, caplog):
     frozen = freeze(accelerated)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len([text for text in warnings if "runs unaccelerated" in text]) == 3
-    assert len([text for text in warnings if "stays as it is" in text]) == 3
+    assert len([text for text in warnings if "is not accelerated" in text]) == 3
     for text in warnings:
         assert len(text) < 600 and "carries a hook" in text and text.split()[-1] == "more"
     most = max(len(block.reasons) for block in report(plain).blocks)

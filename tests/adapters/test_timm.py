@@ -116,7 +116,7 @@ DECLINED = {
         replaced(f"{LAYER}.attn", as_class(_Shifted)),
         f"{LAYER}.attn is tests.adapters.test_timm._Shifted",
     ),
-    "another dropout": (replaced(f"{LAYER}.mlp.drop2", lambda _: nn.Tanh()), f"{LAYER}.mlp.drop2", "only Dropout"),
+    "another dropout": (replaced(f"{LAYER}.mlp.drop2", lambda _: nn.Tanh()), f"{LAYER}.mlp.drop2", "only a Dropout"),
     "a patched forward": (_inside(f"{LAYER}.attn", _patch_forward), f"the forward of {LAYER}.attn was replaced"),
     "no projection bias": (replaced(f"{LAYER}.attn.proj", lambda _: _constant(64, 64)), "layer 0 has no bias"),
     "another layer": (replaced(LAYER, lambda _: nn.Identity()), f"{LAYER} is torch.nn.modules.linear.Identity"),

@@ -206,7 +206,7 @@ except mvit_kernels.BackendError as error:
         unknown == "MVIT_KERNELS_BACKEND: unknown backend 'fast'; choose one of reference, cpu, triton, cuda, or 'auto'"
     )
     assert by_name == inside == "torch.Size([1, 2, 2, 4])"
-    assert refusal.startswith("patch_attention: backend 'cuda' was asked for and cannot serve this call")
+    assert refusal.startswith("patch_attention: backend 'cuda' was requested but cannot serve this call")
 
 
 # ---------------------------------------------------------------------------------------------------- reasons, the log
@@ -221,7 +221,7 @@ def test_asking_by_name_raises_with_every_reason():
         with pytest.raises(mvit_kernels.BackendError) as raised:
             attention(backend=NAME)
         message = str(raised.value)
-        assert message.startswith(f"patch_attention: backend {NAME!r} was asked for and cannot serve this call")
+        assert message.startswith(f"patch_attention: backend {NAME!r} was requested but cannot serve this call")
         for part in (
             "there is no GPU",
             "heads of 4 are too small",

@@ -144,7 +144,7 @@ def test_a_networks_graph_holds_several_batches(monkeypatch):
     replay.run()
     assert replay.calls == comparison.IMAGE_SETS
     assert torch.equal(seen[0], images) and seen[0].data_ptr() != images.data_ptr()
-    with pytest.raises(ValueError, match="replays graphs of its own"):
+    with pytest.raises(ValueError, match="replays CUDA graphs of its own"):
         comparison._replay_of("compile_max_autotune", comparison.Form(seen.append, images))()
 
 

@@ -195,7 +195,7 @@ def test_peak_memory_of_every_kind_of_peer():
     results += compare(tiny(), ["openvino", "compile"], seconds=0.1, warmup_seconds=0.0, memory=True)[1:]
     for result in results:
         assert result.peak_mb is not None and 0 <= result.peak_mb < 30, result
-    assert "peak MB" in table(results)
+    assert "peak MiB" in table(results)
 
 
 def test_peak_memory_of_a_training_step_is_more():

@@ -242,7 +242,7 @@ def test_compare_takes_folders_files_and_commits(script, two, monkeypatch, capsy
     root = Path(two[0]).parent
     assert len(compare.load(str(root), root)) == 10 and len(compare.load(two[0], root)) == 5
     assert {one["commit"] for one in compare.load("bbb", root)} == {"bbbb"}
-    with pytest.raises(ValueError, match="cccc is no file and no folder"):
+    with pytest.raises(ValueError, match="cccc is not a result file"):
         compare.load("cccc", root)
     monkeypatch.setattr(sys, "argv", ["compare.py", *two])
     assert compare.main() == 0
@@ -351,7 +351,7 @@ def test_the_script_for_gpus_without_one(tmp_path):
     done = gpu_script(str(out), "0.5", PYTHON=str(broken), REAL=sys.executable, STEPS="build", CUDA_VISIBLE_DEVICES="")
     report = (out / "report.txt").read_text()
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "no GPU that torch sees: the CPU's part alone" in report and "reference     available on any" in report
+    assert "no GPU is visible to torch: only the CPU part runs" in report and "reference     available on any" in report
     assert "build: FAILED with 7" in report and "done; bad: 1" in report and "correctness" not in report
     assert {file.name for file in out.iterdir()} == {"report.txt", "log.txt"}
 

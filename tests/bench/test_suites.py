@@ -226,7 +226,7 @@ def test_a_budget_is_kept_the_most_valuable_first(monkeypatch, tmp_path):
     ran = fake_suite(monkeypatch, clock, [10, 20, 300, 15, 30, 40])
     right, said = run_fake(clock, tmp_path, 1.5)
     assert ran == ["c0", "c1", "c3", "c4"] and clock.now <= 90  # 300 never fits, 40 no longer does
-    assert right and said[-1].startswith("fake: 4 cases in ") and "; 2 left out" in said[-1]
+    assert right and said[-1].startswith("fake: 4 cases in ") and "; 2 skipped" in said[-1]
     assert [line["subject"] for line in read(tmp_path / "fake.csv")] == ran
 
 
@@ -385,7 +385,7 @@ def test_every_case_is_named_once_and_can_be_told_apart(capsys):
     [
         ("--suite fast", "unknown suite 'fast'; choose from models, operators, "),
         ("--suite models --model own/s", "--suite chooses models and peers"),
-        ("--suite models --budget 0", "'0' is no number above 0"),
+        ("--suite models --budget 0", "'0' is not a positive number"),
     ],
 )
 def test_bench_says_what_is_wrong_with_a_suite(options, message, capsys):

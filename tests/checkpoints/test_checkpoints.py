@@ -260,19 +260,19 @@ def changed(sd, key, value):
 
 
 REFUSED = {
-    "foreign network": (lambda sd: timm.create_model("resnet18").state_dict(), "no MobileViT.*conv1.weight"),
+    "foreign network": (lambda sd: timm.create_model("resnet18").state_dict(), "not a MobileViT.*conv1.weight"),
     "MobileViTV2": (
         lambda sd: timm.create_model("mobilevitv2_050").state_dict(),
-        r"nearest is timm, with 233 of 311 keys: stages\.1\.2\.conv1_1x1.*in their place stages\.2\.1\.",
+        r"nearest is timm, with 233 of 311 keys: stages\.1\.2\.conv1_1x1.*instead it has stages\.2\.1\.",
     ),
-    "Kornia": (lambda sd: KorniaMobileViT("xxs").state_dict(), "Kornia's MobileViT, another network"),
+    "Kornia": (lambda sd: KorniaMobileViT("xxs").state_dict(), "Kornia's MobileViT, a different network"),
     "a layer is missing": (
         lambda sd: without(sd, "stages.3.1.transformer.3."),
         r"transformer\.3\.norm1\.weight",
     ),
     "a layer too many": (
         lambda sd: {**sd, "stages.3.1.transformer.4.norm1.weight": torch.ones(80)},
-        r"beside it stages\.3\.1\.transformer\.4\.norm1\.weight",
+        r"and also stages\.3\.1\.transformer\.4\.norm1\.weight",
     ),
     "one key twice": (lambda sd: {**sd, "module.stem.conv.weight": sd["stem.conv.weight"]}, "mean the same"),
     "another variant": (
@@ -281,7 +281,7 @@ REFUSED = {
     ),
     "other classes": (
         lambda sd: MobileViT("xxs", num_classes=7).state_dict(),
-        r"classifier\.weight is \(7, 320\), there \(5, 320\).*has 7 classes",
+        r"classifier\.weight is \(7, 320\), in the model \(5, 320\).*has 7 classes",
     ),
     "other channels": (lambda sd: MobileViT("xxs", 1, CLASSES).state_dict(), "images' channels differ"),
     "one odd shape": (
@@ -294,7 +294,7 @@ REFUSED = {
             **without(sd, "classifier.", "final_conv."),
             "segmentation_head.classifier.weight": torch.ones(1),
         },
-        "leave out the keys that start with segmentation_head",
+        "remove the keys that start with segmentation_head",
     ),
     "NaN": (
         lambda sd: changed(sd, "classifier.bias", lambda t: t.clone().fill_(torch.nan)),
@@ -335,7 +335,7 @@ def test_what_is_no_state_dict_is_a_type_error(checkpoint):
     ("model", "error", "message"),
     [
         (lambda: KorniaMobileViT("xxs"), ValueError, r"the model \(MobileViT\) is Kornia's"),
-        (lambda: nn.Linear(3, 3), ValueError, r"the model \(Linear\) is no MobileViT"),
+        (lambda: nn.Linear(3, 3), ValueError, r"the model \(Linear\) is not a MobileViT"),
         (lambda: "mobilevit_s", TypeError, "must be a torch.nn.Module; got str"),
         (
             lambda: MobileViTForSemanticSegmentation(config("xxs")),
@@ -348,7 +348,7 @@ def test_what_is_no_state_dict_is_a_type_error(checkpoint):
             "model a MobileViT-S",
         ),
         (lambda: MobileViT("xxs", num_classes=CLASSES).to("meta"), ValueError, "meta device"),
-        (lambda: nn.Sequential(nn.Linear(3, 3)), ValueError, r"\(Sequential\) is no MobileViT"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), ValueError, r"\(Sequential\) is not a MobileViT"),
     ],
 )
 def test_refused_models(model, error, message, xxs):

@@ -71,7 +71,7 @@ def test_a_flipped_bit_in_the_weights_names_the_record(xxs, tmp_path):
     path.write_bytes(whole)
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         record = max((r for r in archive.infolist() if r.header_offset < at), key=lambda r: r.header_offset)
-    assert f"is corrupt: its record {record.filename} is not as it was saved" in refusal(path)
+    assert f"is corrupt: its record {record.filename} is damaged" in refusal(path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -211,7 +211,7 @@ def test_malicious_files_are_called_so_and_do_nothing(save, name, xxs, tmp_path)
     else:
         torch.save(content, path, _use_new_zipfile_serialization=save == "zip")
     message = refusal(path)
-    assert f"is a pickle that calls {name}" in message and "Nothing of it was run" in message
+    assert f"is a pickle that calls {name}" in message and "Nothing in it was executed" in message
     assert not made.exists()
 
 
@@ -255,7 +255,7 @@ FOREIGN = {
     "empty": (b"", "is empty"),
     "HTML": (b"<!DOCTYPE html>\n<html><head><title>Log in", r"a web page \(HTML\).*'raw'"),
     "HTML after a BOM": (b"\xef\xbb\xbf\n<html>", "a web page"),
-    "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an XML document.*a server's answer"),
+    "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an XML document.*a server's error"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 5", "a Git LFS pointer.*git lfs pull"),
     "JSON": (b'{"id2label": {"0": "cat"}}', "JSON text"),
     "index of shards": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "an index of several files"),
@@ -276,8 +276,8 @@ FOREIGN = {
     "zip, damaged": (b"PK\x03\x04" + bytes(100), "is corrupt: the archive's directory"),
     "pickle, damaged": (b"\x80\x02}q\x00(X", "corrupt pickle"),
     "pickle of arrays": (lambda: pickle.dumps({"a": [1.0]}), "pickle.dump or joblib"),
-    "safetensors, damaged": (b"\x40\0\0\0\0\0\0\0{" + bytes(8), "corrupt or no safetensors"),
-    "noise": (bytes(range(200, 256)) * 9, "is corrupt or no file of torch.save or safetensors .it begins c8 c9"),
+    "safetensors, damaged": (b"\x40\0\0\0\0\0\0\0{" + bytes(8), "corrupt or not a safetensors"),
+    "noise": (bytes(range(200, 256)) * 9, "is corrupt or not a file of torch.save or safetensors .it begins c8 c9"),
 }
 
 
@@ -288,7 +288,7 @@ def test_other_kinds_of_files_are_named(case, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content())
     if case == "noise" and suffix == ".safetensors":
-        message = "corrupt or no safetensors file"
+        message = "corrupt or not a safetensors file"
     assert re.search(message, refusal(path))
 
 
@@ -320,7 +320,7 @@ def test_directories(files, message, tmp_path):
 def test_paths_without_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file .*nowhere.pth"):
         load_checkpoint(MobileViT("xxs"), tmp_path / "nowhere.pth")
-    with pytest.raises(FileNotFoundError, match="is an address; download"):
+    with pytest.raises(FileNotFoundError, match="is a URL; download"):
         load_checkpoint(MobileViT("xxs"), "https://example.com/weights.pth")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="a pipe or a device"):

@@ -107,7 +107,7 @@ def test_lightning_checkpoint(xxs, loads, tmp_path):
     }
     torch.save(checkpoint, tmp_path / "epoch=3.ckpt")
     (warning,) = loads(tmp_path / "epoch=3.ckpt")
-    assert "has also loss.weight, val_accuracy.total, teacher.conv1.weight" in warning and "left aside" in warning
+    assert "also has loss.weight, val_accuracy.total, teacher.conv1.weight" in warning and "ignored" in warning
 
 
 def test_losses_and_metrics_beside_a_backbone(xxs, loads):
@@ -133,18 +133,18 @@ def test_any_wrapper_is_opened(wrap, xxs, loads):
 @pytest.mark.parametrize("average", ["state_dict_ema", "model_ema", "ema", "params_ema", "swa_model", "averaged_model"])
 def test_averaged_weights_are_taken_and_told(average, xxs, other, loads):
     (warning,) = loads({"state_dict": other, average: xxs, "optimizer": {}})
-    assert f"has the weights in {average!r}, which are taken, and in 'state_dict'" in warning
+    assert f"has weights in {average!r} (used) and in 'state_dict' (ignored)" in warning
 
 
 def test_averaged_weights_in_one_state_dict(xxs, other, loads):
     (warning,) = loads({**below("net.", other), **below("net_ema.", xxs)})
-    assert "has also net.stem.conv.weight" in warning
+    assert "also has net.stem.conv.weight" in warning
     loads({**other, **below("ema_model.module.", xxs)})
 
 
 def test_the_usual_place_is_taken_and_told(xxs, other, loads):
     (warning,) = loads({"best": other, "model": xxs})
-    assert "has the weights in 'model', which are taken, and in 'best'" in warning
+    assert "has weights in 'model' (used) and in 'best'" in warning
 
 
 def test_two_networks_are_refused(xxs, other, models):
@@ -161,7 +161,7 @@ def test_two_networks_are_refused(xxs, other, models):
 def test_heads_of_other_tasks_are_refused(xxs, models):
     """With a network that lacks its classifier, another head is what makes the model: it is not silently dropped."""
     for head in ("head.weight", "seg_head.aspp.conv.weight", "fc.bias"):
-        with pytest.raises(ValueError, match=rf"beside it {head}.*start with {head.split('.')[0]}"):
+        with pytest.raises(ValueError, match=rf"and also {head}.*start with {head.split('.')[0]}"):
             load_checkpoint(models[0], {**below("backbone.", without_classifier(xxs)), head: torch.ones(3)})
     with pytest.raises(ValueError, match="has no classifier.weight"):
         load_checkpoint(models[CLASSES], below("backbone.", without_classifier(xxs)))
@@ -176,7 +176,7 @@ def test_peft(xxs, models, loads):
     adapted[f"base_model.model.{qkv}.lora_A.default.weight"] = torch.ones(2, 64)
     adapter_alone = {f"base_model.model.{qkv}.lora_A.weight": torch.ones(2, 64)}
     for state_dict in (adapted, adapter_alone):
-        with pytest.raises(ValueError, match=r"adapters of PEFT.*merge_and_unload\(\)"):
+        with pytest.raises(ValueError, match=r"PEFT adapters.*merge_and_unload\(\)"):
             load_checkpoint(models[CLASSES], state_dict)
 
 
@@ -213,7 +213,7 @@ def test_mobilevit_v2_is_named(name, models):
         state_dict = MobileViTV2Model(MobileViTV2Config(width_multiplier=0.5)).state_dict()
     else:
         state_dict = timm.create_model(name).state_dict()
-    with pytest.raises(ValueError, match="MobileViTv2, another network"):
+    with pytest.raises(ValueError, match="MobileViTv2, a different network"):
         load_checkpoint(models[CLASSES], below("net.", state_dict))
 
 

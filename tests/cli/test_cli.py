@@ -65,9 +65,9 @@ def test_a_closed_pipe_is_no_error():
         ([], "COMMAND"),
         (["verfy"], "invalid choice: 'verfy'"),
         (["verify", "--what"], "unrecognized arguments: --what"),
-        (["verify", "--size", "ten"], "--size: 'ten' is no size"),
-        (["verify", "--size", "64x64x64"], "--size: '64x64x64' is no size"),
-        (["verify", "--batch", "0"], "--batch: '0' is no whole number"),
+        (["verify", "--size", "ten"], "--size: 'ten' is not a size"),
+        (["verify", "--size", "64x64x64"], "--size: '64x64x64' is not a size"),
+        (["verify", "--batch", "0"], "--batch: '0' is not a whole number"),
         (["verify", "--threads", "-1"], "--threads"),
         (["verify", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["verify", "--backend", "gpu"], "--backend: invalid choice: 'gpu'"),
@@ -75,11 +75,11 @@ def test_a_closed_pipe_is_no_error():
         (["verify", "--json", "/"], "/ is a folder; name a file in it"),
         (["verify", "--csv", ""], ". is a folder; name a file in it"),
         (["verify", "--csv", "a", "--json", "a"], "--csv and --json both name a"),
-        (["verify", "--device", "abacus"], "no device has this name"),
-        (["verify", "--device", "meta"], "no device has this name"),
+        (["verify", "--device", "abacus"], "unknown or unsupported device"),
+        (["verify", "--device", "meta"], "unknown or unsupported device"),
         (["verify", "--size", "10000000"], "--size or --batch"),
         (["verify", "--batch", str(2**31 - 1)], "take 1.69e+06 GB, and this machine has"),
-        (["verify", "--batch", str(2**31)], "is no whole number of 1 or more"),
+        (["verify", "--batch", str(2**31)], "is not a whole number of 1 or more"),
         (["verify", "--threads", "1025"], "give 1 to 1024"),
         (["verify", "--model", ""], "there is no model of this name"),
         (["verify", "--model", "timm/"], "--model timm/: there is no model"),
@@ -95,7 +95,7 @@ def test_a_closed_pipe_is_no_error():
         (["verify", "--model", "huggingface/l"], "did you mean huggingface/s"),
         (["verify", "--model", "quite_different"], "known are own/xxs, "),
         (["verify", "--model", "resnet18"], "no MobileViT block found"),
-        (["verify", "--model", "mobilevitv2_050"], "its 3 MobileVitV2Block are of MobileViTv2"),
+        (["verify", "--model", "mobilevitv2_050"], "its 3 MobileVitV2Block belong to MobileViTv2"),
         (["verify", "--model", "own/s", "--pretrained"], "no weights are published for own/s"),
         (["verify", "--model", "kornia/xs", "--size", "96"], "multiples of 64"),
         (["verify", "--checkpoint", "nowhere.pth"], "no file nowhere.pth"),
@@ -105,7 +105,7 @@ def test_a_closed_pipe_is_no_error():
         (["verify", "--frozen", "--gradients"], "exclude each other"),
         (["classify", "cat.jpg"], "give --checkpoint FILE"),
         (["classify", "--checkpoint", "a.pth"], "IMAGE"),
-        (["classify", "cat.jpg", "--checkpoint", "a.pth", "--mean", "1,2"], "'1,2' are no three numbers"),
+        (["classify", "cat.jpg", "--checkpoint", "a.pth", "--mean", "1,2"], "'1,2' are not three numbers"),
         (["classify", "cat.jpg", "--checkpoint", "a.pth", "--size", "10000000"], "--size or fewer images"),
         (["classify", "nowhere.jpg", "--checkpoint", "a.pth"], "there is no image nowhere.jpg"),
         (["classify", "nowhere.jpg", "--checkpoint", "a.pth", "--labels", "none.txt"], "none.txt: No such file"),
@@ -175,7 +175,7 @@ def test_info_tells_what_is_missing(run, monkeypatch):
         ({"cuda": {"built": True, "compiler": "nvcc 13", "architectures": ["sm_80"]}}, "by nvcc 13 for sm_80"),
         ({"cpu": {"built": False, "reason": "no compiler"}}, "not built: no compiler"),
         ("{half", "is damaged"),
-        (None, "there is no"),
+        (None, "does not exist"),
     ],
 )
 def test_info_about_the_build(run, monkeypatch, tmp_path, build_info, line):
@@ -236,7 +236,7 @@ def test_kornia_loads_its_own_checkpoints_only(tmp_path, weights):
     torch.save(model.state_dict(), tmp_path / "kornia.pth")
     loaded = zoo.load("kornia/xxs", checkpoint=tmp_path / "kornia.pth")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="does not fit kornia/xs"):
+    with pytest.raises(ValueError, match="do not fit kornia/xs"):
         zoo.load("kornia/xs", checkpoint=tmp_path / "kornia.pth")
     for name, checkpoint in (("own/xxs", tmp_path / "kornia.pth"), ("kornia/xxs", weights)):
         with pytest.raises(ValueError, match="Kornia"):
@@ -272,7 +272,7 @@ def test_logits_takes_what_models_return():
     ):
         assert zoo.logits(output) is value
     for output in ((), {"x": value}, None):
-        with pytest.raises(TypeError, match="there is no tensor"):
+        with pytest.raises(TypeError, match="contains no tensor"):
             zoo.logits(output)
 
 

@@ -124,11 +124,11 @@ LEFT = {
     ),
     "a norm with its own forward": (
         lambda: [nn.Conv2d(3, 8, 3), drawn(DoublingNorm(8)), nn.SiLU()],
-        {"1": "DoublingNorm may compute something else"},
+        {"1": "DoublingNorm is a subclassed or patched batch norm"},
     ),
     "a patched norm": (
         lambda: [nn.Conv2d(3, 8, 3), patched(drawn(nn.BatchNorm2d(8))), nn.SiLU()],
-        {"1": "BatchNorm2d may compute something else"},
+        {"1": "BatchNorm2d is a subclassed or patched batch norm"},
     ),
     "a norm of the batch": (
         lambda: [nn.Conv2d(3, 8, 3), untracked(nn.BatchNorm2d(8)), nn.SiLU()],
@@ -139,11 +139,11 @@ LEFT = {
     "a patched SiLU": (lambda: [nn.Conv2d(3, 8, 3), drawn(nn.BatchNorm2d(8)), patched(nn.SiLU())], {}),
     "a convolution with its own forward": (
         lambda: [Standardised(3, 8, 3), drawn(nn.BatchNorm2d(8)), nn.SiLU()],
-        {"0": "Standardised is no plain Conv2d"},
+        {"0": "Standardised is not a plain Conv2d"},
     ),
     "a patched convolution": (
         lambda: [patched(nn.Conv2d(3, 8, 3)), drawn(nn.BatchNorm2d(8)), nn.SiLU()],
-        {"0": "Conv2d is no plain Conv2d"},
+        {"0": "Conv2d is not a plain Conv2d"},
     ),
     "a padding mode": (
         lambda: [nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), drawn(nn.BatchNorm2d(8))],
@@ -232,7 +232,7 @@ IN_THE_NETWORK = {
     "a dropout of somebody's in the transformer": (
         lambda m: setattr(m.stages[2][1].transformer[0].mlp, "drop1", type("Dropout", (Doubled,), {})(nn.Identity())),
         "stages.2.1",
-        "only Dropout is known",
+        "only a Dropout is supported",
     ),
 }
 

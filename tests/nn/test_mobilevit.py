@@ -287,10 +287,10 @@ def test_dropout_follows_its_own_mode():
         (lambda: MobileViT("s", num_classes=2.5), "num_classes=2.5 is not a count"),
         (lambda: MobileViT("s", patch_size=(2, 0)), r"patch_size is \(2, 0\)"),
         (lambda: MobileViT("s", patch_size=(2, 2, 2)), r"patch_size is \(2, 2, 2\)"),
-        (lambda: MobileViT("s", dropout=1.5), "dropout=1.5 is no probability"),
-        (lambda: MobileViT("s", classifier_dropout=-0.1), "classifier_dropout=-0.1 is no probability"),
+        (lambda: MobileViT("s", dropout=1.5), "dropout=1.5 is not a probability"),
+        (lambda: MobileViT("s", classifier_dropout=-0.1), "classifier_dropout=-0.1 is not a probability"),
         (lambda: TransformerLayer(30), "dim=30 does not divide into num_heads=4"),
-        (lambda: TransformerLayer(32, dropout=2.0), "dropout=2.0 is no probability"),
+        (lambda: TransformerLayer(32, dropout=2.0), "dropout=2.0 is not a probability"),
         (lambda: MobileViTBlock(8, dim=16, depth=0), "depth=0"),
     ],
 )

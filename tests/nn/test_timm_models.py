@@ -94,7 +94,7 @@ def test_device_and_dtype(option):
         ({"global_pool": "nope"}, "global_pool='nope' is unknown; choose 'avg', 'max'"),
         ({"global_pool": ""}, "nothing to classify; give num_classes=0 too"),
         ({"output_stride": 5}, r"output_stride=5 is unknown; choose one of \(8, 16, 32\)"),
-        ({"drop_path_rate": 1.5}, "drop_path=1.5 is no probability"),
+        ({"drop_path_rate": 1.5}, "drop_path=1.5 is not a probability"),
     ],
 )
 def test_refused_options(option, message):
@@ -267,7 +267,7 @@ def test_forward_intermediates():
     assert [y.shape[1] for y in model.forward_intermediates(X, indices=2)[1]] == [80, 320]
     with pytest.raises(ValueError, match="output_fmt='NLC'"):
         model.forward_intermediates(X, output_fmt="NLC")
-    for indices, message in ((9, "no last 9 maps; take 1 to 6"), (0, "no last 0"), ([9], "no map 9; take -6 to 5")):
+    for indices, message in ((9, "last 9 maps were requested, of 6"), (0, "last 0"), ([9], "no map 9; take -6 to 5")):
         with pytest.raises(ValueError, match=message):
             model.forward_intermediates(X, indices=indices)
 

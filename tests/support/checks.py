@@ -99,7 +99,7 @@ def _draw(operator, sizes, dtype, path, layout, norm_dtype, gradients, seed) -> 
         try:
             ours = evaluate(lambda t: call(operator, t, settings, path), tensors, gradients, layout)
         except mvit_kernels.BackendError as refusal:
-            assert str(refusal).startswith(f"{operator}: backend {path!r} was asked for"), refusal
+            assert str(refusal).startswith(f"{operator}: backend {path!r} was requested"), refusal
             ours = evaluate(lambda t: call(operator, t, settings, None), tensors, gradients, layout)
             recorder = None
     if recorder is not None:

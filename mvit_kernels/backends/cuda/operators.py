@@ -43,11 +43,14 @@ def _patch_attention(call: Call) -> list[str]:
     if head_dim % 2 or head_dim > MAX_HEAD_DIM:
         reasons.append(f"heads of {head_dim} are not supported; even ones up to {MAX_HEAD_DIM} are")
     if tokens > MAX_TOKENS:
-        reasons.append(f"sequences of {tokens} tokens are too long; {MAX_TOKENS} go")
+        reasons.append(f"sequences of {tokens} tokens are too long; at most {MAX_TOKENS} are supported")
     elif call.needs_grad and tokens > MAX_TOKENS_WITH_GRADIENT:
-        reasons.append(f"sequences of {tokens} tokens are too long for a gradient; {MAX_TOKENS_WITH_GRADIENT} go")
+        reasons.append(
+            f"sequences of {tokens} tokens are too long for a gradient; at most {MAX_TOKENS_WITH_GRADIENT} are "
+            "supported"
+        )
     if strands > MAX_STRANDS:
-        reasons.append(f"{strands} heads of sequences are more than {MAX_STRANDS}")
+        reasons.append(f"{strands} sequences, counting each head; at most {MAX_STRANDS} are supported")
     return reasons
 
 
@@ -58,27 +61,27 @@ def _rows(call: Call, *tensors: str) -> list[str]:
     if not call.fact("contiguous"):
         reasons.append(f"{' or '.join(tensors)} is not contiguous; call .contiguous() first")
     if math.prod(call.shape[:-1]) > MAX_ROWS:
-        reasons.append(f"{math.prod(call.shape[:-1])} rows are more than {MAX_ROWS}")
+        reasons.append(f"{math.prod(call.shape[:-1])} rows; at most {MAX_ROWS} are supported")
     return reasons
 
 
 def _width(name: str, width: int) -> list[str]:
     if 0 < width <= MAX_WIDTH and width % 8 == 0:
         return []
-    return [f"{name} is {width}; a multiple of 8 is wanted"]
+    return [f"{name} is {width}; a positive multiple of 8, at most {MAX_WIDTH}, is wanted"]
 
 
 def _norm_width(width: int) -> list[str]:
     if width <= MAX_NORM_WIDTH:
         return []
-    return [f"rows of {width} are too wide to be normalised in registers; {MAX_NORM_WIDTH} go"]
+    return [f"rows of {width} are too wide to be normalised in registers; widths up to {MAX_NORM_WIDTH} are supported"]
 
 
 def _fits(needed: int) -> list[str]:
     available = gpu.limits().shared_bytes
     if needed <= available:
         return []
-    return [f"a block needs {needed} bytes of shared memory, and this GPU gives one {available}"]
+    return [f"a block needs {needed} bytes of shared memory; this GPU has {available} per block"]
 
 
 def _row_bytes(width: int) -> int:
@@ -133,11 +136,11 @@ def _transformer(call: Call) -> list[str]:
     if call.fact("num_heads") != HEADS:
         reasons.append(f"{call.fact('num_heads')} heads are not supported; {HEADS} are")
     if call.fact("hidden_features") == 0:
-        reasons.append("hidden_features is 0")
+        reasons.append("hidden_features is 0; at least 1 is wanted")
     images, height, width, d = call.shape
     ph, pw = call.fact("patch_size")
     if images * ph * pw > MAX_SEQUENCES:
-        reasons.append(f"{images * ph * pw} sequences are more than {MAX_SEQUENCES}")
+        reasons.append(f"{images * ph * pw} sequences; at most {MAX_SEQUENCES} are supported")
     # For one sequence: whether there is a plan does not depend on the number of images, and a trace must not either.
     plan = plan_transformer(d, call.fact("head_dim"), height // ph * (width // pw), 1, *gpu.limits())
     return [*reasons, plan] if isinstance(plan, str) else reasons

@@ -93,8 +93,8 @@ def plan_transformer(
     warps = max(1, -(-tokens // (16 * tiles)))
     if warps > MOST_WARPS:
         return (
-            f"sequences of {tokens} tokens are too long for one launch; up to {16 * tiles * MOST_WARPS} go for rows of "
-            f"{width}"
+            f"sequences of {tokens} tokens are too long for one launch; up to {16 * tiles * MOST_WARPS} tokens are "
+            f"supported for rows of {width}"
         )
     layout = Layout(width, head_dim)
     most = MOST_WARPS // warps
@@ -102,8 +102,8 @@ def plan_transformer(
         most -= 1
     if most == 0:
         return (
-            f"a sequence of {tokens} tokens needs {layout.shared_bytes(warps * 16 * tiles)} bytes of shared memory, "
-            f"and this GPU gives a block {shared_bytes}"
+            f"a sequence of {tokens} tokens needs {layout.shared_bytes(warps * 16 * tiles)} bytes of shared memory; "
+            f"this GPU has {shared_bytes} per block"
         )
     # Not so many sequences a block that multiprocessors are left idle.
     return TransformerPlan(tiles, max(1, min(most, -(-sequences // processors))))

@@ -22,21 +22,24 @@ def _row_wise(call: Call, *tensors: str) -> list[str]:
     for side in call.shape[:-1]:
         rows *= side
     if rows > MAX_ROWS:
-        reasons.append(f"{rows} rows are more than {MAX_ROWS}")
+        reasons.append(f"{rows} rows; at most {MAX_ROWS} are supported")
     if call.shape[-1] == 0:
-        reasons.append("rows have no elements")
+        reasons.append("the width of x is 0; at least 1 is wanted")
     return reasons
 
 
 def _norm_rows(call: Call) -> list[str]:
     reasons = _row_wise(call, "x")
     if call.shape[-1] > MAX_WIDTH:
-        reasons.append(f"rows of {call.shape[-1]} are too wide to be normalised in registers; {MAX_WIDTH} go")
+        reasons.append(
+            f"rows of {call.shape[-1]} are too wide to be normalised in registers; widths up to {MAX_WIDTH} are "
+            "supported"
+        )
     return reasons
 
 
 def _features(call: Call, name: str) -> list[str]:
-    return [] if call.fact(name) else [f"{name} is 0"]
+    return [] if call.fact(name) else [f"{name} is 0; at least 1 is wanted"]
 
 
 def _layer_norm_linear(call: Call) -> list[str]:
@@ -56,16 +59,16 @@ def _patch_attention(call: Call) -> list[str]:
     if not call.fact("dense_rows"):
         reasons.append("the channels of qkv are not adjacent in memory; call .contiguous() first")
     if call.fact("head_dim") > MAX_HEAD_DIM:
-        reasons.append(f"heads of {call.fact('head_dim')} are too wide; {MAX_HEAD_DIM} go")
+        reasons.append(f"heads of {call.fact('head_dim')} are too wide; up to {MAX_HEAD_DIM} are supported")
     return reasons
 
 
 def _transformer_layer(call: Call) -> list[str]:
     reasons = _norm_rows(call) + _features(call, "hidden_features")
     if call.fact("head_dim") > MAX_HEAD_DIM:
-        reasons.append(f"heads of {call.fact('head_dim')} are too wide; {MAX_HEAD_DIM} go")
+        reasons.append(f"heads of {call.fact('head_dim')} are too wide; up to {MAX_HEAD_DIM} are supported")
     if call.fact("inner_dropout"):
-        reasons.append("dropout on attention weights or after SiLU is live")
+        reasons.append("dropout on attention weights or after SiLU is active, and is not fused")
     return reasons
 
 

@@ -145,7 +145,7 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
             torch.cuda.empty_cache()
         right &= not any(_is_wrong(one) for one in rows)
         took.append((case.cost, context.clock() - context.compiled - start))
-    context.progress(f"{name}: {len(took)} cases in {path}; {left_out} left out, for which the budget has no room")
+    context.progress(f"{name}: {len(took)} cases in {path}; {left_out} skipped, which did not fit into the budget")
     return right
 
 

@@ -142,7 +142,9 @@ def mobile(device: str) -> list[Case]:
     """MobileViT compared with MobileNetV2, by the paper's protocol."""
     subject = {"subject": "protocol", "mode": "inference", "batch": 1, "dtype": "float32", "backend": "auto"}
     subject |= {"stage": "", "size": "", "tokens": "", "sequence": ""}
-    return [Case("100 runs at batch 1, float32, beside MobileNetV2", subject, sum(GFLOP.values()), _measure_mobile)]
+    return [
+        Case("100 runs at batch 1, float32, compared with MobileNetV2", subject, sum(GFLOP.values()), _measure_mobile)
+    ]
 
 
 def _case(setting: Setting, device: str) -> Case:

@@ -168,13 +168,13 @@ def test_serves_wide_rows(side):
         (dict(shape=(1, 32, 32, 144), heads=2, head_dim=36), "2 heads are not supported; 4 are"),
         (
             dict(shape=(1, 34, 32, 144)),
-            "sequences of 272 tokens are too long for one launch; up to 256 go for rows of 144",
+            "sequences of 272 tokens are too long for one launch; up to 256 tokens are supported for rows of 144",
         ),
         (
             dict(shape=(1, 32, 32, 240)),
-            "sequences of 256 tokens are too long for one launch; up to 128 go for rows of 240",
+            "sequences of 256 tokens are too long for one launch; up to 128 tokens are supported for rows of 240",
         ),
-        (dict(shape=(2**29, 4, 4, 144)), "2147483648 sequences are more than 2147483647"),
+        (dict(shape=(2**29, 4, 4, 144)), "2147483648 sequences; at most 2147483647 are supported"),
     ],
     ids=str,
 )
@@ -185,7 +185,7 @@ def test_refuses(case, says):
 def test_refuses_what_does_not_fit_in_shared_memory(monkeypatch):
     monkeypatch.setattr(gpu, "limits", lambda: gpu.Limits(58, 101_376))  # 8.6, 8.9 and 12.0
     assert ask((1, 32, 32, 144)) == [
-        "a sequence of 256 tokens needs 164096 bytes of shared memory, and this GPU gives a block 101376"
+        "a sequence of 256 tokens needs 164096 bytes of shared memory; this GPU has 101376 per block"
     ]
     assert ask((1, 32, 32, 64)) == [] and ask((1, 16, 16, 144)) == []
 

@@ -200,13 +200,19 @@ def test_predicates_say_why(monkeypatch):
     assert reasons("patch_attention", **long) == "" == reasons("patch_attention", **long, needs_grad=True)
     long = dict(shape=(2, 130, 260, 120))
     assert reasons("patch_attention", **long) == ""
-    assert "8450 tokens are too long for a gradient; 4096" in reasons("patch_attention", **long, needs_grad=True)
-    assert "tokens are too long; 65535 go" in reasons("patch_attention", shape=(1, 512, 513, 120))
-    assert "are more than 2147483647" in reasons("patch_attention", shape=(2**29, 2, 2, 120))
-    assert "the width of x is 42; a multiple of 8 is wanted" in reasons("layer_norm_linear", shape=(2, 42))
-    assert "out_features is 12; a multiple of 8" in reasons("layer_norm_linear", n=12)
+    assert "8450 tokens are too long for a gradient; at most 4096 are supported" in reasons(
+        "patch_attention", **long, needs_grad=True
+    )
+    assert "tokens are too long; at most 65535 are supported" in reasons("patch_attention", shape=(1, 512, 513, 120))
+    assert "sequences, counting each head; at most 2147483647 are supported" in reasons(
+        "patch_attention", shape=(2**29, 2, 2, 120)
+    )
+    assert "the width of x is 42; a positive multiple of 8, at most 1048568, is wanted" in reasons(
+        "layer_norm_linear", shape=(2, 42)
+    )
+    assert "out_features is 12; a positive multiple of 8" in reasons("layer_norm_linear", n=12)
     assert "rows of 264 are too wide to be normalised" in reasons("layer_norm_mlp", shape=(2, 264))
-    assert "needs 107264 bytes of shared memory, and this GPU gives one 101376" in reasons(
+    assert "needs 107264 bytes of shared memory; this GPU has 101376 per block" in reasons(
         "layer_norm_mlp", shape=(2, 240)
     )
-    assert "2147483648 rows are more than 2147483647" in reasons("linear_residual", shape=(2**31, 40))
+    assert "2147483648 rows; at most 2147483647 are supported" in reasons("linear_residual", shape=(2**31, 40))

@@ -50,17 +50,17 @@ REFUSED = [
     ("linear_residual", dict(contiguous=False), "x or residual is not contiguous"),
     ("layer_norm_mlp", dict(contiguous=False), "x is not contiguous"),
     ("patch_attention", dict(dense_rows=False), "channels of qkv are not adjacent"),
-    ("patch_attention", dict(head_dim=257), "heads of 257 are too wide; 256 go"),
+    ("patch_attention", dict(head_dim=257), "heads of 257 are too wide; up to 256 are supported"),
     ("layer_norm_linear", dict(shape=(4, 513)), "rows of 513 are too wide"),
     ("layer_norm_mlp", dict(shape=(4, 513)), "rows of 513 are too wide"),
-    ("linear_residual", dict(shape=(2**16, 2**15, 24)), "2147483648 rows are more than"),
-    ("linear_residual", dict(shape=(4, 0)), "rows have no elements"),
+    ("linear_residual", dict(shape=(2**16, 2**15, 24)), "2147483648 rows; at most"),
+    ("linear_residual", dict(shape=(4, 0)), "the width of x is 0; at least 1"),
     ("linear_residual", dict(out_features=0), "out_features is 0"),
     ("layer_norm_mlp", dict(hidden_features=0), "hidden_features is 0"),
     ("transformer_layer", dict(shape=(1, 4, 4, 513)), "rows of 513 are too wide"),
     ("transformer_layer", dict(contiguous=False), "x is not contiguous"),
     ("transformer_layer", dict(head_dim=257), "heads of 257 are too wide"),
-    ("transformer_layer", dict(inner_dropout=True), "dropout on attention weights or after SiLU is live"),
+    ("transformer_layer", dict(inner_dropout=True), "dropout on attention weights or after SiLU is active"),
 ]
 
 
