@@ -261,6 +261,7 @@ _LONG = (128, 64, 8, 2)  # 16-bit, from 128 tokens on, where there are many quer
 _MANY = 128 * 128  # enough for a program on each of 128 SMs
 # 32 + 16 columns on 10.x, unless `_LONG`: 64 keys spill 24 bytes (Triton 3.9), 32 spill 8 (3.8), 16 none.
 _FEW_BLACKWELL = 16
+_FEW_12 = 32  # 32 columns on 12.0, unless `_LONG`: 64 keys spill 8 bytes with Triton 3.8
 # Backward with all queries on chip, by columns: for up to 64 tokens, and up to 256; keys per step, warps, stages.
 _WHOLE = {32: ((64, 4, 1), (32, 8, 1)), 64: ((64, 8, 1), (16, 8, 1))}
 _WHOLE_AMPERE = 32  # 32 + 16 columns on 8.x: 16 keys spill 8 bytes there and 32 none; on 12.0 it is the other way round
@@ -285,6 +286,8 @@ def _plan(device, dtype, kind, arch, where: Geometry, many: bool):
         BM, BN, warps, stages = _LONG
     elif D1 and kind == "half" and 100 <= arch < 120:
         BN = _FEW_BLACKWELL
+    elif D0 + D1 == 32 and kind == "half" and arch >= 120:
+        BN = _FEW_12
     BM, BN = (min(block, max(next_power_of_2(N), 16)) for block in (BM, BN))
     constants = (*where, D0, D1, BM, BN, "ieee" if kind == "ieee" else "tf32")
     return Plan(_forward, constants, num_warps=warps, num_stages=stages), ceil_div(N, BM)
