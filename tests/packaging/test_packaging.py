@@ -374,11 +374,11 @@ def fake_torchvision(folder: Path, body: str) -> None:
 
 TELL = """
 import sys, torch
-from mvit_kernels import third_party
+import mvit_kernels
 declared = lambda: hasattr(torch.ops.torchvision, "nms")
 try:
-    third_party.prepare_torchvision()
-    third_party.prepare_torchvision()
+    mvit_kernels.prepare_torchvision()
+    mvit_kernels.prepare_torchvision()
 except RuntimeError as error:
     print("raised:", error)
 print("torchvision" in sys.modules, declared())
