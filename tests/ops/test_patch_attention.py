@@ -198,13 +198,14 @@ def test_a_whole_map_patch_size_of_one_is_ordinary_attention(path):
 def test_one_token_a_sequence_is_its_value(path):
     """And its score, which has no influence, gets a gradient of exactly 0."""
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(2, 2, 2, 1200, generator=generator).to(plain_dtype(path)).requires_grad_(path != "raw")
+    inner = 4 * (50 if path == "cuda" else 100)  # CUDA C++ has heads of up to 64
+    qkv = torch.randn(2, 2, 2, 3 * inner, generator=generator).to(plain_dtype(path)).requires_grad_(path != "raw")
     out = call(OP, {"qkv": qkv}, {"num_heads": 4, "patch_size": (2, 2), "scale": None}, path)
-    assert torch.equal(out, qkv[..., 800:])
+    assert torch.equal(out, qkv[..., 2 * inner :])
     if path in ("cpu", "triton"):  # else it is what PyTorch's fused attention gives, or a 16-bit result's rounding
         grad = torch.randn(out.shape, generator=generator).to(out.dtype)
         (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
-        assert not grad_qkv[..., :800].any() and torch.equal(grad_qkv[..., 800:], grad)
+        assert not grad_qkv[..., : 2 * inner].any() and torch.equal(grad_qkv[..., 2 * inner :], grad)
 
 
 @pytest.mark.parametrize("path", PATHS)
