@@ -11,17 +11,15 @@ instructions the listing has.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from gates import table
 from support import ROOT
 from support.cuda_sources import Source, cuda_sources
 
@@ -96,31 +94,19 @@ def compiled(source: Source, arch: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
+    parser = table.parser(__doc__, ARCHITECTURES)
     parser.add_argument("--only", default="", help="of sources that have this in their name")
-    parser.add_argument("--dry", action="store_true", help="print, and write no table")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     nvcc = nvcc_version()
     sources = [source for source in cuda_sources() if arguments.only in source.name]
     work = [(source, arch) for arch in arguments.arch for source in sources]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = list(pool.map(lambda job: rows(compiled(*job), job[1], nvcc), work))
-    table = {(row["kernel"], row["arch"]): row for some in found for row in some}
+        done = list(pool.map(lambda job: rows(compiled(*job), job[1], nvcc), work))
+    found = {(row["kernel"], row["arch"]): row for some in done for row in some}
     if arguments.only and not arguments.dry:  # the other kernels' rows stay
         with TABLE.open(newline="") as file:
-            table = {(row["kernel"], int(row["arch"])): row for row in csv.DictReader(file)} | table
-    table = [table[key] for key in sorted(table)]
-    if arguments.dry:
-        for row in table:
-            print(*row.values(), sep=" | ")
-        return
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    print(f"{TABLE}: {len(table)} rows", file=sys.stderr)
+            found = {(row["kernel"], int(row["arch"])): row for row in csv.DictReader(file)} | found
+    table.publish((found[key] for key in sorted(found)), TABLE, COLUMNS, dry=arguments.dry)
 
 
 if __name__ == "__main__":

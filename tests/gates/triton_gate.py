@@ -12,12 +12,8 @@ spills go), shared memory, and which tensor-core instructions were emitted.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from gates import table
 from support import TESTS
 
 TABLE = TESTS / "data" / "triton_gate.csv"
@@ -212,25 +209,13 @@ def sort_key(row: dict[str, object]) -> tuple:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
+    parser = table.parser(__doc__, ARCHITECTURES)
     parser.add_argument("--only", type=lambda text: set(text.split(",")))
-    parser.add_argument("--dry", action="store_true", help="print, and write no table")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.jobs) as pool:
         jobs = [pool.submit(rows, arch, arguments.only, (i, 8)) for arch in arguments.arch for i in range(8)]
-        table = sorted((row for job in jobs for row in job.result()), key=sort_key)
-    if arguments.dry:
-        for row in table:
-            print(*row.values(), sep=" | ")
-        return
-    TABLE.parent.mkdir(exist_ok=True)
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    print(f"{TABLE}: {len(table)} rows", file=sys.stderr)
+        found = sorted((row for job in jobs for row in job.result()), key=sort_key)
+    table.publish(found, TABLE, COLUMNS, dry=arguments.dry)
 
 
 if __name__ == "__main__":
