@@ -19,9 +19,11 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * value else rounded + divisor
 
+_ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, None: nn.Identity}
+
 
 class ConvNormAct(nn.Module):
-    """A bias-free convolution that preserves the map's size at stride 1, then batch norm, then SiLU.
+    """A bias-free convolution that preserves the map's size at stride 1, then batch norm, then an activation.
 
     Example:
         >>> ConvNormAct(3, 16, kernel_size=3, stride=2)(torch.rand(1, 3, 256, 256)).shape
@@ -31,7 +33,7 @@ class ConvNormAct(nn.Module):
         in_channels, out_channels: channels of the input and of the output.
         kernel_size: odd; the map is padded by `dilation * (kernel_size - 1) // 2`.
         stride, dilation, groups: as in `torch.nn.Conv2d`.
-        activation: whether SiLU follows the norm.
+        activation: "silu", "relu" (in the heads of detection and segmentation), or None.
 
     Shapes: `(B, in_channels, H, W)` to `(B, out_channels, ceil(H / stride), ceil(W / stride))`, in the parameters'
     floating dtype.
@@ -46,7 +48,7 @@ class ConvNormAct(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
-        activation: bool = True,
+        activation: str | None = "silu",
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
@@ -60,7 +62,7 @@ class ConvNormAct(nn.Module):
             bias=False,
         )
         self.norm = nn.BatchNorm2d(out_channels)
-        self.act = nn.SiLU() if activation else nn.Identity()
+        self.act = _ACTIVATIONS[activation]()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -142,7 +144,7 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and in_channels == out_channels
         self.expand = ConvNormAct(in_channels, hidden)
         self.depthwise = ConvNormAct(hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden)
-        self.project = ConvNormAct(hidden, out_channels, activation=False)
+        self.project = ConvNormAct(hidden, out_channels, activation=None)
         self.drop_path = DropPath(drop_path if self.residual else 0.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
