@@ -19,6 +19,7 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * value else rounded + divisor
 
+
 _ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, None: nn.Identity}
 
 
