@@ -30,6 +30,8 @@ _EXPORTS = {
     "load_checkpoint": "checkpoints",
     "convert_state_dict": "checkpoints",
     "MobileViT": "nn",
+    "MobileViTDeepLabV3": "nn",
+    "MobileViTSSDLite": "nn",
     "use_backend": "backends",
     "BackendError": "backends",
     "layer_norm": "ops",
@@ -42,6 +44,7 @@ _EXPORTS = {
     "transformer_layer": "ops",
     "TransformerLayerWeights": "ops",
     "LayerDropout": "dropout",
+    "MultiScaleSampler": "training.sampler",
     "prepare_torchvision": "_utils.third_party",
 }
 
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
     from .checkpoints import convert_state_dict, load_checkpoint
     from .dropout import LayerDropout
     from .freezing import freeze
-    from .nn import MobileViT
+    from .nn import MobileViT, MobileViTDeepLabV3, MobileViTSSDLite
     from .ops import (
         TransformerLayerWeights,
         inverted_residual,
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
         transformer,
         transformer_layer,
     )
+    from .training.sampler import MultiScaleSampler
     from .verification import VerificationReport, verify
 
 

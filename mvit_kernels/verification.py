@@ -327,8 +327,11 @@ def _is_one_batch(example: Any) -> bool:
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """The floating tensors of a model's output by name: "output", or e.g. "output.logits" for Hugging Face."""
+    """The floating tensors of a model's output by name: "output", or e.g. "output.logits" of Hugging Face's classes and
+    of a named tuple."""
     if isinstance(output, Tensor):
         return {"output": output}
+    if hasattr(output, "_asdict"):
+        output = output._asdict()
     items = output.items() if isinstance(output, Mapping) else enumerate(output)
     return {f"output.{key}": value for key, value in items if isinstance(value, Tensor) and value.is_floating_point()}

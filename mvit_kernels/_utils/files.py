@@ -54,7 +54,15 @@ def _finite(data: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    data = text.encode("utf-8", "backslashreplace")  # file names may contain bytes that are not UTF-8
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # file names may contain bytes that are not UTF-8
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` atomically.
+
+    Raises:
+        OSError: the file cannot be written; the error names it.
+    """
     try:
         if is_special(path):  # never replaced, and it cannot keep a partial file
             path.write_bytes(data)

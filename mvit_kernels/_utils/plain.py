@@ -68,6 +68,20 @@ def is_silu(module: nn.Module | None) -> bool:
     ) and not module._parameters  # not a Swish with a learned slope
 
 
+def activation_kind(module: nn.Module | None) -> str | None:
+    """The activation that `module` is known to compute, "silu" or "relu"; None for any other module."""
+    if is_silu(module):
+        return "silu"
+    if _is_exactly(module, nn.ReLU) or is_own(module, "cvnets", "ReLU") or is_plain(module, nn.ReLU):
+        return "relu"
+    return None
+
+
+def is_global_mean(module: nn.Module | None) -> bool:
+    """Whether `module` takes the mean over a map and keeps its axes: ``nn.AdaptiveAvgPool2d(1)``."""
+    return is_plain(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1])
+
+
 def is_identity(module: nn.Module | None) -> bool:
     """Whether `module` is an identity, in training and in evaluation."""
     return _is_exactly(module, nn.Identity) or is_own(module, "cvnets", "Identity") or is_plain(module, nn.Identity)

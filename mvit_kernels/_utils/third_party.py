@@ -52,6 +52,11 @@ def import_timm() -> ModuleType:
     return _import("timm", extra="timm", through_torchvision=True)
 
 
+def import_torchvision() -> ModuleType:
+    """torchvision, or an ImportError that says what to install."""
+    return _import("torchvision", extra="train", through_torchvision=True)
+
+
 def import_transformers() -> ModuleType:
     """Hugging Face transformers, or an ImportError that says what to install."""
     return _import("transformers", extra="huggingface", through_torchvision=True)
@@ -60,6 +65,11 @@ def import_transformers() -> ModuleType:
 def import_kornia() -> ModuleType:
     """Kornia, or an ImportError that says what to install."""
     return _import("kornia", extra="kornia", through_torchvision=False)
+
+
+def import_torchmetrics() -> ModuleType:
+    """torchmetrics, or an ImportError that says what to install."""
+    return _import("torchmetrics", extra="train", through_torchvision=True)
 
 
 def import_onnxscript() -> ModuleType:

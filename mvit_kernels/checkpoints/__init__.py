@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strict conversion of state dicts between timm, Hugging Face, cvnets and this package.
 
-The table of names is in `mvit_kernels.checkpoints.keys`. A state dict is first read into this package's names ("own")
+The table of names is in `mvit_kernels.checkpoints.table`. A state dict is first read into this package's names ("own")
 and then written in the target's.
 """
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .._utils.text import some
 from .files import read_file
-from .keys import AVERAGED, LAYOUTS, Keys, is_counter, is_stem, network, read_keys
+from .keys import AVERAGED, Keys, is_counter, is_stem, read_keys
+from .table import CHILD, HEADS, LAYOUTS, Head, head_keys, network
 
 __all__ = ["convert_state_dict", "load_checkpoint"]
 
@@ -39,10 +40,11 @@ def convert_state_dict(state_dict: Mapping[str, Any], to: Layout) -> dict[str, T
 
     Args:
         state_dict: state dict of a timm, Hugging Face, cvnets or own MobileViT of any width, with or without the
-            classifier; or a training checkpoint that contains one, as for `load_checkpoint`. A prefix common to the
-            network's keys is removed.
+            classifier, or of a network for segmentation or detection with MobileViT in it; or a training checkpoint
+            that contains one, as for `load_checkpoint`. A prefix common to the network's keys is removed.
         to: "own", "timm", "huggingface" or "cvnets". Hugging Face's keys are those of
-            `MobileViTForImageClassification` if there is a classifier, otherwise those of the bare `MobileViTModel`.
+            `MobileViTForImageClassification` if there is a classifier, those of `MobileViTForSemanticSegmentation` if
+            there is its head, otherwise those of the bare `MobileViTModel`.
 
     Returns:
         A new dict in the network's order. It shares the tensors of `state_dict`, except Hugging Face's query, key and
@@ -51,8 +53,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], to: Layout) -> dict[str, T
     Raises:
         TypeError: `state_dict` is not a mapping of names to tensors.
         ValueError: an unknown layout; keys that match no layout (the message names the nearest layout and the first
-            keys that differ); additional keys, such as a segmentation head's, which other layouts have no place for;
-            missing stages; Kornia's network.
+            keys that differ); additional keys, and a head that the other layout has no place for, as timm for
+            segmentation; missing stages; Kornia's network.
     """
     if to not in LAYOUTS:
         raise ValueError(f"convert_state_dict: to={to!r} is unknown; choose one of {', '.join(LAYOUTS)}")
@@ -62,15 +64,22 @@ def convert_state_dict(state_dict: Mapping[str, Any], to: Layout) -> dict[str, T
     _refuse_extra(keys, what)
     _tell(what, keys, keys.aside, remarks)
     if _LAST_OF_STAGES not in keys.found:
-        raise ValueError(f"{what} ends at {list(keys.found)[-1]!r}; all five stages are wanted")
-    table = network(to)
+        last = [key for key in keys.found if key in network(to)][-1]
+        raise ValueError(f"{what} ends at {last!r}; all five stages are wanted")
+    table = dict(network(to))
+    if keys.head:
+        table.update(_head_in(keys.head, to, what))
     converted: dict[str, Tensor] = {}
     for own, tensor in _own_tensors(state_dict, keys, what).items():
         converted.update(_split(tensor, table[own], what))
-    if to == "huggingface" and "classifier.weight" in converted:
-        # The task model holds the network as `mobilevit`, beside its classifier.
-        return {key if key.startswith("classifier.") else f"mobilevit.{key}": t for key, t in converted.items()}
-    return converted
+    if to == "huggingface" and "classifier.weight" in keys.found:
+        beside = {"classifier.weight", "classifier.bias"}
+    elif keys.head:
+        beside = {name for names in head_keys(keys.head, to).values() for name in names}
+    else:
+        return converted
+    # A model for a task holds the network as a child, beside the head.
+    return {key if key in beside else CHILD[to] + key: tensor for key, tensor in converted.items()}
 
 
 def load_checkpoint(
@@ -83,10 +92,13 @@ def load_checkpoint(
 
     Example:
         >>> model = load_checkpoint(timm.create_model("mobilevit_xxs", num_classes=21), "land_use21.pth")
+        >>> detector = MobileViTSSDLite("s", num_classes=9)
+        >>> load_checkpoint(detector.backbone, "mobilevit_s.pth")  # of a classifier: all but its last two layers
 
     Args:
         model: a timm, Hugging Face, cvnets or own MobileViT, accelerated or not, also under DDP,
-            `torch.compile` or timm's `features_only`. It keeps its dtype and device.
+            `torch.compile` or timm's `features_only`; or a network for segmentation or detection, such as
+            `MobileViTDeepLabV3`. It keeps its dtype and device.
         path_or_state_dict: path of a file written by `torch.save` or in safetensors format, or a state dict. Files of
             `torch.save` are only ever read with `weights_only=True`; objects that training scripts save beside the
             weights are replaced by inert stand-ins. The network is found anywhere in a training checkpoint: averaged
@@ -101,8 +113,9 @@ def load_checkpoint(
     are several.
 
     A checkpoint may contain more than the model: a classifier is dropped if the model has none (`num_classes=0`,
-    Hugging Face's `MobileViTModel`), and so are layers after the last one of a backbone. The head of another task is
-    loaded only into a model that has it under the same names.
+    Hugging Face's `MobileViTModel`), and so are layers after the last one of a backbone, and the head of a network for
+    segmentation or detection if the model is a backbone. The log tells. Any other head is loaded only into a model that
+    has it under the same names.
 
     Returns:
         `model`, loaded in place.
@@ -135,10 +148,18 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, what: str, flip_stem_cha
     state_dict, remarks = checkpoint
     current = model.state_dict()
     source = read_keys(state_dict, what)
-    values = _fit(state_dict, source, current, type(model).__name__, flip_stem_channels, what)
+    target = read_keys(current, f"load_checkpoint: the model ({type(model).__name__})")
+    values = _fit(state_dict, source, current, target, type(model).__name__, flip_stem_channels, what)
     _check_values(values, current, what)
     model.load_state_dict(values)
     _tell(what, source, [key for key in source.aside if key not in values], remarks)
+    dropped = [own for own in source.found if own not in target.found and not is_counter(own)]
+    head = source.head
+    if head and not target.head:
+        logger.warning("%s also has the head of %s, for %s, which is left out", what, head.name, head.task)
+    rest = [name for own in dropped if own in network(source.layout) for name in source.found[own]]
+    if rest:
+        logger.info("%s also has %s, which the model does not have", what, some(rest))
 
 
 def _tell(what: str, keys: Keys, aside: list[str], remarks: list[str]) -> None:
@@ -155,12 +176,12 @@ def _fit(
     state_dict: dict[str, Tensor],
     source: Keys,
     current: Mapping[str, Tensor],
+    target: Keys,
     model: str,
     flip_stem_channels: bool,
     what: str,
 ) -> dict[str, Tensor]:
     """A tensor of the checkpoint, of the right shape, for each key of the model's state dict `current`."""
-    target = read_keys(current, f"load_checkpoint: the model ({model})")
     own = _own_tensors(state_dict, source, what)
     if flip_stem_channels:
         stem = own["stem.conv.weight"]
@@ -181,22 +202,40 @@ def _fit(
 
     lacking = [key for key in current if key not in values]
     if lacking:
-        if beside.issuperset(lacking):
-            child = _where(current, target)
+        if target.head:
+            beside.update(name for own in head_keys(target.head, target.layout) for name in target.found.get(own, ()))
+        child = _where(current, target)
+        if beside.issuperset(lacking) and child:
+            advice = f"load the network alone: load_checkpoint(model.{child}, ...)"
+        elif beside.issuperset(lacking):
+            advice = "remove them from the model"
+        elif source.head:
             advice = (
-                f"load the network alone: load_checkpoint(model.{child}, ...)"
-                if child
-                else "remove them from the model"
+                "such a network has neither the last convolution nor the classifier: load it into the backbone of one "
+                "for that task, or set model.final_conv = torch.nn.Identity() in a MobileViT with num_classes=0 before "
+                "(Hugging Face: MobileViTModel(config, expand_output=False))"
             )
         else:
             advice = "build the model without a classifier (num_classes=0; Hugging Face: MobileViTModel)"
-        raise ValueError(f"{what} has no {some(lacking)}, which the model ({model}) has; {advice}")
+        task = f", of {source.head.name} for {source.head.task}," if source.head else ""
+        raise ValueError(f"{what}{task} has no {some(lacking)}, which the model ({model}) has; {advice}")
     wrong = [key for key in current if values[key].shape != current[key].shape]
     if wrong:
         shapes = [f"{key} is {tuple(values[key].shape)}, in the model {tuple(current[key].shape)}" for key in wrong]
-        advice = _shape_advice(own, _own_tensors(current, target, what))
+        advice = _shape_advice(own, _own_tensors(current, target, what), _where(current, target))
         raise ValueError(f"{what} does not fit the model ({model}): {some(shapes, 3)}. {advice}")
     return values
+
+
+def _head_in(head: Head, layout: str, what: str) -> dict[str, tuple[str, ...]]:
+    """The head's keys in `layout`, which must have it."""
+    keys = head_keys(head, layout)
+    if not keys:
+        raise ValueError(
+            f"{what} is {head.name}, for {head.task}, which {layout}'s layout does not have (only "
+            f"{', '.join(head.layouts)}); to convert the network alone, remove the head's keys"
+        )
+    return keys
 
 
 def _where(state_dict: Mapping[str, Tensor], keys: Keys) -> str:
@@ -238,7 +277,7 @@ def _refuse_extra(keys: Keys, what: str) -> None:
 VARIANT_OF_WIDTH = {96: "xxs", 144: "xs", 240: "s"}  # the transformer's width in the last stage
 
 
-def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> str:
+def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor], child: str) -> str:
     """An explanation of the shapes that differ between checkpoint and model, and what to do about it."""
     width = "stages.4.1.norm.weight"
     source, target = (
@@ -254,6 +293,16 @@ def _shape_advice(own: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> s
             f"The checkpoint has {classes} classes: build the model with as many (num_classes={classes}; "
             f"Hugging Face: num_labels={classes}), or without a classifier to take the rest"
         )
+    for head in HEADS:
+        if differ and differ <= head_keys(head, "own").keys():
+            theirs, ours = (head.classes(tensors) for tensors in (own, current))
+            if theirs == ours or not theirs or not ours:
+                return f"The heads differ in more than the classes: build the model as published for {head.name}"
+            return (
+                f"The checkpoint has {theirs} classes, the model {ours}: build the model with as many "
+                f"(num_classes={theirs}; Hugging Face: num_labels={theirs}), or load the network alone: "
+                f"load_checkpoint(model.{child}, ...)"
+            )
     if differ == {"stem.conv.weight"}:
         return "The images' channels differ: build the model with as many input channels as the checkpoint has"
     advice = "Build the model with the checkpoint's widths"

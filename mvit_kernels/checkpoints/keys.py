@@ -1,68 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names that timm, Hugging Face, cvnets and this package give to the parameters of the same network."""
+"""Where the network is among the keys of a state dict: its layout, its prefix, and the task of its head."""
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from .._utils.text import some
-
-LAYOUTS = ("own", "timm", "huggingface", "cvnets")
-
-# The key table. Each row: kind of layer, then its name in
-#                    own            timm           huggingface    cvnets
-_STEM = (("conv+norm", "stem", "stem", "conv_stem", "conv_1"),)
-_INVERTED_RESIDUAL = (
-    ("conv+norm", "expand", "conv1_1x1", "expand_1x1", "exp_1x1"),
-    ("conv+norm", "depthwise", "conv2_kxk", "conv_3x3", "conv_3x3"),
-    ("conv+norm", "project", "conv3_1x1", "reduce_1x1", "red_1x1"),
-)
-_BLOCK_IN = (
-    ("conv+norm", "conv_local", "conv_kxk", "conv_kxk", "local_rep.conv_3x3"),
-    ("conv", "conv_in", "conv_1x1", "conv_1x1.convolution", "local_rep.conv_1x1.block.conv"),
-)
-_LAYER = (
-    ("affine", "norm1", "norm1", "layernorm_before", "pre_norm_mha.0"),
-    ("qkv", "qkv", "attn.qkv", "attention.attention", "pre_norm_mha.1.qkv_proj"),
-    ("affine", "proj", "attn.proj", "attention.output.dense", "pre_norm_mha.1.out_proj"),
-    ("affine", "norm2", "norm2", "layernorm_after", "pre_norm_ffn.0"),
-    ("affine", "fc1", "mlp.fc1", "intermediate.dense", "pre_norm_ffn.1"),
-    ("affine", "fc2", "mlp.fc2", "output.dense", "pre_norm_ffn.4"),
-)
-_BLOCK_OUT = (
-    ("affine", "norm", "norm", "layernorm", "global_rep.{depth}"),
-    ("conv+norm", "conv_out", "conv_proj", "conv_projection", "conv_proj"),
-    ("conv+norm", "conv_fusion", "conv_fusion", "fusion", "fusion"),
-)
-_FINAL_CONV = (("conv+norm", "final_conv", "final_conv", "conv_1x1_exp", "conv_1x1_exp"),)
-_CLASSIFIER = (("affine", "classifier", "head.fc", "classifier", "classifier.fc"),)
-
-# Names of the two parts of "conv+norm" in each layout.
-_CONV_NORM = (
-    ("conv", "norm"),
-    ("conv", "bn"),
-    ("convolution", "normalization"),
-    ("block.conv", "block.norm"),
-)
-_BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-# Prefixes of the rows: stage s, block i and layer j count from 0, cvnets' stage k from 1.
-_TOP = ("", "", "", "")
-_RESIDUAL = ("stages.{s}.{i}.", "stages.{s}.{i}.", "encoder.layer.{s}.layer.{i}.", "layer_{k}.{i}.block.")
-_DOWNSAMPLE = (
-    "stages.{s}.0.",
-    "stages.{s}.0.",
-    "encoder.layer.{s}.downsampling_layer.",
-    "layer_{k}.0.block.",
-)
-_BLOCK = ("stages.{s}.1.", "stages.{s}.1.", "encoder.layer.{s}.", "layer_{k}.1.")
-_IN_BLOCK = ("transformer.{j}.", "transformer.{j}.", "transformer.layer.{j}.", "global_rep.{j}.")
-_IN_LAYER = tuple(block + layer for block, layer in zip(_BLOCK, _IN_BLOCK, strict=True))
-_DEPTHS = {2: 2, 3: 4, 4: 3}  # transformer layers of stage s
+from .table import CHILD, HEADS, LAYOUTS, Head, head_keys, network
 
 # Names that module wrappers insert anywhere in a key: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -72,46 +19,11 @@ _ASIDE = re.compile(r"(.*_)?(loss(es)?|criterion|metrics?|teacher|optimi[sz]er)(
 # Weights averaged over training: the ones that were evaluated.
 AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)", re.IGNORECASE)
 _LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
+# An auxiliary classifier, which cvnets' segmentation can have in training.
+_AUXILIARY = re.compile(r"(^|\.)seg_head\.aux_head\.")
+# The segmentation's classifier in newer versions of cvnets, where no dropout and resizing are beside it.
+_LATER_CLASSIFIER = re.compile(r"(^|\.)seg_head\.classifier\.block\.")
 _V2 = re.compile(r"(attn\.|pre_norm_attn\.1\.)qkv_proj\.|attention\.qkv_proj\.convolution\.")
-
-
-def _sections() -> Iterator[tuple[tuple[str, ...], tuple[tuple[str, ...], ...], dict[str, int]]]:
-    """(prefixes, rows, numbers to fill in), in the network's order."""
-    yield _TOP, _STEM, {}
-    for s, i in ((0, 0), (1, 0), (1, 1), (1, 2)):
-        yield _RESIDUAL, _INVERTED_RESIDUAL, {"s": s, "k": s + 1, "i": i}
-    for s, depth in _DEPTHS.items():
-        at = {"s": s, "k": s + 1, "depth": depth}
-        yield _DOWNSAMPLE, _INVERTED_RESIDUAL, at
-        yield _BLOCK, _BLOCK_IN, at
-        for j in range(depth):
-            yield _IN_LAYER, _LAYER, at | {"j": j}
-        yield _BLOCK, _BLOCK_OUT, at
-    yield _TOP, _FINAL_CONV, {}
-    yield _TOP, _CLASSIFIER, {}
-
-
-@functools.cache
-def network(layout: str) -> dict[str, tuple[str, ...]]:
-    """own key -> (key in `layout`,), or Hugging Face's three keys for qkv; 311 entries, in the network's order."""
-    column = LAYOUTS.index(layout)
-    keys: dict[str, tuple[str, ...]] = {}
-    for where, rows, numbers in _sections():
-        for kind, *names in rows:
-            own, other = ((where[c] + names[c]).format(**numbers) for c in (0, column))
-            if kind == "conv":
-                keys[f"{own}.weight"] = (f"{other}.weight",)
-            elif kind == "conv+norm":
-                (own_conv, own_norm), (conv, norm) = _CONV_NORM[0], _CONV_NORM[column]
-                keys[f"{own}.{own_conv}.weight"] = (f"{other}.{conv}.weight",)
-                for leaf in _BATCH_NORM:
-                    keys[f"{own}.{own_norm}.{leaf}"] = (f"{other}.{norm}.{leaf}",)
-            else:
-                split = kind == "qkv" and layout == "huggingface"
-                parts = (".query", ".key", ".value") if split else ("",)
-                for leaf in ("weight", "bias"):
-                    keys[f"{own}.{leaf}"] = tuple(f"{other}{part}.{leaf}" for part in parts)
-    return keys
 
 
 def is_counter(own_key: str) -> bool:
@@ -132,9 +44,10 @@ class Keys(NamedTuple):
 
     layout: str
     prefix: str  # common prefix of the network's keys, apart from the one of the layout itself
-    found: dict[str, tuple[str, ...]]  # own key -> the state dict's keys that hold it
+    found: dict[str, tuple[str, ...]]  # own key, with the task for a head -> the state dict's keys that hold it
+    head: Head | None  # of another task than classification
     extra: list[str]  # other keys that may belong to the network or to a head of another task
-    aside: list[str]  # other keys that do not: losses, metrics, anything beside a network with its classifier
+    aside: list[str]  # other keys that do not: losses, metrics, anything beside a network with its head
 
 
 def read_keys(keys: Iterable[str], what: str) -> Keys:
@@ -170,9 +83,13 @@ def read_keys(keys: Iterable[str], what: str) -> Keys:
     if not whole:
         keys, missing = readings[0]
         count = sum(map(len, keys.found.values()))
+        table = dict(network(keys.layout))
+        if keys.head:  # instead of the last two layers
+            table = {own: names for own, names in table.items() if not own.startswith(("final_conv.", "classifier."))}
+            table.update(head_keys(keys.head, keys.layout))
         raise ValueError(
             f"{what} fits none of the layouts {', '.join(LAYOUTS)}. The nearest is {keys.layout}, with "
-            f"{count} of {sum(map(len, network(keys.layout).values()))} keys: {some(missing)} missing"
+            f"{count} of {sum(map(len, table.values()))} keys: {some(missing)} missing"
             + (f"; instead it has {some(keys.extra)}" if keys.extra else "")
             + ("; by its attention it is a MobileViTv2, a different network" if any(map(_V2.search, bare)) else "")
         )
@@ -210,30 +127,48 @@ def _places(bare: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _read_at(bare: Mapping[str, str], layout: str, prefix: str) -> tuple[Keys, list[str]]:
-    """The network below `prefix`, and the names that are missing from it."""
-    # Hugging Face's task models have the classifier beside the network, which is their child `mobilevit`.
-    owner = prefix.removesuffix("mobilevit.") if layout == "huggingface" else prefix
+    """The network below `prefix` and its head, and the names that are missing from them."""
+    # Networks for other tasks, and Hugging Face's classifier, have the head beside the network, which is their child.
+    child = CHILD.get(layout)
+    above = prefix.removesuffix(child) if child and f".{prefix}".endswith(f".{child}") else prefix
+    head = None if above == prefix else _head_at(bare, layout, above)
+    owner = above if head or layout == "huggingface" else prefix
     table = network(layout)
 
     def key_of(name: str) -> str | None:
-        return bare.get(prefix + name) or (bare.get(owner + name) if name.startswith("classifier.") else None)
+        outside = layout == "huggingface" and name.startswith("classifier.")
+        return bare.get(prefix + name) or (bare.get(owner + name) if outside else None)
 
     actual = {name: key for names in table.values() for name in names if (key := key_of(name)) is not None}
     found = {own: tuple(actual[n] for n in names) for own, names in table.items() if all(n in actual for n in names)}
     order = list(table)
     upto = max(map(order.index, found), default=len(order)) + 1
     missing = [name for own in order[:upto] for name in table[own] if name not in actual and not is_counter(own)]
+    for own, (name,) in head_keys(head, layout).items() if head else ():
+        if owner + name in bare:
+            found[own] = (bare[owner + name],)
+        elif not is_counter(own):
+            missing.append(name)
     extra, aside = [], []
     taken = {key for names in found.values() for key in names}
-    has_classifier = "classifier.weight" in found
+    complete = head is not None or "classifier.weight" in found
     for name, key in bare.items():
         if key not in taken:
             outside = not name.startswith(owner)
-            child = name.removeprefix(owner).partition(".")[0]
-            (aside if (outside and has_classifier) or _ASIDE.fullmatch(child) else extra).append(key)
+            beside = _ASIDE.fullmatch(name.removeprefix(owner).partition(".")[0])
+            (aside if (outside and complete) or beside or _AUXILIARY.search(name) else extra).append(key)
     stem = table[order[0]][0]
     as_saved = actual.get(stem, owner + stem).removesuffix(stem)
-    return Keys(layout, as_saved.removesuffix(prefix[len(owner) :]), found, extra, aside), missing
+    return Keys(layout, as_saved.removesuffix(prefix[len(owner) :]), found, head, extra, aside), missing
+
+
+def _head_at(bare: Mapping[str, str], layout: str, above: str) -> Head | None:
+    """The head of another task with more than half of its keys below `above`: what lacks the rest is damaged."""
+    for head in HEADS:
+        names = head_keys(head, layout).values()
+        if 2 * sum(above + name in bare for (name,) in names) > len(names):
+            return head
+    return None
 
 
 def _refuse_kornia(bare: Mapping[str, str], what: str) -> None:
@@ -246,8 +181,9 @@ def _refuse_kornia(bare: Mapping[str, str], what: str) -> None:
 
 
 def _bare(key: str) -> str:
-    """`key` without wrapper names, and with stages.0 instead of stages_0 (timm's features_only)."""
+    """`key` without wrapper names, with stages.0 instead of stages_0 (timm's features_only), and cvnets' newer name of
+    a classifier as the older one."""
     key = _WRAPPERS.sub("", key)
     while key.startswith("module."):  # of DDP
         key = key.removeprefix("module.")
-    return _STAGE.sub(r"\1stages.\2.", key)
+    return _LATER_CLASSIFIER.sub(r"\1seg_head.classifier.classifier.block.", _STAGE.sub(r"\1stages.\2.", key))

@@ -13,20 +13,32 @@ from ..zoo import load
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_NAMES = (
+    "own/xxs, own/xs, own/s (or xxs, xs, s); timm's name, such as mobilevit_s; huggingface/s, or the "
+    "hub's name, such as apple/mobilevit-small; kornia/s; ssdlite/s for detection; deeplabv3/s or "
+    "apple/deeplabv3-mobilevit-small for segmentation (default: our own with the checkpoint's task and variant, "
+    "else own/s)"
+)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of every command that runs a model: which model, on which images, and how."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    names: str = _NAMES,
+    size: tuple[int, int] | None = (256, 256),
+    size_text: str = "256",
+) -> None:
+    """Add the arguments of every command that runs a model: which model, on which images, and how.
+
+    Args:
+        parser: of the command.
+        names: help on the names of models.
+        size: default of --size; None for a command that finds it itself, and takes images one by one.
+        size_text: help on that default.
+    """
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        metavar="NAME",
-        help="own/xxs, own/xs, own/s (or xxs, xs, s); timm's name, such as mobilevit_s; huggingface/s, or the "
-        "hub's name, such as apple/mobilevit-small; kornia/s (default: own/ and the checkpoint's variant, else "
-        "own/s)",
-    )
+    model.add_argument("--model", metavar="NAME", help=names)
     model.add_argument(
         "--pretrained",
         action="store_true",
@@ -43,10 +55,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=image_size,
         metavar="N|HxW",
-        default=(256, 256),
-        help="size of the images in pixels (default: 256)",
+        default=size,
+        help=f"size of the network's input in pixels (default: {size_text})",
     )
-    how.add_argument("--batch", type=positive, metavar="N", default=1, help="images per call (default: 1)")
+    if size is not None:
+        how.add_argument("--batch", type=positive, metavar="N", default=1, help="images per call (default: 1)")
     how.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of weights and images (default: float32)"
     )
@@ -81,6 +94,33 @@ def image_size(text: str) -> tuple[int, int]:
             f"{text!r} is not a size; give 256, or HxW such as 250x270, of 32 pixels or more"
         )
     return int(sides[0]), int(sides[-1])
+
+
+def share(text: str) -> float:
+    """Argument type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1, such as 0.25")
+    return value
+
+
+def three_numbers(text: str) -> tuple[float, float, float]:
+    """Argument type: three numbers with commas, one a channel."""
+    try:
+        red, green, blue = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are not three numbers such as 0.485,0.456,0.406") from None
+    return red, green, blue
+
+
+def worker_count(text: str) -> int:
+    """Argument type: 0 to 512 processes."""
+    if not text.isdecimal() or int(text) > 512:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 0 to 512")
+    return int(text)
 
 
 def load_model(args: argparse.Namespace) -> nn.Module:

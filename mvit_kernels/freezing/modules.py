@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inference-only modules that `freeze` puts in place: batch norms folded, SiLU fused, channels-last inside.
+"""The inference-only modules that `freeze` puts in place: batch norms folded, activations fused, channels-last
+inside.
 
 Their weights are buffers, and they stay in evaluation mode: ``train()`` raises, since a folded batch norm cannot be
 trained.
@@ -9,6 +10,8 @@ is not possible (other devices and dtypes, tracing, a required gradient, hooks i
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,8 @@ from ..ops import inverted_residual
 from ..ops._checks import DTYPES
 from ..ops.inverted_residual import inverted_residual_call
 from .network import Builder, Network, NotNative, Place, hooks_inside, links_of, network_allowed
+
+_ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
 
 
 class Frozen(nn.Module):
@@ -121,6 +126,8 @@ class Frozen(nn.Module):
 class FrozenSequential(Frozen, nn.Sequential):
     """Frozen modules in sequence, such as a stage of a model, or all of its stages."""
 
+    _runs: dict[tuple[int, int], FrozenSequential] | None = None  # of `maps`; not submodules
+
     @property
     def in_channels(self) -> int:
         return self.links()[0].in_channels
@@ -132,23 +139,49 @@ class FrozenSequential(Frozen, nn.Sequential):
     def composed(self, x: Tensor) -> Tensor:
         return nn.Sequential.forward(self, x)
 
+    def maps(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The outputs of the modules at `indices`, which increase: one native call from each to the next, which saves 3
+        to 6 % of a call for each module."""
+        found, begin = [], 0
+        for index in indices:
+            x = self._run(begin, index + 1)(x)
+            found.append(x)
+            begin = index + 1
+        return found
+
+    def _run(self, begin: int, end: int) -> Frozen:
+        if end - begin == 1:
+            return self[begin]
+        runs = self._runs if self._runs is not None else {}
+        if (begin, end) not in runs:
+            runs[begin, end] = FrozenSequential(*list(self)[begin:end])
+            self._runs = runs
+        return runs[begin, end]
+
+    def _changed(self) -> None:
+        self._runs = None
+        super()._changed()
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_runs": None}
+
 
 class FrozenConv2d(Frozen):
-    """A convolution with batch norm folded and SiLU fused: (B, C, H, W) of any memory format in, channels-last out.
+    """A convolution with batch norm and activation fused: (B, C, H, W) of any memory format in, channels-last out.
 
     Example:
         >>> FrozenConv2d(weight, bias, stride=(2, 2), padding=(1, 1), activation="silu")(images)
 
     When it is composed on the CPU, it runs as oneDNN's convolution with SiLU or a residual addition as a fused
-    epilogue, and with weights reordered once for the first input's size: half the time of separate convolution, batch
-    norm and SiLU.
+    epilogue, and with weights reordered once for the first input's size: half the time of separate convolution,
+    batch norm and SiLU.
 
     Args:
         weight: (out, in / groups, kh, kw), the batch norm folded in.
         bias: (out,).
         stride, padding, dilation: pairs of ints, (height, width).
         groups: as in ``nn.Conv2d``.
-        activation: "silu" or None.
+        activation: "silu", "relu" or None.
     """
 
     def __init__(
@@ -204,7 +237,7 @@ class FrozenConv2d(Frozen):
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if residual is not None:
             return y + residual
-        return F.silu(y) if self.activation else y
+        return _ACTIVATIONS[self.activation](y) if self.activation else y
 
     def _onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         geometry = (self.padding, self.stride, self.dilation, self.groups)
@@ -213,28 +246,35 @@ class FrozenConv2d(Frozen):
             packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
             self._packed = (self.weight, packed)
         if residual is None:
-            activation = "swish" if self.activation else "none"
-            return torch.ops.mkldnn._convolution_pointwise(x, packed, self.bias, *geometry, activation, [], "")
+            activation = "swish" if self.activation == "silu" else "none"
+            y = torch.ops.mkldnn._convolution_pointwise(x, packed, self.bias, *geometry, activation, [], "")
+            return y.relu_() if self.activation == "relu" else y  # oneDNN's ReLU makes 0 of NaN
         residual = residual.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise(
             x, residual, packed, self.bias, *geometry, "add", 1.0, None, [], None
         )
 
     def place(self, builder: Builder) -> Place | None:
-        """A kernel larger than 1×1 wants a border of zeros around its input, so that edges need no special case."""
-        if self.weight.shape[2] == 1:
-            return None
-        return builder.value(self.in_channels, self.dilation[0])
+        return builder.value(self.in_channels, self.border) if self.border else None
+
+    @property
+    def border(self) -> int:
+        """How wide a border of zeros the native step reads around its input, so that edges need no special case."""
+        return 0 if self.weight.shape[2] == 1 or self._is_depthwise() else self.dilation[0]
+
+    def _is_depthwise(self) -> bool:
+        return self.groups > 1 and self.weight.shape == (self.groups, 1, 3, 3)
 
     def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
         kernel = self.weight.shape[2]
         same = (self.stride, self.dilation) == (self.stride[:1] * 2, self.dilation[:1] * 2)
         padded = self.padding == (self.dilation[0] * (kernel // 2),) * 2
-        if self.groups != 1 or not same or not padded or kernel not in (1, 3) or self.stride[0] > 2:
+        dense = self.groups == 1 and kernel in (1, 3)
+        if not (dense or self._is_depthwise()) or not same or not padded or self.stride[0] > 2:
             raise NotNative(f"it has a convolution with {self.extra_repr()}")
         if self.weight.shape[3] != kernel or (kernel == 1 and self.stride[0] != 1):
             raise NotNative(f"it has a convolution with {self.extra_repr()}")
-        return builder.convolution(self, source, target)
+        return (builder.convolution if dense else builder.depthwise_convolution)(self, source, target)
 
     # Weights that oneDNN packed are opaque tensors: they are dropped on a change and not pickled.
 
@@ -261,6 +301,30 @@ class FrozenConv2d(Frozen):
             f"{width * self.groups}, {out}, kernel_size=({kh}, {kw}), stride={self.stride}, padding={self.padding}, "
             f"dilation={self.dilation}, groups={self.groups}, activation={self.activation}"
         )
+
+
+class FrozenMean(Frozen):
+    """The mean over a map, (B, C, H, W) to (B, C, 1, 1), as a link of a `FrozenSequential`. By itself it is PyTorch's.
+
+    Args:
+        in_channels: C.
+    """
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+
+    def native(self) -> NotNative:
+        return NotNative("it only takes the mean of a map")
+
+    def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
+        return builder.mean(source, target)
+
+    def composed(self, x: Tensor) -> Tensor:
+        return x.mean((-2, -1), keepdim=True)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}"
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:

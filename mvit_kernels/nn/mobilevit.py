@@ -67,6 +67,9 @@ class MobileViT(nn.Module):
         drop_path: in training, stochastic depth: the probability of dropping a residual branch, which rises linearly
             from 0 in the first block to this value in the last (`DropPath`).
         device, dtype: device and dtype of the parameters.
+        dilate_blocks: with an output stride of 8 or 16, dilate the MobileViT blocks' first 3x3 convolution too, as timm
+            does, and not only the inverted residuals, as cvnets and Hugging Face do. Published DeepLabv3 weights expect
+            False.
 
     Shapes: `(B, in_channels, H, W)` with any H, W >= 32 to `(B, num_features, ceil(H / 32), ceil(W / 32))`, where 32 is
     the output stride, or to `(B, num_classes)`. Maps that do not divide into patches are resized inside the block, as
@@ -105,6 +108,8 @@ class MobileViT(nn.Module):
         drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        dilate_blocks: bool = True,
     ) -> None:
         super().__init__()
         if mode not in _VARIANTS:
@@ -128,7 +133,7 @@ class MobileViT(nn.Module):
 
         with contextlib.nullcontext() if device is None else torch.device(device):
             self.stem = ConvNormAct(in_channels, _STEM_CHANNELS, 3, stride=2)
-            self.stages = _build_stages(variant, patch_size, dropout, output_stride, drop_path)
+            self.stages = _build_stages(variant, patch_size, dropout, output_stride, drop_path, dilate_blocks)
             self.final_conv = ConvNormAct(variant.channels[-1], variant.features)
             self.classifier = nn.Linear(variant.features, num_classes) if num_classes else nn.Identity()
         self.feature_info = [
@@ -187,8 +192,16 @@ class MobileViT(nn.Module):
         self._check_images(x)
         count = len(self.feature_info)
         wanted = range(count) if indices is None else [feature_index(index, count) for index in indices]
-        maps = self._maps_until(max(wanted, default=-1), x)
-        return [maps[index] for index in wanted]
+        last, stages = max(wanted, default=-1), len(self.stages)
+        if not hasattr(self.stages, "maps"):
+            maps = self._maps_until(last, x)
+            return [maps[index] for index in wanted]
+        # Frozen: the stages between two wanted maps are one native call.
+        through = sorted({min(index, stages - 1) for index in wanted})
+        found = dict(zip(through, self.stages.maps(self.stem(x), through), strict=True))
+        if last == stages:
+            found[stages] = self.final_conv(found[stages - 1])
+        return [found[index] for index in wanted]
 
     def _maps_until(self, last: int, x: torch.Tensor) -> list[torch.Tensor]:
         """The maps from the first to that of index `last`, with nothing computed beyond; TorchScript can compile it."""
@@ -264,7 +277,12 @@ class MobileViT(nn.Module):
 
 
 def _build_stages(
-    variant: _Variant, patch_size: int | tuple[int, int], dropout: float, output_stride: int, drop_path: float
+    variant: _Variant,
+    patch_size: int | tuple[int, int],
+    dropout: float,
+    output_stride: int,
+    drop_path: float,
+    dilate_blocks: bool,
 ) -> nn.Sequential:
     """The five stages of table 4, each an `nn.Sequential`.
 
@@ -302,7 +320,7 @@ def _build_stages(
                 patch_size=patch_size,
                 dropout=dropout,
                 drop_path=next(drop_paths),
-                dilation=dilation,
+                dilation=dilation if dilate_blocks else 1,
             )
             blocks.append(block)
         stages.append(blocks)

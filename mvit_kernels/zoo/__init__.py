@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .builders import builder
+from .builders import builder, network_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +34,8 @@ def load(
         >>> model = load("apple/mobilevit-small", pretrained=True)  # from the hub or a folder
         >>> model = load("kornia/xxs")                              # a backbone: Kornia has no classifier
         >>> model = load("own/xxs", checkpoint="land_use21.pth")    # 21 classes, as in the checkpoint
+        >>> model = load("deeplabv3/s")                             # segmentation; "ssdlite/s" is for detection
+        >>> model = load("apple/deeplabv3-mobilevit-small")         # Hugging Face's
 
     Without weights to load, the model gets random weights for measuring, the same at every call, chosen so that errors
     show. The libraries' initial weights hide errors: Hugging Face draws batch-norm weights from N(0, 0.02), so that
@@ -42,10 +44,12 @@ def load(
     linear layers preserve the scale of their input, and running statistics are those of a random batch.
 
     Args:
-        name: the model's name, as in the example; None for own/ and the checkpoint's variant, or "own/s" without one.
+        name: the model's name, as in the example; None for our own network with the checkpoint's task and variant, or
+            "own/s" without one.
         pretrained: load published weights from the Hugging Face hub.
         checkpoint: a file for `mvit_kernels.load_checkpoint`; the number of classes is read from it.
-        num_classes: number of classes, 0 for a model without a classifier; None for the checkpoint's number, or 1000.
+        num_classes: number of classes, 0 for a model without a classifier; None for the checkpoint's number, or the
+            published one (1000; for segmentation 21, for detection 81, with the background).
         device: "cpu", "cuda" or "cuda:N".
 
     Returns:
@@ -64,11 +68,17 @@ def load(
     if pretrained and checkpoint is not None:
         raise ValueError("--pretrained and --checkpoint exclude each other: give one of the two")
     where = checked_device(device)
-    variant, weights = None, None
+    network, variant, weights = "mobilevit", None, None
     if checkpoint is not None:
-        weights, variant, classes = _read_checkpoint(Path(checkpoint))
-    name = f"own/{variant or 's'}" if name is None else name
-    if checkpoint is not None and num_classes is None and not name.startswith("kornia/"):
+        weights, network, variant, classes = _read_checkpoint(Path(checkpoint))
+    if name is None:
+        name = f"{'own' if network == 'mobilevit' else network}/{variant or 's'}"
+    if (
+        checkpoint is not None
+        and num_classes is None
+        and not name.startswith("kornia/")
+        and network == network_of(name)
+    ):
         num_classes = classes
     build = builder(name, pretrained)
     with torch.random.fork_rng(devices=[]):
@@ -79,7 +89,8 @@ def load(
         if weights is not None:
             _load_weights(model, name, weights, str(checkpoint))
         elif not pretrained:
-            randomise(model)
+            # On smaller images a detector's last maps have one pixel, and four values are no statistics.
+            randomise(model, 320 if network_of(name) == "ssdlite" else 128)
     return model.to(where)
 
 
@@ -126,24 +137,28 @@ def checked_device(name: str) -> Any:
     return device
 
 
-def _read_checkpoint(path: Path) -> tuple[Checkpoint, str | None, int]:
-    """The checkpoint, its variant or None if it is unknown, and its number of classes (0: no classifier)."""
+def _read_checkpoint(path: Path) -> tuple[Checkpoint, str, str | None, int | None]:
+    """The checkpoint, its network as by `network_of`, its variant or None if it is unknown, and its number of classes
+    (0: no classifier; None: a head of other shapes than the published)."""
     from ..checkpoints import VARIANT_OF_WIDTH, read_checkpoint
     from ..checkpoints.keys import read_keys
 
     checkpoint = read_checkpoint(path, str(path))
     state_dict = checkpoint.state_dict
     if _is_kornia(state_dict):  # in a layout that load_checkpoint does not read
-        return checkpoint, None, 0
+        return checkpoint, "mobilevit", None, 0
     keys = read_keys(state_dict, str(path))
-    found = keys.found
     if keys.prefix:
         print(f"{path}: the network's keys are those below {keys.prefix!r}", file=sys.stderr)
+    first = {own: state_dict[names[0]] for own, names in keys.found.items()}
 
     def length(own_key: str) -> int:
-        return state_dict[found[own_key][0]].numel() if own_key in found else 0
+        return first[own_key].numel() if own_key in first else 0
 
-    return checkpoint, VARIANT_OF_WIDTH.get(length("stages.4.1.norm.weight")), length("classifier.bias")
+    variant = VARIANT_OF_WIDTH.get(length("stages.4.1.norm.weight"))
+    if keys.head:
+        return checkpoint, keys.head.name.lower(), variant, keys.head.classes(first)
+    return checkpoint, "mobilevit", variant, length("classifier.bias")
 
 
 def _load_weights(model: nn.Module, name: str, checkpoint: Checkpoint, path: str) -> None:
@@ -164,8 +179,9 @@ def _is_kornia(state_dict: dict[str, Tensor]) -> bool:
     return "conv1.0.weight" in state_dict
 
 
-def randomise(model: nn.Module) -> None:
-    """Give `model` random weights that do not hide errors, and calibrate its batch norms; see `load`."""
+def randomise(model: nn.Module, size: int = 128) -> None:
+    """Give `model` random weights that do not hide errors, and calibrate its batch norms on images of this size; see
+    `load`."""
     import torch
     from torch import nn
 
@@ -176,7 +192,7 @@ def randomise(model: nn.Module) -> None:
                 module.bias.normal_(std=0.1)
             elif isinstance(module, nn.Linear):
                 module.weight.normal_(std=module.in_features**-0.5)
-    calibrate(model, [torch.rand(4, 3, 128, 128, device="cpu")])
+    calibrate(model, [torch.rand(4, 3, size, size, device="cpu")])
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 VARIANTS = ("xxs", "xs", "s")
 _HUB_NAMES = {"xxs": "apple/mobilevit-xx-small", "xs": "apple/mobilevit-x-small", "s": "apple/mobilevit-small"}
+_HUB_SEGMENTATION = {variant: name.replace("mobilevit", "deeplabv3-mobilevit") for variant, name in _HUB_NAMES.items()}
+# Our networks for other tasks than classification: library of their names -> class in `mvit_kernels.nn`.
+_TASKS = {"deeplabv3": "MobileViTDeepLabV3", "ssdlite": "MobileViTSSDLite"}
 
 Build = Callable[["int | None"], "nn.Module"]  # takes the number of classes: 0 for none, None for the default
 
@@ -21,7 +24,15 @@ Build = Callable[["int | None"], "nn.Module"]  # takes the number of classes: 0 
 def is_huggingface(name: str | None) -> bool:
     """Whether `name` is a model of Hugging Face transformers."""
     library, slash, _ = (name or "").partition("/")
-    return bool(slash) and library not in ("own", "timm", "kornia")
+    return bool(slash) and library not in ("own", "timm", "kornia", *_TASKS)
+
+
+def network_of(name: str) -> str:
+    """The network that `name` is: "deeplabv3", "ssdlite", or "mobilevit" for a classifier or a backbone."""
+    library = name.partition("/")[0]
+    if library in _TASKS:
+        return library
+    return "deeplabv3" if name in _HUB_SEGMENTATION.values() else "mobilevit"
 
 
 def builder(name: str, pretrained: bool) -> Build:
@@ -36,13 +47,25 @@ def builder(name: str, pretrained: bool) -> Build:
         return _huggingface(name, pretrained)
     if library in VARIANTS and not slash:
         library, variant = "own", library
-    if library not in ("own", "kornia") and (variant or not slash):
+    if library not in ("own", "kornia", *_TASKS) and (variant or not slash):
         return _timm(variant if library == "timm" and slash else name, pretrained)
     if variant not in VARIANTS:
         raise _unknown(name)
     if pretrained:
         raise ValueError(f"--pretrained: no weights are published for {library}/{variant}; give --checkpoint FILE")
+    if library in _TASKS:
+        return _for_task(library, variant)
     return _own(variant) if library == "own" else _kornia(variant)
+
+
+def _for_task(library: str, variant: str) -> Build:
+    def build(num_classes: int | None) -> nn.Module:
+        from .. import nn as networks
+
+        network = getattr(networks, _TASKS[library])
+        return network(variant) if num_classes is None else network(variant, num_classes)
+
+    return build
 
 
 def _own(variant: str) -> Build:
@@ -93,7 +116,8 @@ def _huggingface(name: str, pretrained: bool) -> Build:
     if library == "huggingface" and variant not in VARIANTS:
         raise _unknown(name)
     hub_name = _HUB_NAMES[variant] if library == "huggingface" else name
-    if not pretrained and hub_name not in _HUB_NAMES.values():
+    published = {name: variant for names in (_HUB_NAMES, _HUB_SEGMENTATION) for variant, name in names.items()}
+    if not pretrained and hub_name not in published:
         raise _unknown(name, " (with --pretrained it is looked for on the Hugging Face hub)")
 
     def build(num_classes: int | None) -> nn.Module:
@@ -103,8 +127,13 @@ def _huggingface(name: str, pretrained: bool) -> Build:
         labels = {"num_labels": num_classes} if num_classes else {}
         if pretrained:
             return _fetched(name, lambda: _from_hub(transformers, hub_name, labels))
-        variant = next(key for key, value in _HUB_NAMES.items() if value == hub_name)
-        config = transformers.MobileViTConfig(**_huggingface_widths(variant), **(labels or {"num_labels": 1000}))
+        widths = _huggingface_widths(published[hub_name])
+        if network_of(hub_name) == "deeplabv3":
+            if num_classes == 0:
+                raise ValueError(f"{hub_name} segments; without classes there is nothing to segment")
+            config = transformers.MobileViTConfig(**widths, output_stride=16, **(labels or {"num_labels": 21}))
+            return transformers.MobileViTForSemanticSegmentation(config)
+        config = transformers.MobileViTConfig(**widths, **(labels or {"num_labels": 1000}))
         headless = num_classes == 0
         return (transformers.MobileViTModel if headless else transformers.MobileViTForImageClassification)(config)
 
@@ -141,8 +170,8 @@ def _fetched(name: str, fetch: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _unknown(name: str, remark: str = "") -> ValueError:
-    known = [f"{library}/{variant}" for library in ("own", "huggingface", "kornia") for variant in VARIANTS]
-    known += _HUB_NAMES.values()
+    known = [f"{library}/{variant}" for library in ("own", "huggingface", "kornia", *_TASKS) for variant in VARIANTS]
+    known += [*_HUB_NAMES.values(), *_HUB_SEGMENTATION.values()]
     with contextlib.suppress(ImportError):
         from .._utils.third_party import import_timm
 
