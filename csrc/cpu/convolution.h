@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "activation.h"
 #include "isa.h"
 #include "map.h"
 
@@ -14,7 +15,7 @@ namespace mvit {
 struct ConvolutionShape {
   int64_t in_height, in_width, in_channels, out_channels;
   int64_t kernel, stride, dilation;  // 1 or 3; 1 or 2; any
-  bool silu;                         // apply SiLU to the result
+  Activation activation;
 
   int64_t out_height() const { return (in_height - 1) / stride + 1; }
   int64_t out_width() const { return (in_width - 1) / stride + 1; }

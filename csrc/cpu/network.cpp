@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "convolution.h"
+#include "depthwise_convolution.h"
 #include "inverted_residual.h"
 #include "isa.h"
 #include "maps.h"
@@ -38,6 +39,9 @@ class Run {
         case kConvolution:
           convolution(step);
           break;
+        case kDepthwiseConvolution:
+          depthwise_convolution(step);
+          break;
         case kInvertedResidual:
           inverted_residual(step);
           break;
@@ -47,6 +51,9 @@ class Run {
         case kToWholePatches:
         case kToSizeOf:
           resize(step);
+          break;
+        case kMean:
+          mean(step);
           break;
       }
     }
@@ -95,12 +102,13 @@ class Run {
     std::memset(data + band + static_cast<std::size_t>(target.height) * row - side, 0, side + band);
   }
 
-  void copy(const Step& step) const {
-    const Value& source = value(step.source);
-    const PlacedMap from = map(step.source), to = map(step.target);
+  void copy(const Step& step) const { copy(step, map(step.source), map(step.target)); }
+
+  void copy(const Step& step, const PlacedMap& from, const PlacedMap& to) const {
+    const Value& target = value(step.target);
     constexpr double ops = 16;  // cost of copying one element, in operations
-    share_out(source.height, ops * static_cast<double>(source.width * step.target.channels), [&](int64_t begin, int64_t end) {
-      copy_rows(from, step.source.channels, to, step.target.channels, source.width, begin, end);
+    share_out(target.height, ops * static_cast<double>(target.width * step.target.channels), [&](int64_t begin, int64_t end) {
+      copy_rows(from, step.source.channels, to, step.target.channels, target.width, begin, end);
     });
   }
 
@@ -117,6 +125,18 @@ class Run {
                                                    args.shape.kernel * args.shape.kernel);
     share_out(units, flops / static_cast<double>(units),
               [&](int64_t begin, int64_t end) { kernels.run(args, 0, begin, end); });
+  }
+
+  void depthwise_convolution(const Step& step) const {
+    DepthwiseConvolutionArgs args{};
+    args.shape = depthwise_convolution_shape(program_, step);
+    args.in = map(step.source).map;
+    args.out = map(step.target).map;
+    args.weights = reinterpret_cast<const float*>(weights_ + step.words[3]);
+    const double flops = 18.0 * static_cast<double>(args.shape.out_width() * args.shape.channels);
+    share_out(args.shape.out_height(), flops, [&](int64_t begin, int64_t end) {
+      program_.depthwise_convolution_kernels().run(args, begin, end);
+    });
   }
 
   void inverted_residual(const Step& step) const {
@@ -156,15 +176,26 @@ class Run {
 
   void resize(const Step& step) const {
     const Value &source = value(step.source), &target = value(step.target);
-    if (source.storage == target.storage) return;
-    // Same size: only the copy to the result.
+    if (step.renames) return;
     if (source.height == target.height && source.width == target.width) return copy(step);
-    const PlacedMap from = map(step.source), to = map(step.target);
+    PlacedMap from = map(step.source);
+    const PlacedMap to = map(step.target);
+    if (source.height == 1 && source.width == 1) {  // one pixel for all, bit by bit
+      from.map.row_stride = from.map.column_stride = 0;
+      return copy(step, from, to);
+    }
     share_out(target.height, 64.0 * static_cast<double>(target.width * step.target.channels),
               [&](int64_t begin, int64_t end) {
                 resize_rows(from, source.height, source.width, to, target.height, target.width, step.target.channels,
                             begin, end);
               });
+  }
+
+  void mean(const Step& step) const {
+    const Value& source = value(step.source);
+    const PlacedMap from = map(step.source), to = map(step.target);
+    share_out(step.source.channels, 4.0 * static_cast<double>(source.height * source.width),
+              [&](int64_t begin, int64_t end) { mean_channels(from, source.height, source.width, to, begin, end); });
   }
 
   const Program& program_;

@@ -48,7 +48,7 @@ Tensor pack_convolution(const Tensor& weight, const Tensor& bias) {
                   kOp, ": weight must be (out, in, k, k), contiguous, with a k of 1 or 3");
   STD_TORCH_CHECK(is_bias(bias, weight.size(0)), kOp, ": bias must be (", weight.size(0), ",), contiguous, of float32");
   const ConvolutionKernels& kernels = type == ScalarType::BFloat16 ? table.pairs : table.single;
-  const ConvolutionShape shape{1, 1, weight.size(1), weight.size(0), weight.size(2), 1, 1, false};
+  const ConvolutionShape shape{1, 1, weight.size(1), weight.size(0), weight.size(2), 1, 1, Activation::none};
   const Tensor packed = bytes_like(weight, kernels.packed_bytes(shape));
   kernels.pack(shape, weight.const_data_ptr(), floats(bias), packed.mutable_data_ptr());
   return packed;

@@ -3,6 +3,7 @@
 // [panel][depth][columns]; and the loops, bias initialisation and stores of such products.
 #pragma once
 
+#include "activation.h"
 #include "token_lanes.h"
 
 namespace mvit {
@@ -90,6 +91,15 @@ MVIT_INLINE void begin_with_bias(Vec<float> (&tile)[R][V], const float* bias) {
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) row[v] = load(bias + v * Vec<float>::size);
   map_tile(tile, [&](Vec<float>, int, int v) { return row[v]; });
+}
+
+// tile = activation(tile). A NaN stays NaN: `maximum` returns its second argument then.
+template <typename P, int R, int V>
+MVIT_INLINE void activate(Vec<float> (&tile)[R][V], Activation activation) {
+  if (activation == Activation::silu)
+    map_tile(tile, [](Vec<float> x, int, int) { return silu_for<P>(x); });
+  else if (activation == Activation::relu)
+    map_tile(tile, [](Vec<float> x, int, int) { return maximum(Vec<float>(0.0f), x); });
 }
 
 // Stores the first `present` of V · size channels of tile row r at pixel(r).

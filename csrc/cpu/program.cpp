@@ -11,7 +11,7 @@
 namespace mvit {
 namespace {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int64_t kStepWords = 8;  // length, kind, source and target
 // Upper bound of channels, hidden units, borders, dilations and patch sides: the product of two of them and nine kernel
 // taps does not overflow.
@@ -24,6 +24,16 @@ bool is_size(int64_t n) { return n > 0 && n <= kMost; }
 int64_t round_up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 bool is_resize(Kind kind) { return kind == kToWholePatches || kind == kToSizeOf; }
+
+// Whether a step of this kind may read one dtype and write the other.
+bool converts(Kind kind) { return kind == kCopy || kind == kMean || is_resize(kind); }
+
+// Whether a step reads and writes whole maps without borders.
+bool takes_whole_maps(const Program& program, const Step& step) {
+  const Value &source = program.at(step.source.value), &target = program.at(step.target.value);
+  return step.source.channels == source.channels && step.target.channels == target.channels && source.border == 0 &&
+         target.border == 0;
+}
 
 bool overlap(const Place& a, const Place& b) {
   return a.offset < b.offset + b.channels && b.offset < a.offset + a.channels;
@@ -43,6 +53,7 @@ struct StepCheck {
 bool has_its_words(const Step& step, int64_t more) {
   switch (step.kind) {
     case kCopy:
+    case kMean:
       return more == 0;
     case kConvolution:
     case kInvertedResidual:
@@ -50,6 +61,8 @@ bool has_its_words(const Step& step, int64_t more) {
     case kTransformer:
       return more >= kTransformerWords + kLayerWords && (more - kTransformerWords) % kLayerWords == 0 &&
              step.words[3] == (more - kTransformerWords) / kLayerWords;
+    case kDepthwiseConvolution:
+      return more == 4;
     case kToWholePatches:
       return more == 2;
     case kToSizeOf:
@@ -61,7 +74,7 @@ bool has_its_words(const Step& step, int64_t more) {
 // Checks everything about a step that does not depend on the sizes of maps.
 void check_step(const Program& program, const Step& step, const StepCheck& require) {
   const int64_t* w = step.words;
-  const Value &source = program.at(step.source.value), &target = program.at(step.target.value);
+  const Value& source = program.at(step.source.value);
   require(step.target.value != 0 && step.source.value != program.last(), "writes the input or reads the output");
   const bool even = !program.pairs || step.source.channels % 2 == 0;
   switch (step.kind) {
@@ -69,9 +82,18 @@ void check_step(const Program& program, const Step& step, const StepCheck& requi
       require(step.target.channels >= step.source.channels, "copies more channels than there is room for");
       break;
     case kConvolution:
-      require((w[0] == 1 || w[0] == 3) && (w[1] == 1 || w[1] == 2) && is_size(w[2]) && even,
-              "has a kernel, stride, dilation or number of channels that there is not");
+      require((w[0] == 1 || w[0] == 3) && (w[1] == 1 || w[1] == 2) && is_size(w[2]) && is_activation(w[3]) &&
+                  even,
+              "has a kernel, stride, dilation, activation or number of channels that there is not");
       require(w[0] == 1 || source.border >= w[2], "reads a border that is not there");
+      break;
+    case kDepthwiseConvolution:
+      require((w[0] == 1 || w[0] == 2) && is_size(w[1]) && is_activation(w[2]),
+              "has a stride, dilation or activation that there is not");
+      require(step.source.channels == step.target.channels, "has two widths");
+      break;
+    case kMean:
+      require(step.source.channels == step.target.channels, "has two widths");
       break;
     case kInvertedResidual:
       require(is_size(w[0]) && (w[1] == 1 || w[1] == 2) && is_size(w[2]) && even,
@@ -87,9 +109,7 @@ void check_step(const Program& program, const Step& step, const StepCheck& requi
       break;
     case kToWholePatches:
     case kToSizeOf:
-      require(step.source.channels == source.channels && step.target.channels == target.channels &&
-                  source.channels == target.channels && source.border == 0 && target.border == 0,
-              "resizes a part of a map, or one with a border");
+      require(step.source.channels == step.target.channels, "resizes to another number of channels");
       if (step.kind == kToWholePatches) require(is_size(w[0]) && is_size(w[1]), "has no patch");
       if (step.kind == kToSizeOf) require(w[0] >= 0 && w[0] <= program.last(), "takes the size of what there is not");
       break;
@@ -100,6 +120,11 @@ void check_step(const Program& program, const Step& step, const StepCheck& requi
 
 const ConvolutionKernels& Program::convolution_kernels() const {
   const ConvolutionTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(convolution);
+  return pairs ? table.pairs : table.single;
+}
+
+const DepthwiseConvolutionKernels& Program::depthwise_convolution_kernels() const {
+  const DepthwiseConvolutionTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(depthwise_convolution);
   return pairs ? table.pairs : table.single;
 }
 
@@ -116,7 +141,13 @@ const TransformerKernels& Program::transformer_kernels() const {
 ConvolutionShape convolution_shape(const Program& program, const Step& step) {
   const Value& source = program.at(step.source.value);
   return {source.height, source.width,  step.source.channels, step.target.channels,
-          step.words[0], step.words[1], step.words[2],        step.words[3] != 0};
+          step.words[0], step.words[1], step.words[2],        static_cast<Activation>(step.words[3])};
+}
+
+DepthwiseConvolutionShape depthwise_convolution_shape(const Program& program, const Step& step) {
+  const Value& source = program.at(step.source.value);
+  return {source.height, source.width,  step.source.channels,
+          step.words[0], step.words[1], static_cast<Activation>(step.words[2])};
 }
 
 InvertedResidualShape inverted_residual_shape(const Program& program, const Step& step) {
@@ -174,7 +205,7 @@ Program parse_program(const Tensor& words) {
   for (int64_t i = 0; i < steps; ++i) {
     STD_TORCH_CHECK(end - word >= kStepWords && word[0] >= kStepWords && word[0] <= end - word,
                     "network: the program ends in the middle of a step");
-    const Step step{static_cast<Kind>(word[1]), place(word + 2), place(word + 5), word + kStepWords, false};
+    const Step step{static_cast<Kind>(word[1]), place(word + 2), place(word + 5), word + kStepWords, false, false};
     STD_TORCH_CHECK(has_its_words(step, word[0] - kStepWords), "network: step ", i, " of the program is of kind ", word[1],
                     " and has not the words of one");
     check_step(program, step, {i, step});
@@ -202,12 +233,14 @@ void lay_out(Program& program, const Tensor& x) {
     Value& target = program.at(step.target.value);
     int64_t h = source.height, w = source.width;
     require(h > 0, "reads what no step wrote");
-    if (step.kind == kConvolution || step.kind == kInvertedResidual) {
-      const int64_t stride = step.words[1];
+    if (step.kind == kConvolution || step.kind == kInvertedResidual || step.kind == kDepthwiseConvolution) {
+      const int64_t stride = step.words[step.kind == kDepthwiseConvolution ? 0 : 1];
       h = (h - 1) / stride + 1;
       w = (w - 1) / stride + 1;
     } else if (step.kind == kTransformer) {
       require(h % step.words[4] == 0 && w % step.words[5] == 0, "has a map that does not divide into patches");
+    } else if (step.kind == kMean) {
+      h = w = 1;
     } else if (step.kind == kToWholePatches) {
       h = round_up_to(h, step.words[0]);
       w = round_up_to(w, step.words[1]);
@@ -217,14 +250,16 @@ void lay_out(Program& program, const Tensor& x) {
       w = like.width;
       require(h > 0, "takes the size of what no step wrote");
     }
-    require(target.height == 0 || (target.height == h && target.width == w && !is_resize(step.kind)),
+    require(target.height == 0 || (target.height == h && target.width == w),
             "writes a map in another size than the step before it");
     const bool from_x = source.storage == 0;
     require(!from_x || has_rows || step.kind == kCopy, "reads rows of x, whose channels are not adjacent");
-    require(same_type || step.kind == kCopy || is_resize(step.kind) || !(from_x || step.target.value == program.last()),
+    require(same_type || converts(step.kind) || !(from_x || step.target.value == program.last()),
             "wants x in the dtype of the weights");
-    if (is_resize(step.kind) && h == source.height && w == source.width && step.target.value != program.last())
-      target.storage = source.storage;  // nothing to resize: the target is an alias
+    step.renames = is_resize(step.kind) && h == source.height && w == source.width && target.height == 0 &&
+                   step.target.value != program.last() && takes_whole_maps(program, step);
+    if (step.renames)
+      target.storage = source.storage;
     else
       require(target.storage != 0 && (source.storage != target.storage || !overlap(step.source, step.target) ||
                                       (step.kind == kTransformer && step.source.offset == step.target.offset)),
@@ -281,6 +316,8 @@ void check_weights(const Program& program, const Tensor& weights) {
     };
     if (step.kind == kConvolution) {
       has(w[4], program.convolution_kernels().packed_bytes(convolution_shape(program, step)));
+    } else if (step.kind == kDepthwiseConvolution) {
+      has(w[3], depthwise_convolution_shape(program, step).weight_bytes());
     } else if (step.kind == kInvertedResidual) {
       has(w[4], program.inverted_residual_kernels().packed_bytes(inverted_residual_shape(program, step)));
     } else if (step.kind == kTransformer) {

@@ -8,13 +8,23 @@
 #include <vector>
 
 #include "convolution.h"
+#include "depthwise_convolution.h"
 #include "inverted_residual.h"
 #include "tensors.h"
 #include "transformer.h"
 
 namespace mvit {
 
-enum Kind : int64_t { kCopy, kConvolution, kInvertedResidual, kTransformer, kToWholePatches, kToSizeOf };
+enum Kind : int64_t {
+  kCopy,
+  kConvolution,
+  kInvertedResidual,
+  kTransformer,
+  kToWholePatches,
+  kToSizeOf,
+  kDepthwiseConvolution,
+  kMean,
+};
 
 struct Value {
   int64_t channels, border;
@@ -38,6 +48,7 @@ struct Step {
   Place source, target;
   const int64_t* words;  // the arguments of its kind
   bool clears_border;    // first writer of a value with a border
+  bool renames;          // a resize that changes nothing: the target is another name of the source
 };
 
 // Value 0 is the input, the last value the output; all others are in a workspace.
@@ -53,12 +64,14 @@ struct Program {
   std::size_t element() const { return pairs ? 2 : 4; }  // bytes
 
   const ConvolutionKernels& convolution_kernels() const;
+  const DepthwiseConvolutionKernels& depthwise_convolution_kernels() const;
   const InvertedResidualKernels& inverted_residual_kernels() const;
   const TransformerKernels& transformer_kernels() const;
 };
 
 // Shapes from a step's words and the size of its source.
 ConvolutionShape convolution_shape(const Program& program, const Step& step);
+DepthwiseConvolutionShape depthwise_convolution_shape(const Program& program, const Step& step);
 InvertedResidualShape inverted_residual_shape(const Program& program, const Step& step);
 TransformerShape transformer_shape(const Program& program, const Step& step);
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``freeze``: an inference-only copy of a model with batch norms folded, SiLU fused, weights joined and cast once.
+"""``freeze``: an inference-only copy of a model: batch norms folded, activations fused, weights joined and cast once.
 
 The MobileViT paper (arXiv:2110.02178, section 5) gives two reasons for slow inference. One is that convolutional
 networks fold batch norm into the convolution, and transformers have no counterpart. Here both halves are fused.
@@ -20,10 +20,11 @@ from ..adapters._block import BlockParts, Refusal, layer_weights
 from ..adapters._swap import backend_of
 from ..ops import TransformerLayerWeights
 from .block import FrozenMobileViTBlock
-from .convolutions import freeze_convolutions, freeze_inverted_residuals, replace
+from .convolutions import freeze_convolutions, freeze_inverted_residuals, freeze_means, replace
 from .folding import is_norm
 from .modules import Frozen, FrozenSequential
 from .network import Network
+from .pyramid import freeze_pyramids
 
 logger = logging.getLogger("mvit_kernels")
 
@@ -37,12 +38,15 @@ class FreezeReport(NamedTuple):
     left: tuple[tuple[str, str], ...]  # modules that were not frozen, and why
     composed: tuple[tuple[str, str], ...] = ()  # frozen modules that run part by part on the CPU, and why
     unhooked: tuple[str, ...] = ()  # modules that lost their state-dict hooks; other hooks are kept
+    pyramids: tuple[str, ...] = ()  # DeepLabv3's, around five of the frozen convolutions
 
     def __str__(self) -> str:
         lines = [
             f"{len(self.blocks)} MobileViT blocks, {len(self.inverted_residuals)} inverted residuals and "
             f"{len(self.convolutions)} convolutions frozen"
         ]
+        if self.pyramids:
+            lines.append(f"  with DeepLabv3's pyramid: {', '.join(self.pyramids)}")
         left = (f"  {name} was not frozen: {reason}" for name, reason in self.left)
         composed = (f"  {name} runs part by part: {reason}" for name, reason in self.composed)
         unhooked = (
@@ -62,8 +66,8 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         >>> with torch.inference_mode():
         ...     logits = fast(images)
 
-    Batch norms are folded into their convolutions (in float64), SiLU and the residual additions of inverted residuals
-    are fused as epilogues, and everything runs channels-last inside, whatever the memory format of the input. On the
+    Batch norms are folded into their convolutions (in float64), SiLU, ReLU and residual additions are fused as
+    epilogues, and everything runs channels-last inside, whatever the memory format of the input. On the
     CPU, in float32 and bfloat16, a chain of frozen layers is one native call with packed weights
     (`mvit_kernels.freezing.network`). On a GPU, in bfloat16 and float16, a block's transformer weights are packed for
     the CUDA kernel that runs it in one launch. The model's other modules (pooling, heads, ``features_only``, Hugging
@@ -112,6 +116,8 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     convolutions = _collect(freeze_convolutions(holder), left)
     inverted_residuals = _collect(freeze_inverted_residuals(holder), left)
     blocks = _freeze_blocks(holder, backends, left)
+    pyramids = _collect(freeze_pyramids(holder), left)
+    freeze_means(holder)
     _join_sequentials(holder)
     if dtype is not None:
         cast_floats(holder, dtype)
@@ -126,7 +132,7 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
             module.save_pretrained = _refuse_save_pretrained
     kept = set(holder.modules())
     unhooked = [name for module, name in names.items() if module not in kept and _has_state_dict_hooks(module)]
-    report = FreezeReport(*map(tuple, (blocks, inverted_residuals, convolutions, left, composed, unhooked)))
+    report = FreezeReport(*map(tuple, (blocks, inverted_residuals, convolutions, left, composed, unhooked, pyramids)))
     frozen.freeze_report = report
     logger.info("freeze: %s", report)
     return frozen

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .._utils.plain import alike, cast_floats, copy_of, does_nothing, is_own, is_plain, is_silu
+from .._utils.plain import activation_kind, alike, cast_floats, copy_of, does_nothing, is_global_mean, is_own, is_plain
 from .folding import activation_of, fold, hooked, is_norm, norm_reason
-from .modules import FrozenConv2d, FrozenInvertedResidual
+from .modules import FrozenConv2d, FrozenInvertedResidual, FrozenMean
 
 # Package, class names, and paths of the convolution, the norm and the activation (timm's batch norm includes its own).
 # Norm and activation may be missing, as in the 1×1 convolution into the transformer.
@@ -47,6 +47,7 @@ INVERTED_RESIDUALS = (
 )
 
 FURTHER = "it has further modules"
+UNFOLDED = "one of its convolutions could not be folded"
 TRIED = ((7, 6), (4, 9))  # sizes of the maps on which a copy of cvnets' classes is tested
 
 
@@ -95,6 +96,17 @@ def freeze_inverted_residuals(model: nn.Module) -> Iterator[tuple[str, str | Non
                     reason = f"it has the name of cvnets' {cls}, but computes something different"
             yield name, reason
             break
+
+
+def freeze_means(model: nn.Module) -> None:
+    """Make links of the means over whole maps that frozen convolutions in the same Sequential read."""
+    for sequential in model.modules():
+        if not is_plain(sequential, nn.Sequential):
+            continue
+        children = [item for item in sequential._modules.items() if not does_nothing(item[1])]
+        for (name, mean), (_, reader) in zip(children, children[1:], strict=False):
+            if is_global_mean(mean) and isinstance(reader, FrozenConv2d) and not hooked(mean):
+                sequential._modules[name] = FrozenMean(reader.in_channels)
 
 
 def replace(model: nn.Module, original: nn.Module, frozen: nn.Module) -> None:
@@ -175,14 +187,24 @@ def _others_reason(owner: nn.Module, steps: list[nn.Module]) -> str | None:
 
 
 def _freeze_sequential(name: str, sequential: nn.Sequential) -> Iterator[tuple[str, str | None]]:
-    """Fold runs of Conv2d, BatchNorm2d and SiLU in a Sequential, as Kornia and cvnets have them.
+    """Fold runs of Conv2d, BatchNorm2d and an activation in a Sequential, as Kornia and cvnets have them; norm or
+    activation may be missing.
 
     A norm or activation that was folded becomes Identity in this Sequential only: elsewhere it may be called by itself.
     """
     children = list(sequential._modules.items())
     for index, (conv_name, conv) in enumerate(children[:-1]):
         norm_name, norm = children[index + 1]
-        if not isinstance(conv, nn.Conv2d) or not is_norm(norm):
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        if activation_kind(norm) is not None and not hooked(conv, norm):
+            frozen = fold(conv, None, norm)
+            if isinstance(frozen, FrozenConv2d):  # else the bare convolution is reported
+                sequential._modules[conv_name] = frozen
+                sequential._modules[norm_name] = nn.Identity()
+                yield f"{name}.{conv_name}", None
+            continue
+        if not is_norm(norm):
             continue
         reason = norm_reason(norm)
         if reason is not None:
@@ -190,7 +212,7 @@ def _freeze_sequential(name: str, sequential: nn.Sequential) -> Iterator[tuple[s
             continue
         act_name, act = children[index + 2] if index + 2 < len(children) else ("", None)
         own_act = activation_of(norm)
-        if not is_silu(act) or not (own_act is None or does_nothing(own_act)):
+        if activation_kind(act) is None or not (own_act is None or does_nothing(own_act)):
             act = None
         frozen = hooked(conv, *norm.modules(), act) or fold(conv, norm, act)
         if isinstance(frozen, str):
@@ -206,7 +228,7 @@ def _freeze_sequential(name: str, sequential: nn.Sequential) -> Iterator[tuple[s
 def _inverted_residual_reason(block: nn.Module, units: list[nn.Module]) -> str | None:
     """Why `block` is not exactly expand, depthwise 3×3 and project; None if it is."""
     if not all(isinstance(unit, FrozenConv2d) for unit in units):
-        return "one of its convolutions could not be folded"
+        return UNFOLDED
     reason = _others_reason(block, units) or hooked(*(m for m in block.modules() if m is not block and m not in units))
     if reason is not None:
         return reason

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folding of batch norm and SiLU into a convolution.
+"""Folding of batch norm, and of SiLU or ReLU, into a convolution.
 
 In evaluation mode batch norm is an affine map of each channel, so ``BN(conv(x)) = conv'(x)`` with ``w' = w·γ/σ`` and
 ``b' = β + (b − μ)·γ/σ`` (Jacob et al. 2018, arXiv:1712.05877, section 3.2). The fold is computed in float64.
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._utils.plain import does_nothing, is_own, is_plain, is_silu, tensor_reason
+from .._utils.plain import activation_kind, does_nothing, is_own, is_plain, tensor_reason
 from ..adapters._block import has_hooks
 from .modules import FrozenConv2d
 
@@ -32,8 +32,8 @@ def norm_reason(norm: nn.Module) -> str | None:
             return f"its {kind} has a {type(norm.drop).__name__}"
         if set(norm._modules) - {"drop", "act"}:
             return f"its {kind} has further modules"
-        if not (is_silu(norm.act) or does_nothing(norm.act)):
-            return f"activation {type(norm.act).__name__}; only SiLU is fused"
+        if not (activation_kind(norm.act) or does_nothing(norm.act)):
+            return f"activation {type(norm.act).__name__}; only SiLU and ReLU are fused"
     elif not is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and not is_own(norm, "torchvision", "FrozenBatchNorm2d"):
         if isinstance(norm, _BatchNorm):
             return f"{kind} is a subclassed or patched batch norm, and may compute something different"
@@ -74,8 +74,8 @@ def fold(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) 
             return f"its batch norm is on {norm.running_mean.device}, and the convolution is on {conv.weight.device}"
     activations = [act for act in (activation_of(norm), activation) if act is not None and not does_nothing(act)]
     for act in activations:
-        if not is_silu(act):
-            return f"activation {type(act).__name__}; only SiLU is fused"
+        if activation_kind(act) is None:
+            return f"activation {type(act).__name__}; only SiLU and ReLU are fused"
     if len(activations) > 1:
         return "it has two activations"
     with torch.no_grad():
@@ -97,7 +97,7 @@ def fold(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) 
             padding=tuple(conv.padding),
             dilation=tuple(conv.dilation),
             groups=conv.groups,
-            activation="silu" if activations else None,
+            activation=activation_kind(activations[0]) if activations else None,
         )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen modules as one native call: a program of steps with packed weights, run by ``csrc/cpu/network.cpp``.
 
-Each frozen module *emits* its steps into a `Builder`: convolutions, inverted residuals, transformers and the resizes
-around them. `Network` keeps the result for a module and calls it. Savings over one operator per layer: a core takes a
+Each frozen module *emits* its steps into a `Builder`: convolutions, inverted residuals, transformers, means and
+resizes. `Network` keeps the result for a module and calls it. Savings over one operator per layer: a core takes a
 whole image through all steps, so maps stay in its cache; the concatenation in a MobileViT block costs nothing, since
 two steps write into one map; nothing is allocated between layers; Python runs once.
 """
@@ -30,8 +30,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 # A program is a list of int64 words, which csrc/cpu/program.cpp parses: VERSION, whether bfloat16 pairs are used, the
 # number of values, the number of steps; channels and border of each value; then each step: its number of words, its
 # kind, source and target (two `Place`s), and its arguments. Value 0 is the input, the last value the output.
-VERSION = 1
-COPY, CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, TO_WHOLE_PATCHES, TO_SIZE_OF = range(6)
+VERSION = 2
+COPY, CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, TO_WHOLE_PATCHES, TO_SIZE_OF, DEPTHWISE_CONVOLUTION, MEAN = range(8)
+_ACTIVATIONS = {None: 0, "silu": 1, "relu": 2}
+_ONE_PIXEL = 31  # halvings that leave one pixel of any map
 
 
 class NotNative(Exception):
@@ -107,10 +109,36 @@ class Builder:
             kernel,
             conv.stride[0],
             conv.dilation[0],
-            int(conv.activation is not None),
+            _ACTIVATIONS[conv.activation],
             self._add(_packer("convolution")(self._as_matrix(weight), conv.bias.detach().float())),
             halve=conv.stride[0] == 2,
         )
+
+    def depthwise_convolution(self, conv: nn.Module, source: Place, target: Place | None) -> Place:
+        """A depthwise 3×3 `FrozenConv2d`. Its weights are float32 in every arithmetic: nine taps, then the bias."""
+        taps = torch.cat((conv.weight.detach().flatten(1).T, conv.bias.detach()[None])).float()
+        return self._step(
+            DEPTHWISE_CONVOLUTION,
+            source,
+            target or self.value(source.channels),
+            conv.stride[0],
+            conv.dilation[0],
+            _ACTIVATIONS[conv.activation],
+            self._add(taps),
+            halve=conv.stride[0] == 2,
+        )
+
+    def mean(self, source: Place, target: Place | None = None) -> Place:
+        """The mean over all pixels: a map of one."""
+        target = self._step(MEAN, source, target or self.value(source.channels))
+        self.halvings[target.value] = _ONE_PIXEL
+        return target
+
+    def resize(self, source: Place, like: Place, target: Place | None = None) -> Place:
+        """Resize to the size of the map `like`; a single pixel is repeated."""
+        target = self._step(TO_SIZE_OF, source, target or self.value(source.channels), like.value)
+        self.halvings[target.value] = self.halvings[like.value]
+        return target
 
     def inverted_residual(self, block: nn.Module, source: Place, target: Place | None) -> Place:
         """A `FrozenInvertedResidual`."""
@@ -156,7 +184,7 @@ class Builder:
         norm = [-1, -1] if final_norm is None else [self._vector(value) for value in final_norm]
         (eps_bits,) = struct.unpack("q", struct.pack("d", eps))
         self._step(TRANSFORMER, whole, whole, num_heads, inner, hidden, len(layers), ph, pw, eps_bits, *norm, *offsets)
-        return self._step(TO_SIZE_OF, whole, self.value(d), source.value)
+        return self.resize(whole, source)
 
     # -- the result -----------------------------------------------------------------------------------------------
 
@@ -178,7 +206,7 @@ class Builder:
         return stretch
 
     def _step(self, kind: int, source: Place, target: Place, *words: int, halve: bool = False) -> Place:
-        self.halvings[target.value] = self.halvings[source.value] + halve
+        self.halvings[target.value] = min(self.halvings[source.value] + halve, _ONE_PIXEL)
         self.steps.append([kind, *source, *target, *words])
         return target
 
@@ -287,6 +315,11 @@ def _flops(x: Tensor, weights: Tensor, program: Tensor, out_channels: int, halvi
             kernel, stride = more[:2]
             height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
             total += 2 * batch * height * width * kernel * kernel * channels * out
+        elif kind == DEPTHWISE_CONVOLUTION:
+            height, width = (height - 1) // more[0] + 1, (width - 1) // more[0] + 1
+            total += 2 * batch * height * width * 9 * channels
+        elif kind == MEAN:
+            height = width = 1
         elif kind == INVERTED_RESIDUAL:
             hidden, stride = more[:2]
             total += inverted_residual_flops((batch, height, width, channels), hidden, out, stride)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import mvit_kernels
 from mvit_kernels._utils import third_party
-from mvit_kernels.freezing.modules import FrozenConv2d
+from mvit_kernels.freezing.modules import FrozenConv2d, FrozenMean, FrozenSequential
 from support import models
 
 IMAGES = models.images(2, 64, 64).double()
@@ -58,6 +58,9 @@ FOLDED = {
     "timm's BatchNormAct2d without activation": lambda: [timm_layer("BatchNormAct2d", 8, apply_act=False), nn.SiLU()],
     "a subclass that overrides nothing": lambda: [type("Norm", (nn.BatchNorm2d,), {})(8), nn.SiLU()],
     "another eps": lambda: [nn.BatchNorm2d(8, eps=0.1), nn.SiLU()],
+    "ReLU": lambda: [nn.BatchNorm2d(8), nn.ReLU(inplace=True)],
+    "a subclass of ReLU": lambda: [nn.BatchNorm2d(8), type("Activation", (nn.ReLU,), {})()],
+    "timm's BatchNormAct2d with ReLU": lambda: [timm_layer("BatchNormAct2d", 8, act_layer=nn.ReLU)],
 }
 
 
@@ -66,8 +69,39 @@ def test_folded(case):
     norm, *after = FOLDED[case]()
     frozen = frozen_as_exact(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), drawn(norm), *after))
     assert [type(module) for module in frozen] == [FrozenConv2d, nn.Identity, nn.Identity][: 2 + len(after)]
-    assert frozen[0].activation == "silu"
+    assert frozen[0].activation == ("relu" if "ReLU" in case else "silu")
     assert frozen.freeze_report.left == ()
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU])
+def test_an_activation_without_a_norm(activation):
+    frozen = frozen_as_exact(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), activation()))
+    assert [type(module) for module in frozen] == [FrozenConv2d, nn.Identity]
+    assert frozen.freeze_report.convolutions == ("0",)
+
+
+def test_an_activation_without_a_norm_that_somebody_watches():
+    """The convolution by itself, whose hook sees what it saw before."""
+    for watched in (0, 1):
+        model, seen = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), []
+        model[watched].register_forward_hook(lambda *call, seen=seen: seen.append(call[2]))
+        frozen = frozen_as_exact(model)
+        assert [type(module) for module in frozen] == [FrozenConv2d, nn.ReLU]
+        torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_a_mean_before_a_convolution_is_a_link():
+    def tail(mean: nn.Module) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), mean, nn.Identity(), nn.Conv2d(8, 5, 1), nn.ReLU())
+
+    frozen = frozen_as_exact(tail(nn.AdaptiveAvgPool2d((1, 1))))
+    assert type(frozen) is FrozenSequential and type(frozen[1]) is FrozenMean
+    assert type(frozen_as_exact(tail(nn.AdaptiveAvgPool2d((1, 2))))[1]) is nn.AdaptiveAvgPool2d
+    watched, seen = tail(nn.AdaptiveAvgPool2d(1)), []
+    watched[1].register_forward_hook(lambda *call: seen.append(call[2].shape))
+    frozen = frozen_as_exact(watched)
+    assert type(frozen[1]) is nn.AdaptiveAvgPool2d and len(seen) == 2
+    assert type(frozen_as_exact(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)))[1]) is nn.AdaptiveAvgPool2d
 
 
 def test_a_norms_own_activation_comes_before_the_next():
@@ -93,6 +127,11 @@ class SteepSiLU(nn.SiLU):
         return x * torch.sigmoid(1.7 * x)
 
 
+class SteepReLU(nn.ReLU):
+    def forward(self, x):
+        return torch.relu(1.7 * x)
+
+
 class Standardised(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
@@ -115,8 +154,8 @@ def untracked(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
 
 LEFT = {
     "an activation inside the norm": (
-        lambda: [nn.Conv2d(3, 8, 3), drawn(timm_layer("BatchNormAct2d", 8, act_layer=nn.ReLU))],
-        {"1": "activation ReLU; only SiLU is fused"},
+        lambda: [nn.Conv2d(3, 8, 3), drawn(timm_layer("BatchNormAct2d", 8, act_layer=nn.GELU))],
+        {"1": "activation GELU; only SiLU and ReLU are fused"},
     ),
     "a dropout of somebody's inside the norm": (
         lambda: [nn.Conv2d(3, 8, 3), drawn(timm_layer("BatchNormAct2d", 8, act_layer=nn.SiLU, drop_layer=nn.Tanh))],
@@ -136,6 +175,9 @@ LEFT = {
     ),
     "somebody's Swish": (lambda: [nn.Conv2d(3, 8, 3), drawn(nn.BatchNorm2d(8)), Swish()], {}),
     "a SiLU with its own forward": (lambda: [nn.Conv2d(3, 8, 3), drawn(nn.BatchNorm2d(8)), SteepSiLU()], {}),
+    "a ReLU with its own forward": (lambda: [nn.Conv2d(3, 8, 3), drawn(nn.BatchNorm2d(8)), SteepReLU()], {}),
+    "a ReLU with its own forward, without a norm": (lambda: [nn.Conv2d(3, 8, 3), SteepReLU()], {}),
+    "another ReLU": (lambda: [nn.Conv2d(3, 8, 3), drawn(nn.BatchNorm2d(8)), nn.ReLU6()], {}),
     "a patched SiLU": (lambda: [nn.Conv2d(3, 8, 3), drawn(nn.BatchNorm2d(8)), patched(nn.SiLU())], {}),
     "a convolution with its own forward": (
         lambda: [Standardised(3, 8, 3), drawn(nn.BatchNorm2d(8)), nn.SiLU()],

@@ -211,7 +211,7 @@ def test_a_declined_block_stays_and_is_right():
     ("change", "reason"),
     [
         (lambda unit: unit.bn.register_forward_hook(lambda *_: None), "carries a hook"),
-        (lambda unit: setattr(unit.bn, "act", nn.ReLU()), "activation ReLU; only SiLU is fused"),
+        (lambda unit: setattr(unit.bn, "act", nn.GELU()), "activation GELU; only SiLU and ReLU are fused"),
         (lambda unit: setattr(unit.conv, "padding_mode", "reflect"), "mode 'reflect'"),
         (lambda unit: setattr(unit, "bn", nn.InstanceNorm2d(16)), "InstanceNorm2d is not a BatchNorm2d"),
         (

@@ -11,7 +11,9 @@ from mvit_kernels.backends.library import NATIVE_SCHEMAS, SCHEMAS
 from mvit_kernels.freezing.network import (
     CONVOLUTION,
     COPY,
+    DEPTHWISE_CONVOLUTION,
     INVERTED_RESIDUAL,
+    MEAN,
     TO_SIZE_OF,
     TO_WHOLE_PATCHES,
     TRANSFORMER,
@@ -77,15 +79,16 @@ def test_cut_off_anywhere(made):
 HUGE = (2**31, 2**62, 2**63 - 1, -1, -(2**63))
 WRONG = [
     # kind, word of the step, values, what is said
-    *((kind, 1, (-1, 6), "has not the words of one") for kind in range(6)),
-    *((kind, SOURCE, (1000, -1, *HUGE), "reads or writes what there is not") for kind in range(6)),
-    *((kind, SOURCE + 1, HUGE, "reads or writes what there is not") for kind in range(6)),
-    *((kind, TARGET + 2, (0, *HUGE), "reads or writes what there is not") for kind in range(6)),
+    *((kind, 1, (-1, 8), "has not the words of one") for kind in range(8)),
+    *((kind, SOURCE, (1000, -1, *HUGE), "reads or writes what there is not") for kind in range(8)),
+    *((kind, SOURCE + 1, HUGE, "reads or writes what there is not") for kind in range(8)),
+    *((kind, TARGET + 2, (0, *HUGE), "reads or writes what there is not") for kind in range(8)),
     (COPY, TARGET + 2, (1,), "copies more channels than there is room for"),
     (CONVOLUTION, TARGET, (0,), "writes the input or reads the output|reads or writes what there is not"),
     (CONVOLUTION, WORDS, (0, 2, 5, *HUGE), "has a kernel"),
     (CONVOLUTION, WORDS + 1, (0, 3, *HUGE), "has a kernel"),
     (CONVOLUTION, WORDS + 2, (0, *HUGE), "has a kernel"),
+    (CONVOLUTION, WORDS + 3, (3, *HUGE), "has a kernel"),
     (CONVOLUTION, WORDS + 4, (32, 2**24, *HUGE), "has weights where there are none"),
     (INVERTED_RESIDUAL, WORDS, (0, *HUGE), "has hidden channels"),
     (INVERTED_RESIDUAL, WORDS, (2**20, 2**24), "has weights where there are none"),
@@ -103,13 +106,21 @@ WRONG = [
     (TRANSFORMER, WORDS + 9, (-1, 4, 2**24), "has weights where there are none"),
     (TRANSFORMER, WORDS + 9 + 10, (-1, 4, 2**24), "has weights where there are none"),
     (TO_WHOLE_PATCHES, WORDS, (0, *HUGE), "has no patch"),
-    (TO_WHOLE_PATCHES, TARGET + 2, (1,), "resizes a part of a map"),
+    (TO_WHOLE_PATCHES, TARGET + 2, (1,), "resizes to another number of channels"),
     (TO_SIZE_OF, WORDS, (1000, *HUGE), "takes the size of what there is not"),
+    (TO_SIZE_OF, TARGET + 2, (1,), "resizes to another number of channels"),
+    (DEPTHWISE_CONVOLUTION, WORDS, (0, 3, *HUGE), "has a stride"),
+    (DEPTHWISE_CONVOLUTION, WORDS + 1, (0, *HUGE), "has a stride"),
+    (DEPTHWISE_CONVOLUTION, WORDS + 2, (3, *HUGE), "has a stride"),
+    (DEPTHWISE_CONVOLUTION, WORDS + 3, (32, 2**24, *HUGE), "has weights where there are none"),
+    (DEPTHWISE_CONVOLUTION, TARGET + 2, (1,), "has two widths"),
+    (MEAN, TARGET + 2, (1,), "has two widths"),
 ]
 
 
 @pytest.mark.parametrize("kind, word, values, says", WRONG)
 def test_wrong_word_of_a_step(made, kind, word, values, says):
+    assert steps(made[0].program, kind)
     for at in steps(made[0].program, kind):
         for value in values:
             wrong = made[0].program.clone()
@@ -136,7 +147,8 @@ def test_a_dilation_that_is_wider_than_the_border(made):
     dilated = [at for at in steps(program, CONVOLUTION) if program[at + WORDS] == 3]
     assert len(dilated) > 3
     for at in dilated:
-        for dilation in (2, 3, 2**20):
+        border = int(program[4 + 2 * int(program[at + SOURCE]) + 1])
+        for dilation in (border + 1, border + 2, 2**20):
             wrong = program.clone()
             wrong[at + WORDS + 2] = dilation
             refuses(made, wrong, "reads a border that is not there")
@@ -162,13 +174,26 @@ def test_steps_in_another_order(made):
     parts = [program[begin:end] for begin, end in zip(begins, [*begins[1:], len(program)], strict=True)]
     head = program[: begins[0]]
     refuses(made, torch.cat((head, *parts[::-1])), "reads what no step wrote")
+    targets = [int(part[TARGET]) for part in parts]
     for left_out, part in enumerate(parts):
-        if part[1] in (CONVOLUTION, TRANSFORMER):  # one of two that write a map, or one in place: no map is missing
+        # One of several that write a map, or one in place: no map is missing.
+        if part[1] in (CONVOLUTION, TRANSFORMER) or targets.count(targets[left_out]) > 2:
             continue
         wrong = torch.cat((head, *parts[:left_out], *parts[left_out + 1 :]))
         wrong[3] -= 1
         refuses(made, wrong, "reads what no step wrote")
     refuses(made, torch.cat((head, *parts[:-1], parts[0])), "no step of the program writes the result")
+
+
+def test_a_resize_onto_itself(made):
+    program = made[0].program
+    whole = [at for at in steps(program, TO_SIZE_OF) if program[at + SOURCE + 2] > 16]
+    assert whole
+    for at in whole:
+        wrong = program.clone()
+        wrong[at + TARGET] = wrong[at + SOURCE]
+        wrong[at + WORDS] = wrong[at + SOURCE]
+        refuses(made, wrong, "writes what it reads")
 
 
 def test_wrong_weights(made):

@@ -11,6 +11,7 @@ from mvit_kernels import TransformerLayerWeights
 from mvit_kernels.freezing import network
 from mvit_kernels.freezing.block import FrozenMobileViTBlock
 from mvit_kernels.freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenSequential
+from mvit_kernels.freezing.pyramid import FrozenASPP
 
 
 class Draw:
@@ -22,7 +23,9 @@ class Draw:
     def __call__(self, *shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=self.generator) * std
 
-    def conv(self, inp: int, out: int, kernel: int = 1, *, stride=1, dilation=1, groups=1, act=True) -> FrozenConv2d:
+    def conv(
+        self, inp: int, out: int, kernel: int = 1, *, stride=1, dilation=1, groups=1, act: bool | str = True
+    ) -> FrozenConv2d:
         weight = self(out, inp // groups, kernel, kernel, std=(2 / (inp // groups * kernel * kernel)) ** 0.5)
         return FrozenConv2d(
             weight,
@@ -31,13 +34,22 @@ class Draw:
             padding=(dilation * (kernel // 2),) * 2,
             dilation=(dilation, dilation),
             groups=groups,
-            activation="silu" if act else None,
+            activation=act if isinstance(act, str) else "silu" if act else None,
         )
 
     def inverted(self, inp: int, hidden: int, out: int, *, stride=1, dilation=1) -> FrozenInvertedResidual:
         depthwise = self.conv(hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden)
         residual = stride == 1 and inp == out
         return FrozenInvertedResidual(self.conv(inp, hidden), depthwise, self.conv(hidden, out, act=False), residual)
+
+    def depthwise(self, width: int, *, stride=1, dilation=1, act: bool | str = False) -> FrozenConv2d:
+        return self.conv(width, width, 3, stride=stride, dilation=dilation, groups=width, act=act)
+
+    def pyramid(self, inp: int, width: int, out: int, rates=(2, 3, 5)) -> FrozenASPP:
+        dilated = [self.conv(inp, width, 3, dilation=rate, act="relu") for rate in rates]
+        branches = [self.conv(inp, width, act="relu"), *dilated]
+        joint = width * (len(branches) + 1)
+        return FrozenASPP(branches, self.conv(inp, width, act="relu"), self.conv(joint, out, act="relu"))
 
     def block(
         self, inp: int, d: int, *, heads=4, head_dim=None, hidden=None, layers=2, patch=(2, 2), fusion=True,
@@ -94,5 +106,7 @@ def chain(seed: int = 0) -> tuple[FrozenSequential, Draw]:
         draw.inverted(24, 64, 32, stride=2),
         draw.block(32, 48, patch=(2, 1)),
         draw.conv(32, 64),
+        draw.depthwise(64, act="relu"),
+        draw.pyramid(64, 16, 64),
     )
     return FrozenSequential(*links), draw
