@@ -25,6 +25,7 @@ LAYERS = (
     "freezing",
     "verification",
     "zoo",
+    "training",
     "bench",
     "cli",
     "__main__",
