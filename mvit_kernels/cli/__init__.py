@@ -18,7 +18,7 @@ from .._utils.files import is_special, to_json, write_csv, write_json
 
 __all__ = ["COMMANDS", "add_command", "output_file", "print_json", "to_json", "write_csv", "write_json"]
 
-COMMANDS = ("info", "verify", "bench", "profile", "classify", "demo")
+COMMANDS = ("info", "verify", "bench", "profile", "classify", "detect", "segment", "train", "evaluate", "demo")
 
 
 def add_command(

@@ -12,7 +12,7 @@ from ..zoo import logits
 from ..zoo.builders import is_huggingface
 from . import add_command, print_json
 from .labels import read_labels
-from .models import add_model_arguments, check_size, load_model, positive
+from .models import add_model_arguments, check_size, load_model, positive, three_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,9 +44,11 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         metavar="N",
         help="short side before the crop to --size (default: size × 256 / 224)",
     )
-    photos.add_argument("--mean", type=_three, metavar="R,G,B", help="subtracted from the channels (default: 0,0,0)")
     photos.add_argument(
-        "--std", type=_three, metavar="R,G,B", help="divisors of the channels, after --mean (default: 1,1,1)"
+        "--mean", type=three_numbers, metavar="R,G,B", help="subtracted from the channels (default: 0,0,0)"
+    )
+    photos.add_argument(
+        "--std", type=three_numbers, metavar="R,G,B", help="divisors of the channels, after --mean (default: 1,1,1)"
     )
     photos.add_argument(
         "--bgr",
@@ -134,11 +136,3 @@ def _text(result: dict[str, Any]) -> str:
     for each in result["predictions"]:
         lines.append(f"  {each['probability']:7.2%}  {each['label']}")
     return "\n".join(lines)
-
-
-def _three(text: str) -> tuple[float, float, float]:
-    try:
-        red, green, blue = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} are not three numbers such as 0.485,0.456,0.406") from None
-    return red, green, blue

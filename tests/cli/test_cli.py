@@ -189,7 +189,13 @@ def test_info_about_the_build(run, monkeypatch, tmp_path, build_info, line):
 # ------------------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("name", ["own/xxs", "timm/mobilevit_xxs", "huggingface/xxs", "kornia/xxs"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("own/xxs", "timm/mobilevit_xxs", "huggingface/xxs", "kornia/xxs"),
+        *("deeplabv3/xxs", "apple/deeplabv3-mobilevit-xx-small"),
+    ],
+)
 def test_models_without_weights_are_alive_and_always_the_same(name):
     state = torch.random.get_rng_state()
     model, again = zoo.load(name), zoo.load(name)
@@ -214,6 +220,10 @@ def test_models_without_weights_are_alive_and_always_the_same(name):
         ("apple/mobilevit-xx-small", 7, (1, 7)),
         ("huggingface/xs", 0, (1, 384, 2, 2)),
         ("kornia/xxs", None, (1, 320, 2, 2)),
+        ("deeplabv3/xs", None, (1, 21, 4, 4)),
+        ("deeplabv3/xxs", 4, (1, 4, 4, 4)),
+        ("apple/deeplabv3-mobilevit-x-small", None, (1, 21, 4, 4)),
+        ("apple/deeplabv3-mobilevit-small", 4, (1, 4, 4, 4)),
     ],
 )
 def test_names(name, num_classes, shape):
@@ -227,6 +237,27 @@ def test_checkpoint_decides_variant_and_classes(weights):
     assert (model.mode, model.num_classes) == ("xxs", 5)
     with pytest.raises(ValueError, match="XXS"):
         zoo.load("own/s", checkpoint=weights)
+
+
+@pytest.mark.parametrize("name", [None, "deeplabv3/xxs", "apple/deeplabv3-mobilevit-xx-small"])
+def test_checkpoint_decides_the_task(tmp_path, weights, name):
+    trained = zoo.load("deeplabv3/xxs", num_classes=4)
+    torch.save(trained.state_dict(), tmp_path / "segmentation.pth")
+    model = zoo.load(name, checkpoint=tmp_path / "segmentation.pth")
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = trained(x)
+        assert (zoo.logits(model(x)) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match="of DeepLabv3 for segmentation, has no"):
+        zoo.load("own/xxs", checkpoint=tmp_path / "segmentation.pth")
+    with pytest.raises(ValueError, match=r"has no .*load_checkpoint\(model\.(backbone|mobilevit), "):
+        zoo.load(name or "deeplabv3/xxs", checkpoint=weights)
+
+
+def test_segmentation_without_classes():
+    for name in ("deeplabv3/xxs", "apple/deeplabv3-mobilevit-small"):
+        with pytest.raises(ValueError, match="class"):
+            zoo.load(name, num_classes=0)
 
 
 def test_kornia_loads_its_own_checkpoints_only(tmp_path, weights):
