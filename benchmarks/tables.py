@@ -53,8 +53,9 @@ class Table(NamedTuple):
         library, slash, variant = line["subject"].rpartition("/")
         name = f"{LIBRARIES.get(library, library)} {variant.upper()}" if slash else NETWORKS.get(variant, variant)
         what = f"{name}, batch {line['batch']}, {line['dtype']}, {line['size']} px"
-        if line["mode"] == "step":
-            what += ", training step" + (", autocast" if line["dtype"] != "float32" else "")
+        if line["mode"] in ("step", "recipe"):
+            what += ", training step" if line["mode"] == "step" else ", whole recipe step"
+            what += ", autocast" if line["dtype"] != "float32" else ""
         return what + (", device's clock" if line["clock"] == "graph" else "")
 
 

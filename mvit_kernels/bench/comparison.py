@@ -118,17 +118,24 @@ def prepare(
     The caller sets the grad mode that the subject needs. Arguments and errors are those of `compare`.
     """
     progress("float64 reference")
+    checked = subject.checked
     orders = (False, True) if subject.training else (False,)  # both orders of the batch, for the reasons of `verify`
-    own = [_outputs(build(subject), subject, order) for build in (eager, channels_last) for order in orders]
-    wide = subject._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
-    truth = _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
+    own = [_outputs(build(checked), checked, order) for build in (eager, channels_last) for order in orders]
+    wide = checked._replace(model=copy.deepcopy(subject.model).double(), dtype=torch.float64)
+    truth = _outputs(eager(wide), wide._replace(images=checked.images.to(subject.dtype).double()))
     if not all(torch.isfinite(value).all() for value in truth.values()):
         raise ValueError("the model's output is not finite in float64 either; fix its weights or the images")
 
     @functools.cache
     def careful(seed: int) -> dict[str, Tensor]:
         with RoundedArithmetic(subject.dtype, seed):
-            return _outputs(eager(wide), wide._replace(images=subject.images.to(subject.dtype).double()))
+            return _outputs(eager(wide), wide._replace(images=checked.images.to(subject.dtype).double()))
+
+    def worst(form: Form) -> ErrorRow:
+        found = worst_row(_outputs(form._replace(images=form.images[: len(checked.images)]), checked), *yardsticks)
+        if found.ok and subject.recipe:
+            call_of(form, subject)()  # compiles for the whole batch, or runs out of memory: here it is noted
+        return found
 
     yardsticks = (own, truth, None if subject.dtype == torch.float64 else careful)
     results: dict[str, Result] = {}
@@ -138,7 +145,7 @@ def prepare(
         form, result = build_and_check(
             name,
             lambda name=name: PEERS[name].build(subject),
-            lambda form: worst_row(_outputs(form, subject), *yardsticks),
+            worst,
             build_seconds,
         )
         if result.row is not None and result.row.ok and PEERS[name].lazy:

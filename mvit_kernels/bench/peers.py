@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from ..adapters import accelerate, restore
 from ..freezing import freeze
 from ..verification import named_outputs
+from .recipe import recipe_step
 from .runtimes import OnnxRuntime, OpenVino
+
+CHECKED_PIXELS = 64 * 256**2  # of a recipe's batch: S in float64 then takes some 20 GB, by arithmetic
 
 
 class Subject(NamedTuple):
@@ -33,11 +36,23 @@ class Subject(NamedTuple):
     backend: str | None = None  # of the accelerated and frozen forms
     training: bool = False  # forward and backward, without dropout, which would make gradients incomparable
     step: bool = False  # with training: an optimizer step too (AdamW with learning rate 0, so that no weight changes)
+    recipe: bool = False  # with training: a whole step of the paper's recipe, see `mvit_kernels.bench.recipe`
 
     @property
     def mode(self) -> str:
-        """The column `mode` of results: inference, training or step."""
-        return ("step" if self.step else "training") if self.training else "inference"
+        """The column `mode` of results: inference, training, step or recipe."""
+        if not self.training:
+            return "inference"
+        return "recipe" if self.recipe else "step" if self.step else "training"
+
+    @property
+    def checked(self) -> Subject:
+        """What is compared with float64 before `self` is timed: of a recipe, whose dropout is live and whose float64
+        would not fit a GPU, forward and backward without dropout on the first images; otherwise `self`."""
+        if not self.recipe:
+            return self
+        most = max(2, CHECKED_PIXELS // self.images[0, 0].numel())
+        return self._replace(recipe=False, images=self.images[:most])
 
 
 class Form(NamedTuple):
@@ -145,9 +160,12 @@ PEERS: dict[str, Peer] = {
 
 def call_of(form: Form, subject: Subject, reverse: bool = False) -> Callable[[], object]:
     """The function to time: in inference a plain call; in training forward, backward with a fixed random cotangent, and
-    the optimizer step if `subject.step`. With `reverse` the cotangent's batch order is reversed."""
+    the optimizer step if `subject.step`, or a whole step if `subject.recipe`. With `reverse` the cotangent's batch
+    order is reversed."""
     if not subject.training:
         return lambda: form.model(form.images)
+    if subject.recipe:
+        return recipe_step(form.model, form.images, subject.dtype)
     cast = subject.dtype not in (torch.float32, torch.float64)
     optimizer = torch.optim.AdamW(form.model.parameters(), lr=0.0) if subject.step else None
     cotangents: dict[str, Tensor] = {}

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# What was measured. `stage` is "s/3" for stage 3 of MobileViT-S; `mode` is inference, training (forward and backward)
-# or step (training with an optimizer step); `size` is the image's side in pixels; `tokens` is the transformer's number
-# of tokens, in sequences of `sequence` tokens; `clock` is wall or graph, see `mvit_kernels.bench.timing`.
+# What was measured. `stage` is "s/3" for stage 3 of MobileViT-S; `mode` is inference, training (forward and backward),
+# step (training with an optimizer step) or recipe (a whole step of the paper's recipe); `size` is the image's side in
+# pixels; `tokens` is the transformer's number of tokens, in sequences of `sequence` tokens; `clock` is wall or graph,
+# see `mvit_kernels.bench.timing`.
 SUBJECT = ("suite", "subject", "stage", "mode", "size", "batch", "tokens", "sequence", "dtype", "backend")
 IDENTITY = (*SUBJECT, "candidate", "clock")
 # `ratio` is the median of eager divided by this median; gflop and mb are a call's minimal work; the percentages are of

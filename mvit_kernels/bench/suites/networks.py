@@ -23,17 +23,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..._utils.third_party import import_timm
 from ...adapters import adapter_of, restore
+from ...nn import MobileViT
+from ...training.sampler import resolutions
 from ...zoo import load, randomise
 from ..ceilings import Work
 from ..comparison import Result, compare, csv_rows, measure, prepare
 from ..origin import environment
 from ..peers import PEERS, Form, Subject, call_of
+from ..recipe import CLASSIFIER_DROPOUT, DROPOUT
 from ..results import Row, row
 from . import operators
 from ._case import Case, Context
 from .operands import stages
 
 GFLOP = {"s": 4.06, "xs": 1.97, "xxs": 0.83}  # forward pass of one image of 256 px
+TASKS = {"ssdlite": 320, "deeplabv3": 512}  # detection and segmentation, at the published sizes, px
 CHEAP = {
     "cpu": ("eager", "channels_last", "accelerated", "frozen", "onnxruntime", "openvino"),
     "cuda": ("eager", "channels_last", "accelerated", "frozen"),
@@ -42,6 +46,7 @@ COMPILED = {
     "cpu": ("compile_freezing", "compile", "compile_accelerated", "compile_max_autotune"),
     "cuda": ("compile_channels_last", "compile_reduce_overhead", "compile_max_autotune", "compile_accelerated"),
 }
+COMPILED_RECIPE = ("compile_channels_last", "compile_accelerated")
 USUALLY = {"cpu": 40.0, "cuda": 40.0}  # seconds that compiling a network usually takes
 MEMORY_SECONDS = 40.0  # per peer: remaining time below which peak memory is not measured
 MOBILE_RUNS = 100
@@ -59,6 +64,7 @@ class Setting(NamedTuple):
     training: bool = False
     stage: int | None = None  # stage of the block; None for the whole model
     compiled: bool = False  # with torch.compile among the candidates
+    recipe: bool = False  # with training: a whole step of the paper's recipe, see `mvit_kernels.bench.recipe`
 
     @property
     def variant(self) -> str:
@@ -67,15 +73,22 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         stage = f", block of stage {self.stage}" if self.stage else ""
-        kind = ("training" if self.training else "inference") + ", compiled too" * self.compiled
+        kind = "whole recipe" if self.recipe else "training" if self.training else "inference"
+        kind += ", compiled too" * self.compiled
         return f"{self.model}{stage}, {self.size} px, batch {self.batch}, {self.dtype}, {kind}"
+
+    @property
+    def mode(self) -> str:
+        if not self.training:
+            return "inference"
+        return "recipe" if self.recipe else "training" if self.stage else "step"
 
     @property
     def subject(self) -> dict[str, object]:
         return {
             "subject": "block" if self.stage else self.model,
             "stage": f"{self.variant}/{self.stage}" if self.stage else "",
-            "mode": "step" if self.training and not self.stage else "training" if self.training else "inference",
+            "mode": self.mode,
             "size": self.size,
             "batch": self.batch,
             "dtype": self.dtype,
@@ -90,7 +103,8 @@ class Setting(NamedTuple):
 
 
 def models(device: str) -> list[Case]:
-    """timm's, Hugging Face's, Kornia's and our own models: latency at batch 1, throughput at larger batches."""
+    """timm's, Hugging Face's, Kornia's and our own models, also for detection and segmentation: latency at batch 1,
+    throughput at larger batches."""
     first, batches, dtypes = (
         ("float32", (1, 8), ("bfloat16",)) if device == "cpu" else ("bfloat16", (64, 1), ("float16", "float32"))
     )
@@ -100,22 +114,41 @@ def models(device: str) -> list[Case]:
     found += [setting._replace(compiled=True) for setting in found[:4]]
     found += [Setting(xs, 256, batch, first) for batch in batches]
     found += [Setting(f"{library}/s", 256, batches[0], first) for library in ("huggingface", "kornia", "own")]
+    tasks = [(f"{task}/{variant}", size) for variant in ("s", "xxs") for task, size in TASKS.items()]
+    found += [Setting(model, size, batches[0], first) for model, size in tasks]
     found += [Setting(s, size, batches[0], first) for size in (224, 320)]
     found += [Setting(s, 256, batches[0], dtype) for dtype in dtypes[1:]]
     more = (64, 256) if device == "cpu" else (256, 8)
     found += [Setting(model, 256, batch, first) for batch in more for model in (s, xxs, xs)]
     found += [Setting(s, 256, 1, "float16")] if device == "cpu" else []
     found += [Setting(s, size, batch, first) for batch in batches[1:] for size in (224, 320)]
+    found += [Setting(model, size, batch, first) for batch in batches[1:] for model, size in tasks]
+    found += [Setting(model, size, batch, dtypes[0]) for batch in batches for model, size in tasks]
     return [_case(setting, device) for setting in found]
 
 
 def training(device: str) -> list[Case]:
-    """Training steps: forward, backward and AdamW; bfloat16 under autocast."""
+    """Training steps: forward, backward and AdamW; bfloat16 under autocast. Then whole recipes."""
     batch, dtypes = (8, ("float32",)) if device == "cpu" else (64, ("bfloat16", "float32"))
     names = ("mobilevit_xxs", "mobilevit_s", "mobilevit_xs", "huggingface/s", "kornia/s", "own/s")
     found = [Setting(name, 256, batch, dtype, training=True) for dtype in dtypes for name in names]
     found[2:2] = [setting._replace(compiled=True) for setting in found[:2]]
+    whole = recipes(device)
+    found = found[:4] + whole[:2] + found[4:] + whole[2:]  # the first two: XXS and S
     return [_case(setting, device) for setting in found]
+
+
+def recipes(device: str) -> list[Setting]:
+    """Whole steps of the paper's recipe: at 256 px in batches of 64 to 512 on a GPU; at the resolutions of the
+    multi-scale sampler with the batches that it draws; and all of them beside `torch.compile`."""
+    first, batches, dtype = (8, (32,), "float32") if device == "cpu" else (128, (64, 256, 512), "bfloat16")
+    names = ("own/xxs", "own/s")
+    found = [Setting(name, 256, batch, dtype) for batch in (first, *batches) for name in names]
+    scales = [size for size in resolutions(first) if size.height != 256]
+    found += [Setting(name, size.height, size.batch, dtype) for name in names for size in scales]
+    found += [Setting(name, 256, first, dtype) for name in ("own/xs", "mobilevit_s", "huggingface/s")]
+    found = [setting._replace(training=True, recipe=True) for setting in found]
+    return found + [setting._replace(compiled=True) for setting in found]
 
 
 def blocks(device: str) -> list[Case]:
@@ -149,7 +182,8 @@ def mobile(device: str) -> list[Case]:
 
 def _case(setting: Setting, device: str) -> Case:
     run = functools.partial(measure_setting, setting)
-    return Case(setting.name, setting.subject, setting.gflop, run, USUALLY[device] if setting.compiled else 0.0)
+    usually = USUALLY[device] * (2 if setting.recipe else 1)  # a recipe's check is compiled, and its step
+    return Case(setting.name, setting.subject, setting.gflop, run, usually if setting.compiled else 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- one case
@@ -169,7 +203,8 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
     if context.device == "cpu" and setting.batch > 1 and not setting.training:
         peers.append("openvino_by_image")
     limit = context.build_seconds(USUALLY[context.device])
-    possible = [n for n in COMPILED[context.device] if not (setting.training and PEERS[n].inference_only)]
+    possible = COMPILED_RECIPE if setting.recipe else COMPILED[context.device]
+    possible = [n for n in possible if not (setting.training and PEERS[n].inference_only)]
     if setting.compiled:
         # One for every ten usual compile times that are left of the budget, and at least one.
         peers += possible[: max(1, int(context.left / 10 / USUALLY[context.device]))]
@@ -207,6 +242,9 @@ def subject_of(setting: Setting, device: str) -> Subject:
         ImportError: the model's library is not installed.
     """
     model = load(setting.model, device=device)
+    if setting.recipe:
+        import_timm()  # its average of the weights is part of the step
+        model = _with_dropout(model)
     images = torch.rand(
         setting.batch, 3, setting.size, setting.size, generator=torch.Generator().manual_seed(0), device="cpu"
     )
@@ -214,8 +252,25 @@ def subject_of(setting: Setting, device: str) -> Subject:
     if setting.stage:
         model, images = _block(model, setting.stage, images)
     return Subject(
-        model, images, getattr(torch, setting.dtype), None, setting.training, setting.training and not setting.stage
+        model,
+        images,
+        getattr(torch, setting.dtype),
+        None,
+        setting.training,
+        step=setting.mode == "step",
+        recipe=setting.recipe,
     )
+
+
+def _with_dropout(model: nn.Module) -> nn.Module:
+    """Our own model with the paper's dropout; those of other libraries as these make them for training."""
+    if not isinstance(model, MobileViT):
+        return model
+    trained = MobileViT(
+        model.mode, num_classes=model.num_classes, dropout=DROPOUT[model.mode], classifier_dropout=CLASSIFIER_DROPOUT
+    )
+    trained.load_state_dict(model.state_dict())
+    return trained.to(next(model.parameters()).device).eval()
 
 
 def _block(model: nn.Module, stage: int, images: Tensor) -> tuple[nn.Module, Tensor]:
