@@ -8,6 +8,7 @@ USE_SYSTEM_PYTHON ?=
 SUITE ?= all
 BUDGET ?= 30
 DEVICE ?= cpu
+DATA ?= ../shared/data
 
 # The set-up is complete if this file exists, is newer than its prerequisites, and $(IS_SOUND) succeeds.
 READY := $(VENV)/.mvit_kernels-ready
@@ -19,11 +20,12 @@ PY := $(abspath $(VENV))/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report lint format \
+.PHONY: help demo examples test test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report lint format \
 	build setup clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and measure the speedup'
+	@echo 'make examples train a classifier, a detector and a segmentation network on the photos in DATA, accelerated and plain'
 	@echo 'make test     lint, build, and run the whole test suite'
 	@echo 'make sanitize the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; needs a GPU'
@@ -43,6 +45,7 @@ help:
 	@echo '  PYTHON=python3        the Python that $(VENV) is created with, 3.10 or newer'
 	@echo '  VENV=.venv            the environment'"'"'s folder'
 	@echo '  PYTEST_ARGS=...       handed to pytest: PYTEST_ARGS="-k freeze -x"'
+	@echo '  DATA=../shared/data   of make examples: the folder that has land_use, raccoon and camvid'
 	@echo '  BUDGET=30, SUITE=all, DEVICE=cpu   of make bench: minutes, suites (operators,models,...), cpu or cuda'
 	@echo '  USE_SYSTEM_PYTHON=1   use PYTHON without changes: no environment, nothing installed, built in place'
 	@echo '  CXX, MAX_JOBS         the C++ compiler, and how many files are compiled at once'
@@ -52,6 +55,9 @@ help:
 demo: setup
 	@$(PY) setup.py -q build_native --inplace
 	@$(PY) -m mvit_kernels demo
+
+examples: build
+	@$(PY) examples/real_data.py '$(DATA)'
 
 # One process per core, each running whole files: tests use one thread, and the tests of a file share its fixtures.
 IN_PARALLEL = $$($(PY) -c 'import xdist; print("-n auto --dist loadfile --no-loadscope-reorder")' 2>/dev/null)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accelerated models in the training loops of examples/, each on a few images; and what those loops rely on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mvit_kernels
+from support import ROOT, TESTS, models
+from support.examples import image_folder, run_apart, run_here
+from support.models import fast_calls
+
+timm = pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+def losses(printed: str) -> list[float]:
+    return [float(number) for number in re.findall(r"loss['\"]?:? '?([0-9.]+)", printed)]
+
+
+def assert_loads_into_a_plain_model(weights: dict, build=lambda: timm.create_model("mobilevit_xxs", num_classes=2)):
+    """Strictly, with the logits of an accelerated model with the same weights."""
+    plain, fast = build(), mvit_kernels.accelerate(build())
+    for model in (plain, fast):
+        model.load_state_dict(weights, strict=True)
+    x = models.images(2, 64, 64)
+    with torch.no_grad(), fast_calls() as calls:
+        expected, ours = (models.output(model.eval()(x)) for model in (plain, fast))
+    assert len(calls) == 3 and not mvit_kernels.report(plain).accelerated
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+# ------------------------------------------------------------------------------------------------------- a plain loop
+
+
+def test_plain_loop_under_torchrun(folder, tmp_path):
+    options = ["--size", 64, "--batch", 2, "--epochs", 2, "--workers", 0, "--output", "model.pt"]
+    printed = run_apart("plain_loop.py", folder, *options, cwd=tmp_path, torchrun=2)
+    assert printed.count("3 of 3 MobileViT blocks accelerated") == 1  # by the first rank alone
+    assert len(losses(printed)) == 2 and all(map(math.isfinite, losses(printed)))
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved["schedule"]["last_epoch"] == 4  # 8 images, 2 × 2 at a time, 2 epochs
+    assert_loads_into_a_plain_model(saved["model"])
+    assert_loads_into_a_plain_model(saved["ema"])
+
+
+@pytest.fixture
+def plain_loop(folder, tmp_path, monkeypatch, capsys):
+    """Run the plain loop here; its names, its losses and the calls of the fast path."""
+
+    def run(*arguments, counting=fast_calls):
+        options = ["--size", 64, "--batch", 4, "--workers", 0, "--output", tmp_path / "model.pt", *arguments]
+        with counting() as calls:
+            names = run_here(monkeypatch, "plain_loop.py", folder, *options)
+        return names, losses(capsys.readouterr().out), calls
+
+    return run
+
+
+def test_plain_loop_as_plain_pytorch(plain_loop):
+    """The same losses with and without acceleration, and they fall."""
+    _, ours, calls = plain_loop("--epochs", 6)
+    assert len(calls) == 3 * 2 * 6
+    _, plain, calls = plain_loop("--epochs", 6, "--plain")
+    assert not calls
+    torch.testing.assert_close(ours, plain, rtol=2e-3, atol=0)
+    assert ours[-1] < ours[0] - 0.02
+
+
+def test_plain_loop_recomputes_and_resumes(plain_loop, tmp_path):
+    names, whole, calls = plain_loop("--epochs", 3, "--bf16", "--checkpointing")
+    assert len(calls) == 2 * 3 * 2 * 3  # twice: forward, and again in backward
+    assert len(mvit_kernels.report(names["ema"].module).accelerated) == 3
+    _, _, calls = plain_loop("--epochs", 2, "--bf16")
+    assert len(calls) == 3 * 2 * 2
+    names, more, _ = plain_loop("--epochs", 3, "--bf16", "--resume", tmp_path / "model.pt")
+    assert len(more) == 1 and math.isfinite(more[0]) and names["schedule"].last_epoch == 6
+
+
+def test_plain_loop_compiled(plain_loop):
+    """The whole network is one graph over all steps: acceleration breaks none, and none is compiled anew."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    _, found, _ = plain_loop("--epochs", 1, "--compile", "eager", counting=contextlib.nullcontext)
+    torch._dynamo.reset()
+    assert math.isfinite(found[0]) and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+# ---------------------------------------------------------------------------------------------- Hugging Face's Trainer
+
+
+def _from_folder(path):
+    from transformers import MobileViTForImageClassification
+
+    return MobileViTForImageClassification.from_pretrained(path)
+
+
+def test_huggingface_trainer(folder, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    options = ["--size", 64, "--batch", 3, "--epochs", 2, "--workers", 0, "--output", "out", "--bf16"]
+    printed = run_apart("huggingface_trainer.py", folder, *options, cwd=tmp_path)
+    assert "3 of 3 MobileViT blocks accelerated" in printed
+    assert len(losses(printed)) >= 4 and all(map(math.isfinite, losses(printed)))
+    assert re.search(r"accuracy [01]\.\d{3}\n", printed)
+    best = _from_folder(tmp_path / "out" / "best")
+    assert best.config.id2label == {0: "blue", 1: "red"}
+    assert_loads_into_a_plain_model(best.state_dict(), lambda: type(best)(best.config))
+    other = mvit_kernels.MobileViT("xxs", num_classes=2)
+    mvit_kernels.load_checkpoint(other, tmp_path / "out" / "best" / "model.safetensors")
+    x = models.images(2, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(x), best.eval()(x).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_huggingface_trainer_recomputes_and_resumes(folder, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    options = ["--size", 64, "--batch", 3, "--workers", 0, "--output", tmp_path, "--checkpointing"]
+    with fast_calls() as calls:
+        run_here(monkeypatch, "huggingface_trainer.py", folder, "--epochs", 1, *options)
+    steps, evaluations = 2, 2
+    assert len(calls) == 3 * (2 * steps + evaluations)
+    with fast_calls() as calls:
+        run_here(monkeypatch, "huggingface_trainer.py", folder, "--epochs", 2, "--resume", *options)
+    assert len(calls) == 3 * (2 * steps + evaluations)  # one epoch more, not two
+
+
+# ----------------------------------------------------------------------------------------------------------- Lightning
+
+
+def test_lightning_module(folder, tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    options = ["--size", 64, "--batch", 3, "--workers", 0, "--output", tmp_path, "--precision", "bf16-mixed"]
+    printed = run_apart("lightning_module.py", folder, "--epochs", 1, *options, cwd=tmp_path)
+    assert "3 of 3 MobileViT blocks accelerated" in printed
+    assert math.isfinite(losses(printed)[-1])
+
+    options += ["--checkpointing", "--resume", tmp_path / "last.ckpt"]
+    with fast_calls() as calls:
+        names = run_here(monkeypatch, "lightning_module.py", folder, "--epochs", 2, *options)
+    steps, evaluations = 2, 1 + 1  # one of Lightning's own, before training
+    assert len(calls) == 3 * (2 * steps + evaluations)
+
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+    weights = {name.removeprefix("model."): value for name, value in saved["state_dict"].items()}
+    assert_loads_into_a_plain_model(weights)
+    plain = mvit_kernels.load_checkpoint(timm.create_model("mobilevit_xxs", num_classes=2), tmp_path / "last.ckpt")
+    assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
+    again = names["Classifier"].load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert len(mvit_kernels.report(again).accelerated) == 3
+
+
+# ------------------------------------------------------------------------------------- what all of these loops rely on
+
+
+def test_two_processes_get_the_mean_of_plain_gradients(tmp_path):
+    command = [sys.executable, "-m", "support.two_ranks", str(tmp_path)]
+    settings = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | settings)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["timm", "huggingface", "own"]
+
+
+@pytest.mark.parametrize("library", ["timm", "huggingface", "own"])
+def test_a_compiled_block_trains_as_one_graph(library):
+    """`fullgraph=True` raises at a graph break; gradients are those of the block as it is."""
+    block = models.blocks(models.accelerated(models.build(library)))[0].double().train()
+    x = torch.randn(2, 24 if library == "huggingface" else 48, 8, 8, dtype=torch.float64)
+    torch._dynamo.reset()
+    results = []
+    for call in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        block.zero_grad()
+        y = call(x)
+        y.square().mean().backward()
+        results.append([y.detach(), *(parameter.grad.clone() for parameter in block.parameters())])
+    torch._dynamo.reset()
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/training.md: its Python runs from top to bottom, and its commands name files and options that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mvit_kernels
+from support import ROOT
+from support.examples import image_folder
+
+TEXT = (ROOT / "docs" / "training.md").read_text()
+
+
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_snippets(tmp_path, monkeypatch, capsys):
+    """One after the other with the names of those before, as a reader runs them."""
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    image_folder(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    for snippet in blocks("python"):
+        exec(compile(snippet, "docs/training.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("3 of 3 MobileViT blocks accelerated")
+    assert not mvit_kernels.report(names["plain"]).accelerated
+    assert len(mvit_kernels.report(names["average"]).accelerated) == 3
+    assert {(h, b) for h, _, b in names["sampler"].sizes} >= {(256, 4), (160, 10), (320, 2)}
+    assert names["loss"].isfinite() and names["photos"][0, (64, 96)][0].shape == (3, 64, 96)
+
+
+def test_commands():
+    """Run by test_examples.py; here no option that has been renamed since."""
+    text = TEXT + (ROOT / "examples" / "timm_train.md").read_text()
+    commands = [shlex.split(line) for block in blocks("sh", text) for line in block.splitlines() if "examples/" in line]
+    assert len(commands) >= 6
+    for command in commands:
+        (script,) = (word for word in command if word.startswith("examples/"))
+        known = (ROOT / script).read_text()
+        options = [word for word in command[command.index(script) :] if word.startswith("--")]
+        assert options and all(f'"{option}"' in known for option in options), command
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_usage_in_docstrings(script):
+    """The commands at the head of each example."""
+    text = (ROOT / "examples" / script).read_text()
+    head = text.split('"""')[1]
+    assert f"python examples/{script} DIR" in head
+    assert all(f'"{option}"' in text for option in re.findall(r"--[a-z0-9][a-z0-9-]*", head) if "nproc" not in option)
+
+
+def test_links():
+    for name in ("docs/training.md", "examples/timm_train.md"):
+        path = ROOT / name
+        links = re.findall(r"\]\(([^)]+)\)", path.read_text())
+        assert links and all(link.startswith("https:") or (path.parent / link).exists() for link in links)
+
+
+def test_help_needs_no_data():
+    command = [sys.executable, str(ROOT / "examples" / "parity.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0 and "--steps" in result.stdout
