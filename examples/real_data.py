@@ -4,8 +4,8 @@
     python examples/real_data.py DIR            (or: make examples DATA=DIR; DIR has land_use, raccoon and camvid)
 
 Each network is trained twice from the same weights, with the same seed and the same samples: as ``mvit-kernels train``
-does it, and with ``--no-accelerate``. What it gets on the photos that it saw and on those held back is compared with
-what is wanted, and the wall time stands beside. The exit code is 1 if a figure is below what is wanted.
+does it, and in plain PyTorch. What it gets on the photos that it saw and on those held back is compared with what is
+wanted, and the wall time stands beside. The exit code is 1 if a figure is below what is wanted.
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def recipe_step(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.flo
         with torch.autocast(images.device.type, dtype if cast else None, enabled=cast):
             output = logits(model(images))
             if not labels:  # the number of classes is known now
-                drawn = torch.randint(output.shape[1], (len(images),), generator=torch.Generator().manual_seed(0))
+                drawn = torch.randint(
+                    output.shape[1], (len(images),), generator=torch.Generator().manual_seed(0), device="cpu"
+                )
                 labels.append(drawn.to(images.device))
             loss = criterion(output, labels[0])
         loss.backward()

@@ -87,7 +87,7 @@ def _detect(args: argparse.Namespace, network: Network, image: Image.Image, name
         if not all(torch.isfinite(each).all() for each in output):
             raise ValueError("the model returned values that are not finite; try --dtype float32, or other weights")
         found = network.model.detect(output, network.size, score=args.score, iou=args.iou, most=args.most)[0]
-    scale = torch.tensor([image.width / network.size[1], image.height / network.size[0]] * 2)
+    scale = torch.tensor([image.width / network.size[1], image.height / network.size[0]] * 2, device="cpu")
     boxes = (found["boxes"].float().cpu() * scale).tolist()
     return [
         {

@@ -232,7 +232,7 @@ class MultiScaleSampler(Sampler[list[tuple[int, Pair]]]):
         """The resolution of every step of the epoch on this rank, which in training is that of all ranks."""
         share = self._share_length()
         most = -(-share // min(size.batch for size in sizes))  # steps, if all were of the smallest batch
-        drawn = torch.randint(len(sizes), (most,), generator=self._generator(epoch, 0)).tolist()
+        drawn = torch.randint(len(sizes), (most,), generator=self._generator(epoch, 0), device="cpu").tolist()
         plan, covered = [], 0
         for choice in drawn:
             if covered >= share:
@@ -248,12 +248,12 @@ class MultiScaleSampler(Sampler[list[tuple[int, Pair]]]):
 
     def _share(self) -> torch.Tensor:
         """The indices of this rank's samples in the epoch's order."""
-        indices = torch.arange(self.samples)
+        indices = torch.arange(self.samples, device="cpu")
         if self.training:
             total = self._share_length() * self.world_size
             indices = indices.repeat(-(-total // self.samples))[:total]
         if self.shuffle:
-            indices = indices[torch.randperm(len(indices), generator=self._generator(self.epoch, 1))]
+            indices = indices[torch.randperm(len(indices), generator=self._generator(self.epoch, 1), device="cpu")]
         return indices[self.rank :: self.world_size]
 
     def _generator(self, epoch: int, purpose: int) -> torch.Generator:

@@ -194,7 +194,7 @@ class Classification(Task):
 
     def collate(self, samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
         images, targets = zip(*samples, strict=True)
-        return torch.stack(images), torch.tensor(targets)
+        return torch.stack(images), torch.tensor(targets, device="cpu")
 
     def losses(self, model: nn.Module, images: Tensor, targets: Any) -> dict[str, Tensor]:
         scores = logits(model(images)).float()

@@ -139,7 +139,7 @@ def _pair(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What was detected, in pixels of the photo, and what is there."""
     height, width = target["size"].tolist()
-    scale = torch.tensor([width / size[1], height / size[0]] * 2)
+    scale = torch.tensor([width / size[1], height / size[0]] * 2, device="cpu")
     return (
         {
             "boxes": detected["boxes"].float().cpu() * scale,
@@ -175,7 +175,7 @@ class _Photos(Dataset):
         boxes = [box for box in photo.boxes if not box.crowd]
         target = {
             "boxes": _boxes([box.edges for box in boxes], image.shape[-2:]),
-            "labels": torch.tensor([box.label + 1 for box in boxes], dtype=torch.int64),
+            "labels": torch.tensor([box.label + 1 for box in boxes], dtype=torch.int64, device="cpu"),
         }
         if self.augment is not None:
             image, target = self.augment(image, target, size)
@@ -184,10 +184,12 @@ class _Photos(Dataset):
         target["boxes"] = target["boxes"].as_subclass(Tensor)
         if not self.training:
             target |= {
-                "photo_boxes": torch.tensor([box.edges for box in photo.boxes]).reshape(-1, 4),
-                "photo_labels": torch.tensor([box.label + 1 for box in photo.boxes], dtype=torch.int64),
-                "uncounted": torch.tensor([box.crowd or box.difficult for box in photo.boxes], dtype=torch.int64),
-                "size": torch.tensor([photo.size[1], photo.size[0]]),
+                "photo_boxes": torch.tensor([box.edges for box in photo.boxes], device="cpu").reshape(-1, 4),
+                "photo_labels": torch.tensor([box.label + 1 for box in photo.boxes], dtype=torch.int64, device="cpu"),
+                "uncounted": torch.tensor(
+                    [box.crowd or box.difficult for box in photo.boxes], dtype=torch.int64, device="cpu"
+                ),
+                "size": torch.tensor([photo.size[1], photo.size[0]], device="cpu"),
             }
         return normalised(image, self.recipe), target
 
@@ -219,5 +221,5 @@ class _Augment:
 
 
 def _boxes(edges: Sequence[tuple[float, ...]], canvas: Sequence[int]) -> Tensor:
-    data = torch.tensor(edges, dtype=torch.float32).reshape(-1, 4)
+    data = torch.tensor(edges, dtype=torch.float32, device="cpu").reshape(-1, 4)
     return tv_tensors().BoundingBoxes(data, format="XYXY", canvas_size=tuple(canvas))

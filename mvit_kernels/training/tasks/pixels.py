@@ -43,7 +43,7 @@ def read_pixels(path: Path) -> Tensor:
 def normalised(image: Tensor, recipe: Recipe) -> Tensor:
     """uint8 pixels as the network's input: in [0, 1], minus the recipe's mean over its std, a plain float32 tensor."""
     image = image.as_subclass(Tensor).float() / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
+    mean, std = (torch.tensor(values, device="cpu")[:, None, None] for values in (recipe.mean, recipe.std))
     return ((image - mean) / std).contiguous()
 
 

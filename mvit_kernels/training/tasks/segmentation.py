@@ -130,7 +130,7 @@ def _augmented(image: Tensor, mask: Tensor, size: tuple[int, int], recipe: Recip
     """
     v2, chance = transforms(), recipe.augmentation
     low, high = chance.short_side
-    short = torch.empty(()).uniform_(low, high).item() * min(size) / min(recipe.size)
+    short = torch.empty((), device="cpu").uniform_(low, high).item() * min(size) / min(recipe.size)
     scale = short / min(image.shape[-2:])
     resized = [max(1, round(side * scale)) for side in image.shape[-2:]]
     image = v2.functional.resize(image, resized, antialias=True)
