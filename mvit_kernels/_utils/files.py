@@ -9,9 +9,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -28,7 +28,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -37,7 +37,7 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
         OSError: the file cannot be written; the error names it.
     """
-    _write(path, to_json(data) + "\n")
+    write_text(path, to_json(data) + "\n")
 
 
 def to_json(data: Any, ascii_only: bool = False) -> str:
@@ -53,7 +53,8 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write `text` atomically, in UTF-8; as `write_bytes`."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))  # file names may contain bytes that are not UTF-8
 
 
@@ -63,20 +64,52 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OSError: the file cannot be written; the error names it.
     """
-    try:
-        if is_special(path):  # never replaced, and it cannot keep a partial file
-            path.write_bytes(data)
-            return
-        path = path.resolve()  # a symbolic link stays one
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if is_special(path):  # never replaced, and it cannot keep a partial file
         try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+            path.write_bytes(data)
+        except OSError as error:
+            raise _named(error, path) from error
+        return
+    with write_whole(path.resolve()) as file:  # a symbolic link stays one
+        file.write(data)
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path`, on the disk before it does, when the block ends without an error.
+
+    Raises:
+        OSError: it cannot be written; what was at `path` is untouched, and no part of the new file is left.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            _sync_folder(path.parent)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-    except OSError as error:  # the error of a full disk names no file
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+            with contextlib.suppress(OSError):
+                part.unlink()
+    except OSError as error:
+        raise _named(error, path) from error
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with the file's name, which that of a full disk lacks."""
+    return OSError(error.errno, error.strerror or str(error), str(path))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in `folder` outlive a loss of power, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def is_special(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import add_command, output_file, write_json
-from .labels import read_labels
+from .labels import read_names
 from .models import BACKENDS, DTYPES, image_size, positive, share, thread_count, three_numbers, worker_count
 from .train import TASKS
 
@@ -74,7 +74,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.freeze and args.no_accelerate:
         raise ValueError("--freeze and --no-accelerate exclude each other: a frozen model runs on the operators")
-    labels = read_labels(args.labels) if args.labels else None
+    labels = read_names(args.labels)
 
     import torch
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         args.checkpoint,
         task=args.task,
         changes=changes,
-        labels=None if labels is None else [labels[index] for index in range(len(labels))],
+        labels=labels,
         frozen=args.freeze,
         dtype=getattr(torch, args.dtype),
         settings=Settings(

@@ -54,6 +54,14 @@ def read_labels(path: Path) -> dict[int, str]:
     return labels
 
 
+def read_names(path: Path | None) -> list[str] | None:
+    """The names in a label file by class index; None for no file. Raises as `read_labels` does."""
+    if path is None:
+        return None
+    labels = read_labels(path)
+    return [labels[index] for index in range(len(labels))]
+
+
 def _decode(path: Path) -> str:
     """The text of a file in UTF-8, or in UTF-16 as Windows writes it, without a byte order mark."""
     data = path.read_bytes()

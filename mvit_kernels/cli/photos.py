@@ -15,7 +15,7 @@ from .._utils.files import write_bytes, write_json
 from ..zoo import checked_device, load
 from ..zoo.builders import VARIANTS, is_huggingface
 from . import print_json
-from .labels import read_labels
+from .labels import read_names
 from .models import add_model_arguments, check_size, three_numbers
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def load_network(args: argparse.Namespace, task: str, library: str, method: str,
     check_size(argparse.Namespace(**{**vars(args), "batch": 1}))
     if args.std is not None and 0 in args.std:
         raise ValueError(f"--std is {','.join(f'{value:g}' for value in args.std)}; numbers above 0 are wanted")
-    labels = read_labels(args.labels) if args.labels else None
-    names = [labels[index] for index in range(len(labels))] if labels else list(described.classes or ()) or None
+    names = read_names(args.labels) or list(described.classes or ()) or None
     if args.threads:
         torch.set_num_threads(args.threads)
     name = f"{library}/{args.model}" if args.model in VARIANTS else args.model

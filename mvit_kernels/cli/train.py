@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import add_command
-from .labels import read_labels
+from .labels import read_names
 from .models import BACKENDS, image_size, positive, share, thread_count, worker_count
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.pretrained and args.checkpoint:
         raise ValueError("--pretrained and --checkpoint exclude each other: give one of the two")
-    labels = read_labels(args.labels) if args.labels else None
+    labels = read_names(args.labels)
     output = args.output or Path("runs", args.folder.resolve().name)
     recipe = recipe_from(args)
 
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         resume=args.resume,
         settings=settings,
-        labels=None if labels is None else [labels[index] for index in range(len(labels))],
+        labels=labels,
         new_head=True if args.new_head else None,
     )
     if int(os.environ.get("RANK", 0)) == 0:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .saving import write_whole
+from .._utils.files import write_whole
 
 __all__ = ["Board", "Progress", "Table"]
 

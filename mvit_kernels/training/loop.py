@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._utils.files import write_text
 from .._utils.third_party import import_timm
 from . import outputs
 from .assembly import Parts, Settings, assemble
@@ -188,8 +189,8 @@ class _Run:
         if self.board.missing:
             self.task.remarks.append("no TensorBoard: it is not installed (pip install 'mvit_kernels[train]')")
         if state is None:
-            outputs.write_text(self.output / "recipe.yaml", to_yaml(self.recipe))
-            outputs.write_text(self.output / "classes.txt", "".join(f"{name}\n" for name in self.classes))
+            write_text(self.output / "recipe.yaml", to_yaml(self.recipe))
+            write_text(self.output / "classes.txt", "".join(f"{name}\n" for name in self.classes))
             self._save()  # so that a training can be resumed from its first moment on
         else:
             self.task.remarks.append(f"resumed at epoch {place.epoch + 1}, step {place.batch + 1}")

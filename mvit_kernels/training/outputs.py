@@ -7,24 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._utils.files import to_json, write_csv
-from .saving import write_whole
+from .._utils.files import write_csv, write_json, write_whole
 
-__all__ = ["write_confusion", "write_figures", "write_text"]
+__all__ = ["write_confusion", "write_figures"]
 
 _MOST_NAMED = 60  # classes whose names fit at the sides of the picture
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    with write_whole(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_figures(folder: Path, figures: Mapping[str, Any], classes: Sequence[str]) -> list[Path]:
     """Write ``best.json``, and ``confusion.csv`` and ``.png`` if there is a confusion matrix; what was written."""
     rest = {key: value for key, value in figures.items() if key != "confusion"}
-    write_text(folder / "best.json", to_json({**rest, "classes": list(classes)}) + "\n")
+    write_json(folder / "best.json", {**rest, "classes": list(classes)})
     written = [folder / "best.json"]
     if "confusion" in figures:
         written += write_confusion(folder / "confusion", figures["confusion"], classes)

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._utils.files import write_whole
 from ..checkpoints.files import read_file
 from .recipe import Recipe, from_dict
 
-__all__ = ["Described", "check_space", "describe", "prepare_folder", "read_run", "save", "write_whole"]
+__all__ = ["Described", "check_space", "describe", "prepare_folder", "read_run", "save"]
 
 FORMAT = "mvit_kernels training 1"
 LAST, BEST = "last.pth", "best.pth"
@@ -41,39 +42,11 @@ def save(path: Path, contents: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written; the one before is untouched, and no part of the new one is left.
     """
-    with write_whole(path) as part:
-        torch.save({"format": FORMAT, **contents}, part)
-
-
-@contextlib.contextmanager
-def write_whole(path: Path):
-    """A binary file that becomes `path` when the block ends without an error."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
-            with part.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            _sync_folder(path.parent)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
-    except OSError as error:  # that of a full disk names no file
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        with write_whole(path) as part:
+            torch.save({"format": FORMAT, **contents}, part)
     except RuntimeError as error:  # torch.save's, where the disk is full: "unexpected pos" or "file write failed"
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in `folder` outlive a loss of power, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:

@@ -16,7 +16,7 @@ from mvit_kernels.training.recipe import Recipe
 from mvit_kernels.training.saving import save
 from mvit_kernels.training.tasks import Task, bare, task_of
 from mvit_kernels.training.tasks.classification import Classification
-from mvit_kernels.training.tasks.images import check_images, image_files
+from mvit_kernels.training.tasks.photos import check_images, image_files
 from mvit_kernels.zoo.images import load_image, preprocess
 from support import data
 from support.training import QUICK, photo_folder, tiny_recipe

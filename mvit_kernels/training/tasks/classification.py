@@ -24,7 +24,7 @@ from ..saving import describe
 from ..seeds import held_back
 from ..sized import SizedDataset
 from . import HELD_BACK, Task
-from .images import check_images, image_files
+from .photos import check_images, image_files
 
 __all__ = ["Classification", "Photos"]
 

@@ -72,7 +72,6 @@ class Detection(Task):
         return torch.stack([image for image, _ in samples]), [target for _, target in samples]
 
     def losses(self, model: nn.Module, images: Tensor, targets: Any) -> dict[str, Tensor]:
-        targets = [{key: each[key].to(images.device) for key in ("boxes", "labels")} for each in targets]
         network = bare(model)
         with steady_norms([network.extra, network.heads], len(images)):
             return network.loss(model(images), targets, tuple(images.shape[-2:]))

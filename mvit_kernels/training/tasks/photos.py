@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photos of a data set: found by name, and all read once before the first step, so that no run ends at a broken one."""
+"""Photos of a data set: which there are, and all read before the first step, so that no run ends at a broken one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..._utils.text import some
-from .images import SUFFIXES
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 _NAMED = 100  # offenders that a message names; beyond, their number
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The photos in `folder` and below, by suffix, sorted; hidden files and folders are left out."""
+    found = []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(where, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return sorted(found)
 
 
 def by_stem(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
@@ -46,6 +55,48 @@ def each(function: Callable[[Item], Found], items: Sequence[Item]) -> list[Found
     """`function` of every item, in order, on a few threads: Pillow's decoders release the interpreter's lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return list(threads.map(function, items))
+
+
+def check_images(paths: Sequence[Path]) -> None:
+    """Read every photo as far as it takes to see that it is whole, in threads: a JPEG at an eighth of its size.
+
+    Of several processes each takes its share of the photos, and torchrun ends the others when one raises.
+
+    Raises:
+        ValueError: some cannot be read; it counts all of them, and names the first few with the reasons.
+        ImportError: Pillow is not installed.
+    """
+    from ...zoo.images import _pillow
+
+    _pillow()
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    share = paths[rank::count]
+    reasons = each(_why_unreadable, share)
+    broken = [f"{path} ({reason})" for path, reason in zip(share, reasons, strict=True) if reason]
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(share)} images cannot be read: {some(broken)}; repair or remove them")
+
+
+def _why_unreadable(path: Path) -> str:
+    from PIL import Image
+
+    try:
+        if path.stat().st_size == 0:
+            return "0 bytes"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes and of odd metadata, which do not matter here
+            with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):
+                    return f"more than 8 bits a channel, mode {image.mode}"
+                if image.format == "PNG":
+                    image.verify()  # the checksums of all its chunks
+                else:
+                    image.draft("RGB", (32, 32))
+                    image.load()
+    except Exception as error:  # Pillow's decoders raise many kinds
+        text = str(error).replace(f" {str(path)!r}", "").partition("\n")[0]
+        return text or type(error).__name__
+    return ""
 
 
 def photo_size(path: Path) -> tuple[int, int] | str:
