@@ -8,9 +8,12 @@ set(INSTRUCTION_SETS) # those that this compiler supports, from the lowest to th
 set(INSTRUCTION_SETS_LEFT_OUT)
 set(INSTRUCTION_SETS_KNOWN)
 
-# instruction_set(NAME VECTOR_BYTES n [BF16_PAIRS] [FLAGS …]); BF16_PAIRS if the set has products of bfloat16 pairs
+# instruction_set(NAME VECTOR_BYTES n [BF16_PAIRS] [TILES [EMULATED]] [FLAGS …] [REQUIRES expression]
+#                 [PREFERRED expression])
+# BF16_PAIRS if the set has products of bfloat16 pairs, TILES if on matrix tiles, EMULATED if these are done in software.
+# REQUIRES and PREFERRED are C++ expressions for isa.cpp.
 function(instruction_set name)
-  cmake_parse_arguments(PARSE_ARGV 1 given "BF16_PAIRS" "VECTOR_BYTES" "FLAGS")
+  cmake_parse_arguments(PARSE_ARGV 1 given "BF16_PAIRS;TILES;EMULATED" "VECTOR_BYTES;REQUIRES;PREFERRED" "FLAGS")
   set(supported)
   foreach(flag IN LISTS given_FLAGS)
     # Every processor with AVX2 has F16C, and compilers from before 2021 cannot test for it.
@@ -36,19 +39,30 @@ function(instruction_set name)
   set(${name}_FLAGS ${given_FLAGS} PARENT_SCOPE)
   set(${name}_VECTOR_BYTES ${given_VECTOR_BYTES} PARENT_SCOPE)
   set(${name}_BF16_PAIRS ${given_BF16_PAIRS} PARENT_SCOPE)
+  set(${name}_TILES ${given_TILES} PARENT_SCOPE)
+  set(${name}_EMULATED ${given_EMULATED} PARENT_SCOPE)
+  if(given_REQUIRES)
+    string(APPEND supported " && ${given_REQUIRES}")
+  endif()
   set(${name}_SUPPORTED ${supported} PARENT_SCOPE)
+  if(NOT DEFINED given_PREFERRED)
+    set(given_PREFERRED true)
+  endif()
+  set(${name}_PREFERRED ${given_PREFERRED} PARENT_SCOPE)
 endfunction()
 
 # Writes the header that csrc/cpu/isa.h describes.
 function(write_instruction_sets header)
   set(entries)
   foreach(isa IN LISTS INSTRUCTION_SETS)
-    set(pairs true)
+    set(products pairs)
     if(NOT ${isa}_BF16_PAIRS)
-      set(pairs false)
+      set(products none)
       set(plain ${isa})
+    elseif(${isa}_TILES)
+      set(products tiles)
     endif()
-    list(PREPEND entries "X(${isa}, ${plain}, ${${isa}_VECTOR_BYTES}, ${pairs}, ${${isa}_SUPPORTED} __VA_OPT__(,) __VA_ARGS__)")
+    list(PREPEND entries "X(${isa}, ${plain}, ${${isa}_VECTOR_BYTES}, ${products}, ${${isa}_SUPPORTED}, ${${isa}_PREFERRED} __VA_OPT__(,) __VA_ARGS__)")
   endforeach()
   list(JOIN entries " \\\n  " entries)
   list(REVERSE INSTRUCTION_SETS_KNOWN)

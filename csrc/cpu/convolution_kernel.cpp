@@ -211,12 +211,8 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
   }
 
 extern const ConvolutionTable MVIT_TABLE(convolution) = {
-    MVIT_CONVOLUTION_KERNELS(Plain<float>),
-#if defined(MVIT_BF16_PAIRS)
-    MVIT_CONVOLUTION_KERNELS(Bf16Pairs),
-#else
-    {},
-#endif
+    MVIT_PLAIN_ENTRY(MVIT_CONVOLUTION_KERNELS(Plain<float>)),
+    MVIT_PAIRS_ENTRY(MVIT_CONVOLUTION_KERNELS(Bf16Pairs)),
 };
 
 }  // namespace mvit

@@ -70,12 +70,8 @@ void depthwise_convolution(const DepthwiseConvolutionArgs& args, int64_t begin, 
 }  // namespace MVIT_ISA
 
 extern const DepthwiseConvolutionTable MVIT_TABLE(depthwise_convolution) = {
-    {MVIT_ISA::depthwise_convolution<MVIT_ISA::Plain<float>>},
-#if defined(MVIT_BF16_PAIRS)
-    {MVIT_ISA::depthwise_convolution<MVIT_ISA::Bf16Pairs>},
-#else
-    {},
-#endif
+    MVIT_PLAIN_ENTRY({MVIT_ISA::depthwise_convolution<MVIT_ISA::Plain<float>>}),
+    MVIT_PAIRS_ENTRY({MVIT_ISA::depthwise_convolution<MVIT_ISA::Bf16Pairs>}),
 };
 
 }  // namespace mvit

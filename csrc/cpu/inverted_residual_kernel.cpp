@@ -250,13 +250,9 @@ void inverted_residual(const InvertedResidualArgs& args, int64_t image, int64_t 
   }
 
 extern const InvertedResidualTable MVIT_TABLE(inverted_residual) = {
-    MVIT_INVERTED_RESIDUAL_KERNELS(Plain<float>, float),
-    MVIT_INVERTED_RESIDUAL_KERNELS(Plain<float>, MVIT_ISA::bfloat16),
-#if defined(MVIT_BF16_PAIRS)
-    MVIT_INVERTED_RESIDUAL_KERNELS(Bf16Pairs, MVIT_ISA::bfloat16),
-#else
-    {},
-#endif
+    MVIT_PLAIN_ENTRY(MVIT_INVERTED_RESIDUAL_KERNELS(Plain<float>, float)),
+    MVIT_PLAIN_ENTRY(MVIT_INVERTED_RESIDUAL_KERNELS(Plain<float>, MVIT_ISA::bfloat16)),
+    MVIT_PAIRS_ENTRY(MVIT_INVERTED_RESIDUAL_KERNELS(Bf16Pairs, MVIT_ISA::bfloat16)),
 };
 
 }  // namespace mvit

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tens
   args.out = output_rows(out, out_channels);
   args.mean = mean.mutable_data_ptr();
   args.rstd = rstd.mutable_data_ptr();
-  const auto& kernels = MVIT_KERNELS_WITH_BF16_PAIRS(layer_norm_linear);
+  const auto& kernels = MVIT_KERNELS_FOR(layer_norm_linear, arithmetic == RowArithmetic::bfloat16_pairs);
   run_forward(kernels.forward[static_cast<int>(arithmetic)], args, 2.0 * static_cast<double>(channels * out_channels));
   return {std::move(out), std::move(mean), std::move(rstd)};
 }
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_linear_backward(
     for (const Tensor& grad : {grad_weight, grad_norm_weight.tensor, grad_norm_bias.tensor, grad_bias.tensor})
       fill_with_zeros(grad);
   } else {
-    const auto& kernels = MVIT_KERNELS_WITH_BF16_PAIRS(layer_norm_linear);
+    const auto& kernels = MVIT_KERNELS_FOR(layer_norm_linear, arithmetic == RowArithmetic::bfloat16_pairs);
     run_backward(kernels.backward[static_cast<int>(arithmetic)], args,
                  2.0 * (args.silu ? 3 : 2) * static_cast<double>(channels * out_channels));
   }

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor&
   args.out = output_rows(out, channels);
   args.mean = mean.mutable_data_ptr();
   args.rstd = rstd.mutable_data_ptr();
-  const auto& kernels = MVIT_KERNELS_WITH_BF16_PAIRS(layer_norm_mlp);
+  const auto& kernels = MVIT_KERNELS_FOR(layer_norm_mlp, arithmetic == RowArithmetic::bfloat16_pairs);
   run_forward(kernels.forward[static_cast<int>(arithmetic)], args, 2.0 * 2 * static_cast<double>(channels * hidden));
   return {std::move(out), std::move(mean), std::move(rstd)};
 }
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ml
                                grad_fc1_bias.tensor, grad_fc2_bias.tensor})
       fill_with_zeros(grad);
   } else {
-    const auto& kernels = MVIT_KERNELS_WITH_BF16_PAIRS(layer_norm_mlp);
+    const auto& kernels = MVIT_KERNELS_FOR(layer_norm_mlp, arithmetic == RowArithmetic::bfloat16_pairs);
     run_backward(kernels.backward[static_cast<int>(arithmetic)], args,
                  2.0 * 5 * static_cast<double>(channels * hidden));
   }

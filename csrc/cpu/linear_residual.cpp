@@ -32,7 +32,7 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, std::optional<Tens
   Tensor out = new_rows(x, out_channels, x.scalar_type());
   if (out_channels == 0) return out;  // whatever the number of rows
   args.out = output_rows(out, out_channels);
-  const auto& kernels = MVIT_KERNELS_WITH_BF16_PAIRS(linear_residual);
+  const auto& kernels = MVIT_KERNELS_FOR(linear_residual, arithmetic == RowArithmetic::bfloat16_pairs);
   run_forward(kernels.forward[static_cast<int>(arithmetic)], args, 2.0 * static_cast<double>(channels * out_channels));
   return out;
 }
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_residual_backward(const Tensor& grad_o
   if (args.count == 0) {
     for (const Tensor& grad : {grad_weight, grad_bias.tensor}) fill_with_zeros(grad);
   } else {
-    const auto& kernels = MVIT_KERNELS_WITH_BF16_PAIRS(linear_residual);
+    const auto& kernels = MVIT_KERNELS_FOR(linear_residual, arithmetic == RowArithmetic::bfloat16_pairs);
     run_backward(kernels.backward[static_cast<int>(arithmetic)], args,
                  2.0 * 2 * static_cast<double>(channels * out_channels));
   }

@@ -28,11 +28,11 @@ bool is_bias(const Tensor& tensor, int64_t size) {
 }
 
 // Dtype of the matrices: bfloat16 for products of bfloat16 pairs, else float32.
-ScalarType matrices_of(const char* op, const Tensor& weight, bool has_pairs) {
+ScalarType matrices_of(const char* op, const Tensor& weight) {
   const ScalarType type = weight.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op,
                   ": weights must be of float32 or bfloat16");
-  STD_TORCH_CHECK(type == ScalarType::Float || has_pairs, op, ": there are no products of bfloat16 pairs here");
+  STD_TORCH_CHECK(type == ScalarType::Float || this_cpu_has_bf16_pairs(), op, ": there are no products of bfloat16 pairs here");
   return type;
 }
 
@@ -40,14 +40,15 @@ const float* floats(const Tensor& tensor) { return static_cast<const float*>(ten
 
 Tensor pack_convolution(const Tensor& weight, const Tensor& bias) {
   constexpr const char* kOp = "pack_convolution";
-  const ConvolutionTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(convolution);
-  const ScalarType type = matrices_of(kOp, weight, table.pairs.pack != nullptr);
+  const ScalarType type = matrices_of(kOp, weight);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) > 0 &&
                       (weight.size(2) == 1 || weight.size(2) == 3) && weight.size(3) == weight.size(2) &&
                       is_packable(weight, type),
                   kOp, ": weight must be (out, in, k, k), contiguous, with a k of 1 or 3");
   STD_TORCH_CHECK(is_bias(bias, weight.size(0)), kOp, ": bias must be (", weight.size(0), ",), contiguous, of float32");
-  const ConvolutionKernels& kernels = type == ScalarType::BFloat16 ? table.pairs : table.single;
+  const bool pairs = type == ScalarType::BFloat16;
+  const ConvolutionTable& table = MVIT_KERNELS_FOR(convolution, pairs);
+  const ConvolutionKernels& kernels = pairs ? table.pairs : table.single;
   const ConvolutionShape shape{1, 1, weight.size(1), weight.size(0), weight.size(2), 1, 1, Activation::none};
   const Tensor packed = bytes_like(weight, kernels.packed_bytes(shape));
   kernels.pack(shape, weight.const_data_ptr(), floats(bias), packed.mutable_data_ptr());
@@ -57,8 +58,7 @@ Tensor pack_convolution(const Tensor& weight, const Tensor& bias) {
 Tensor pack_inverted_residual(const Tensor& expand, const Tensor& expand_bias, const Tensor& depthwise,
                               const Tensor& depthwise_bias, const Tensor& project, const Tensor& project_bias) {
   constexpr const char* kOp = "pack_inverted_residual";
-  const InvertedResidualTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(inverted_residual);
-  const ScalarType type = matrices_of(kOp, expand, table.pairs.pack != nullptr);
+  const ScalarType type = matrices_of(kOp, expand);
   STD_TORCH_CHECK(expand.dim() >= 2 && project.dim() >= 2, kOp, ": expand and project must be matrices");
   const int64_t hidden = expand.size(0), in = expand.size(1), out = project.size(0);
   STD_TORCH_CHECK(is_matrix(expand, hidden, in) && is_packable(expand, type), kOp,
@@ -70,7 +70,9 @@ Tensor pack_inverted_residual(const Tensor& expand, const Tensor& expand_bias, c
                   "), contiguous, of expand's dtype");
   STD_TORCH_CHECK(is_bias(expand_bias, hidden) && is_bias(depthwise_bias, hidden) && is_bias(project_bias, out), kOp,
                   ": biases must be (", hidden, ",), (", hidden, ",) and (", out, ",), contiguous, of float32");
-  const InvertedResidualKernels& kernels = type == ScalarType::BFloat16 ? table.pairs : table.single;
+  const bool pairs = type == ScalarType::BFloat16;
+  const InvertedResidualTable& table = MVIT_KERNELS_FOR(inverted_residual, pairs);
+  const InvertedResidualKernels& kernels = pairs ? table.pairs : table.single;
   const InvertedResidualShape shape{1, 1, in, hidden, out, 1, 1, false};
   const Tensor packed = bytes_like(expand, kernels.packed_bytes(shape));
   kernels.pack(shape,

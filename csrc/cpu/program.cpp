@@ -119,22 +119,22 @@ void check_step(const Program& program, const Step& step, const StepCheck& requi
 }  // namespace
 
 const ConvolutionKernels& Program::convolution_kernels() const {
-  const ConvolutionTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(convolution);
+  const ConvolutionTable& table = MVIT_KERNELS_FOR(convolution, pairs);
   return pairs ? table.pairs : table.single;
 }
 
 const DepthwiseConvolutionKernels& Program::depthwise_convolution_kernels() const {
-  const DepthwiseConvolutionTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(depthwise_convolution);
+  const DepthwiseConvolutionTable& table = MVIT_KERNELS_FOR(depthwise_convolution, pairs);
   return pairs ? table.pairs : table.single;
 }
 
 const InvertedResidualKernels& Program::inverted_residual_kernels() const {
-  const InvertedResidualTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(inverted_residual);
+  const InvertedResidualTable& table = MVIT_KERNELS_FOR(inverted_residual, pairs);
   return pairs ? table.pairs : table.single;
 }
 
 const TransformerKernels& Program::transformer_kernels() const {
-  const TransformerTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(transformer);
+  const TransformerTable& table = MVIT_KERNELS_FOR(transformer, pairs);
   return pairs ? table.pairs : table.single;
 }
 

@@ -103,15 +103,12 @@ MVIT_INLINE void read_operand(typename P::Operand* operand, const Rows& rows, co
 }
 
 // The dispatch tables of an operator, in RowArithmetic's order, from a template entry<P, E>().
-#if defined(MVIT_BF16_PAIRS)
-#define MVIT_ROW_PAIRS(entry) MVIT_ISA::entry<MVIT_ISA::Bf16Pairs, MVIT_ISA::bfloat16>()
-#else
-#define MVIT_ROW_PAIRS(entry) {}
-#endif
-#define MVIT_ROW_TABLE(entry)                                                                                  \
-  {                                                                                                            \
-    MVIT_ISA::entry<MVIT_ISA::Plain<float>, float>(), MVIT_ISA::entry<MVIT_ISA::Plain<float>, MVIT_ISA::bfloat16>(), \
-        MVIT_ISA::entry<MVIT_ISA::Plain<double>, double>(), MVIT_ROW_PAIRS(entry)                              \
+#define MVIT_ROW_TABLE(entry)                                                                                         \
+  {                                                                                                                   \
+    MVIT_PLAIN_ENTRY(MVIT_ISA::entry<MVIT_ISA::Plain<float>, float>()),                                               \
+        MVIT_PLAIN_ENTRY(MVIT_ISA::entry<MVIT_ISA::Plain<float>, MVIT_ISA::bfloat16>()),                              \
+        MVIT_PLAIN_ENTRY(MVIT_ISA::entry<MVIT_ISA::Plain<double>, double>()),                                         \
+        MVIT_PAIRS_ENTRY(MVIT_ISA::entry<MVIT_ISA::Bf16Pairs, MVIT_ISA::bfloat16>())                                  \
   }
 
 }  // namespace MVIT_ISA

@@ -120,9 +120,9 @@ Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::o
   shape.layers = static_cast<int64_t>(weights.size() / kTensorsOfALayer);
   shape.eps = static_cast<float>(eps);
 
-  const TransformerTable& table = MVIT_KERNELS_WITH_BF16_PAIRS(transformer);
-  const bool pairs = type == ScalarType::BFloat16 && table.pairs.step != nullptr && shape.width % 2 == 0 &&
+  const bool pairs = type == ScalarType::BFloat16 && this_cpu_has_bf16_pairs() && shape.width % 2 == 0 &&
                      shape.head_dim % 2 == 0 && shape.hidden % 2 == 0;
+  const TransformerTable& table = MVIT_KERNELS_FOR(transformer, pairs);
   WeightReader read("transformer", pairs ? ScalarType::BFloat16 : ScalarType::Float);
   const int64_t d = shape.width, inner = shape.inner(), hidden = shape.hidden;
   std::vector<TransformerLayer> layers;

@@ -327,13 +327,9 @@ std::size_t step_bytes(const TransformerShape& shape) {
   }
 
 extern const TransformerTable MVIT_TABLE(transformer) = {
-    MVIT_TRANSFORMER_KERNELS(Plain<float>, float),
-    MVIT_TRANSFORMER_KERNELS(Plain<float>, MVIT_ISA::bfloat16),
-#if defined(MVIT_BF16_PAIRS)
-    MVIT_TRANSFORMER_KERNELS(Bf16Pairs, MVIT_ISA::bfloat16),
-#else
-    {},
-#endif
+    MVIT_PLAIN_ENTRY(MVIT_TRANSFORMER_KERNELS(Plain<float>, float)),
+    MVIT_PLAIN_ENTRY(MVIT_TRANSFORMER_KERNELS(Plain<float>, MVIT_ISA::bfloat16)),
+    MVIT_PAIRS_ENTRY(MVIT_TRANSFORMER_KERNELS(Bf16Pairs, MVIT_ISA::bfloat16)),
 };
 
 }  // namespace mvit

@@ -3,9 +3,11 @@
 // stores, arithmetic, shuffles and conversions from and to bfloat16.
 //
 // Every <operator>_kernel.cpp is compiled once per instruction set, with the flags of the set and, from CMakeLists.txt,
-//   MVIT_ISA            avx512bf16 | avx512 | avx2 | portable: the namespace that everything here is in
-//   MVIT_VECTOR_BYTES   64         | 64     | 32   | 16
-//   MVIT_BF16_PAIRS     1 if the set has products of bfloat16 pairs (avx512bf16), else not defined
+//   MVIT_ISA             amx | avx512bf16 | avx512 | avx2 | portable: the namespace that everything here is in
+//   MVIT_VECTOR_BYTES    64  | 64         | 64     | 32   | 16
+//   MVIT_BF16_PAIRS      1 if the set has products of bfloat16 pairs (amx, avx512bf16), else not defined
+//   MVIT_TILES           1 if they are done on matrix tiles (amx): see tiles.h
+//   MVIT_TILES_EMULATED  1 if these are emulated (amx_emulated)
 // Each set has its own namespace because the linker keeps only one copy of an inline function (a weak symbol): if the
 // portable kernels called the AVX-512 copy, they would fault on an illegal instruction. For the same reason kernels and
 // their headers call no inline functions or templates of the standard library and include no PyTorch header.
@@ -40,6 +42,15 @@
 #define MVIT_JOIN_(a, b) a##_##b
 #define MVIT_JOIN(a, b) MVIT_JOIN_(a, b)
 #define MVIT_TABLE(op) MVIT_JOIN(op, MVIT_ISA)
+
+// Entries of a dispatch table: a set with products of bfloat16 pairs has those of pairs alone (see isa.h).
+#if defined(MVIT_BF16_PAIRS)
+#define MVIT_PLAIN_ENTRY(...) {}
+#define MVIT_PAIRS_ENTRY(...) __VA_ARGS__
+#else
+#define MVIT_PLAIN_ENTRY(...) __VA_ARGS__
+#define MVIT_PAIRS_ENTRY(...) {}
+#endif
 
 namespace mvit {
 namespace MVIT_ISA {

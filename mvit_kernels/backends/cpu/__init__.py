@@ -31,7 +31,12 @@ def vector_lanes() -> int:
 
 def multiplies_bf16_pairs() -> bool:
     """Whether bfloat16 operands are multiplied as bfloat16 pairs here; elsewhere they are converted to float32."""
-    return not load("cpu") and bool(_ask("bf16_pairs"))
+    return not load("cpu") and _ask("bf16_products") > 0
+
+
+def multiplies_on_tiles() -> bool:
+    """Whether bfloat16 pairs are multiplied on matrix tiles (AMX), for which maps and weights have layouts of their own."""
+    return not load("cpu") and _ask("bf16_products") == 2
 
 
 def _ask(what: str, kind: type = ctypes.c_int) -> Any:
