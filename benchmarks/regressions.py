@@ -5,18 +5,22 @@
 
 Run it by hand, before and after a change, on an otherwise idle machine; runs are saved in ``.benchmarks/``. Every call
 is first checked against the tolerance rule. It uses one thread, so that scheduling does not affect the times.
+
+Two of its tests need no previous run: a model in bfloat16 that is slower than in float32 is a failure.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
 import torch
 
-from mvit_kernels import MobileViT, backends, freeze, verify
+from mvit_kernels import MobileViT, accelerate, backends, freeze, verify
 from mvit_kernels.bench.suites import operators
 from mvit_kernels.bench.suites.operands import OPERATORS, operands, stages
+from mvit_kernels.bench.timing import interleave
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +78,25 @@ def test_frozen_network(benchmark, variant, dtype):
     images = images.to(dtype, memory_format=torch.channels_last)
     with torch.inference_mode():
         benchmark(fast, images)
+
+
+NOISE = 1.02  # of medians of interleaved calls
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("variant", ["xxs", "s"])
+@pytest.mark.parametrize("form", ["frozen", "accelerated"])
+def test_bfloat16_is_not_slower_than_float32(form, variant, batch):
+    """The same model in both, in turns."""
+    torch.manual_seed(0)
+    model = MobileViT(variant, num_classes=1000).eval()
+    images = torch.rand(batch, 3, 256, 256)
+    calls = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = freeze(model, dtype=dtype) if form == "frozen" else accelerate(copy.deepcopy(model).to(dtype))
+        fast = fast.to(memory_format=torch.channels_last)
+        calls[dtype] = functools.partial(fast, images.to(dtype, memory_format=torch.channels_last))
+    with torch.inference_mode():
+        times = interleave(calls, seconds=4)
+    ratio = times[torch.bfloat16].median / times[torch.float32].median
+    assert ratio <= NOISE, f"{form} {variant} at batch {batch}: bfloat16 takes {ratio:.2f} times float32's time"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -76,9 +77,13 @@ def place(line: Line) -> str:
         return f"one {line['device_name']}"
     generation = line["cpu"].partition(": ")[2] or line["cpu"]
     threads = "1 thread" if line["threads"] == "1" else f"{line['threads']} threads"
-    return f"{threads} of an {line['device_name']}" + (f" ({generation})" if generation else "")
+    return f"{threads} of an {line['device_name'].replace('(R)', '')}" + (f" ({generation})" if generation else "")
 
 
 def short_place(line: Line) -> str:
-    """The device as a short label for table rows."""
-    return line["device_name"].removeprefix("NVIDIA ") if line["device"] == "cuda" else "CPU"
+    """The device as a short label for table rows: "H200", "AMD Zen 5", "Intel Emerald Rapids"."""
+    if line["device"] == "cuda":
+        return line["device_name"].removeprefix("NVIDIA ")
+    vendor = re.match(r"\w+", line["device_name"])
+    generation = line["cpu"].partition(": ")[2] or line["cpu"]
+    return f"{vendor[0]} {generation}" if vendor and generation else "CPU"

@@ -77,7 +77,8 @@ def folder_name(origin: dict[str, str]) -> str:
     if origin["device"] == "cpu" and origin["cpu"]:
         numbers, _, architecture = origin["cpu"].partition(": ")
         name += f" {architecture.replace(' ', '') or numbers}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    name = name.lower().replace("(r)", "")
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 # ------------------------------------------------------------------------------------------------------ the processor
@@ -100,12 +101,13 @@ def cpu_name() -> str:
 
 
 def _processor() -> str:
-    """Family and model, for AMD's since Zen 3 also the generation; "" if the system does not provide them."""
+    """Family and model, with the generation if it is known; "" if the system does not provide them."""
     known = cpuinfo()
     if "cpu family" not in known:
         return ""
     family, model = int(known["cpu family"]), int(known["model"])
-    generation = amd_generation(family, model) if known.get("vendor_id") == "AuthenticAMD" else ""
+    generation_of = {"AuthenticAMD": amd_generation, "GenuineIntel": intel_generation}.get(known.get("vendor_id"))
+    generation = generation_of(family, model) if generation_of else ""
     return f"family {family} model {model}" + (f": {generation}" if generation else "")
 
 
@@ -116,6 +118,14 @@ def amd_generation(family: int, model: int) -> str:
     if family == 26 and (model <= 0x2F or 0x40 <= model <= 0x4F or 0x60 <= model <= 0x7F):
         return "Zen 5"
     return ""
+
+
+def intel_generation(family: int, model: int) -> str:
+    """The code name of a Xeon since Ice Lake, by the model numbers in Linux (arch/x86/include/asm/intel-family.h);
+    otherwise ""."""
+    names = {0x6A: "Ice Lake", 0x6C: "Ice Lake", 0x8F: "Sapphire Rapids", 0xCF: "Emerald Rapids"}
+    names |= {0xAD: "Granite Rapids", 0xAE: "Granite Rapids"}
+    return names.get(model, "") if family == 6 else ""
 
 
 # ------------------------------------------------------------------------------------------------------- the software

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mvit_kernels.bench import origin
-from mvit_kernels.bench.origin import amd_generation, environment, folder_name
+from mvit_kernels.bench.origin import amd_generation, environment, folder_name, intel_generation
 from mvit_kernels.bench.results import COLUMNS, ORIGIN, append, key, latest, read, row
 from support import ROOT
 
@@ -78,13 +78,28 @@ def test_generations_of_amd(family, model, expected):
     assert amd_generation(family, model) == expected
 
 
+@pytest.mark.parametrize(
+    "family, model, expected",
+    [(6, 0x6A, "Ice Lake"), (6, 0x8F, "Sapphire Rapids"), (6, 0xCF, "Emerald Rapids"), (6, 0x55, ""), (19, 0xCF, "")],
+)
+def test_generations_of_intel(family, model, expected):
+    assert intel_generation(family, model) == expected
+
+
 def test_folders_tell_processors_of_one_name_apart(monkeypatch):
     names = set()
-    for family, model in ((25, 17), (26, 2), (27, 1)):
-        known = {"cpu family": str(family), "model": str(model), "vendor_id": "AuthenticAMD", "model name": "AMD EPYC"}
+    amd, intel = ("AuthenticAMD", "AMD EPYC"), ("GenuineIntel", "Intel(R) Xeon(R) Processor")
+    for (vendor, name), family, model in ((amd, 25, 17), (amd, 26, 2), (amd, 27, 1), (intel, 6, 207), (intel, 6, 85)):
+        known = {"cpu family": str(family), "model": str(model), "vendor_id": vendor, "model name": name}
         monkeypatch.setattr(origin, "cpuinfo", lambda known=known: known)
         names.add(folder_name(environment()))
-    assert names == {"amd-epyc-zen4", "amd-epyc-zen5", "amd-epyc-family-27-model-1"}
+    assert names == {
+        "amd-epyc-zen4",
+        "amd-epyc-zen5",
+        "amd-epyc-family-27-model-1",
+        "intel-xeon-processor-emeraldrapids",
+        "intel-xeon-processor-family-6-model-85",
+    }
     assert (
         folder_name({"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "cpu": "x"}) == "nvidia-h100-80gb-hbm3"
     )

@@ -92,8 +92,8 @@ def test_the_report_takes_the_newest_rows_and_hides_no_loss(script, device):
         "ms a batch: 3.00× as fast as eager PyTorch and 0.75× as fast as OpenVINO, the fastest of the others."
     )
     assert headline[-2:] == [
-        "| CPU, S, batch 1, float32, 256 px | 60.0 | **15.0 (OpenVINO)** | 20.0 (frozen) | 3.00× | 0.75× |",
-        "| CPU, S, batch 8, float32, 256 px | 400 | 150 (OpenVINO) | **100 (frozen)** | 4.00× | 1.50× |",
+        "| AMD Zen 5, S, batch 1, float32, 256 px | 60.0 | **15.0 (OpenVINO)** | 20.0 (frozen) | 3.00× | 0.75× |",
+        "| AMD Zen 5, S, batch 8, float32, 256 px | 400 | 150 (OpenVINO) | **100 (frozen)** | 4.00× | 1.50× |",
     ]
     detail = report.sections(device)["detail"]
     assert "| S, batch 1, float32, 256 px | 60.0 |  | **15.0 (4.00×)** | 40.0 (1.50×) | 20.0 (3.00×) |" in detail

@@ -35,7 +35,7 @@ def multiplies_bf16_pairs() -> bool:
 
 
 def multiplies_on_tiles() -> bool:
-    """Whether bfloat16 pairs are multiplied on matrix tiles (AMX), for which maps and weights have layouts of their own."""
+    """Whether bfloat16 pairs are multiplied on matrix tiles (AMX): maps and weights then have layouts of their own."""
     return not load("cpu") and _ask("bf16_products") == 2
 
 
