@@ -50,7 +50,7 @@ def _processor_has(isa: str) -> bool:
 
 
 def _is_preferred(isa: str) -> bool:
-    """Whether it is taken where it is supported and none is named. Intel's vdpbf16ps is slow; emulation is for tests."""
+    """Whether it is taken where no set is named. Intel's vdpbf16ps is slow; emulation is for tests."""
     amd = platform.machine() in ("x86_64", "AMD64") and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     return isa != "amx_emulated" and (isa != "avx512bf16" or amd)
 
