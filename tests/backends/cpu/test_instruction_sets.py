@@ -73,8 +73,9 @@ def test_every_kernel_on(isa):
         pytest.skip(f"this processor has no {isa}")
     if isa == cpu.instruction_set():
         return  # the tests in this very process run them
-    # Beside the one in use, avx512 differs in bfloat16 alone.
-    dtypes = " and (bfloat16 or dtype1)" if (isa, cpu.instruction_set()) == ("avx512", "avx512bf16") else ""
+    # Of two of these, which have avx512's kernels for all else, the other differs in bfloat16 alone.
+    like_avx512 = {"avx512", "avx512bf16", "amx_emulated", "amx"}
+    dtypes = " and (bfloat16 or dtype1)" if {isa, cpu.instruction_set()} <= like_avx512 else ""
     passed = 0
     # Two runs, since a folder's name is a keyword of all that is in it.
     for where, files in (
