@@ -230,6 +230,7 @@ Tensor network(const Tensor& x, const Tensor& weights, const Tensor& program_ten
   const int64_t images = x.size(0), threads = torch::stable::get_num_threads();
   const int64_t whole = threads == 1 ? images : images / threads * threads;
   const auto run = [&](int64_t begin, int64_t end, bool alone) {
+    const FlushSubnormals flush;  // not by parallel_for where a thread is alone with an image
     const Scratch workspace(program.workspace, ScratchUse::network);
     for (int64_t image = begin; image < end; ++image) Run(program, x, out, bytes, image, workspace.data(), alone)();
   };

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "subnormals.h"
+
 namespace mvit {
 
 using torch::headeronly::ScalarType;
@@ -40,13 +42,16 @@ inline int64_t product(const char* op, const char* of_what, std::initializer_lis
 }
 
 // Calls body(begin, end) for parts of [0, items) on PyTorch's thread pool, so that torch.set_num_threads is respected.
-// A thread gets at least so many items that flops_per_item × items >= 2^18 operations, about 2 µs of one core; for
-// less, waking a thread does not pay.
+// On every thread subnormal numbers are zero inside (subnormals.h). A thread gets at least so many items that
+// flops_per_item × items >= 2^18 operations, about 2 µs of one core; for less, waking a thread does not pay.
 template <typename Body>
 void parallel_for(int64_t items, double flops_per_item, const Body& body) {
   constexpr double worth_a_thread = 1 << 18;
   const double grain = flops_per_item > 0 ? worth_a_thread / flops_per_item : 1;
-  torch::stable::parallel_for(0, items, grain < 1 ? 1 : static_cast<int64_t>(grain), body);
+  torch::stable::parallel_for(0, items, grain < 1 ? 1 : static_cast<int64_t>(grain), [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    body(begin, end);
+  });
 }
 
 }  // namespace mvit

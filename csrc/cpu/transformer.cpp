@@ -62,7 +62,7 @@ void run_transformer(const TransformerKernels& kernels, const TransformerArgs& a
             kernels.step(args, step, unit * group, size_of(unit), block, memory, memory + unit_bytes);
       }
     };
-    if (threads == 1) return whole_units(0, units);
+    if (on_this_thread_alone) return whole_units(0, units);
     return parallel_for(units, flops_of_a_block(shape) * static_cast<double>(blocks_of(kernels, shape, group)),
                         whole_units);
   }

@@ -301,6 +301,25 @@ def test_regressions_check_and_time_the_cpu_path(script):
     assert timed[0].shape == (1, 8, 8, 64) and len(timed[1]) == 1 + 4
 
 
+def test_scales_times_every_scale(script, monkeypatch, capsys):
+    """A line a case; it exits with 1 if a scale is slower than allowed, and measures again before it says so."""
+    scales = script("scales")
+    if scales.mvit_kernels.backends.unavailable("cpu", "cpu"):
+        pytest.skip(scales.mvit_kernels.backends.unavailable("cpu", "cpu")[0])
+    base = ["scales.py", "--variant", "xxs", "--dtypes", "float32", "--seconds", "0.001"]
+    monkeypatch.setattr(scales, "FORWARD", ("layer_norm_linear", "frozen"))
+    monkeypatch.setattr(scales, "TRAINED", ("patch_attention",))
+    monkeypatch.setattr(sys, "argv", [*base, "--most", "1000"])
+    assert scales.main() == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[1:] == [f"{scale:g}" for scale in scales.SCALES] and float(head.split()[-1]) == 1e4
+    assert [one.split(",")[0] for one in lines] == ["layer_norm_linear", "frozen", "patch_attention"]
+    assert "trained" in lines[2] and all(len(one.split("float32")[1].split()) == 10 for one in lines)
+    monkeypatch.setattr(sys, "argv", [*base, "--most", "0.5", "--only", "frozen"])
+    assert scales.main() == 1
+    assert [one.endswith("slow") for one in capsys.readouterr().out.splitlines()] == [False, True]
+
+
 def test_every_kernel_once(monkeypatch, capsys):
     """It exits with 0 if all is right, and with 1 if a kernel is wrong or if every call is refused."""
     monkeypatch.setattr(every_kernel, "SIZES", {name: sizes[:1] for name, sizes in every_kernel.SIZES.items()})

@@ -30,7 +30,9 @@ OPERATORS = (
     "transformer",
 )
 OPERATORS_TESTS = [TESTS / "ops" / f"test_{name}.py" for name in OPERATORS]
-OWN_TESTS = [HERE / f"test_{name}.py" for name in ("backend", "rows", "exactness", "reach", "instruction_sets")]
+OWN_TESTS = [
+    HERE / f"test_{name}.py" for name in ("backend", "rows", "exactness", "reach", "subnormals", "instruction_sets")
+]
 NETWORK_TESTS = [TESTS / "freezing" / "test_network.py"]
 
 ISAS = instruction_sets()
