@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "float16.h"
 #include "isa.h"
 #include "scratch.h"
 #include "tensors.h"
@@ -59,7 +60,7 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& expand_weight, 
       shape_of(x_argument, expand_weight, project_weight, stride, dilation, residual);
   const ScalarType type = x_argument.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "inverted_residual: the CPU kernels take float32 and bfloat16");
+                  "inverted_residual: the CPU kernels take float32, bfloat16 and float16");
   const Tensor x = x_argument.stride(3) == 1 || x_argument.size(3) == 1 ? x_argument : contiguous(x_argument);
   const int64_t images = x.size(0);
   const Tensor out = new_empty(x, {images, shape.out_height(), shape.out_width(), shape.out_channels}, type);
@@ -105,5 +106,5 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& expand_weight, 
 }  // namespace mvit
 
 STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
-  m.impl("inverted_residual.cpu", TORCH_BOX(&mvit::inverted_residual));
+  m.impl("inverted_residual.cpu", TORCH_BOX((&mvit::WithFloat16<&mvit::inverted_residual, 0>::call)));
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "float16.h"
 #include "row_fronts.h"
 
 namespace mvit {
@@ -100,6 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_linear_backward(
 }  // namespace mvit
 
 STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
-  m.impl("layer_norm_linear.cpu", TORCH_BOX(&mvit::layer_norm_linear));
-  m.impl("layer_norm_linear_backward.cpu", TORCH_BOX(&mvit::layer_norm_linear_backward));
+  using namespace mvit;
+  m.impl("layer_norm_linear.cpu", TORCH_BOX((&WithFloat16<&layer_norm_linear, 0, kFloat32, kFloat32>::call)));
+  m.impl("layer_norm_linear_backward.cpu", TORCH_BOX((&WithFloat16<&layer_norm_linear_backward, 1, 4, 5, 6, 6>::call)));
 }

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "float16.h"
 #include "row_fronts.h"
 
 namespace mvit {
@@ -98,6 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ml
 }  // namespace mvit
 
 STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
-  m.impl("layer_norm_mlp.cpu", TORCH_BOX(&mvit::layer_norm_mlp));
-  m.impl("layer_norm_mlp_backward.cpu", TORCH_BOX(&mvit::layer_norm_mlp_backward));
+  using namespace mvit;
+  m.impl("layer_norm_mlp.cpu", TORCH_BOX((&WithFloat16<&layer_norm_mlp, 0, kFloat32, kFloat32>::call)));
+  m.impl("layer_norm_mlp_backward.cpu", TORCH_BOX((&WithFloat16<&layer_norm_mlp_backward, 1, 4, 5, 6, 7, 8, 8>::call)));
 }

@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "float16.h"
 #include "row_fronts.h"
 
 namespace mvit {
@@ -73,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_residual_backward(const Tensor& grad_o
 }  // namespace mvit
 
 STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
-  m.impl("linear_residual.cpu", TORCH_BOX(&mvit::linear_residual));
-  m.impl("linear_residual_backward.cpu", TORCH_BOX(&mvit::linear_residual_backward));
+  using namespace mvit;
+  m.impl("linear_residual.cpu", TORCH_BOX((&WithFloat16<&linear_residual, 0>::call)));
+  m.impl("linear_residual_backward.cpu", TORCH_BOX((&WithFloat16<&linear_residual_backward, 1, 2, 2>::call)));
 }

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "float16.h"
 #include "isa.h"
 #include "scratch.h"
 #include "tensors.h"
@@ -23,7 +24,7 @@ Dtype dtype_of(const Tensor& tensor) {
     case ScalarType::Double:
       return Dtype::float64;
     default:
-      STD_TORCH_CHECK(false, "patch_attention: the CPU kernels take float32, bfloat16 and float64");
+      STD_TORCH_CHECK(false, "patch_attention: the CPU kernels take float32, bfloat16, float16 and float64");
   }
 }
 
@@ -144,6 +145,7 @@ Tensor patch_attention_backward(const Tensor& grad_out_argument, const Tensor& q
 }  // namespace mvit
 
 STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
-  m.impl("patch_attention.cpu", TORCH_BOX(&mvit::patch_attention));
-  m.impl("patch_attention_backward.cpu", TORCH_BOX(&mvit::patch_attention_backward));
+  using namespace mvit;
+  m.impl("patch_attention.cpu", TORCH_BOX((&WithFloat16<&patch_attention, 0, kFloat32>::call)));
+  m.impl("patch_attention_backward.cpu", TORCH_BOX((&WithFloat16<&patch_attention_backward, 1>::call)));
 }

@@ -109,7 +109,7 @@ inline RowArithmetic arithmetic_of(const char* op, ScalarType type, bool even) {
     case ScalarType::BFloat16:
       return even && this_cpu_has_bf16_pairs() ? RowArithmetic::bfloat16_pairs : RowArithmetic::bfloat16;
     default:
-      STD_TORCH_CHECK(false, op, ": the CPU kernels take float32, bfloat16 and float64");
+      STD_TORCH_CHECK(false, op, ": the CPU kernels take float32, bfloat16, float16 and float64");
   }
 }
 

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "float16.h"
 #include "isa.h"
 #include "scratch.h"
 #include "tensors.h"
@@ -99,7 +100,7 @@ Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::o
                   "transformer: weights must be twelve tensors a layer, not ", weights.size());
   const ScalarType type = x_argument.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "transformer: the CPU kernels take float32 and bfloat16");
+                  "transformer: the CPU kernels take float32, bfloat16 and float16");
   const Tensor x = x_argument.stride(3) == 1 || x_argument.size(3) == 1 ? x_argument : contiguous(x_argument);
   const Tensor out = new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, type);
 
@@ -152,4 +153,6 @@ Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::o
 }  // namespace
 }  // namespace mvit
 
-STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) { m.impl("transformer.cpu", TORCH_BOX(&mvit::transformer)); }
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
+  m.impl("transformer.cpu", TORCH_BOX((&mvit::WithFloat16<&mvit::transformer, 0>::call)));
+}

@@ -25,7 +25,7 @@ from .._utils.transforms import obstacle
 from ..backends import cpu
 from ..ops.flops import flop_formula, inverted_residual_flops, layer_flops
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # A program is a list of int64 words, which csrc/cpu/program.cpp parses: VERSION, whether bfloat16 pairs are used, the
 # number of values, the number of steps; channels and border of each value; then each step: its number of words, its
@@ -247,11 +247,13 @@ class Network:
     def __init__(self, module: nn.Module) -> None:
         weight = next(iter(module.buffers()), None)
         if weight is None or weight.device.type != "cpu" or weight.dtype not in DTYPES:
-            raise NotNative("its weights are not float32 or bfloat16 on the CPU")
+            raise NotNative("its weights are not float32, bfloat16 or float16 on the CPU")
         reasons = cpu.BACKEND.unavailable("cpu")
         if reasons:
             raise NotNative("; ".join(reasons))
         self.dtype = weight.dtype
+        # float16 is computed in float32 throughout, with weights packed as that, and rounded once, at the end.
+        self._of_maps = torch.float32 if self.dtype == torch.float16 else self.dtype
         builder = _build(module, self.dtype, self.dtype == torch.bfloat16 and cpu.multiplies_bf16_pairs())
         self.program, self.weights = builder.program(), builder.weights()
         self.out_channels, self.halvings = builder.values[-1][0], builder.halvings[-1]
@@ -292,12 +294,11 @@ class Network:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) of any memory format to (B, C', H', W'), channels-last, in the weights' dtype."""
-        if x.dtype != self.dtype:
-            x = x.to(self.dtype)
+        x = x.to(self.dtype).to(self._of_maps)  # the first rounds images as the weights are, if at all
         if self.reads_rows:
             x = x.contiguous(memory_format=torch.channels_last)
         rows = torch.ops.mvit_kernels.network.cpu(x, self.weights, self.program, self.out_channels, self.halvings)
-        return rows.permute(0, 3, 1, 2)
+        return rows.to(self.dtype).permute(0, 3, 1, 2)
 
 
 @flop_formula("network", get_raw=True)

@@ -21,6 +21,7 @@ from mvit_kernels.freezing.block import FrozenMobileViTBlock
 from mvit_kernels.freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenMean, FrozenSequential
 from mvit_kernels.rounding import RoundedArithmetic
 from support import models
+from support.cases import Recorder
 from support.native import skip_without_a_compiler
 from support.networks import Draw, chain, composed, native
 from support.tolerance import assert_close_as_pytorch
@@ -95,6 +96,33 @@ def test_means(size, dtype):
         check(FrozenSequential(mean, last), draw(2, width, *size) + 3, dtype)
         first = draw.conv(8, width, 3, stride=2)
         check(FrozenSequential(first, mean, last, draw.conv(24, 8, 3, stride=2)), draw(2, 8, *size), dtype)
+
+
+def test_float16_is_computed_in_float32():
+    """Every kind of step. Nothing between the layers is rounded to float16, nor overflows it."""
+    draw = Draw(0)
+    block = FrozenSequential(draw.conv(3, 16, 3, stride=2), draw.inverted(16, 32, 16), draw.block(16, 24))
+    check(block, draw(2, 3, 30, 34), torch.float16)
+    check(draw.pyramid(16, 24, 8), draw(1, 16, 9, 10), torch.float16)
+    check(
+        FrozenSequential(draw.depthwise(16, act="relu"), FrozenMean(16), draw.conv(16, 8)),
+        draw(1, 16, 7, 6),
+        torch.float16,
+    )
+    model = mvit_kernels.MobileViT("xxs", num_classes=10).eval()
+    image = draw(1, 3, 64, 64)
+    half, single = (mvit_kernels.freeze(model, dtype=dtype) for dtype in (torch.float16, torch.float32))
+    with Recorder() as recorder, torch.inference_mode():
+        ours, wanted = half(image), single(image)
+    assert set(recorder.ours()) == {"network.cpu"}
+    assert ours.dtype == torch.float16 and (ours - wanted).abs().max() < 2e-3 * wanted.abs().max()
+    large, small = draw.conv(16, 16, act=False), draw.conv(16, 16, act=False)
+    large.weight.mul_(2000)
+    small.weight.mul_(1 / 2000)
+    module, x = FrozenSequential(large, small).half(), draw(1, 16, 8, 8, std=100.0).half()
+    ours, exact = native(module, x), composed(copy.deepcopy(module).double(), x.double())
+    assert not composed(module, x).isfinite().all()  # PyTorch's, layer by layer
+    torch.testing.assert_close(ours, exact.half(), rtol=2e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

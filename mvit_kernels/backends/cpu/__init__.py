@@ -11,8 +11,9 @@ import torch
 from ..contract import Backend, Call
 from ..library import load, loaded_paths
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-INFERENCE_DTYPES = (torch.float32, torch.bfloat16)  # of the operators without a backward
+# float16 is served by the float32 arithmetic and rounded at the end of each operator (csrc/cpu/float16.h).
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INFERENCE_DTYPES = DTYPES[:3]  # of the operators without a backward
 
 
 def instruction_set() -> str:
@@ -49,7 +50,7 @@ def _ask(what: str, kind: type = ctypes.c_int) -> Any:
 def _dtype(call: Call) -> list[str]:
     if call.dtype in DTYPES:
         return []
-    return [f"{call.dtype} is not supported on the CPU; float32, bfloat16 and float64 are"]
+    return [f"{call.dtype} is not supported on the CPU; float32, bfloat16, float16 and float64 are"]
 
 
 def _patch_attention(call: Call) -> list[str]:
@@ -60,7 +61,9 @@ def _patch_attention(call: Call) -> list[str]:
 
 
 def _inference_dtype(call: Call) -> list[str]:
-    return [] if call.dtype in INFERENCE_DTYPES else [f"{call.dtype} is not supported; float32 and bfloat16 are"]
+    if call.dtype in INFERENCE_DTYPES:
+        return []
+    return [f"{call.dtype} is not supported; float32, bfloat16 and float16 are"]
 
 
 def _inverted_residual(call: Call) -> list[str]:

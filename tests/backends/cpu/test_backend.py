@@ -178,7 +178,7 @@ GOOD = dict(qkv=torch.ones(1, 4, 6, 24), num_heads=2, patch_size=[2, 2], scale=1
         (dict(qkv=torch.ones(4, 6, 24)), "not of 3 axes"),
         (dict(qkv=torch.ones(1, 4, 6, 0)), "0 channels are not q, k and v of 2 heads"),
         (dict(qkv=torch.ones(1, 4, 6, 25)), "25 channels are not q, k and v of 2 heads"),
-        (dict(qkv=torch.ones(1, 4, 6, 24).half()), "float32, bfloat16 and float64"),
+        (dict(qkv=torch.ones(1, 4, 6, 24).int()), "float32, bfloat16, float16 and float64"),
         (dict(num_heads=0), "of 0 heads"),
         (dict(num_heads=5), "of 5 heads"),
         (dict(patch_size=[0, 2]), "two positive numbers"),
