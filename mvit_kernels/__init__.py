@@ -46,11 +46,13 @@ _EXPORTS = {
     "LayerDropout": "dropout",
     "MultiScaleSampler": "training.sampler",
     "prepare_torchvision": "_utils.third_party",
+    "keep_freed_memory": "_utils.freed_memory",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from ._utils.freed_memory import keep_freed_memory
     from .adapters import AccelerationReport, accelerate, report, restore
     from .backends import BackendError, use_backend
     from .checkpoints import convert_state_dict, load_checkpoint

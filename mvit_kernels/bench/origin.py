@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from .._utils.freed_memory import allocator
 from ..backends.cpu import instruction_set
 
 # Libraries whose versions affect what a candidate does.
@@ -38,7 +39,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, str]:
         'AMD EPYC 7763 64-Core Processor'
 
     ``cpu`` and ``isa`` describe the host, also on a GPU: its speed determines the launch overhead. ``isa`` is the
-    instruction set of our C++ kernels, or PyTorch's own if they are not built.
+    instruction set of our C++ kernels, or PyTorch's own if they are not built. ``libraries`` ends with the allocator
+    where it is not malloc as usual: it decides how many page faults a call costs.
 
     Args:
         device: where the candidates run: "cpu" or "cuda".
@@ -58,7 +60,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": (torch.version.cuda or "") if on_gpu else "",
         "triton": _version("triton"),
-        "libraries": "; ".join(f"{name} {_version(name)}" for name in LIBRARIES if _version(name)),
+        "libraries": "; ".join(filter(None, [*_versions(), allocator()])),
         "python": platform.python_version(),
         "mvit_kernels": __version__,
         "commit": _commit(),
@@ -143,6 +145,10 @@ def driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.partition("\n")[0].strip() or None
+
+
+def _versions() -> list[str]:
+    return [f"{name} {_version(name)}" for name in LIBRARIES if _version(name)]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from .._utils.freed_memory import keep_freed_memory
 from ..zoo import load
 from . import add_command, output_file, write_csv, write_json
 from .models import add_model_arguments, random_images
@@ -94,6 +95,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    keep_freed_memory()  # for all candidates alike; rows say so
     return _run_model(args) if args.suite is None else _run_suites(args)
 
 

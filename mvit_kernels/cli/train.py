@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._utils.freed_memory import keep_freed_memory
 from . import add_command
 from .labels import read_names
 from .models import BACKENDS, image_size, positive, share, thread_count, worker_count
@@ -107,6 +108,9 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=worker_count, metavar="N", help="processes that load images (default: processors)"
     )
     machine.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    machine.add_argument(
+        "--return-memory", action="store_true", help="let malloc return freed memory to the system, which is slower"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
     labels = read_names(args.labels)
     output = args.output or Path("runs", args.folder.resolve().name)
     recipe = recipe_from(args)
+    if not args.return_memory:
+        keep_freed_memory()
 
     import torch
 
