@@ -45,6 +45,7 @@ __all__ = [
     "plan_stack",
     "reasons_against",
     "requested",
+    "run",
     "serves",
     "unavailable",
     "use_backend",
@@ -140,6 +141,11 @@ def choose(call: Call, requested: str | None = None) -> str:
         BackendError: the backend that was asked for cannot serve the call.
     """
     return _remembered(_choose, call, (requested or _override,))
+
+
+def run(name: str, backend: str, *arguments: Any) -> Any:
+    """Run the raw operator `name` on `backend`, which `choose` has named (see `Backend.run`)."""
+    return REGISTRY[backend].run(name, *arguments)
 
 
 def serves(operator: str, call: Call, requested: str | None = None) -> bool:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .library import SCHEMAS, TransformerLayerWeights
+from .library import SCHEMAS, TransformerLayerWeights, raw
 
 
 class Call(NamedTuple):
@@ -90,6 +90,15 @@ class Backend(ABC):
             reasons.append(f"{call.operator} is for inference, and this call needs a gradient")
         predicate = self.supports.get(call.operator)
         return [*reasons, f"it has no {call.operator}"] if predicate is None else reasons + predicate(call)
+
+    def run(self, name: str, *arguments: Any) -> Any:
+        """Run the raw operator `name` for a call that it serves; a backend that has two ways takes the faster one.
+
+        Args:
+            name: of an operator with a gradient, or of its backward.
+            arguments: of its schema.
+        """
+        return raw(name, self.name)(*arguments)
 
     def plan_stack(self, stack: Call, attention: Call, dropout: bool) -> StackPlan | None:
         """How it wants a stack of layers divided; None if it serves no part of it.

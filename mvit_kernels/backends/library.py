@@ -133,6 +133,9 @@ for _name, _schema in SCHEMAS.items():
 # On the CPU a frozen model runs a list of steps with their packed weights, made by mvit_kernels.freezing.network, which
 # has no other backend: x (B, C, H, W) -> (B, H', W', out_channels), each side halved `halvings` times, rounding up.
 NATIVE_SCHEMAS = {
+    # LayerNorm again in backward, for operators that are composed of PyTorch's products (backends/cpu/composed.py)
+    "layer_norm_from_statistics.cpu": "(Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias) "
+    "-> Tensor",
     "network.cpu": "(Tensor x, Tensor weights, Tensor program, int out_channels, int halvings) -> Tensor",
     "pack_convolution.cpu": "(Tensor weight, Tensor bias) -> Tensor",
     "pack_inverted_residual.cpu": "(Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "

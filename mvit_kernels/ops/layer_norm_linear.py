@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .._utils.transforms import again, gradients
-from ..backends import choose, reference
-from ..backends.library import raw, register_fake
+from ..backends import choose, reference, run
+from ..backends.library import register_fake
 from . import _checks as checks
 
 OP = "layer_norm_linear"
@@ -87,13 +87,13 @@ def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
     """The raw operator of `backend`, wrapped in autograd if a gradient is needed."""
     if needs_grad:
         return _LayerNormLinear.apply(backend, *arguments)
-    return raw(OP, backend)(*arguments)[0]
+    return run(OP, backend, *arguments)[0]
 
 
 class _LayerNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, norm_weight, norm_bias, weight, bias, eps, activation):
-        out, mean, rstd = raw(OP, backend)(x, norm_weight, norm_bias, weight, bias, eps, activation)
+        out, mean, rstd = run(OP, backend, x, norm_weight, norm_bias, weight, bias, eps, activation)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
         ctx.backend, ctx.eps, ctx.activation = backend, eps, activation
         return out
@@ -104,7 +104,7 @@ class _LayerNormLinear(torch.autograd.Function):
         if again():
             inputs = (saved[0], *saved[3:], ctx.eps, ctx.activation)
             return None, *gradients(reference.layer_norm_linear, grad_out, *inputs)
-        grads = raw(f"{OP}_backward", ctx.backend)(grad_out, *saved, ctx.activation)
+        grads = run(f"{OP}_backward", ctx.backend, grad_out, *saved, ctx.activation)
         return None, *grads[:4], None if saved[-1] is None else grads[4], None, None
 
 

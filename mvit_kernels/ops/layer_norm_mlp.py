@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .._utils.transforms import again, gradients, zeros_like_bias
-from ..backends import choose, reference
-from ..backends.library import raw, register_fake
+from ..backends import choose, reference, run
+from ..backends.library import register_fake
 from . import _checks as checks
 
 OP = "layer_norm_mlp"
@@ -98,13 +98,13 @@ def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
     """The raw operator of `backend`, wrapped in autograd if a gradient is needed."""
     if needs_grad:
         return _LayerNormMLP.apply(backend, *arguments)
-    return raw(OP, backend)(*arguments)[0]
+    return run(OP, backend, *arguments)[0]
 
 
 class _LayerNormMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
-        out, mean, rstd = raw(OP, backend)(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps)
+        out, mean, rstd = run(OP, backend, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
         ctx.backend, ctx.eps = backend, eps
         return out
@@ -115,7 +115,7 @@ class _LayerNormMLP(torch.autograd.Function):
         if again():
             inputs = (saved[0], *saved[3:], zeros_like_bias(saved[-1]), ctx.eps)
             return None, *gradients(reference.layer_norm_mlp, grad_out, *inputs)
-        return None, *raw(f"{OP}_backward", ctx.backend)(grad_out, *saved), None
+        return None, *run(f"{OP}_backward", ctx.backend, grad_out, *saved), None
 
 
 @register_fake(OP)

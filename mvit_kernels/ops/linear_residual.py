@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._utils.transforms import again, gradients, zeros_like_bias
-from ..backends import choose, reference
-from ..backends.library import raw, register_fake
+from ..backends import choose, reference, run
+from ..backends.library import register_fake
 from . import _checks as checks
 
 OP = "linear_residual"
@@ -71,7 +71,7 @@ def apply(backend: str, needs_grad: bool, *arguments) -> Tensor:
     """The raw operator of `backend`, wrapped in autograd if a gradient is needed."""
     if needs_grad:
         return _LinearResidual.apply(backend, *arguments)
-    return raw(OP, backend)(*arguments)
+    return run(OP, backend, *arguments)
 
 
 class _LinearResidual(torch.autograd.Function):
@@ -79,7 +79,7 @@ class _LinearResidual(torch.autograd.Function):
     def forward(ctx, backend, x, weight, bias, residual):
         ctx.save_for_backward(x, weight)
         ctx.backend, ctx.has_bias = backend, bias is not None
-        return raw(OP, backend)(x, weight, bias, residual)
+        return run(OP, backend, x, weight, bias, residual)
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -87,7 +87,7 @@ class _LinearResidual(torch.autograd.Function):
         if again():
             bias = zeros_like_bias(weight) if ctx.has_bias else None
             return None, *gradients(F.linear, grad_out, x, weight, bias), grad_out
-        grad_x, grad_weight, grad_bias = raw(f"{OP}_backward", ctx.backend)(grad_out, x, weight)
+        grad_x, grad_weight, grad_bias = run(f"{OP}_backward", ctx.backend, grad_out, x, weight)
         return None, grad_x, grad_weight, grad_bias if ctx.has_bias else None, grad_out
 
 

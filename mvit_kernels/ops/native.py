@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fakes of the raw operators with a single backend and no public function: those that frozen networks run on the CPU
-(`mvit_kernels.freezing.network`), and the launch behind ``transformer.cuda``."""
+(`mvit_kernels.freezing.network`), a LayerNorm in backward there, and the launch behind ``transformer.cuda``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import torch
 
 from ..backends import cpu
 from ..backends.library import register_native_fake
+
+
+@register_native_fake("layer_norm_from_statistics.cpu")
+def _layer_norm_from_statistics(x, mean, rstd, norm_weight, norm_bias):
+    return x.new_empty(x.shape)
 
 
 @register_native_fake("network.cpu")

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
 
 from ..contract import Backend, Call
 from ..library import load, loaded_paths
+from . import composed
 
 # float16 is served by the float32 arithmetic and rounded at the end of each operator (csrc/cpu/float16.h).
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,6 +40,19 @@ def multiplies_bf16_pairs() -> bool:
 def multiplies_on_tiles() -> bool:
     """Whether bfloat16 pairs are multiplied on matrix tiles (AMX): maps and weights then have layouts of their own."""
     return not load("cpu") and _ask("bf16_products") == 2
+
+
+@functools.cache
+def _instruction_set_beside_amx() -> str:
+    # Absent from a torch that has no products with AMX either.
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return instruction_set() if has_amx() else ""
+
+
+@torch.compiler.assume_constant_result
+def instruction_set_beside_amx() -> str:
+    """`instruction_set` where the processor has AMX, for PyTorch's products to use, else "": see `composed`."""
+    return _instruction_set_beside_amx()
 
 
 def _ask(what: str, kind: type = ctypes.c_int) -> Any:
@@ -102,6 +117,9 @@ class CpuBackend(Backend):
             return [f"it is for the CPU, and the tensors are on {device_type}"]
         why = load("cpu")
         return [why] if why else []
+
+    def run(self, name: str, *arguments: Any) -> Any:
+        return composed.run(name, arguments, instruction_set_beside_amx())
 
 
 BACKEND = CpuBackend()
