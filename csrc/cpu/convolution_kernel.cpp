@@ -81,8 +81,12 @@ template <int R, int V>
 MVIT_INLINE void multiply_add_at(Vec<float> (&tile)[R][V], const float* const (&a)[R], int64_t offset, const float* b,
                                  int64_t depth) {
   constexpr int size = Vec<float>::size;
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k) {
+  int64_t begin = 0;
+#if defined(MVIT_NEON)
+  begin = add_by_elements<R, V, Next::unknown>(tile, [&](int r) { return a[r] + offset; }, b, V * size, depth, begin);
+#endif
+MVIT_UNROLL_STEPS
+  for (int64_t k = begin; k < depth; ++k) {
     Vec<float> row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) row[v] = load(b + (k * V + v) * size);

@@ -101,7 +101,7 @@ MVIT_INLINE Vec<T> exp(Vec<T> x) {
   x = minimum(Vec<T>(Exp<T>::highest), x);
 #endif
   WholeAndRest<T> parts = whole_and_rest(x, Vec<T>(Exp<T>::log2e));
-#if MVIT_VECTOR_BYTES >= 32
+#if MVIT_VECTOR_BYTES >= 32 || defined(MVIT_NEON)
   parts.rest = fma(x, Vec<T>(Exp<T>::log2e_rest), parts.rest);  // without this term e^-80 is off by 17 ulp
 #else  // no guaranteed FMA: x · log2(e) may have been rounded, which costs 60 ulp
   parts.rest = fma(parts.whole, Vec<T>(-Exp<T>::ln2_rest), fma(parts.whole, Vec<T>(-Exp<T>::ln2), x));

@@ -10,11 +10,21 @@ namespace MVIT_ISA {
 
 // Shape of the register tile. AVX-512 has 32 registers: 8 × 3 accumulators + 3 operands + 1 broadcast. AVX2 has 16:
 // 6 × 2 + 2 + 1. Both leave the number of loads well below the number of FMAs. Six rows divide 24, 30, 36, 48 and 60
-// exactly.
+// exactly. NEON has 32: 8 × 2 + 2 and a register of A for each row (see `add_by_elements`); the 16 accumulators are what
+// four pipes of four cycles' latency can fill.
 #if MVIT_VECTOR_BYTES == 64
 constexpr int kTileRows = 8, kTileVectors = 3;
+#elif defined(MVIT_NEON)
+constexpr int kTileRows = 8, kTileVectors = 2;
 #else
 constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
+
+// Steps of k at a time. On NEON whole vectors of k have a loop of their own, so these are few.
+#if defined(MVIT_NEON)
+#define MVIT_UNROLL_STEPS _Pragma("GCC unroll 1")
+#else
+#define MVIT_UNROLL_STEPS _Pragma("GCC unroll 4")
 #endif
 
 enum class Operand { row_major, column_major };
@@ -22,18 +32,86 @@ enum class Operand { row_major, column_major };
 // prefetcher; without software prefetch, weights that come from L3 cost a fifth of a transformer's time.
 enum class Next { unknown, rows };
 
+// tile[r][v] = f(tile[r][v], r, v)
+template <int R, int V, typename T, typename F>
+MVIT_INLINE void map_tile(Vec<T> (&tile)[R][V], const F& f) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) tile[r][v] = f(tile[r][v], r, v);
+}
+
+#if defined(MVIT_NEON)
+// tile[r][v] += left[r][i] · b[i][v] for i in [kFirst, size)
+template <int kFirst = 0, int R, int V, typename T>
+MVIT_INLINE void add_elements(Vec<T> (&tile)[R][V], const Vec<T> (&left)[R], const T* b, int64_t ldb) {
+  Vec<T> row[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) row[v] = load(b + v * Vec<T>::size);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) tile[r][v] = fma_element<kFirst>(left[r], row[v], tile[r][v]);
+  if constexpr (kFirst + 1 < Vec<T>::size) add_elements<kFirst + 1>(tile, left, b + ldb, ldb);
+}
+
+// The whole vectors of k in [begin, depth) of multiply_add, below; returns the first k left over. rows(r) is row r of A:
+// one load of it serves `size` steps, each of which multiplies by one element. An 8 × 2 tile of floats loads 16 times
+// for 64 FMAs, where a broadcast a row and step would be 40 loads.
+template <int R, int V, Next kNext, typename T, typename Rows>
+MVIT_INLINE int64_t add_by_elements(Vec<T> (&tile)[R][V], const Rows& rows, const T* b, int64_t ldb, int64_t depth,
+                                    int64_t begin) {
+  constexpr int size = Vec<T>::size, line = 64 / sizeof(T);
+  // A copy, whose address no epilogue takes: Clang 22 otherwise keeps the tile in memory, with 64 stores for 64 FMAs.
+  Vec<T> sums[R][V];
+  map_tile(sums, [&](Vec<T>, int r, int v) { return tile[r][v]; });
+  int64_t k = begin;
+  for (; k + size <= depth; k += size) {
+    if constexpr (kNext == Next::rows)
+#pragma GCC unroll 8
+      for (int i = 0; i < R * size; i += line) __builtin_prefetch(rows(R) + R * k + i);
+    Vec<T> left[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) left[r] = load(rows(r) + k);
+    add_elements(sums, left, b + k * ldb, ldb);
+  }
+  map_tile(tile, [&](Vec<T>, int r, int v) { return sums[r][v]; });
+  return k;
+}
+
+// tile[r][v] += column[r] · row[v] for r in [kFirst, R): a vector of the column serves `size` rows.
+template <int kFirst = 0, int R, int V, typename T>
+MVIT_INLINE void add_column(Vec<T> (&tile)[R][V], const T* column, const Vec<T> (&row)[V]) {
+  constexpr int size = Vec<T>::size;
+  const Vec<T> left = load(column + kFirst / size * size);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) tile[kFirst][v] = fma_element<kFirst % size>(left, row[v], tile[kFirst][v]);
+  if constexpr (kFirst + 1 < R) add_column<kFirst + 1>(tile, column, row);
+}
+#endif
+
 // tile[r][v] += Σ_k A(r, k) · B[k][v] for k in [begin, depth), ascending, one FMA each. The bits of an element
 // therefore do not depend on the shape of the tile that computes it.
 //   A(r, k) is a[r · lda + k] (row-major) or a[k · lda + r] (column-major); row k of B starts at b + k · ldb.
 template <int R, int V, Operand kOrder, Next kNext = Next::unknown, typename T>
 MVIT_INLINE void multiply_add(Vec<T> (&tile)[R][V], const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth,
                               int64_t begin = 0) {
-#pragma GCC unroll 4
+#if defined(MVIT_NEON)
+  if constexpr (kOrder == Operand::row_major)
+    begin = add_by_elements<R, V, kNext>(tile, [&](int r) { return a + r * lda; }, b, ldb, depth, begin);
+#endif
+MVIT_UNROLL_STEPS
   for (int64_t k = begin; k < depth; ++k) {
     if constexpr (kNext == Next::rows) __builtin_prefetch(a + R * lda + R * k);
     Vec<T> row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) row[v] = load(b + k * ldb + v * Vec<T>::size);
+#if defined(MVIT_NEON)
+    if constexpr (kOrder == Operand::column_major && R % Vec<T>::size == 0) {
+      add_column(tile, a + k * lda, row);
+      continue;
+    }
+#endif
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec<T> scalar(kOrder == Operand::row_major ? a[r * lda + k] : a[k * lda + r]);
@@ -65,15 +143,6 @@ MVIT_INLINE void multiply_add(Vec<float> (&tile)[R][V], const bfloat16* a, int64
   }
 }
 #endif
-
-// tile[r][v] = f(tile[r][v], r, v)
-template <int R, int V, typename T, typename F>
-MVIT_INLINE void map_tile(Vec<T> (&tile)[R][V], const F& f) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) tile[r][v] = f(tile[r][v], r, v);
-}
 
 template <int R, int V, typename T>
 MVIT_INLINE void clear(Vec<T> (&tile)[R][V]) {
