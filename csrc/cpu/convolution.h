@@ -23,7 +23,9 @@ struct ConvolutionShape {
 
 struct ConvolutionArgs {
   ConvolutionShape shape;
-  Map in;   // data points at pixel (0, 0); kernel 3 needs a border of `dilation` zero pixels on every side
+  // data points at pixel (0, 0); kernel 3 needs a border of `dilation` zero pixels on every side. On matrix tiles `in` has
+  // a channel_step of 32, or of 4 for up to 4 channels, and memory for kTileReach more pixels after its end.
+  Map in;
   Map out;  // must not overlap `in`
   const void* packed;
 };
@@ -37,12 +39,14 @@ struct ConvolutionKernels {
   // weight: (out, in, kernel, kernel), contiguous, in the operand dtype of the arithmetic. bias may be null.
   void (*pack)(const ConvolutionShape&, const void* weight, const float* bias, void* packed);
   int64_t (*units)(const ConvolutionShape&);
-  void (*run)(const ConvolutionArgs&, int64_t image, int64_t begin, int64_t end);
+  std::size_t (*scratch_bytes)(const ConvolutionShape&);
+  void (*run)(const ConvolutionArgs&, int64_t image, int64_t begin, int64_t end, void* scratch);
 };
 
 struct ConvolutionTable {
   ConvolutionKernels single;  // float32 maps and weights
-  // bfloat16 maps and weights, in_channels even; null functions if the instruction set has no pairs
+  // bfloat16 maps and weights, in_channels even; null functions if the instruction set has no pairs. On matrix tiles where
+  // it has them.
   ConvolutionKernels pairs;
 };
 

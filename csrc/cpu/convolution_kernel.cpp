@@ -5,6 +5,9 @@
 // is 40 % of the work where a dilation is half the map's side.
 #include "convolution.h"
 #include "panels.h"
+#if defined(MVIT_TILES)
+#include "tile_convolution.h"
+#endif
 
 namespace mvit {
 namespace MVIT_ISA {
@@ -42,6 +45,8 @@ void pack_convolution(const ConvolutionShape& shape, const void* weight, const f
   });
   pack_bias(packed.bias, bias, shape.out_channels);
 }
+
+inline std::size_t convolution_scratch_bytes(const ConvolutionShape&) { return 0; }
 
 inline int64_t convolution_units(const ConvolutionShape& shape) {
   return panel_count<float>(shape.out_channels) * shape.out_height();
@@ -132,7 +137,7 @@ MVIT_INLINE unsigned taps_inside(const ConvolutionShape& shape, int64_t first, i
 }
 
 template <typename P>
-void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t end) {
+void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t end, void*) {
   using E = typename P::Weight;
   const ConvolutionShape& shape = args.shape;
   const PackedConvolution<P> packed(shape, args.packed);
@@ -208,15 +213,24 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
 
 }  // namespace MVIT_ISA
 
-#define MVIT_CONVOLUTION_KERNELS(P)                                                    \
-  {                                                                                    \
-    MVIT_ISA::packed_convolution_bytes<MVIT_ISA::P>, MVIT_ISA::pack_convolution<MVIT_ISA::P>, \
-        MVIT_ISA::convolution_units, MVIT_ISA::convolve<MVIT_ISA::P>                   \
+#define MVIT_CONVOLUTION_KERNELS(P)                                                                           \
+  {                                                                                                           \
+    MVIT_ISA::packed_convolution_bytes<MVIT_ISA::P>, MVIT_ISA::pack_convolution<MVIT_ISA::P>,                 \
+        MVIT_ISA::convolution_units, MVIT_ISA::convolution_scratch_bytes, MVIT_ISA::convolve<MVIT_ISA::P> \
   }
+#if defined(MVIT_TILES)
+#define MVIT_PAIRS_OF_CONVOLUTION                                                               \
+  {                                                                                             \
+    MVIT_ISA::packed_tile_convolution_bytes, MVIT_ISA::pack_tile_convolution,                   \
+        MVIT_ISA::tile_convolution_units, MVIT_ISA::tile_convolution_scratch_bytes, MVIT_ISA::convolve_on_tiles \
+  }
+#else
+#define MVIT_PAIRS_OF_CONVOLUTION MVIT_CONVOLUTION_KERNELS(Bf16Pairs)
+#endif
 
 extern const ConvolutionTable MVIT_TABLE(convolution) = {
     MVIT_PLAIN_ENTRY(MVIT_CONVOLUTION_KERNELS(Plain<float>)),
-    MVIT_PAIRS_ENTRY(MVIT_CONVOLUTION_KERNELS(Bf16Pairs)),
+    MVIT_PAIRS_ENTRY(MVIT_PAIRS_OF_CONVOLUTION),
 };
 
 }  // namespace mvit

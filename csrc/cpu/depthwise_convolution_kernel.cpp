@@ -38,8 +38,10 @@ void depthwise_convolution(const DepthwiseConvolutionArgs& args, int64_t begin, 
     const int rows_begin = y * stride < dilation ? 1 : 0, rows_end = y * stride + dilation < shape.in_height ? 3 : 2;
     const E* in = static_cast<const E*>(args.in.data) + y * stride * args.in.row_stride;
     E* out = static_cast<E*>(args.out.data) + y * args.out.row_stride;
-    for (int64_t c = 0; c < shape.channels; c += size) {
-      const int present = static_cast<int>(smaller(size, shape.channels - c));
+    const int64_t room = args.out.room(shape.channels);
+    for (int64_t c = 0; c < room; c += size) {
+      const int present = shape.channels > c ? static_cast<int>(smaller(size, shape.channels - c)) : 0;
+      const int written = static_cast<int>(smaller(size, room - c));  // beyond the channels there are zeros
       Vec<float> weight[9];
 #pragma GCC unroll 9
       for (int tap = 0; tap < 9; ++tap) weight[tap] = load_first(args.weights + tap * shape.channels + c, present);
@@ -51,7 +53,7 @@ void depthwise_convolution(const DepthwiseConvolutionArgs& args, int64_t begin, 
         add_taps(sum[0], weight, in + x * next + c, tap_row, tap_column, next, present, rows_begin, rows_end,
                  columns_begin, columns_end);
         activate<P>(sum, shape.activation);
-        for (int i = 0; i < N; ++i) store_first(out + (x + i) * args.out.column_stride + c, sum[0][i], present);
+        for (int i = 0; i < N; ++i) store_first(out + (x + i) * args.out.column_stride + c, sum[0][i], written);
       };
       const auto edge = [&](int64_t first, int64_t last) {
         for (int64_t x = first; x < last; ++x)

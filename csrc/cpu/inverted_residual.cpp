@@ -65,8 +65,10 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& expand_weight, 
   const int64_t images = x.size(0);
   const Tensor out = new_empty(x, {images, shape.out_height(), shape.out_width(), shape.out_channels}, type);
 
-  const bool pairs = type == ScalarType::BFloat16 && this_cpu_has_bf16_pairs() && shape.in_channels % 2 == 0 &&
-                     shape.hidden % 2 == 0;
+  const Bf16Products products = this_cpus_bf16_products();
+  const bool even = shape.in_channels % 2 == 0 && shape.hidden % 2 == 0;
+  const bool pairs = type == ScalarType::BFloat16 &&
+                     (products == Bf16Products::tiles || (products == Bf16Products::pairs && even));
   const InvertedResidualTable& table = MVIT_KERNELS_FOR(inverted_residual, pairs);
   const InvertedResidualKernels& kernels =
       pairs ? table.pairs : type == ScalarType::BFloat16 ? table.single_bf16 : table.single;

@@ -48,7 +48,9 @@ struct InvertedResidualWeights {
 
 struct InvertedResidualArgs {
   InvertedResidualShape shape;
-  Map in, out;  // must not overlap; neither needs a border
+  // Must not overlap; neither needs a border. Where in.channel_step is 32, matrix tiles read it in place, and up to
+  // kTileReach (map.h) pixels after its end.
+  Map in, out;
   const void* packed;
 };
 
@@ -65,7 +67,8 @@ struct InvertedResidualKernels {
 struct InvertedResidualTable {
   InvertedResidualKernels single;       // float32 maps and weights
   InvertedResidualKernels single_bf16;  // bfloat16 maps, float32 weights
-  // bfloat16 maps and weights, in_channels and hidden even; null functions if the instruction set has no pairs
+  // bfloat16 maps and weights; in_channels and hidden even, except on matrix tiles; null functions if the instruction set
+  // has neither
   InvertedResidualKernels pairs;
 };
 

@@ -11,6 +11,9 @@
 // edge; above and below the map it reads a row of zeros.
 #include "depthwise.h"
 #include "inverted_residual.h"
+#if defined(MVIT_TILES)
+#include "tile_inverted_residual.h"
+#endif
 
 namespace mvit {
 namespace MVIT_ISA {
@@ -249,10 +252,20 @@ void inverted_residual(const InvertedResidualArgs& args, int64_t image, int64_t 
         MVIT_ISA::inverted_residual_scratch_bytes<MVIT_ISA::P, E>, MVIT_ISA::inverted_residual<MVIT_ISA::P, E> \
   }
 
+#if defined(MVIT_TILES)
+#define MVIT_PAIRS_OF_INVERTED_RESIDUAL                                                       \
+  {                                                                                           \
+    MVIT_ISA::packed_tile_inverted_residual_bytes, MVIT_ISA::pack_tile_inverted_residual,     \
+        MVIT_ISA::tile_inverted_residual_scratch_bytes, MVIT_ISA::inverted_residual_on_tiles \
+  }
+#else
+#define MVIT_PAIRS_OF_INVERTED_RESIDUAL MVIT_INVERTED_RESIDUAL_KERNELS(Bf16Pairs, MVIT_ISA::bfloat16)
+#endif
+
 extern const InvertedResidualTable MVIT_TABLE(inverted_residual) = {
     MVIT_PLAIN_ENTRY(MVIT_INVERTED_RESIDUAL_KERNELS(Plain<float>, float)),
     MVIT_PLAIN_ENTRY(MVIT_INVERTED_RESIDUAL_KERNELS(Plain<float>, MVIT_ISA::bfloat16)),
-    MVIT_PAIRS_ENTRY(MVIT_INVERTED_RESIDUAL_KERNELS(Bf16Pairs, MVIT_ISA::bfloat16)),
+    MVIT_PAIRS_ENTRY(MVIT_PAIRS_OF_INVERTED_RESIDUAL),
 };
 
 }  // namespace mvit

@@ -106,8 +106,17 @@ struct Between {
   }
 };
 
+// Zeroes channels [begin, end) of a pixel.
+inline void zero_channels(const PlacedMap& pixel, int64_t begin, int64_t end) {
+  with_elements(pixel, pixel, [&](auto*, auto* y) {
+    for (int64_t c = begin; c < end; ++c) from_float(0.0f, y[c]);
+  });
+}
+
+// Channels of `to` from `channels` to `to_channels` become zero.
 inline void resize_rows(const PlacedMap& from, int64_t from_height, int64_t from_width, const PlacedMap& to,
-                        int64_t to_height, int64_t to_width, int64_t channels, int64_t begin, int64_t end) {
+                        int64_t to_height, int64_t to_width, int64_t channels, int64_t to_channels, int64_t begin,
+                        int64_t end) {
   with_elements(from, to, [&](auto* source, auto* target) {
     for (int64_t h = begin; h < end; ++h) {
       const Between row(h, from_height, to_height);
@@ -122,6 +131,7 @@ inline void resize_rows(const PlacedMap& from, int64_t from_height, int64_t from
           const float low = to_float(lower[left + c]) * (1 - column.weight) + to_float(lower[right + c]) * column.weight;
           from_float(top * (1 - row.weight) + low * row.weight, y[c]);
         }
+        for (int64_t c = channels; c < to_channels; ++c) from_float(0.0f, y[c]);
       }
     }
   });

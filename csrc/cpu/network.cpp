@@ -75,9 +75,10 @@ class Run {
     if (shape.storage == 0) return tensor_map(x_, 2, 3, 1, place.offset);
     const Value& where = program_.at(shape.storage);
     const std::size_t element = program_.element();
-    const int64_t column = shape.channels, row = (shape.width + 2 * shape.border) * column;
+    const int64_t column = shape.column_stride, row = (shape.width + 2 * shape.border) * column;
     const int64_t first = shape.border * (row + column) + place.offset;
-    return {{workspace_ + where.offset + static_cast<std::size_t>(first) * element, 0, row, column}, 1, program_.pairs};
+    char* const data = workspace_ + where.offset + static_cast<std::size_t>(first) * element;
+    return {{data, 0, row, column, shape.channel_step}, 1, program_.pairs};
   }
 
   PlacedMap tensor_map(const Tensor& tensor, int64_t h, int64_t w, int64_t c, int64_t offset) const {
@@ -91,7 +92,7 @@ class Run {
     const Value& target = value(step.target);
     const std::size_t element = program_.element();
     char* data = workspace_ + target.offset;
-    const std::size_t pixel = static_cast<std::size_t>(target.channels) * element;
+    const std::size_t pixel = static_cast<std::size_t>(target.column_stride) * element;
     const std::size_t side = static_cast<std::size_t>(target.border) * pixel;
     const std::size_t row = static_cast<std::size_t>(target.width + 2 * target.border) * pixel;
     const std::size_t band = static_cast<std::size_t>(target.border) * row;
@@ -108,7 +109,7 @@ class Run {
     const Value& target = value(step.target);
     constexpr double ops = 16;  // cost of copying one element, in operations
     share_out(target.height, ops * static_cast<double>(target.width * step.target.channels), [&](int64_t begin, int64_t end) {
-      copy_rows(from, step.source.channels, to, step.target.channels, target.width, begin, end);
+      copy_rows(from, step.source.channels, to, to.map.room(step.target.channels), target.width, begin, end);
     });
   }
 
@@ -123,8 +124,11 @@ class Run {
     const double flops = 2.0 * static_cast<double>(args.shape.out_height() * args.shape.out_width() *
                                                    args.shape.out_channels * args.shape.in_channels *
                                                    args.shape.kernel * args.shape.kernel);
-    share_out(units, flops / static_cast<double>(units),
-              [&](int64_t begin, int64_t end) { kernels.run(args, 0, begin, end); });
+    const std::size_t bytes = kernels.scratch_bytes(args.shape);
+    share_out(units, flops / static_cast<double>(units), [&](int64_t begin, int64_t end) {
+      const Scratch scratch(bytes);
+      kernels.run(args, 0, begin, end, scratch.data());
+    });
   }
 
   void depthwise_convolution(const Step& step) const {
@@ -187,7 +191,7 @@ class Run {
     share_out(target.height, 64.0 * static_cast<double>(target.width * step.target.channels),
               [&](int64_t begin, int64_t end) {
                 resize_rows(from, source.height, source.width, to, target.height, target.width, step.target.channels,
-                            begin, end);
+                            to.map.room(step.target.channels), begin, end);
               });
   }
 
@@ -196,6 +200,8 @@ class Run {
     const PlacedMap from = map(step.source), to = map(step.target);
     share_out(step.source.channels, 4.0 * static_cast<double>(source.height * source.width),
               [&](int64_t begin, int64_t end) { mean_channels(from, source.height, source.width, to, begin, end); });
+    const int64_t channels = step.target.channels;
+    zero_channels(to, channels, to.map.room(channels));
   }
 
   const Program& program_;
@@ -215,7 +221,7 @@ Tensor network(const Tensor& x, const Tensor& weights, const Tensor& program_ten
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
                   "network: x must be of float32 or bfloat16");
-  STD_TORCH_CHECK(!program.pairs || (type == ScalarType::BFloat16 && this_cpu_has_bf16_pairs()),
+  STD_TORCH_CHECK(!program.pairs || type == ScalarType::BFloat16,
                   "network: the weights were packed for products of bfloat16 pairs");
   lay_out(program, x);
   check_weights(program, weights);

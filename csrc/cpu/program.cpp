@@ -184,7 +184,13 @@ Program parse_program(const Tensor& words) {
   const int64_t* const end = word + words.numel();
   STD_TORCH_CHECK(words.numel() > 4 && word[0] == kVersion, "network: this is no program of version ", kVersion);
   Program program;
-  program.pairs = word[1] != 0;
+  STD_TORCH_CHECK(word[1] >= 0 && word[1] <= static_cast<int64_t>(Bf16Products::tiles),
+                  "network: the program is for products of a kind ", word[1], " that there is not");
+  const auto products = static_cast<Bf16Products>(word[1]);
+  program.pairs = products != Bf16Products::none;
+  program.tiles = products == Bf16Products::tiles;
+  STD_TORCH_CHECK(!program.pairs || products == this_cpus_bf16_products(),
+                  "network: the weights were packed for products of bfloat16 pairs that are not this processor's");
   const int64_t values = word[2], steps = word[3];
   word += 4;
   STD_TORCH_CHECK(values > 1 && values <= (end - word) / 2, "network: the program ends before its steps");
@@ -192,12 +198,19 @@ Program parse_program(const Tensor& words) {
   for (int64_t i = 0; i < values; ++i, word += 2) {
     STD_TORCH_CHECK(is_size(word[0]) && word[1] >= 0 && word[1] <= kMost && (word[1] == 0 || (i > 0 && i + 1 < values)),
                     "network: value ", i, " of the program has ", word[0], " channels and a border of ", word[1]);
-    program.values.push_back({word[0], word[1]});
+    Value value{word[0], word[1]};
+    if (program.tiles && i > 0 && i + 1 < values) {
+      value.channel_step = word[0] <= 4 ? 4 : 32;
+      value.column_stride = round_up_to(word[0], value.channel_step);
+    }
+    program.values.push_back(value);
   }
   const auto place = [&](const int64_t* p) {
     STD_TORCH_CHECK(p[0] >= 0 && p[0] < values && p[1] >= 0 && p[2] > 0 && p[1] <= kMost && p[2] <= kMost &&
                         p[1] + p[2] <= program.at(p[0]).channels,
                     "network: a step of the program reads or writes what there is not");
+    STD_TORCH_CHECK(p[1] % program.at(p[0]).channel_step == 0,
+                    "network: a step of the program reads or writes channels that begin inside a tile's");
     return Place{p[0], p[1], p[2]};
   };
   STD_TORCH_CHECK(steps > 0 && steps <= (end - word) / kStepWords, "network: the program ends in the middle of a step");
@@ -254,6 +267,7 @@ void lay_out(Program& program, const Tensor& x) {
             "writes a map in another size than the step before it");
     const bool from_x = source.storage == 0;
     require(!from_x || has_rows || step.kind == kCopy, "reads rows of x, whose channels are not adjacent");
+    require(!from_x || !program.tiles || step.kind == kCopy, "multiplies rows of x, which do not end at whole tiles");
     require(same_type || converts(step.kind) || !(from_x || step.target.value == program.last()),
             "wants x in the dtype of the weights");
     step.renames = is_resize(step.kind) && h == source.height && w == source.width && target.height == 0 &&
@@ -267,7 +281,7 @@ void lay_out(Program& program, const Tensor& x) {
     target.height = h;
     target.width = w;
     const double border = 2.0 * static_cast<double>(target.border);
-    require((static_cast<double>(h) + border) * (static_cast<double>(w) + border) * static_cast<double>(target.channels) <
+    require((static_cast<double>(h) + border) * (static_cast<double>(w) + border) * static_cast<double>(target.column_stride) <
                 kMostBytes,
             "writes a map that is too large");
     if (step.kind == kInvertedResidual)
@@ -287,12 +301,12 @@ void lay_out(Program& program, const Tensor& x) {
   for (std::size_t i = 1; i + 1 < values.size(); ++i) {
     Value& value = values[i];
     if (value.storage != static_cast<int64_t>(i) || value.first_step < 0) continue;
-    const std::size_t size = value.bytes(element) + 64;  // vector loads reach slightly past the end
+    const std::size_t size = value.bytes(element);
     value.offset = 0;
     for (const Value* other : placed) {  // sorted by offset
       if (other->last_step < value.first_step || other->first_step > value.last_step) continue;
       if (value.offset + size <= other->offset) break;
-      value.offset = std::max(value.offset, (other->offset + other->bytes(element) + 64 + 63) / 64 * 64);
+      value.offset = std::max(value.offset, (other->offset + other->bytes(element) + 63) / 64 * 64);
     }
     program.workspace = std::max(program.workspace, value.offset + size);
     placed.insert(std::upper_bound(placed.begin(), placed.end(), &value,

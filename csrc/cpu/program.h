@@ -28,13 +28,18 @@ enum Kind : int64_t {
 
 struct Value {
   int64_t channels, border;
+  int64_t column_stride = channels, channel_step = 1;  // in the workspace, as in Map
   int64_t height = 0, width = 0;  // without the border; 0 until a step writes the value
   int64_t storage = -1;           // values that are aliases of one map share a storage
   int first_step = -1, last_step = -1;
   std::size_t offset = 0;  // in the workspace, in bytes
 
   std::size_t bytes(std::size_t element) const {
-    return static_cast<std::size_t>((height + 2 * border) * (width + 2 * border) * channels) * element;
+    return static_cast<std::size_t>((height + 2 * border) * (width + 2 * border) * column_stride) * element + reach(element);
+  }
+  // What kernels may read after its end: part of a vector, or a tile's pixels (see ConvolutionArgs).
+  std::size_t reach(std::size_t element) const {
+    return 64 + (channel_step > 1 ? static_cast<std::size_t>(kTileReach * column_stride) * element : 0);
   }
 };
 
@@ -54,6 +59,7 @@ struct Step {
 // Value 0 is the input, the last value the output; all others are in a workspace.
 struct Program {
   bool pairs;  // maps and matrices in bfloat16, else everything in float32
+  bool tiles;  // multiplied on matrix tiles: pixels of maps in the workspace end at multiples of 32 channels
   std::vector<Value> values;
   std::vector<Step> steps;
   std::size_t workspace = 0;  // bytes

@@ -17,19 +17,22 @@ namespace MVIT_ISA {
 
 constexpr int kTile = 16;          // rows of a tile, and float32 columns of C
 constexpr int kTileDepth = 32;     // bfloat16 values of a row of A: the depth of one product
+constexpr int kTilePairs = kTileDepth / 2;
 constexpr int kTileBytes = 1024;   // a whole tile
 
 // The register file as this code uses it: C in 0 to 3, A in 4 and 5, B in 6 and 7. A narrow configuration has eight rows
-// in C and A: a product then takes 2.7 ns instead of 4.3.
+// in C and A: a product then takes 2.7 ns instead of 4.3. A shallow one has fewer pairs in A's rows, and rows in B: that
+// takes no less time, but what is beyond them in memory is not read.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  explicit MVIT_INLINE TileConfiguration(int rows_of_c) {
+  explicit MVIT_INLINE TileConfiguration(int rows_of_c, int pairs = kTilePairs) {
     for (int tile = 0; tile < 8; ++tile) {
-      row_bytes[tile] = 64;
-      rows[tile] = static_cast<uint8_t>(tile < 6 ? rows_of_c : kTile);
+      const bool is_a = tile == 4 || tile == 5;
+      row_bytes[tile] = static_cast<uint16_t>(is_a ? 4 * pairs : 64);
+      rows[tile] = static_cast<uint8_t>(tile < 6 ? rows_of_c : pairs);
     }
   }
 };
@@ -65,6 +68,7 @@ MVIT_INLINE void multiply_add_tiles() {
 
 struct EmulatedTiles {
   uint8_t rows[8];
+  uint16_t row_bytes[8];
   alignas(64) uint8_t bytes[8][kTile][64];
 };
 inline thread_local EmulatedTiles emulated_tiles;
@@ -72,6 +76,7 @@ inline thread_local EmulatedTiles emulated_tiles;
 inline void load_configuration(const TileConfiguration& configuration) {
   std::memset(&emulated_tiles, 0, sizeof emulated_tiles);
   std::memcpy(emulated_tiles.rows, configuration.rows, sizeof emulated_tiles.rows);
+  std::memcpy(emulated_tiles.row_bytes, configuration.row_bytes, sizeof emulated_tiles.row_bytes);
 }
 inline void release_tiles() { std::memset(emulated_tiles.rows, 0, sizeof emulated_tiles.rows); }
 
@@ -90,13 +95,14 @@ inline void load_tile(const void* p, int64_t stride) {
   check_configured(tile);
   std::memset(emulated_tiles.bytes[tile], 0, kTileBytes);
   for (int row = 0; row < emulated_tiles.rows[tile]; ++row)
-    std::memcpy(emulated_tiles.bytes[tile][row], static_cast<const char*>(p) + row * stride, 64);
+    std::memcpy(emulated_tiles.bytes[tile][row], static_cast<const char*>(p) + row * stride,
+                emulated_tiles.row_bytes[tile]);
 }
 template <int tile>
 inline void store_tile(void* p, int64_t stride) {
   check_configured(tile);
   for (int row = 0; row < emulated_tiles.rows[tile]; ++row)
-    std::memcpy(static_cast<char*>(p) + row * stride, emulated_tiles.bytes[tile][row], 64);
+    std::memcpy(static_cast<char*>(p) + row * stride, emulated_tiles.bytes[tile][row], emulated_tiles.row_bytes[tile]);
 }
 
 // As the tile unit rounds: the products of even k and those of odd k are two chains of fused multiply-adds from zero,
@@ -129,10 +135,12 @@ __attribute__((noinline)) void multiply_add_tiles() {
 
 #endif
 
-// Tiles configured for the calling thread while this object lives; `rows` of C and A, 8 or 16.
+// Tiles configured for the calling thread while this object lives: `rows` of C and A, 8 or 16, and `pairs` of A and B.
 class Tiles {
  public:
-  explicit MVIT_INLINE Tiles(int rows = kTile) { load_configuration(TileConfiguration(rows)); }
+  explicit MVIT_INLINE Tiles(int rows = kTile, int pairs = kTilePairs) {
+    load_configuration(TileConfiguration(rows, pairs));
+  }
   MVIT_INLINE ~Tiles() { release_tiles(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;

@@ -95,8 +95,8 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
         width = last.weight.shape[0]
         readers = (first, links_of(self.fusion)[0])
         border = max(conv.dilation[0] * (conv.weight.shape[2] // 2) for conv in readers)
-        joint = builder.value(first.in_channels + width, border)
-        return joint._replace(offset=0 if self.input_first else width, channels=first.in_channels)
+        widths = (first.in_channels, width) if self.input_first else (width, first.in_channels)
+        return builder.side_by_side(*widths, border=border)[0 if self.input_first else 1]
 
     def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
         if self.backend not in (None, "auto", "cpu"):
@@ -109,10 +109,8 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
         y = builder.transformer(y, self.layers(), self.final_norm(), self.num_heads, self.patch_size, self.eps)
         if self.fusion is None:
             return builder.chain(links_of(self.after), y, target)
-        joint, width = source.value, builder.values[source.value][0] - source.channels
-        offset = source.channels if self.input_first else 0
-        builder.chain(links_of(self.after), y, Place(joint, offset, width))
-        return builder.chain(links_of(self.fusion), Place(joint, 0, source.channels + width), target)
+        builder.chain(links_of(self.after), y, builder.parts[source.value][1 if self.input_first else 0])
+        return builder.chain(links_of(self.fusion), builder.whole(source), target)
 
     def composed(self, x: Tensor) -> Tensor:
         if self.takes is not None and not self.takes(self.fallback, x):

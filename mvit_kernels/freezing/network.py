@@ -16,7 +16,6 @@ from operator import is_
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
@@ -27,12 +26,13 @@ from ..ops.flops import flop_formula, inverted_residual_flops, layer_flops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A program is a list of int64 words, which csrc/cpu/program.cpp parses: VERSION, whether bfloat16 pairs are used, the
-# number of values, the number of steps; channels and border of each value; then each step: its number of words, its
+# A program is a list of int64 words, which csrc/cpu/program.cpp parses: VERSION, `Builder.products`, the number of
+# values, the number of steps; channels and border of each value; then each step: its number of words, its
 # kind, source and target (two `Place`s), and its arguments. Value 0 is the input, the last value the output.
 VERSION = 2
 COPY, CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, TO_WHOLE_PATCHES, TO_SIZE_OF, DEPTHWISE_CONVOLUTION, MEAN = range(8)
 _ACTIVATIONS = {None: 0, "silu": 1, "relu": 2}
+_TILE = 32  # channels of a step of a product on matrix tiles: parts of a map start at multiples of it
 _ONE_PIXEL = 31  # halvings that leave one pixel of any map
 
 
@@ -65,15 +65,17 @@ class Builder:
 
     Args:
         in_channels: channels of the input.
-        pairs: maps and matrices are bfloat16, for products of bfloat16 pairs; otherwise everything is float32.
+        products: how maps and matrices of bfloat16 are multiplied (`backends.cpu.bf16_products`): as pairs (1), as
+            pairs on matrix tiles (2); with 0 everything is float32.
     """
 
-    def __init__(self, in_channels: int, pairs: bool) -> None:
-        self.pairs = pairs
+    def __init__(self, in_channels: int, products: int) -> None:
+        self.products, self.pairs, self.tiles = products, products > 0, products == 2
         self.odd = False  # whether a channel count is odd, which products of pairs do not support
         self.values = [(in_channels, 0)]  # (channels, border)
         self.halvings = [0]  # of each value: how many times the input's size was halved
         self.steps: list[list[int]] = []
+        self.parts: dict[int, list[Place]] = {}  # of the values that `side_by_side` made
         self.takes: list[tuple[Link, int, int]] = []  # blocks that must accept a map: (block, its channels, halvings)
         self._parts: list[Tensor] = []
         self._bytes = 0
@@ -86,6 +88,19 @@ class Builder:
         self.halvings.append(0)
         self.odd |= bool(channels % 2)
         return Place(len(self.values) - 1, 0, channels)
+
+    def side_by_side(self, *widths: int, border: int = 0) -> list[Place]:
+        """The parts of a new map, which several steps write and one convolution reads."""
+        starts = [0]
+        for width in widths:
+            starts.append(starts[-1] + (-(-width // _TILE) * _TILE if self.tiles else width))
+        whole = self.value(starts[-2] + widths[-1], border)
+        self.parts[whole.value] = [whole._replace(offset=at, channels=width) for at, width in zip(starts, widths, strict=False)]
+        return self.parts[whole.value]
+
+    def whole(self, part: Place) -> Place:
+        """All channels of the value that `part` belongs to."""
+        return Place(part.value, 0, self.values[part.value][0])
 
     def chain(self, links: Iterable[Link], source: Place, target: Place | None = None) -> Place:
         """Emit `links` in sequence; each writes where the next one wants its input, the last one to `target`."""
@@ -101,7 +116,13 @@ class Builder:
     def convolution(self, conv: nn.Module, source: Place, target: Place | None) -> Place:
         """A dense `FrozenConv2d`, 1×1 or 3×3."""
         out, width, kernel, _ = conv.weight.shape
-        weight = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, source.channels - width))
+        weight = conv.weight.detach()
+        if source.channels != width:  # weights of zero for channels that the convolution does not have
+            parts = self.parts.get(source.value, [source._replace(channels=width)])
+            padded = weight.new_zeros(out, source.channels, kernel, kernel)
+            for part, of_part in zip(parts, weight.split([part.channels for part in parts], 1), strict=True):
+                padded[:, part.offset : part.offset + part.channels] = of_part
+            weight = padded
         return self._step(
             CONVOLUTION,
             source,
@@ -190,7 +211,7 @@ class Builder:
 
     def program(self) -> Tensor:
         """The program, int64."""
-        words = [VERSION, int(self.pairs), len(self.values), len(self.steps)]
+        words = [VERSION, self.products, len(self.values), len(self.steps)]
         words += [word for value in self.values for word in value]
         words += [word for step in self.steps for word in (len(step) + 1, *step)]
         return torch.tensor(words, dtype=torch.int64, device="cpu")
@@ -254,7 +275,7 @@ class Network:
         self.dtype = weight.dtype
         # float16 is computed in float32 throughout, with weights packed as that, and rounded once, at the end.
         self._of_maps = torch.float32 if self.dtype == torch.float16 else self.dtype
-        builder = _build(module, self.dtype, self.dtype == torch.bfloat16 and cpu.multiplies_bf16_pairs())
+        builder = _build(module, self.dtype, cpu.bf16_products() if self.dtype == torch.bfloat16 else 0)
         self.program, self.weights = builder.program(), builder.weights()
         self.out_channels, self.halvings = builder.values[-1][0], builder.halvings[-1]
         self.takes, self._taken = builder.takes, {}
@@ -377,18 +398,18 @@ def links_of(module: nn.Module) -> list[Link]:
     return [module]
 
 
-def _build(module: nn.Module, dtype: torch.dtype, pairs: bool) -> Builder:
+def _build(module: nn.Module, dtype: torch.dtype, products: int) -> Builder:
     links = links_of(module)
     if not links:
         raise NotNative("it is empty")
-    converts = dtype == torch.bfloat16 and not pairs  # float32 inside, bfloat16 at both ends
-    builder = Builder(links[0].in_channels, pairs)
+    converts = dtype == torch.bfloat16 and not products  # float32 inside, bfloat16 at both ends
+    builder = Builder(links[0].in_channels, products)
     place = links[0].place(builder)
-    if place is None and converts:
-        place = builder.value(links[0].in_channels)
     if place is None:
         builder.odd |= bool(links[0].in_channels % 2)
-    elif pairs and place == (place.value, 0, builder.values[place.value][0]) and place.channels % 2:
+        if converts or builder.tiles:  # which do not read the rows of x in place
+            place = builder.value(links[0].in_channels)
+    elif products and place == (place.value, 0, builder.values[place.value][0]) and place.channels % 2:
         # An image has three channels: add a fourth of zeros, with zero weights.
         place = place._replace(channels=place.channels + 1)
         builder.values[place.value] = (place.channels, builder.values[place.value][1])
@@ -397,4 +418,4 @@ def _build(module: nn.Module, dtype: torch.dtype, pairs: bool) -> Builder:
     end = builder.chain(links, image if place is None else builder.copy(image, place))
     if converts:
         builder.copy(end, builder.value(end.channels))
-    return _build(module, dtype, pairs=False) if pairs and builder.odd else builder
+    return _build(module, dtype, products=0) if products and builder.odd else builder

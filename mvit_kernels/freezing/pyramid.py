@@ -42,13 +42,13 @@ class FrozenASPP(Frozen):
         return builder.value(self.in_channels, max(branch.border for branch in self.branches))
 
     def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
-        joint, at = builder.value(self.project.in_channels, self.project.border), 0
-        for branch in self.branches:
-            branch.emit(builder, source, Place(joint.value, at, branch.out_channels))
-            at += branch.out_channels
+        widths = [branch.out_channels for branch in (*self.branches, self.pool)]
+        *parts, last = builder.side_by_side(*widths, border=self.project.border)
+        for branch, part in zip(self.branches, parts, strict=True):
+            branch.emit(builder, source, part)
         pooled = self.pool.emit(builder, builder.mean(source), None)
-        builder.resize(pooled, source, Place(joint.value, at, pooled.channels))
-        return self.project.emit(builder, joint, target)
+        builder.resize(pooled, source, last)
+        return self.project.emit(builder, builder.whole(last), target)
 
     def composed(self, x: Tensor) -> Tensor:
         pooled = self.pool(x.mean((2, 3), keepdim=True))

@@ -28,18 +28,40 @@ def _halved(side, times):
 @register_native_fake("pack_convolution.cpu")
 def _pack_convolution(weight, bias):
     out, width, kernel, _ = weight.shape
-    return weight.new_empty(_panels(weight, out, kernel * kernel * width) + _vector(out), dtype=torch.uint8)
+    if _on_tiles(weight):
+        panels = _tiles(out, kernel if width <= 4 else kernel * kernel * _steps(width))
+    else:
+        panels = _panels(weight, out, kernel * kernel * width)
+    return weight.new_empty(panels + _vector(out), dtype=torch.uint8)
 
 
 @register_native_fake("pack_inverted_residual.cpu")
 def _pack_inverted_residual(expand, expand_bias, depthwise, depthwise_bias, project, project_bias):
     hidden, width, out = *expand.shape[:2], project.shape[0]
-    panels = _panels(expand, hidden, width) + _panels(project, out, hidden)
+    if _on_tiles(expand):
+        panels = _tiles(_steps(hidden) * 32, _steps(width)) + _tiles(out, _steps(hidden))
+        hidden = _steps(hidden) * 32
+    else:
+        panels = _panels(expand, hidden, width) + _panels(project, out, hidden)
     taps = _aligned(9 * 4 * _whole_vectors(hidden))
     return expand.new_empty(panels + taps + 2 * _vector(hidden) + _vector(out), dtype=torch.uint8)
 
 
-# Bytes, as csrc/cpu/convolution_kernel.cpp and inverted_residual_kernel.cpp count them: parts start on multiples of 64.
+# Bytes, as csrc/cpu/convolution_kernel.cpp, inverted_residual_kernel.cpp and tile_pixels.h count them: parts start on
+# multiples of 64.
+
+
+def _on_tiles(weight):
+    return weight.dtype == torch.bfloat16 and cpu.multiplies_on_tiles()
+
+
+def _tiles(columns, steps):
+    """Bytes of a matrix for tiles: 1 KB for 16 columns and a step of 32."""
+    return 1024 * ((columns + 15) // 16) * steps
+
+
+def _steps(depth):
+    return (depth + 31) // 32
 
 
 def _panels(weight, columns, depth):

@@ -32,14 +32,20 @@ def vector_lanes() -> int:
     return 0 if load("cpu") else _ask("vector_bytes") // 4
 
 
+def bf16_products() -> int:
+    """How bfloat16 pairs are multiplied here, as ``Bf16Products`` in csrc/cpu/isa.h: 0 not at all, 1 in vectors, 2 on
+    matrix tiles."""
+    return 0 if load("cpu") else _ask("bf16_products")
+
+
 def multiplies_bf16_pairs() -> bool:
     """Whether bfloat16 operands are multiplied as bfloat16 pairs here; elsewhere they are converted to float32."""
-    return not load("cpu") and _ask("bf16_products") > 0
+    return bf16_products() > 0
 
 
 def multiplies_on_tiles() -> bool:
-    """Whether bfloat16 pairs are multiplied on matrix tiles (AMX): maps and weights then have layouts of their own."""
-    return not load("cpu") and _ask("bf16_products") == 2
+    """Whether bfloat16 pairs are multiplied on matrix tiles (AMX); maps and weights then have layouts of their own."""
+    return bf16_products() == 2
 
 
 @functools.cache

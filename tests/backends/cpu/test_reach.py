@@ -167,7 +167,7 @@ def test_kernels_resize():
     """A pixel of weight 0 is not read: three columns become four and then three again, and the four rows stay as they
     are."""
     library.load("cpu")
-    builder = Builder(2, pairs=False)
+    builder = Builder(2, products=0)
     source = builder.copy(Place(0, 0, 2), builder.value(2))
     resized = builder._step(TO_WHOLE_PATCHES, source, builder.value(2), 4, 4)
     back = builder._step(TO_SIZE_OF, resized, builder.value(2), source.value)
