@@ -25,14 +25,38 @@ struct LayerNormLinearScratch {
 };
 
 template <typename P>
+struct LayerNormLinearWeights {
+  LeftWeights<P> weight;
+  std::size_t end;
+
+  LayerNormLinearWeights(const LayerNormLinear& args, Pieces pieces)
+      : weight(pieces, args.weight, args.out_channels, args.channels), end(pieces.next) {}
+};
+
+template <typename P>
+std::size_t shared_bytes(const LayerNormLinear& args) {
+  return LayerNormLinearWeights<P>(args, Pieces(nullptr)).end;
+}
+
+template <typename P>
 std::size_t scratch_bytes(const LayerNormLinear& args) {
   return LayerNormLinearScratch<P>(args, nullptr).end;
 }
 
+template <typename P>
+int64_t parts(const LayerNormLinear& args) {
+  return LayerNormLinearWeights<P>(args, Pieces(nullptr)).weight.parts();
+}
+
+template <typename P>
+void prepare(const LayerNormLinear& args, int64_t begin, int64_t end, void* memory) {
+  LayerNormLinearWeights<P>(args, Pieces(memory)).weight.make(begin, end);
+}
+
 template <typename P, typename E>
-void forward_block(const LayerNormLinear& args, int64_t index, void* memory) {
+MVIT_INLINE void forward_block(const LayerNormLinear& args, int64_t index, const LeftWeights<P>& weight,
+                               const LayerNormLinearScratch<P>& scratch) {
   using T = typename P::Value;
-  const LayerNormLinearScratch<P> scratch(args, memory);
   const Block<T> block(index * kLanes, args.count);
   T mean[kLanes], rstd[kLanes];
   read_block<E>(scratch.panel, args.x, block, args.channels);
@@ -41,32 +65,42 @@ void forward_block(const LayerNormLinear& args, int64_t index, void* memory) {
   std::memcpy(static_cast<T*>(args.mean) + block.first, mean, sizeof(T) * block.count);
   std::memcpy(static_cast<T*>(args.rstd) + block.first, rstd, sizeof(T) * block.count);
 
-  const auto* weight = static_cast<const typename P::Weight*>(args.weight);
-  const T* bias = static_cast<const T*>(args.bias);
   for (int64_t begin = 0; begin < args.out_channels; begin += kOutChannels) {
     const int64_t count = smaller(kOutChannels, args.out_channels - begin);
-    product<P>(weight + begin * args.channels, args.channels, scratch.normalised, count, args.channels, block.lanes,
-               [&](auto& tile, int64_t row, int64_t lane) {
-                 add_bias(tile, bias, begin + row);
-                 if (args.silu) map_tile(tile, [](Vec<T> x, int, int) { return silu(x); });
-                 store_tile(scratch.out + row * kLanes + lane, kLanes, tile);
-               });
+    const T* const bias = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + begin;
+    weight.product(scratch.normalised, begin, count, block.lanes,
+                   [bias, silu_wanted = args.silu, out = scratch.out](auto& tile, int64_t row, int64_t lane) {
+                     add_bias(tile, bias, row);
+                     if (silu_wanted) map_tile(tile, [](Vec<T> x, int, int) { return silu(x); });
+                     store_tile(out + row * kLanes + lane, kLanes, tile);
+                   });
     write_columns(tokens_of<E>(args.out, begin), block.first, block.count, count, scratch.out, kLanes);
   }
+}
+
+template <typename P, typename E>
+void forward_blocks(const LayerNormLinear& args, int64_t begin, int64_t end, void* shared_memory, void* memory) {
+  const LayerNormLinearWeights<P> shared(args, Pieces(shared_memory));
+  const LayerNormLinearScratch<P> scratch(args, memory);
+  const ProductUnit unit;
+  clear_padding<P>(scratch.normalised, args.channels);
+  for (int64_t index = begin; index < end; ++index) forward_block<P, E>(args, index, shared.weight, scratch);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 template <typename P>
 struct LayerNormLinearShared {
-  typename P::Weight* transposable;
-  WeightGradient<P> weight;
+  LeftWeights<P> weight;
+  TransposedWeights<P> transposed;
+  WeightGradient<P> gradient;
   BlockSums<typename P::Value> norm;
   std::size_t end;
 
   LayerNormLinearShared(const LayerNormLinearBackward& args, int64_t capacity, Pieces pieces)
-      : transposable(take_transposable<P>(pieces, args.out_channels, args.channels)),
-        weight(pieces, args.out_channels, args.channels, capacity),
+      : weight(pieces, args.weight, args.silu ? args.out_channels : 0, args.channels),
+        transposed(pieces, args.weight, args.out_channels, args.channels),
+        gradient(pieces, args.out_channels, args.channels, capacity),
         norm(pieces, args.channels, 2, capacity),
         end(pieces.next) {}
 };
@@ -83,7 +117,7 @@ struct LayerNormLinearBackwardScratch {
     Pieces pieces(memory);
     normalised = pieces.take<T>(round_up(args.channels, Vec<T>::size) * kLanes);
     grad_x = pieces.take<T>(round_up(args.channels, Vec<T>::size) * kLanes);
-    norm = pieces.take<typename P::Operand>(P::rows(args.channels) * kLanes);
+    norm = take_operand<P>(pieces, args.channels);
     grad = values_of_left<P>(pieces, left, args.out_channels);
     grad_operand = operand_of_left<P>(pieces, left, args.out_channels);
     end = pieces.next;
@@ -101,21 +135,26 @@ std::size_t scratch_bytes(const LayerNormLinearBackward& args) {
 }
 
 template <typename P>
-void prepare(const LayerNormLinearBackward& args, int64_t capacity, void* memory) {
+int64_t parts(const LayerNormLinearBackward& args) {
+  const LayerNormLinearShared<P> shared(args, 0, Pieces(nullptr));
+  return shared.weight.parts() + shared.transposed.parts();
+}
+
+template <typename P>
+void prepare(const LayerNormLinearBackward& args, int64_t capacity, int64_t begin, int64_t end, void* memory) {
   const LayerNormLinearShared<P> shared(args, capacity, Pieces(memory));
-  make_transposable<P>(shared.transposable, args.weight, args.out_channels, args.channels);
+  shared.weight.make(begin, end);
+  shared.transposed.make(begin, end);
 }
 
 template <typename P, typename E>
-void backward_block(const LayerNormLinearBackward& args, const RowStep& step, int64_t index, void* shared_memory,
-                    void* memory) {
+MVIT_INLINE void backward_block(const LayerNormLinearBackward& args, const RowStep& step, int64_t index,
+                                const LayerNormLinearShared<P>& shared, void* memory) {
   using T = typename P::Value;
-  const LayerNormLinearShared<P> shared(args, step.capacity, Pieces(shared_memory));
-  auto* left = shared.weight.left + index * shared.weight.panel;
+  auto* left = shared.gradient.left + index * shared.gradient.panel;
   const LayerNormLinearBackwardScratch<P> scratch(args, left, memory);
   const int64_t channels = args.channels, out_channels = args.out_channels;
   const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
-  const auto* weight = static_cast<const typename P::Weight*>(args.weight);
   const T *norm_weight = static_cast<const T*>(args.norm_weight), *norm_bias = static_cast<const T*>(args.norm_bias);
   RowNormalisers<T> normalisers;
   read_normalised<E>(scratch.normalised, normalisers, args.x, args.mean, args.rstd, block, channels);
@@ -125,49 +164,65 @@ void backward_block(const LayerNormLinearBackward& args, const RowStep& step, in
   } else {
     read_block<E>(scratch.grad, args.grad_out, block, out_channels);
     scale_and_shift<P>(scratch.norm, scratch.normalised, channels, norm_weight, norm_bias, block.lanes);
-    product<P>(weight, channels, scratch.norm, out_channels, channels, block.lanes,
-               [&](auto& tile, int64_t row, int64_t lane) {
-                 add_bias(tile, static_cast<const T*>(args.bias), row);
-                 T* at = scratch.grad + row * kLanes + lane;
-                 map_tile(tile, [&](Vec<T> x, int r, int v) {
-                   return silu_backward(load(at + r * kLanes + v * Vec<T>::size), x);
-                 });
-                 store_left_and_operand<P>(left, scratch.grad_operand, row, lane, tile);
-               });
+    shared.weight.product(
+        scratch.norm, 0, out_channels, block.lanes,
+        [bias = static_cast<const T*>(args.bias), grad = scratch.grad, left, operand = scratch.grad_operand](
+            auto& tile, int64_t row, int64_t lane) {
+          add_bias(tile, bias, row);
+          const T* const at = grad + row * kLanes + lane;
+          map_tile(tile, [at](Vec<T> x, int r, int v) {
+            return silu_backward(load(at + r * kLanes + v * Vec<T>::size), x);
+          });
+          store_left_and_operand<P>(left, operand, row, lane, tile);
+        });
   }
-  store_right_normalised<P, E>(shared.weight, index * kLanes, args.x, block, normalisers, norm_weight, norm_bias);
+  store_right_normalised<P, E>(shared.gradient, index * kLanes, args.x, block, normalisers, norm_weight, norm_bias);
 
-  product<P, Operand::column_major>(
-      transposable<P>(shared.transposable, weight), channels, scratch.grad_operand, channels, out_channels, block.lanes,
-      [&](auto& tile, int64_t row, int64_t lane) { store_tile(scratch.grad_x + row * kLanes + lane, kLanes, tile); });
+  shared.transposed.product(scratch.grad_operand, 0, channels, block.lanes, store_in<T>(scratch.grad_x));
   layer_norm_backward(scratch.grad_x, scratch.normalised, normalisers.rstd, channels, norm_weight, block.lanes,
                       shared.norm.of(index, 0), shared.norm.of(index, 1));
   write_columns(tokens_of<E>(args.grad_x), block.first, block.count, channels, scratch.grad_x, kLanes);
 }
 
+template <typename P, typename E>
+void backward_blocks(const LayerNormLinearBackward& args, const RowStep& step, int64_t begin, int64_t end,
+                     void* shared_memory, void* memory) {
+  const LayerNormLinearShared<P> shared(args, step.capacity, Pieces(shared_memory));
+  const LayerNormLinearBackwardScratch<P> scratch(args, nullptr, memory);
+  const ProductUnit unit;
+  clear_padding<P>(scratch.norm, args.channels);
+  clear_padding<P>(scratch.grad_operand, args.out_channels);
+  for (int64_t index = begin; index < end; ++index) backward_block<P, E>(args, step, index, shared, memory);
+}
+
 template <typename P>
 int64_t tiles(const LayerNormLinearBackward& args) {
-  return tiles_of(LayerNormLinearShared<P>(args, 0, Pieces(nullptr)).weight) + 1;
+  return tiles_of(LayerNormLinearShared<P>(args, 0, Pieces(nullptr)).gradient) + 1;
 }
 
 template <typename P, typename E>
-void backward_tile(const LayerNormLinearBackward& args, const RowStep& step, int64_t tile, void* memory) {
+void backward_tiles(const LayerNormLinearBackward& args, const RowStep& step, int64_t begin, int64_t end,
+                    void* memory) {
   const LayerNormLinearShared<P> shared(args, step.capacity, Pieces(memory));
-  if (tile < tiles_of(shared.weight))
-    return add_weight_gradient(shared.weight, step, tile, static_cast<E*>(args.grad_weight),
-                               static_cast<typename P::Value*>(args.grad_bias));
+  const int64_t tiles = tiles_of(shared.gradient);
+  const ProductUnit unit;
+  for (int64_t tile = begin; tile < smaller(end, tiles); ++tile)
+    add_weight_gradient(shared.gradient, step, tile, static_cast<E*>(args.grad_weight),
+                        static_cast<typename P::Value*>(args.grad_bias));
+  if (end <= tiles) return;
   shared.norm.add_to(args.grad_norm_weight, 0, step);
   shared.norm.add_to(args.grad_norm_bias, 1, step);
 }
 
 template <typename P, typename E>
 constexpr RowForward<LayerNormLinear> layer_norm_linear_forward() {
-  return {scratch_bytes<P>, forward_block<P, E>};
+  return {shared_bytes<P>, scratch_bytes<P>, parts<P>, prepare<P>, forward_blocks<P, E>};
 }
 
 template <typename P, typename E>
 constexpr RowBackward<LayerNormLinearBackward> layer_norm_linear_backward() {
-  return {group_rows<P>, shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
+  return {group_rows<P>, shared_bytes<P>,       scratch_bytes<P>, parts<P>,
+          prepare<P>,    backward_blocks<P, E>, tiles<P>,         backward_tiles<P, E>};
 }
 
 }  // namespace MVIT_ISA

@@ -18,22 +18,50 @@ struct LayerNormMlpScratch {
   LayerNormMlpScratch(const LayerNormMlp& args, void* memory) {
     Pieces pieces(memory);
     panel = pieces.take<typename P::Value>(round_up(args.channels, Vec<typename P::Value>::size) * kLanes);
-    normalised = pieces.take<typename P::Operand>(P::rows(args.channels) * kLanes);
-    hidden = pieces.take<typename P::Operand>(P::rows(args.hidden) * kLanes);
+    normalised = take_operand<P>(pieces, args.channels);
+    hidden = take_operand<P>(pieces, args.hidden);
     end = pieces.next;
   }
 };
+
+template <typename P>
+struct LayerNormMlpWeights {
+  LeftWeights<P> fc1, fc2;
+  std::size_t end;
+
+  LayerNormMlpWeights(const LayerNormMlp& args, Pieces pieces)
+      : fc1(pieces, args.fc1_weight, args.hidden, args.channels),
+        fc2(pieces, args.fc2_weight, args.channels, args.hidden),
+        end(pieces.next) {}
+};
+
+template <typename P>
+std::size_t shared_bytes(const LayerNormMlp& args) {
+  return LayerNormMlpWeights<P>(args, Pieces(nullptr)).end;
+}
 
 template <typename P>
 std::size_t scratch_bytes(const LayerNormMlp& args) {
   return LayerNormMlpScratch<P>(args, nullptr).end;
 }
 
+template <typename P>
+int64_t parts(const LayerNormMlp& args) {
+  const LayerNormMlpWeights<P> weights(args, Pieces(nullptr));
+  return weights.fc1.parts() + weights.fc2.parts();
+}
+
+template <typename P>
+void prepare(const LayerNormMlp& args, int64_t begin, int64_t end, void* memory) {
+  const LayerNormMlpWeights<P> weights(args, Pieces(memory));
+  weights.fc1.make(begin, end);
+  weights.fc2.make(begin, end);
+}
+
 template <typename P, typename E>
-void forward_block(const LayerNormMlp& args, int64_t index, void* memory) {
+MVIT_INLINE void forward_block(const LayerNormMlp& args, int64_t index, const LayerNormMlpWeights<P>& weights,
+                               const LayerNormMlpScratch<P>& scratch) {
   using T = typename P::Value;
-  using Weight = typename P::Weight;
-  const LayerNormMlpScratch<P> scratch(args, memory);
   const Block<T> block(index * kLanes, args.count);
   T mean[kLanes], rstd[kLanes];
   read_block<E>(scratch.panel, args.x, block, args.channels);
@@ -42,18 +70,30 @@ void forward_block(const LayerNormMlp& args, int64_t index, void* memory) {
   std::memcpy(static_cast<T*>(args.mean) + block.first, mean, sizeof(T) * block.count);
   std::memcpy(static_cast<T*>(args.rstd) + block.first, rstd, sizeof(T) * block.count);
 
-  product<P>(static_cast<const Weight*>(args.fc1_weight), args.channels, scratch.normalised, args.hidden,
-             args.channels, block.lanes, [&](auto& tile, int64_t row, int64_t lane) {
-               add_bias(tile, static_cast<const T*>(args.fc1_bias), row);
-               map_tile(tile, [](Vec<T> x, int, int) { return silu(x); });
-               store_operand(scratch.hidden, kLanes, row, lane, kLanes - lane, tile);
-             });
-  product<P>(static_cast<const Weight*>(args.fc2_weight), args.hidden, scratch.hidden, args.channels, args.hidden,
-             block.lanes, [&](auto& tile, int64_t row, int64_t lane) {
-               add_bias(tile, static_cast<const T*>(args.fc2_bias), row);
-               add_to_panel(scratch.panel, row, lane, tile);
-             });
+  weights.fc1.product(scratch.normalised, 0, args.hidden, block.lanes,
+                      [bias = static_cast<const T*>(args.fc1_bias), out = scratch.hidden](auto& tile, int64_t row,
+                                                                                          int64_t lane) {
+                        add_bias(tile, bias, row);
+                        map_tile(tile, [](Vec<T> x, int, int) { return silu(x); });
+                        store_operand(out, kLanes, row, lane, kLanes - lane, tile);
+                      });
+  weights.fc2.product(scratch.hidden, 0, args.channels, block.lanes,
+                      [bias = static_cast<const T*>(args.fc2_bias), panel = scratch.panel](auto& tile, int64_t row,
+                                                                                           int64_t lane) {
+                        add_bias(tile, bias, row);
+                        add_to_panel(panel, row, lane, tile);
+                      });
   write_columns(tokens_of<E>(args.out), block.first, block.count, args.channels, scratch.panel, kLanes);
+}
+
+template <typename P, typename E>
+void forward_blocks(const LayerNormMlp& args, int64_t begin, int64_t end, void* shared_memory, void* memory) {
+  const LayerNormMlpWeights<P> weights(args, Pieces(shared_memory));
+  const LayerNormMlpScratch<P> scratch(args, memory);
+  const ProductUnit unit;
+  clear_padding<P>(scratch.normalised, args.channels);
+  clear_padding<P>(scratch.hidden, args.hidden);
+  for (int64_t index = begin; index < end; ++index) forward_block<P, E>(args, index, weights, scratch);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -61,15 +101,17 @@ void forward_block(const LayerNormMlp& args, int64_t index, void* memory) {
 template <typename P>
 struct LayerNormMlpShared {
   using T = typename P::Value;
-  typename P::Weight *fc1_transposable, *fc2_transposable;
+  LeftWeights<P> fc1_weight;
+  TransposedWeights<P> fc1_transposed, fc2_transposed;
   // The gradient of fc2 is computed transposed, (hidden, channels): hidden rows are panels, grad_out is rows.
   WeightGradient<P> fc1, fc2;
   BlockSums<T> sums;           // gradients of norm_weight, norm_bias and fc2's bias
   std::size_t end;
 
   LayerNormMlpShared(const LayerNormMlpBackward& args, int64_t capacity, Pieces pieces)
-      : fc1_transposable(take_transposable<P>(pieces, args.hidden, args.channels)),
-        fc2_transposable(take_transposable<P>(pieces, args.channels, args.hidden)),
+      : fc1_weight(pieces, args.fc1_weight, args.hidden, args.channels),
+        fc1_transposed(pieces, args.fc1_weight, args.hidden, args.channels),
+        fc2_transposed(pieces, args.fc2_weight, args.channels, args.hidden),
         fc1(pieces, args.hidden, args.channels, capacity),
         fc2(pieces, args.hidden, args.channels, capacity),
         sums(pieces, args.channels, 3, capacity),
@@ -92,7 +134,7 @@ struct LayerNormMlpBackwardScratch {
     normalised = pieces.take<T>(panel);
     grad = pieces.take<T>(panel);
     grad_x = pieces.take<T>(panel);
-    norm = pieces.take<typename P::Operand>(P::rows(args.channels) * kLanes);
+    norm = take_operand<P>(pieces, args.channels);
     grad_operand = operand_beside<P>(pieces, grad, args.channels);
     before = values_of_left<P>(pieces, left_hidden, args.hidden);
     grad_hidden = operand_of_left<P>(pieces, left_grad, args.hidden);
@@ -111,18 +153,24 @@ std::size_t scratch_bytes(const LayerNormMlpBackward& args) {
 }
 
 template <typename P>
-void prepare(const LayerNormMlpBackward& args, int64_t capacity, void* memory) {
+int64_t parts(const LayerNormMlpBackward& args) {
+  const LayerNormMlpShared<P> shared(args, 0, Pieces(nullptr));
+  return shared.fc1_weight.parts() + shared.fc1_transposed.parts() + shared.fc2_transposed.parts();
+}
+
+template <typename P>
+void prepare(const LayerNormMlpBackward& args, int64_t capacity, int64_t begin, int64_t end, void* memory) {
   const LayerNormMlpShared<P> shared(args, capacity, Pieces(memory));
-  make_transposable<P>(shared.fc1_transposable, args.fc1_weight, args.hidden, args.channels);
-  make_transposable<P>(shared.fc2_transposable, args.fc2_weight, args.channels, args.hidden);
+  shared.fc1_weight.make(begin, end);
+  shared.fc1_transposed.make(begin, end);
+  shared.fc2_transposed.make(begin, end);
 }
 
 template <typename P, typename E>
-void backward_block(const LayerNormMlpBackward& args, const RowStep& step, int64_t index, void* shared_memory,
-                    void* memory) {
+MVIT_INLINE void backward_block(const LayerNormMlpBackward& args, const RowStep& step, int64_t index,
+                                const LayerNormMlpShared<P>& shared, void* memory) {
   using T = typename P::Value;
   constexpr int64_t size = Vec<T>::size;
-  const LayerNormMlpShared<P> shared(args, step.capacity, Pieces(shared_memory));
   auto* left_grad = shared.fc1.left + index * shared.fc1.panel;
   auto* left_hidden = shared.fc2.left + index * shared.fc2.panel;
   const LayerNormMlpBackwardScratch<P> scratch(args, left_hidden, left_grad, memory);
@@ -141,33 +189,45 @@ void backward_block(const LayerNormMlpBackward& args, const RowStep& step, int64
     return sum_vectors<T>(block.lanes, [&](int64_t lane) { return load(scratch.grad + c * kLanes + lane); });
   });
 
-  product<P>(static_cast<const typename P::Weight*>(args.fc1_weight), channels, scratch.norm, hidden, channels,
-             block.lanes, [&](auto& tile, int64_t row, int64_t lane) {
-               add_bias(tile, static_cast<const T*>(args.fc1_bias), row);
-               store_tile(scratch.before + row * kLanes + lane, kLanes, tile);
-             });
-  product<P, Operand::column_major>(
-      transposable<P>(shared.fc2_transposable, args.fc2_weight), hidden, scratch.grad_operand, hidden, channels,
-      block.lanes, [&](auto& grad, int64_t row, int64_t lane) {
+  shared.fc1_weight.product(scratch.norm, 0, hidden, block.lanes,
+                            [bias = static_cast<const T*>(args.fc1_bias), before = scratch.before](
+                                auto& tile, int64_t row, int64_t lane) {
+                              add_bias(tile, bias, row);
+                              store_tile(before + row * kLanes + lane, kLanes, tile);
+                            });
+  shared.fc2_transposed.product(
+      scratch.grad_operand, 0, hidden, block.lanes,
+      [before = scratch.before, left_hidden, left_grad, operand = scratch.grad_hidden](auto& grad, int64_t row,
+                                                                                       int64_t lane) {
         std::remove_reference_t<decltype(grad)> hidden_rows;
-        map_tile(grad, [&](Vec<T> g, int r, int v) {
-          const Vec<T> x = load(scratch.before + (row + r) * kLanes + lane + v * size), one(T(1));
+        const T* const at = before + row * kLanes + lane;
+        map_tile(grad, [at, &hidden_rows](Vec<T> g, int r, int v) {
+          const Vec<T> x = load(at + r * kLanes + v * size), one(T(1));
           const Vec<T> sigmoid = one / (one + exp(-x));
           hidden_rows[r][v] = x * sigmoid;
           return g * sigmoid * fma(x, one - sigmoid, one);
         });
         store_left(left_hidden, row, lane, hidden_rows);
-        store_left_and_operand<P>(left_grad, scratch.grad_hidden, row, lane, grad);
+        store_left_and_operand<P>(left_grad, operand, row, lane, grad);
       });
-  product<P, Operand::column_major>(
-      transposable<P>(shared.fc1_transposable, args.fc1_weight), channels, scratch.grad_hidden, channels, hidden,
-      block.lanes,
-      [&](auto& tile, int64_t row, int64_t lane) { store_tile(scratch.grad_x + row * kLanes + lane, kLanes, tile); });
+  shared.fc1_transposed.product(scratch.grad_hidden, 0, channels, block.lanes, store_in<T>(scratch.grad_x));
   layer_norm_backward(scratch.grad_x, scratch.normalised, normalisers.rstd, channels, norm_weight, block.lanes,
                       shared.sums.of(index, 0), shared.sums.of(index, 1));
   for (int64_t i = 0; i < channels * kLanes; i += size)
     store(scratch.grad_x + i, load(scratch.grad_x + i) + load(scratch.grad + i));
   write_columns(tokens_of<E>(args.grad_x), block.first, block.count, channels, scratch.grad_x, kLanes);
+}
+
+template <typename P, typename E>
+void backward_blocks(const LayerNormMlpBackward& args, const RowStep& step, int64_t begin, int64_t end,
+                     void* shared_memory, void* memory) {
+  const LayerNormMlpShared<P> shared(args, step.capacity, Pieces(shared_memory));
+  const LayerNormMlpBackwardScratch<P> scratch(args, nullptr, nullptr, memory);
+  const ProductUnit unit;
+  clear_padding<P>(scratch.norm, args.channels);
+  clear_padding<P>(scratch.grad_operand, args.channels);
+  clear_padding<P>(scratch.grad_hidden, args.hidden);
+  for (int64_t index = begin; index < end; ++index) backward_block<P, E>(args, step, index, shared, memory);
 }
 
 template <typename P>
@@ -176,14 +236,18 @@ int64_t tiles(const LayerNormMlpBackward& args) {
 }
 
 template <typename P, typename E>
-void backward_tile(const LayerNormMlpBackward& args, const RowStep& step, int64_t tile, void* memory) {
+void backward_tiles(const LayerNormMlpBackward& args, const RowStep& step, int64_t begin, int64_t end, void* memory) {
   const LayerNormMlpShared<P> shared(args, step.capacity, Pieces(memory));
   const int64_t tiles = tiles_of(shared.fc1);  // fc2 has the same number
-  if (tile < tiles)
-    return add_weight_gradient(shared.fc1, step, tile, static_cast<E*>(args.grad_fc1_weight),
-                               static_cast<typename P::Value*>(args.grad_fc1_bias));
-  if (tile < 2 * tiles)
-    return add_weight_gradient<P, E, true>(shared.fc2, step, tile - tiles, static_cast<E*>(args.grad_fc2_weight));
+  const ProductUnit unit;
+  for (int64_t tile = begin; tile < smaller(end, 2 * tiles); ++tile) {
+    if (tile < tiles)
+      add_weight_gradient(shared.fc1, step, tile, static_cast<E*>(args.grad_fc1_weight),
+                          static_cast<typename P::Value*>(args.grad_fc1_bias));
+    else
+      add_weight_gradient<P, E, true>(shared.fc2, step, tile - tiles, static_cast<E*>(args.grad_fc2_weight));
+  }
+  if (end <= 2 * tiles) return;
   shared.sums.add_to(args.grad_norm_weight, 0, step);
   shared.sums.add_to(args.grad_norm_bias, 1, step);
   shared.sums.add_to(args.grad_fc2_bias, 2, step);
@@ -191,12 +255,13 @@ void backward_tile(const LayerNormMlpBackward& args, const RowStep& step, int64_
 
 template <typename P, typename E>
 constexpr RowForward<LayerNormMlp> layer_norm_mlp_forward() {
-  return {scratch_bytes<P>, forward_block<P, E>};
+  return {shared_bytes<P>, scratch_bytes<P>, parts<P>, prepare<P>, forward_blocks<P, E>};
 }
 
 template <typename P, typename E>
 constexpr RowBackward<LayerNormMlpBackward> layer_norm_mlp_backward() {
-  return {group_rows<P>, shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
+  return {group_rows<P>, shared_bytes<P>,       scratch_bytes<P>, parts<P>,
+          prepare<P>,    backward_blocks<P, E>, tiles<P>,         backward_tiles<P, E>};
 }
 
 }  // namespace MVIT_ISA

@@ -11,40 +11,64 @@ namespace MVIT_ISA {
 
 template <typename P>
 struct LinearResidualScratch {
-  typename P::Operand* operand;  // [P::rows(round_up(channels, size))][kLanes]
+  typename P::Operand* operand;  // of round_up(channels, size)
   typename P::Value* out;        // [kOutChannels][kLanes]
   std::size_t end;
 
   LinearResidualScratch(const LinearResidual& args, void* memory) {
     Pieces pieces(memory);
-    operand = pieces.take<typename P::Operand>(P::rows(round_up(args.channels, Vec<typename P::Value>::size)) * kLanes);
+    operand = take_operand<P>(pieces, round_up(args.channels, Vec<typename P::Value>::size));
     out = pieces.take<typename P::Value>(kOutChannels * kLanes);
     end = pieces.next;
   }
 };
 
 template <typename P>
+struct LinearResidualWeights {
+  LeftWeights<P> weight;
+  std::size_t end;
+
+  LinearResidualWeights(const LinearResidual& args, Pieces pieces)
+      : weight(pieces, args.weight, args.out_channels, args.channels), end(pieces.next) {}
+};
+
+template <typename P>
+std::size_t shared_bytes(const LinearResidual& args) {
+  return LinearResidualWeights<P>(args, Pieces(nullptr)).end;
+}
+
+template <typename P>
 std::size_t scratch_bytes(const LinearResidual& args) {
   return LinearResidualScratch<P>(args, nullptr).end;
 }
 
+template <typename P>
+int64_t parts(const LinearResidual& args) {
+  return LinearResidualWeights<P>(args, Pieces(nullptr)).weight.parts();
+}
+
+template <typename P>
+void prepare(const LinearResidual& args, int64_t begin, int64_t end, void* memory) {
+  LinearResidualWeights<P>(args, Pieces(memory)).weight.make(begin, end);
+}
+
 template <typename P, typename E>
-void forward_block(const LinearResidual& args, int64_t index, void* memory) {
+MVIT_INLINE void forward_block(const LinearResidual& args, int64_t index, const LeftWeights<P>& weight,
+                               const LinearResidualScratch<P>& scratch) {
   using T = typename P::Value;
-  const LinearResidualScratch<P> scratch(args, memory);
   const Block<T> block(index * kLanes, args.count);
   read_operand<P, E>(scratch.operand, args.x, block, args.channels);
   const E* residual[kLanes];
   tokens_of<const E>(args.residual).for_each(block.first, block.count, [&](const E* p, int64_t i) { residual[i] = p; });
 
-  const auto* weight = static_cast<const typename P::Weight*>(args.weight);
   for (int64_t begin = 0; begin < args.out_channels; begin += kOutChannels) {
     const int64_t count = smaller(kOutChannels, args.out_channels - begin);
-    product<P>(weight + begin * args.channels, args.channels, scratch.operand, count, args.channels, block.lanes,
-               [&](auto& tile, int64_t row, int64_t lane) {
-                 add_bias(tile, static_cast<const T*>(args.bias), begin + row);
-                 store_tile(scratch.out + row * kLanes + lane, kLanes, tile);
-               });
+    const T* const bias = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + begin;
+    weight.product(scratch.operand, begin, count, block.lanes,
+                   [bias, out = scratch.out](auto& tile, int64_t row, int64_t lane) {
+                     add_bias(tile, bias, row);
+                     store_tile(out + row * kLanes + lane, kLanes, tile);
+                   });
     write_columns(tokens_of<E>(args.out, begin), block.first, block.count, count, scratch.out, kLanes,
                   [&](Vec<T> x, int64_t i, int64_t c, int width) {
                     return load_first(residual[i] + begin + c, width) + x;
@@ -52,17 +76,26 @@ void forward_block(const LinearResidual& args, int64_t index, void* memory) {
   }
 }
 
+template <typename P, typename E>
+void forward_blocks(const LinearResidual& args, int64_t begin, int64_t end, void* shared_memory, void* memory) {
+  const LinearResidualWeights<P> shared(args, Pieces(shared_memory));
+  const LinearResidualScratch<P> scratch(args, memory);
+  const ProductUnit unit;
+  clear_padding<P>(scratch.operand, args.channels);
+  for (int64_t index = begin; index < end; ++index) forward_block<P, E>(args, index, shared.weight, scratch);
+}
+
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 template <typename P>
 struct LinearResidualShared {
-  typename P::Weight* transposable;
-  WeightGradient<P> weight;
+  TransposedWeights<P> transposed;
+  WeightGradient<P> gradient;
   std::size_t end;
 
   LinearResidualShared(const LinearResidualBackward& args, int64_t capacity, Pieces pieces)
-      : transposable(take_transposable<P>(pieces, args.out_channels, args.channels)),
-        weight(pieces, args.out_channels, args.channels, capacity),
+      : transposed(pieces, args.weight, args.out_channels, args.channels),
+        gradient(pieces, args.out_channels, args.channels, capacity),
         end(pieces.next) {}
 };
 
@@ -92,49 +125,63 @@ std::size_t scratch_bytes(const LinearResidualBackward& args) {
 }
 
 template <typename P>
-void prepare(const LinearResidualBackward& args, int64_t capacity, void* memory) {
-  const LinearResidualShared<P> shared(args, capacity, Pieces(memory));
-  make_transposable<P>(shared.transposable, args.weight, args.out_channels, args.channels);
+int64_t parts(const LinearResidualBackward& args) {
+  return LinearResidualShared<P>(args, 0, Pieces(nullptr)).transposed.parts();
+}
+
+template <typename P>
+void prepare(const LinearResidualBackward& args, int64_t capacity, int64_t begin, int64_t end, void* memory) {
+  LinearResidualShared<P>(args, capacity, Pieces(memory)).transposed.make(begin, end);
 }
 
 template <typename P, typename E>
-void backward_block(const LinearResidualBackward& args, const RowStep& step, int64_t index, void* shared_memory,
-                    void* memory) {
+MVIT_INLINE void backward_block(const LinearResidualBackward& args, const RowStep& step, int64_t index,
+                                const LinearResidualShared<P>& shared, void* memory) {
   using T = typename P::Value;
-  const LinearResidualShared<P> shared(args, step.capacity, Pieces(shared_memory));
-  auto* left = shared.weight.left + index * shared.weight.panel;
+  auto* left = shared.gradient.left + index * shared.gradient.panel;
   const LinearResidualBackwardScratch<P> scratch(args, left, memory);
   const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
 
   read_left_and_operand<P, E>(left, scratch.grad_operand, args.grad_out, block, args.out_channels);
-  store_right<P, E>(shared.weight, index * kLanes, args.x, block, [](Vec<T> x, int64_t, int64_t, int) { return x; });
-  product<P, Operand::column_major>(
-      transposable<P>(shared.transposable, args.weight), args.channels, scratch.grad_operand, args.channels,
-      args.out_channels, block.lanes,
-      [&](auto& tile, int64_t row, int64_t lane) { store_tile(scratch.grad_x + row * kLanes + lane, kLanes, tile); });
+  store_right<P, E>(shared.gradient, index * kLanes, args.x, block, [](Vec<T> x, int64_t, int64_t, int) { return x; });
+  shared.transposed.product(scratch.grad_operand, 0, args.channels, block.lanes, store_in<T>(scratch.grad_x));
   write_columns(tokens_of<E>(args.grad_x), block.first, block.count, args.channels, scratch.grad_x, kLanes);
+}
+
+template <typename P, typename E>
+void backward_blocks(const LinearResidualBackward& args, const RowStep& step, int64_t begin, int64_t end,
+                     void* shared_memory, void* memory) {
+  const LinearResidualShared<P> shared(args, step.capacity, Pieces(shared_memory));
+  const LinearResidualBackwardScratch<P> scratch(args, nullptr, memory);
+  const ProductUnit unit;
+  clear_padding<P>(scratch.grad_operand, args.out_channels);
+  for (int64_t index = begin; index < end; ++index) backward_block<P, E>(args, step, index, shared, memory);
 }
 
 template <typename P>
 int64_t tiles(const LinearResidualBackward& args) {
-  return tiles_of(LinearResidualShared<P>(args, 0, Pieces(nullptr)).weight);
+  return tiles_of(LinearResidualShared<P>(args, 0, Pieces(nullptr)).gradient);
 }
 
 template <typename P, typename E>
-void backward_tile(const LinearResidualBackward& args, const RowStep& step, int64_t tile, void* memory) {
+void backward_tiles(const LinearResidualBackward& args, const RowStep& step, int64_t begin, int64_t end,
+                    void* memory) {
   const LinearResidualShared<P> shared(args, step.capacity, Pieces(memory));
-  add_weight_gradient(shared.weight, step, tile, static_cast<E*>(args.grad_weight),
-                      static_cast<typename P::Value*>(args.grad_bias));
+  const ProductUnit unit;
+  for (int64_t tile = begin; tile < end; ++tile)
+    add_weight_gradient(shared.gradient, step, tile, static_cast<E*>(args.grad_weight),
+                        static_cast<typename P::Value*>(args.grad_bias));
 }
 
 template <typename P, typename E>
 constexpr RowForward<LinearResidual> linear_residual_forward() {
-  return {scratch_bytes<P>, forward_block<P, E>};
+  return {shared_bytes<P>, scratch_bytes<P>, parts<P>, prepare<P>, forward_blocks<P, E>};
 }
 
 template <typename P, typename E>
 constexpr RowBackward<LinearResidualBackward> linear_residual_backward() {
-  return {group_rows<P>, shared_bytes<P>, scratch_bytes<P>, prepare<P>, backward_block<P, E>, tiles<P>, backward_tile<P, E>};
+  return {group_rows<P>, shared_bytes<P>,       scratch_bytes<P>, parts<P>,
+          prepare<P>,    backward_blocks<P, E>, tiles<P>,         backward_tiles<P, E>};
 }
 
 }  // namespace MVIT_ISA

@@ -186,7 +186,7 @@ MVIT_INLINE typename P::Operand* operand_of_left(Pieces& pieces, typename P::Wei
   if constexpr (P::kStep == 1)
     return left;
   else
-    return pieces.template take<typename P::Operand>(P::rows(channels) * kLanes);
+    return take_operand<P>(pieces, channels);
 }
 
 template <int R, int V, typename T>
@@ -384,32 +384,6 @@ struct BlockSums {
     }
   }
 };
-
-// ---- weights as left operands of Wᵀ · panel -------------------------------------------------------------------------
-
-// Memory for W (rows, columns) as the left operand of Wᵀ; null if W itself can be used.
-template <typename P>
-MVIT_INLINE typename P::Weight* take_transposable(Pieces& pieces, int64_t rows, int64_t columns) {
-  return P::kStep == 1 ? nullptr : pieces.template take<typename P::Weight>(rows * columns);
-}
-
-// pairs[k][c] = {W[2k][c], W[2k + 1][c]}
-template <typename P>
-MVIT_INLINE void make_transposable(typename P::Weight* pairs, const void* weight, int64_t rows, int64_t columns) {
-  const auto* w = static_cast<const typename P::Weight*>(weight);
-  if constexpr (P::kStep > 1)
-    for (int64_t k = 0; k < rows; k += 2)
-      for (int64_t c = 0; c < columns; c += Vec<float>::size) {
-        const int width = static_cast<int>(smaller(Vec<float>::size, columns - c));
-        store_first(reinterpret_cast<typename P::Operand*>(pairs + k * columns) + c, load_first(w + k * columns + c, width),
-                    load_first(w + (k + 1) * columns + c, width), width);
-      }
-}
-
-template <typename P>
-MVIT_INLINE const typename P::Weight* transposable(const typename P::Weight* pairs, const void* weight) {
-  return P::kStep == 1 ? static_cast<const typename P::Weight*>(weight) : pairs;
-}
 
 }  // namespace MVIT_ISA
 }  // namespace mvit

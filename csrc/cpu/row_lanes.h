@@ -50,13 +50,19 @@ MVIT_INLINE void read_block(T* panel, const Rows& rows, const Block<T>& block, i
   read_columns(panel, kLanes, tokens_of<const E>(rows), block.first, block.count, channels);
 }
 
+// An operand panel. Whoever takes it calls clear_padding on it once before the first product.
+template <typename P>
+MVIT_INLINE typename P::Operand* take_operand(Pieces& pieces, int64_t channels) {
+  return pieces.template take<typename P::Operand>(P::rows_in_memory(channels) * kLanes);
+}
+
 // Where the operand made from a panel goes: in place if the types are the same, else into its own memory.
 template <typename P>
 MVIT_INLINE typename P::Operand* operand_beside(Pieces& pieces, typename P::Value* panel, int64_t channels) {
   if constexpr (P::kStep == 1)
     return panel;
   else
-    return pieces.template take<typename P::Operand>(P::rows(channels) * kLanes);
+    return take_operand<P>(pieces, channels);
 }
 
 template <typename P>
@@ -101,6 +107,73 @@ MVIT_INLINE void read_operand(typename P::Operand* operand, const Rows& rows, co
   else
     read_pairs(operand, rows, block, channels);
 }
+
+// ---- weights --------------------------------------------------------------------------------------------------------
+
+// W (rows, columns), contiguous, or its transpose, as the left operand of products: as it lies in memory, or in a form
+// made from it in memory that is shared by all threads. This form consists of independent parts.
+template <typename P, bool kTransposed = false>
+struct LeftWeights {
+  static constexpr bool kMade = packs_weights<P> || (kTransposed && P::kStep > 1);
+  using Weight = typename P::Weight;
+  const Weight* weights;
+  int64_t rows, columns;
+  Weight* made = nullptr;
+
+  LeftWeights(Pieces& pieces, const void* weights, int64_t rows, int64_t columns)
+      : weights(static_cast<const Weight*>(weights)), rows(rows), columns(columns) {
+    if constexpr (kMade)
+      made = pieces.take<Weight>(!packs_weights<P> ? rows * columns
+                                 : kTransposed     ? packed_weights_size<P>(columns, rows)
+                                                   : packed_weights_size<P>(rows, columns));
+  }
+
+  int64_t parts() const {
+    if (!kMade) return 0;
+    return round_up(kTransposed && packs_weights<P> ? columns : rows, kRowsOfAPart) / kRowsOfAPart;
+  }
+  // Makes those of [begin, end) that are parts of it, and makes [begin, end) relative to the next operand's parts.
+  void make(int64_t& begin, int64_t& end) const {
+    const int64_t count = parts(), last = smaller(end, count);
+    if (begin < last) {
+      if constexpr (packs_weights<P> && kTransposed)
+        pack_transposed_weights<P>(made, weights, rows, columns, begin, last);
+      else if constexpr (packs_weights<P>)
+        pack_weights<P>(made, weights, rows, columns, begin, last);
+      else if constexpr (kMade)
+        for (int64_t row = begin * kRowsOfAPart; row < smaller(last * kRowsOfAPart, rows); row += 2) make_pairs(row);
+    }
+    begin = begin < count ? 0 : begin - count;
+    end = end < count ? 0 : end - count;
+  }
+
+  // product<P> of rows [first, first + n) of W (or Wᵀ); `first` is a multiple of 16, and 0 for Wᵀ.
+  template <typename Epilogue>
+  MVIT_INLINE void product(const typename P::Operand* panel, int64_t first, int64_t n, int64_t lanes,
+                           const Epilogue& epilogue) const {
+    const int64_t channels = kTransposed ? rows : columns;
+    const int64_t ld = kTransposed && !packs_weights<P> ? columns : weight_ld<P>(channels);
+    mvit::MVIT_ISA::product<P, kTransposed ? Operand::column_major : Operand::row_major>(
+        (kMade ? made : weights) + first * ld, ld, panel, n, channels, lanes, epilogue);
+  }
+
+ private:
+  static constexpr int64_t kRowsOfAPart = 16;
+
+  // pairs[row / 2][c] = {W[row][c], W[row + 1][c]}: what multiply_add takes as column_major.
+  MVIT_INLINE void make_pairs(int64_t row) const {
+    if constexpr (P::kStep > 1)
+      for (int64_t c = 0; c < columns; c += Vec<float>::size) {
+        const int width = static_cast<int>(smaller(Vec<float>::size, columns - c));
+        const Weight* const w = weights + row * columns + c;
+        store_first(reinterpret_cast<typename P::Operand*>(made + row * columns) + c, load_first(w, width),
+                    load_first(w + columns, width), width);
+      }
+  }
+};
+
+template <typename P>
+using TransposedWeights = LeftWeights<P, true>;
 
 // The dispatch tables of an operator, in RowArithmetic's order, from a template entry<P, E>().
 #define MVIT_ROW_TABLE(entry)                                                                                         \

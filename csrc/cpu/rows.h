@@ -24,10 +24,15 @@ constexpr int kRowArithmetics = 4;
 // Rows are processed in blocks of this size, one row per lane (kLanes in token_lanes.h).
 constexpr int64_t kBlockRows = 32;
 
+// A call first prepares its shared memory: the weights in the form that products read, where that is another than they
+// lie in. The parts of this are independent.
 template <typename Args>
 struct RowForward {
-  std::size_t (*scratch_bytes)(const Args&);
-  void (*block)(const Args&, int64_t block, void* scratch);
+  std::size_t (*shared_bytes)(const Args&);
+  std::size_t (*scratch_bytes)(const Args&);  // per thread
+  int64_t (*parts)(const Args&);
+  void (*prepare)(const Args&, int64_t begin, int64_t end, void* shared);
+  void (*blocks)(const Args&, int64_t begin, int64_t end, void* shared, void* scratch);
 };
 
 // Backward goes through the rows in steps. Each step first processes all its blocks, which gives the gradients of the
@@ -45,11 +50,12 @@ template <typename Args>
 struct RowBackward {
   int64_t group_rows;
   std::size_t (*shared_bytes)(const Args&, int64_t capacity);  // memory that lasts across blocks, tiles and steps
-  std::size_t (*scratch_bytes)(const Args&);                   // per block
-  void (*prepare)(const Args&, int64_t capacity, void* shared);  // once, before the first step
-  void (*block)(const Args&, const RowStep&, int64_t block, void* shared, void* scratch);
+  std::size_t (*scratch_bytes)(const Args&);                   // per thread, for blocks
+  int64_t (*parts)(const Args&);
+  void (*prepare)(const Args&, int64_t capacity, int64_t begin, int64_t end, void* shared);  // before the first step
+  void (*blocks)(const Args&, const RowStep&, int64_t begin, int64_t end, void* shared, void* scratch);
   int64_t (*tiles)(const Args&);
-  void (*tile)(const Args&, const RowStep&, int64_t tile, void* shared);
+  void (*tile_range)(const Args&, const RowStep&, int64_t begin, int64_t end, void* shared);
 };
 
 }  // namespace mvit

@@ -100,8 +100,9 @@ class TileProducts {
     pieces_.left = 0;
   }
 
-  explicit MVIT_INLINE TileProducts(TileResults<N>& results, int rows = kTile)
-      : buffer_(results.first), other_(results.second), rows_(rows) {}
+  // `piece` is never called: only for a Piece without a default constructor.
+  explicit MVIT_INLINE TileProducts(TileResults<N>& results, int rows = kTile, const Piece& piece = {})
+      : pieces_{piece, nullptr, 0}, buffer_(results.first), other_(results.second), rows_(rows) {}
 
  private:
   // The pieces of the previous block that have not run yet. A local variable of each block: members would be loaded and
@@ -206,7 +207,7 @@ class TileProducts {
     while (pieces.left > 0) pieces.run_one_if_any();
   }
 
-  Pieces pieces_{};
+  Pieces pieces_;
   float *buffer_, *other_;  // for the next block, and of the pieces
   const int rows_;
 };

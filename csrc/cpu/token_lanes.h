@@ -11,6 +11,7 @@
 
 #include "exponential.h"
 #include "microkernel.h"
+#include "tile_weights.h"
 #include "token_rows.h"
 
 namespace mvit {
@@ -20,7 +21,7 @@ constexpr int64_t kLanes = 32;
 
 // Arithmetic policies: the types that products work on. Value: accumulators and everything between products. Weight:
 // elements of matrices in memory, row-major. Operand: an element of a panel that a product reads; such a panel has
-// rows(channels) rows.
+// rows(channels) rows, in memory rows_in_memory(channels), of which the others must be finite (see clear_padding).
 template <typename T>
 struct Plain {
   using Value = T;
@@ -28,6 +29,7 @@ struct Plain {
   using Operand = T;
   static constexpr int64_t kStep = 1;  // channels per step of a product
   static constexpr int64_t rows(int64_t channels) { return channels; }
+  static constexpr int64_t rows_in_memory(int64_t channels) { return channels; }
 };
 
 #if defined(MVIT_BF16_PAIRS)
@@ -37,8 +39,20 @@ struct Bf16Pairs {  // pairs of adjacent channels; even widths only, since a row
   using Operand = bf16x2;
   static constexpr int64_t kStep = 2;
   static constexpr int64_t rows(int64_t channels) { return (channels + 1) / 2; }
+#if defined(MVIT_TILES)
+  static constexpr int64_t rows_in_memory(int64_t channels) { return (channels + 31) / 32 * 16; }  // whole tiles
+#else
+  static constexpr int64_t rows_in_memory(int64_t channels) { return rows(channels); }
+#endif
 };
 #endif
+
+// Clears the rows of an operand panel after its last: they are multiplied with zeros, which must not give NaN.
+template <typename P>
+MVIT_INLINE void clear_padding(typename P::Operand* panel, int64_t channels) {
+  const int64_t rows = P::rows(channels), padding = P::rows_in_memory(channels) - rows;
+  if (padding > 0) std::memset(static_cast<void*>(panel + rows * kLanes), 0, sizeof(*panel) * padding * kLanes);
+}
 
 // Stores a tile as rows [row, row + R), lanes [lane, lane + count) of an operand panel. `row` is even; a last odd row
 // is paired with zeros.
@@ -73,26 +87,36 @@ MVIT_INLINE void store_operand(bf16x2* panel, int64_t ld, int64_t row, int64_t l
 
 // Computes W · panel tile by tile and calls epilogue(tile, row, lane) for rows [row, row + R) of n and lanes
 // [lane, lane + V · size), for as many vectors as `lanes` needs. W is (n, channels) with leading dimension ldw, or its
-// transpose for kOrder = column_major (see multiply_add); panel is [rows(channels)][kLanes].
+// transpose for kOrder = column_major (see multiply_add); panel is [rows_in_memory(channels)][kLanes].
+// Where matrix tiles multiply, W is packed (tile_weights.h; Wᵀ for column_major), the calling thread has a ProductUnit,
+// and the epilogue should capture by value.
 template <typename P, Operand kOrder = Operand::row_major, typename Epilogue>
 MVIT_INLINE void product(const typename P::Weight* weights, int64_t ldw, const typename P::Operand* panel, int64_t n,
                          int64_t channels, int64_t lanes, const Epilogue& epilogue) {
   using T = typename P::Value;
   constexpr int64_t size = Vec<T>::size;
-  const int64_t next_row = kOrder == Operand::row_major ? ldw : P::kStep;
-  const int64_t depth = P::rows(channels), block = block_of<typename P::Weight>(depth);
-  for (int64_t lane = 0; lane < lanes; lane += 2 * size)
-    with_constant<2>(lanes - lane > size ? 2 : 1, [&](auto vectors) {
-      constexpr int V = decltype(vectors)::value;
-      in_steps<kTileRows>(n, [&](auto rows, int64_t row) {
-        constexpr int R = decltype(rows)::value;
-        Vec<T> tile[R][V];
-        clear(tile);
-        constexpr Next next = kOrder == Operand::row_major ? Next::rows : Next::unknown;
-        multiply_add_in_blocks<R, V, kOrder, next>(tile, weights + row * next_row, ldw, panel + lane, kLanes, depth, block);
-        epilogue(tile, row, lane);
+  if constexpr (packs_weights<P>) {
+    if (lanes > size)
+      multiply_on_tiles<2>(weights, ldw, panel, kLanes, n, channels, epilogue);
+    else
+      multiply_on_tiles<1>(weights, ldw, panel, kLanes, n, channels, epilogue);
+  } else {
+    const int64_t next_row = kOrder == Operand::row_major ? ldw : P::kStep;
+    const int64_t depth = P::rows(channels), block = block_of<typename P::Weight>(depth);
+    for (int64_t lane = 0; lane < lanes; lane += 2 * size)
+      with_constant<2>(lanes - lane > size ? 2 : 1, [&](auto vectors) {
+        constexpr int V = decltype(vectors)::value;
+        in_steps<kTileRows>(n, [&](auto rows, int64_t row) {
+          constexpr int R = decltype(rows)::value;
+          Vec<T> tile[R][V];
+          clear(tile);
+          constexpr Next next = kOrder == Operand::row_major ? Next::rows : Next::unknown;
+          multiply_add_in_blocks<R, V, kOrder, next>(tile, weights + row * next_row, ldw, panel + lane, kLanes, depth,
+                                                     block);
+          epilogue(tile, row, lane);
+        });
       });
-    });
+  }
 }
 
 // Adds the bias of the tile's rows; null means no bias.
@@ -106,6 +130,12 @@ template <int R, int V, typename T>
 MVIT_INLINE void add_to_panel(T* panel, int64_t row, int64_t lane, Vec<T> (&tile)[R][V]) {
   add_tile(tile, panel + row * kLanes + lane, kLanes);
   store_tile(panel + row * kLanes + lane, kLanes, tile);
+}
+
+// An epilogue that stores the results in a panel.
+template <typename T>
+MVIT_INLINE auto store_in(T* panel) {
+  return [panel](auto& tile, int64_t row, int64_t lane) { store_tile(panel + row * kLanes + lane, kLanes, tile); };
 }
 
 template <typename T>
