@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// pack_convolution.cpu and pack_inverted_residual.cpu: pack the weights of a frozen network into the layout that its
+// pack_convolution.cpu, pack_inverted_residual.cpu and pack_matrix.cpu (of transformers): pack the weights of a frozen network into the layout that its
 // kernels read.
+#include <cstring>
+
 #include "convolution.h"
 #include "inverted_residual.h"
 #include "isa.h"
 #include "tensors.h"
+#include "transformer.h"
 
 namespace mvit {
 namespace {
@@ -82,10 +85,37 @@ Tensor pack_inverted_residual(const Tensor& expand, const Tensor& expand_bias, c
   return packed;
 }
 
+// A transformer's matrix, or `parts` of as many rows that are packed one after another.
+Tensor pack_matrix(const Tensor& weight, int64_t parts) {
+  constexpr const char* kOp = "pack_matrix";
+  const ScalarType type = matrices_of(kOp, weight);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0 && is_packable(weight, type), kOp,
+                  ": weight must be (out, in), contiguous");
+  STD_TORCH_CHECK(parts > 0 && weight.size(0) % parts == 0, kOp, ": ", weight.size(0), " rows are not ", parts, " matrices");
+  const bool pairs = type == ScalarType::BFloat16;
+  STD_TORCH_CHECK(!pairs || weight.size(1) % 2 == 0, kOp, ": ", weight.size(1), " columns are no pairs");
+  const TransformerTable& table = MVIT_KERNELS_FOR(transformer, pairs);
+  const TransformerKernels& kernels = pairs ? table.pairs : table.single;
+  const int64_t rows = weight.size(0) / parts, columns = weight.size(1);
+  const std::size_t bytes = kernels.matrix_bytes(rows, columns), element = pairs ? 2 : 4;
+  const Tensor packed = bytes_like(weight, static_cast<std::size_t>(parts) * bytes);
+  for (int64_t part = 0; part < parts; ++part) {
+    const char* from = static_cast<const char*>(weight.const_data_ptr()) +
+                       static_cast<std::size_t>(part * rows * columns) * element;
+    char* to = static_cast<char*>(packed.mutable_data_ptr()) + static_cast<std::size_t>(part) * bytes;
+    if (kernels.pack == nullptr)
+      std::memcpy(to, from, bytes);
+    else
+      kernels.pack(from, rows, columns, to);
+  }
+  return packed;
+}
+
 }  // namespace
 }  // namespace mvit
 
 STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
   m.impl("pack_convolution.cpu", TORCH_BOX(&mvit::pack_convolution));
   m.impl("pack_inverted_residual.cpu", TORCH_BOX(&mvit::pack_inverted_residual));
+  m.impl("pack_matrix.cpu", TORCH_BOX(&mvit::pack_matrix));
 }

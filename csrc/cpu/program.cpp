@@ -335,14 +335,16 @@ void check_weights(const Program& program, const Tensor& weights) {
     } else if (step.kind == kInvertedResidual) {
       has(w[4], program.inverted_residual_kernels().packed_bytes(inverted_residual_shape(program, step)));
     } else if (step.kind == kTransformer) {
-      const auto d = static_cast<std::size_t>(step.source.channels), inner = static_cast<std::size_t>(w[1]),
-                 hidden = static_cast<std::size_t>(w[2]), element = program.element(), wide = sizeof(float);
+      const int64_t width = step.source.channels;
+      const auto d = static_cast<std::size_t>(width), inner = static_cast<std::size_t>(w[1]),
+                 hidden = static_cast<std::size_t>(w[2]), wide = sizeof(float);
+      const auto matrix = program.transformer_kernels().matrix_bytes;
       require((w[7] < 0) == (w[8] < 0), "has half a norm");
       for (int64_t norm = 7; norm < 9; ++norm)
         if (w[norm] >= 0) has(w[norm], wide * d);
       const std::size_t bytes[kLayerWords] = {
-          wide * d, wide * d, element * 3 * inner * d, wide * 3 * inner, element * d * inner, wide * d,
-          wide * d, wide * d, element * hidden * d,    wide * hidden,    element * d * hidden, wide * d};
+          wide * d, wide * d, 3 * matrix(w[1], width), wide * 3 * inner, matrix(width, w[1]), wide * d,
+          wide * d, wide * d, matrix(w[2], width),     wide * hidden,    matrix(width, w[2]), wide * d};
       for (int64_t layer = 0; layer < w[3]; ++layer)
         for (int64_t part = 0; part < kLayerWords; ++part) {
           const int64_t at = w[kTransformerWords + kLayerWords * layer + part];

@@ -50,7 +50,7 @@ struct Block {
 };
 
 struct Blocks {
-  Block of_use[3];
+  Block of_use[4];
   int64_t pieces = 0;  // pieces of work so far
 };
 

@@ -3,6 +3,7 @@
 #include "transformer.h"
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -86,6 +87,52 @@ void run_transformer(const TransformerKernels& kernels, const TransformerArgs& a
 
 namespace {
 
+// The matrices of a layer, qkv_weight's as three.
+struct Matrix {
+  const void* TransformerLayer::*weight;
+  int64_t first_row, rows, columns;
+};
+std::array<Matrix, 6> matrices_of(const TransformerShape& shape) {
+  const int64_t d = shape.width, inner = shape.inner(), hidden = shape.hidden;
+  return {{{&TransformerLayer::qkv_weight, 0, inner, d},
+           {&TransformerLayer::qkv_weight, inner, inner, d},
+           {&TransformerLayer::qkv_weight, 2 * inner, inner, d},
+           {&TransformerLayer::proj_weight, 0, d, inner},
+           {&TransformerLayer::fc1_weight, 0, hidden, d},
+           {&TransformerLayer::fc2_weight, 0, d, hidden}}};
+}
+
+std::size_t packed_bytes(const TransformerKernels& kernels, const TransformerShape& shape) {
+  std::size_t bytes = 0;
+  for (const Matrix& matrix : matrices_of(shape)) bytes += kernels.matrix_bytes(matrix.rows, matrix.columns);
+  return bytes * static_cast<std::size_t>(shape.layers);
+}
+
+// Packs the bfloat16 matrices of all layers, by all threads, and makes the layers point to them.
+void pack(const TransformerKernels& kernels, const TransformerShape& shape, std::vector<TransformerLayer>& layers,
+          char* to) {
+  const auto matrices = matrices_of(shape);
+  const std::size_t layer_bytes = packed_bytes(kernels, shape) / layers.size();
+  const auto place_of = [&](std::size_t layer, std::size_t matrix) {
+    char* place = to + layer * layer_bytes;
+    for (std::size_t i = 0; i < matrix; ++i) place += kernels.matrix_bytes(matrices[i].rows, matrices[i].columns);
+    return place;
+  };
+  const auto count = static_cast<int64_t>(layers.size() * matrices.size());
+  const double bytes = static_cast<double>(layer_bytes) / static_cast<double>(matrices.size());
+  parallel_for(count, 2 * bytes, [&](int64_t begin, int64_t end) {
+    for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
+      const Matrix& matrix = matrices[i % matrices.size()];
+      const auto* weight = static_cast<const char*>(layers[i / matrices.size()].*matrix.weight);
+      kernels.pack(weight + 2 * matrix.first_row * matrix.columns, matrix.rows, matrix.columns,
+                   place_of(i / matrices.size(), i % matrices.size()));
+    }
+  });
+  for (std::size_t layer = 0; layer < layers.size(); ++layer)
+    for (std::size_t i = 0; i < matrices.size(); ++i)
+      if (matrices[i].first_row == 0) layers[layer].*matrices[i].weight = place_of(layer, i);
+}
+
 // The fields of TransformerLayerWeights (mvit_kernels/backends/library.py), in order.
 constexpr std::size_t kTensorsOfALayer = 12;
 
@@ -146,7 +193,13 @@ Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::o
   args.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
   const TransformerKernels& kernels =
       pairs ? table.pairs : type == ScalarType::BFloat16 ? table.single_bf16 : table.single;
-  run_transformer(kernels, args, false);
+  if (kernels.pack == nullptr) {
+    run_transformer(kernels, args, false);
+  } else {
+    const Scratch packed(packed_bytes(kernels, shape), ScratchUse::weights);
+    pack(kernels, shape, layers, packed.data());
+    run_transformer(kernels, args, false);
+  }
   return out;
 }
 

@@ -12,7 +12,8 @@
 namespace mvit {
 
 // Weights of one pre-norm layer. Matrices are as nn.Linear stores them, contiguous, in float32 or, for products of
-// bfloat16 pairs, bfloat16. Vectors are float32. qkv_bias may be null.
+// bfloat16 pairs, bfloat16; or packed (see TransformerKernels), qkv_weight as three matrices one after another. Vectors
+// are float32. qkv_bias may be null.
 struct TransformerLayer {
   const float *norm1_weight, *norm1_bias;
   const void* qkv_weight;
@@ -56,6 +57,10 @@ struct TransformerKernels {
   int64_t (*steps)(const TransformerShape&);
   void (*step)(const TransformerArgs&, int64_t step, int64_t first_sequence, int64_t sequences, int64_t block,
                void* unit, void* scratch);
+  // Bytes of a (rows, columns) matrix as the kernels read it, a multiple of 64 if it is packed; `pack` is null if
+  // matrices are read as they are.
+  std::size_t (*matrix_bytes)(int64_t rows, int64_t columns);
+  void (*pack)(const void* matrix, int64_t rows, int64_t columns, void* packed);
 };
 
 // Dispatch table, one entry per arithmetic: `single` is float32 throughout (maps may be bfloat16), `pairs` multiplies

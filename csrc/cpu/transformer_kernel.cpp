@@ -7,8 +7,11 @@
 // normalised rows and the MLP's hidden rows stay in L1 and L2. Attention has queries in the lanes: the softmax over
 // Sᵀ = K Qᵀ needs no horizontal sum, Oᵀ = Vᵀ Pᵀ wastes no lanes at any head dimension, and O is already in the layout
 // of the out-projection's operand.
-#include "token_lanes.h"
-#include "transformer.h"
+#include "transformer_units.h"
+
+#if defined(MVIT_TILES)
+#include "transformer_tiles.h"
+#endif
 
 namespace mvit {
 namespace MVIT_ISA {
@@ -16,18 +19,7 @@ namespace MVIT_ISA {
 // Scores of 128 keys × 32 queries are 16 KB. Key blocks are counted from the start of the sequence, wherever it is in
 // its unit, so the result does not depend on how sequences are grouped.
 constexpr int64_t kKeys = 128;
-// A sequence starts at a multiple of this many lanes, so that tiles of keys never straddle two blocks.
-constexpr int64_t kSequenceStep = 8;
 constexpr int kKeyRows = kTileRows >= 8 ? 8 : 4;
-
-MVIT_INLINE int64_t sequence_lanes(const TransformerShape& shape) { return round_up(shape.tokens(), kSequenceStep); }
-
-inline int64_t unit_lanes(const TransformerShape& shape, int64_t sequences) {
-  return sequences * sequence_lanes(shape);
-}
-MVIT_INLINE int64_t unit_blocks(const TransformerShape& shape, int64_t sequences) {
-  return round_up(unit_lanes(shape, sequences), kLanes) / kLanes;
-}
 
 // Vectors of queries that start at the last multiple of kSequenceStep read past their row and, in the worst case, past
 // the end of the buffer.
@@ -43,7 +35,7 @@ struct Unit {
   int64_t rows_size, operand_size;  // elements per block
 
   Unit(const TransformerShape& shape, int64_t blocks, void* memory) {
-    rows_size = round_up(shape.width, 16) * kLanes;
+    rows_size = stream_size(shape);
     operand_size = P::rows(shape.inner()) * kLanes;
     rows = static_cast<T*>(memory);
     query = reinterpret_cast<typename P::Operand*>(rows + blocks * rows_size + kSlack);
@@ -80,44 +72,7 @@ struct Scratch {
   }
 };
 
-// visit(sequence, first token, tokens, lane) for every run of tokens of one sequence in a block, in order of lanes.
-template <typename Visit>
-MVIT_INLINE void for_each_run(const TransformerShape& shape, int64_t sequences, int64_t block, const Visit& visit) {
-  const int64_t stride = sequence_lanes(shape), begin = block * kLanes, end = begin + kLanes;
-  for (int64_t s = begin / stride; s < sequences && s * stride < end; ++s) {
-    const int64_t first = begin > s * stride ? begin - s * stride : 0;
-    const int64_t last = smaller(shape.tokens(), end - s * stride);
-    if (first < last) visit(s, first, last - first, s * stride + first - begin);
-  }
-}
-
-// Number of lanes of a block up to the last sequence's end.
-MVIT_INLINE int64_t used_lanes(const TransformerShape& shape, int64_t sequences, int64_t block) {
-  return smaller(kLanes, sequences * sequence_lanes(shape) - block * kLanes);
-}
-
-template <typename E>
-MVIT_INLINE TokenRows<E> sequence_rows(const TransformerShape& shape, const Map& map, int64_t sequence) {
-  const int64_t position = sequence % shape.positions(), image = sequence / shape.positions();
-  const int64_t h = position / shape.patch_width, w = position % shape.patch_width;
-  E* first = static_cast<E*>(map.data) + image * map.image_stride + h * map.row_stride + w * map.column_stride;
-  return {first, shape.patch_height * map.row_stride, shape.patch_width * map.column_stride, shape.patch_columns};
-}
-
 // ---- the steps ------------------------------------------------------------------------------------------------------
-
-template <typename P, typename E>
-MVIT_INLINE void read_rows(const TransformerArgs& args, int64_t first_sequence, int64_t sequences, int64_t block,
-                           const Unit<P>& unit) {
-  using T = typename P::Value;
-  const TransformerShape& shape = args.shape;
-  T* rows = unit.rows + block * unit.rows_size;
-  for (int64_t i = 0; i < unit.rows_size; i += Vec<T>::size) store(rows + i, Vec<T>(T(0)));
-  for_each_run(shape, sequences, block, [&](int64_t s, int64_t token, int64_t count, int64_t lane) {
-    read_columns(rows + lane, kLanes, sequence_rows<const E>(shape, args.in, first_sequence + s), token, count,
-                 shape.width);
-  });
-}
 
 template <typename P>
 MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLayer& layer, int64_t sequences,
@@ -278,31 +233,14 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
 }
 
 template <typename P, typename E>
-MVIT_INLINE void write_rows(const TransformerArgs& args, int64_t first_sequence, int64_t sequences, int64_t block,
-                            const Unit<P>& unit, const Scratch<P>& scratch) {
-  using T = typename P::Value;
-  const TransformerShape& shape = args.shape;
-  const T* rows = unit.rows + block * unit.rows_size;
-  if (args.final_norm_weight != nullptr) {
-    layer_norm<Plain<T>>(scratch.panel, rows, shape.width, args.final_norm_weight, args.final_norm_bias, shape.eps,
-                         round_up(used_lanes(shape, sequences, block), Vec<T>::size));
-    rows = scratch.panel;
-  }
-  for_each_run(shape, sequences, block, [&](int64_t s, int64_t token, int64_t count, int64_t lane) {
-    write_columns(sequence_rows<E>(shape, args.out, first_sequence + s), token, count, shape.width, rows + lane, kLanes);
-  });
-}
-
-inline int64_t steps(const TransformerShape& shape) { return 2 + 2 * shape.layers; }
-
-template <typename P, typename E>
 void step(const TransformerArgs& args, int64_t index, int64_t first_sequence, int64_t sequences, int64_t block,
           void* unit_memory, void* scratch_memory) {
   const TransformerShape& shape = args.shape;
   const Unit<P> unit(shape, unit_blocks(shape, sequences), unit_memory);
   const Scratch<P> scratch(shape, scratch_memory);
-  if (index == 0) return read_rows<P, E>(args, first_sequence, sequences, block, unit);
-  if (index == steps(shape) - 1) return write_rows<P, E>(args, first_sequence, sequences, block, unit, scratch);
+  typename P::Value* const rows = unit.rows + block * unit.rows_size;
+  if (index == 0) return read_rows<E>(args, first_sequence, sequences, block, rows);
+  if (index == steps(shape) - 1) return write_rows<E>(args, first_sequence, sequences, block, rows, scratch.panel);
   const TransformerLayer& layer = args.layers[(index - 1) / 2];
   if (index % 2 == 1) return project_qkv(shape, layer, sequences, block, unit, scratch);
   attend_and_mlp(shape, layer, sequences, block, unit, scratch);
@@ -318,18 +256,33 @@ std::size_t step_bytes(const TransformerShape& shape) {
   return Scratch<P>(shape, nullptr).end;
 }
 
+template <typename P>
+std::size_t matrix_bytes(int64_t rows, int64_t columns) {
+  return sizeof(typename P::Weight) * static_cast<std::size_t>(rows * columns);
+}
+
 }  // namespace MVIT_ISA
 
-#define MVIT_TRANSFORMER_KERNELS(P, E)                                                               \
-  {                                                                                                  \
-    MVIT_ISA::unit_lanes, MVIT_ISA::unit_bytes<MVIT_ISA::P>, MVIT_ISA::step_bytes<MVIT_ISA::P>,     \
-        MVIT_ISA::steps, MVIT_ISA::step<MVIT_ISA::P, E>                                              \
+#define MVIT_TRANSFORMER_KERNELS(P, E)                                                                       \
+  {                                                                                                          \
+    MVIT_ISA::unit_lanes, MVIT_ISA::unit_bytes<MVIT_ISA::P>, MVIT_ISA::step_bytes<MVIT_ISA::P>,              \
+        MVIT_ISA::steps, MVIT_ISA::step<MVIT_ISA::P, E>, MVIT_ISA::matrix_bytes<MVIT_ISA::P>, nullptr        \
   }
+#define MVIT_TRANSFORMER_KERNELS_ON_TILES(P, E)                                                              \
+  {                                                                                                          \
+    MVIT_ISA::unit_lanes, MVIT_ISA::tile_unit_bytes, MVIT_ISA::tile_step_bytes, MVIT_ISA::steps,             \
+        MVIT_ISA::step_on_tiles<E>, MVIT_ISA::packed_matrix_bytes, MVIT_ISA::pack_matrix                     \
+  }
+#if defined(MVIT_TILES)
+#define MVIT_TRANSFORMER_PAIR_KERNELS MVIT_TRANSFORMER_KERNELS_ON_TILES
+#else
+#define MVIT_TRANSFORMER_PAIR_KERNELS MVIT_TRANSFORMER_KERNELS
+#endif
 
 extern const TransformerTable MVIT_TABLE(transformer) = {
     MVIT_PLAIN_ENTRY(MVIT_TRANSFORMER_KERNELS(Plain<float>, float)),
     MVIT_PLAIN_ENTRY(MVIT_TRANSFORMER_KERNELS(Plain<float>, MVIT_ISA::bfloat16)),
-    MVIT_PAIRS_ENTRY(MVIT_TRANSFORMER_KERNELS(Bf16Pairs, MVIT_ISA::bfloat16)),
+    MVIT_PAIRS_ENTRY(MVIT_TRANSFORMER_PAIR_KERNELS(Bf16Pairs, MVIT_ISA::bfloat16)),
 };
 
 }  // namespace mvit

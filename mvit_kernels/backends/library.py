@@ -140,6 +140,7 @@ NATIVE_SCHEMAS = {
     "pack_convolution.cpu": "(Tensor weight, Tensor bias) -> Tensor",
     "pack_inverted_residual.cpu": "(Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
     "Tensor project, Tensor project_bias) -> Tensor",
+    "pack_matrix.cpu": "(Tensor weight, int parts) -> Tensor",
     # What `transformer.cuda` launches; mvit_kernels.backends.cuda.transformer packs the weights and makes the plan.
     "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "
     "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) "

@@ -197,11 +197,13 @@ class Builder:
         whole = self._step(TO_WHOLE_PATCHES, source, self.value(d), ph, pw)
         offsets: list[int] = []
         for layer in layers:
-            for value in layer:
+            for name, value in layer._asdict().items():
                 if value is None:
                     offsets.append(-1)
+                elif value.dim() == 2:
+                    offsets.append(self._matrix(value, parts=3 if name == "qkv_weight" else 1))
                 else:
-                    offsets.append(self._matrix(value) if value.dim() == 2 else self._vector(value))
+                    offsets.append(self._vector(value))
         norm = [-1, -1] if final_norm is None else [self._vector(value) for value in final_norm]
         (eps_bits,) = struct.unpack("q", struct.pack("d", eps))
         self._step(TRANSFORMER, whole, whole, num_heads, inner, hidden, len(layers), ph, pw, eps_bits, *norm, *offsets)
@@ -240,8 +242,9 @@ class Builder:
     def _vector(self, values: Tensor) -> int:
         return self._add(values.detach().float())
 
-    def _matrix(self, values: Tensor) -> int:
-        return self._add(self._as_matrix(values))
+    def _matrix(self, values: Tensor, parts: int) -> int:
+        matrix = self._as_matrix(values)
+        return self._add(matrix if self.odd else _packer("matrix")(matrix, parts))  # odd: it is built again, without pairs
 
     def _as_matrix(self, values: Tensor) -> Tensor:
         return values.detach().to(torch.bfloat16 if self.pairs else torch.float32).contiguous()

@@ -47,7 +47,15 @@ def _pack_inverted_residual(expand, expand_bias, depthwise, depthwise_bias, proj
     return expand.new_empty(panels + taps + 2 * _vector(hidden) + _vector(out), dtype=torch.uint8)
 
 
-# Bytes, as csrc/cpu/convolution_kernel.cpp, inverted_residual_kernel.cpp and tile_pixels.h count them: parts start on
+@register_native_fake("pack_matrix.cpu")
+def _pack_matrix(weight, parts):
+    rows, width = weight.shape
+    if _on_tiles(weight):
+        return weight.new_empty(parts * _tiles(rows // parts, _steps(width)), dtype=torch.uint8)
+    return weight.new_empty(rows * width * weight.element_size(), dtype=torch.uint8)
+
+
+# Bytes, as csrc/cpu/convolution_kernel.cpp, inverted_residual_kernel.cpp, tile_pixels.h and tile_weights.h count them: parts start on
 # multiples of 64.
 
 

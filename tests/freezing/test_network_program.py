@@ -264,6 +264,8 @@ def test_packed_weights_are_what_their_fakes_say(dtype):
         convolution, inverted = packable(out, width, kernel, hidden, dtype)
         torch.library.opcheck(pack.pack_convolution.cpu, convolution)
         torch.library.opcheck(pack.pack_inverted_residual.cpu, inverted)
+        for parts in (1, 3):
+            torch.library.opcheck(pack.pack_matrix.cpu, (Draw(out)(parts * out, 2 * width).to(dtype), parts))
 
 
 def test_what_cannot_be_packed():
@@ -284,6 +286,10 @@ def test_what_cannot_be_packed():
         ):
             with pytest.raises(RuntimeError, match="pack_inverted_residual: "):
                 pack.pack_inverted_residual.cpu(*inverted[:at], other, *inverted[at + 1 :])
+    matrix = weight.flatten(1)
+    for arguments in ((matrix[0], 1), (matrix.mT, 1), (matrix[:0], 1), (matrix.double(), 1), (matrix, 3), (matrix, 0)):
+        with pytest.raises(RuntimeError, match="pack_matrix: "):
+            pack.pack_matrix.cpu(*arguments)
 
 
 def test_every_raw_operator_has_a_fake():

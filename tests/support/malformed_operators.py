@@ -171,6 +171,11 @@ def _pack_inverted_residual(s, dtype):
     return weights[0], T((hidden,)), weights[1], T((hidden,)), weights[2], T((out,))
 
 
+def _pack_matrix(s, dtype):
+    parts = s(1, 3)
+    return T((parts * s(1, 8, 17), s(2, 6, 34)), dtype), parts
+
+
 def _network(s, dtype):
     base = "half" if dtype == "bfloat16" else "chain"
     x = T((s(1, 2, 3), 3, s(1, 8, 15, 16), s(4, 9, 16)), dtype, s.r.choice(("contiguous", "transposed", "offset")))
@@ -186,6 +191,7 @@ NATIVE = {
     "network": _network,
     "pack_convolution": _pack_convolution,
     "pack_inverted_residual": _pack_inverted_residual,
+    "pack_matrix": _pack_matrix,
 }
 
 
