@@ -6,6 +6,16 @@
 namespace mvit {
 namespace MVIT_ISA {
 
+// There are no weights to prepare, and forward shares nothing between threads.
+template <typename Args>
+std::size_t nothing_shared(const Args&) {
+  return 0;
+}
+template <typename Args>
+int64_t no_parts(const Args&) {
+  return 0;
+}
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <typename P>
@@ -19,7 +29,7 @@ std::size_t scratch_bytes(const LayerNorm& args) {
 }
 
 template <typename P, typename E>
-void forward_block(const LayerNorm& args, int64_t index, void* memory) {
+MVIT_INLINE void forward_block(const LayerNorm& args, int64_t index, void* memory) {
   using T = typename P::Value;
   T* panel = static_cast<T*>(memory);
   const Block<T> block(index * kLanes, args.count);
@@ -32,13 +42,18 @@ void forward_block(const LayerNorm& args, int64_t index, void* memory) {
   write_columns(tokens_of<E>(args.out), block.first, block.count, args.channels, panel, kLanes);
 }
 
+template <typename P, typename E>
+void forward_blocks(const LayerNorm& args, int64_t begin, int64_t end, void*, void* memory) {
+  for (int64_t index = begin; index < end; ++index) forward_block<P, E>(args, index, memory);
+}
+
 template <typename P>
 std::size_t scratch_bytes(const LayerNormFromStatistics& args) {
   return sizeof(typename P::Value) * panel_size<P>(args.channels);
 }
 
 template <typename P, typename E>
-void from_statistics_block(const LayerNormFromStatistics& args, int64_t index, void* memory) {
+MVIT_INLINE void from_statistics_block(const LayerNormFromStatistics& args, int64_t index, void* memory) {
   using T = typename P::Value;
   T* panel = static_cast<T*>(memory);
   const Block<T> block(index * kLanes, args.count);
@@ -47,6 +62,11 @@ void from_statistics_block(const LayerNormFromStatistics& args, int64_t index, v
   scale_and_shift<P>(panel, panel, args.channels, static_cast<const T*>(args.norm_weight),
                      static_cast<const T*>(args.norm_bias), block.lanes);
   write_columns(tokens_of<E>(args.out), block.first, block.count, args.channels, panel, kLanes);
+}
+
+template <typename P, typename E>
+void from_statistics_blocks(const LayerNormFromStatistics& args, int64_t begin, int64_t end, void*, void* memory) {
+  for (int64_t index = begin; index < end; ++index) from_statistics_block<P, E>(args, index, memory);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -70,14 +90,10 @@ std::size_t scratch_bytes(const LayerNormBackward& args) {
   return 2 * sizeof(typename P::Value) * panel_size<P>(args.channels);
 }
 
-template <typename P>
-void prepare(const LayerNormBackward&, int64_t, void*) {}
-
 template <typename P, typename E>
-void backward_block(const LayerNormBackward& args, const RowStep& step, int64_t index, void* shared_memory,
-                    void* memory) {
+MVIT_INLINE void backward_block(const LayerNormBackward& args, const RowStep& step, int64_t index,
+                                const LayerNormShared<P>& shared, void* memory) {
   using T = typename P::Value;
-  const LayerNormShared<P> shared(args, step.capacity, Pieces(shared_memory));
   T *normalised = static_cast<T*>(memory), *grad = normalised + panel_size<P>(args.channels);
   const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
   RowNormalisers<T> normalisers;
@@ -88,13 +104,20 @@ void backward_block(const LayerNormBackward& args, const RowStep& step, int64_t 
   write_columns(tokens_of<E>(args.grad_x), block.first, block.count, args.channels, grad, kLanes);
 }
 
+template <typename P, typename E>
+void backward_blocks(const LayerNormBackward& args, const RowStep& step, int64_t begin, int64_t end,
+                     void* shared_memory, void* memory) {
+  const LayerNormShared<P> shared(args, step.capacity, Pieces(shared_memory));
+  for (int64_t index = begin; index < end; ++index) backward_block<P, E>(args, step, index, shared, memory);
+}
+
 template <typename P>
 int64_t tiles(const LayerNormBackward&) {
   return 1;
 }
 
 template <typename P, typename E>
-void backward_tile(const LayerNormBackward& args, const RowStep& step, int64_t, void* memory) {
+void backward_tiles(const LayerNormBackward& args, const RowStep& step, int64_t, int64_t, void* memory) {
   const LayerNormShared<P> shared(args, step.capacity, Pieces(memory));
   shared.norm.add_to(args.grad_norm_weight, 0, step);
   shared.norm.add_to(args.grad_norm_bias, 1, step);
@@ -102,18 +125,18 @@ void backward_tile(const LayerNormBackward& args, const RowStep& step, int64_t, 
 
 template <typename P, typename E>
 constexpr RowForward<LayerNorm> layer_norm_forward_of() {
-  return {scratch_bytes<P>, forward_block<P, E>};
+  return {nothing_shared, scratch_bytes<P>, no_parts, nullptr, forward_blocks<P, E>};
 }
 
 template <typename P, typename E>
 constexpr RowForward<LayerNormFromStatistics> layer_norm_from_statistics_of() {
-  return {scratch_bytes<P>, from_statistics_block<P, E>};
+  return {nothing_shared, scratch_bytes<P>, no_parts, nullptr, from_statistics_blocks<P, E>};
 }
 
 template <typename P, typename E>
 constexpr RowBackward<LayerNormBackward> layer_norm_backward_of() {
-  return {group_rows<P>,      shared_bytes<P>, scratch_bytes<P>,   prepare<P>,
-          backward_block<P, E>, tiles<P>,        backward_tile<P, E>};
+  return {group_rows<P>, shared_bytes<P>,       scratch_bytes<P>, no_parts,
+          nullptr,       backward_blocks<P, E>, tiles<P>,         backward_tiles<P, E>};
 }
 
 }  // namespace MVIT_ISA
