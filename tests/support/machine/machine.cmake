@@ -9,9 +9,11 @@ if(NOT MVIT_MACHINE_DEFERRED)
 else()
   set_target_properties(mvit_kernels_cpu PROPERTIES EXCLUDE_FROM_ALL ON) # there is no torch of that machine to link
   target_include_directories(fronts BEFORE PRIVATE "${MVIT_MACHINE}")
+  target_compile_options(fronts PRIVATE -O0) # a quarter of the compiler's time otherwise; kernels as they are
   add_executable(machine "${MVIT_MACHINE}/main.cpp" ${OBJECTS})
   target_include_directories(machine PRIVATE "${MVIT_MACHINE}")
   target_link_libraries(machine PRIVATE mvit_cxx)
+  target_compile_options(machine PRIVATE -O0)
   target_link_options(machine PRIVATE -static)
   set_target_properties(machine PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
 endif()

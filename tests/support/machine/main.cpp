@@ -9,7 +9,7 @@
 
 extern "C" const char* mvit_kernels_cpu_isa() noexcept;
 extern "C" int mvit_kernels_cpu_vector_bytes() noexcept;
-extern "C" int mvit_kernels_cpu_bf16_pairs() noexcept;
+extern "C" int mvit_kernels_cpu_bf16_products() noexcept;
 
 namespace stand_in {
 namespace {
@@ -158,6 +158,6 @@ int main() {
   using namespace stand_in;
   write_text(mvit_kernels_cpu_isa());
   write_int(mvit_kernels_cpu_vector_bytes());
-  write_int(mvit_kernels_cpu_bf16_pairs());
+  write_int(mvit_kernels_cpu_bf16_products());
   for (;;) answer_call();
 }
