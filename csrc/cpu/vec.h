@@ -283,12 +283,12 @@ MVIT_INLINE Vec<T> sqrt(Vec<T> a) {
   else
     return Native(_mm512_maskz_sqrt_pd(-1, a.native));
 #else
-  Native root;
+  Native root = a.native;
   for (int i = 0; i < Vec<T>::size; ++i) {
     if constexpr (sizeof(T) == 4)
-      root[i] = __builtin_sqrtf(a.native[i]);
+      root[i] = __builtin_sqrtf(root[i]);
     else
-      root[i] = __builtin_sqrt(a.native[i]);
+      root[i] = __builtin_sqrt(root[i]);
   }
   return root;
 #endif
