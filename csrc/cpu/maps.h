@@ -57,6 +57,11 @@ inline void copy_rows(const PlacedMap& from, int64_t from_channels, const Placed
     for (int64_t h = begin; h < end; ++h) {
       const auto* __restrict in = source + h * from.map.row_stride;
       auto* __restrict out = target + h * to.map.row_stride;
+      if (channel == 1 && column == from_channels && to_channels == from_channels && to.map.column_stride == column) {
+        // A run of memory, as a channels-last image is. Pixel by pixel it was 40 % of a float32 stem, 2.6 % of XXS.
+        for (int64_t i = 0; i < width * column; ++i) convert(in[i], out[i]);
+        continue;
+      }
       if (column == 1 && from_channels == 3 && to_channels <= 4 && to.map.column_stride == to_channels) {
         // An image of three planes, the usual input: compile-time strides are five times as fast.
         const auto *red = in, *green = in + channel, *blue = in + 2 * channel;
