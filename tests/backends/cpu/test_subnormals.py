@@ -4,11 +4,13 @@ right."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from mvit_kernels.backends.library import raw
-from support.cases import backward_arguments, convert, differentiable, evaluate, make, raw_arguments
+from support.cases import backward_arguments, carefully, convert, differentiable, evaluate, make, raw_arguments
 from support.cases import call as call_operator
 from support.native import skip_without_a_compiler
 from support.networks import chain, composed, native
@@ -149,13 +151,14 @@ def test_kernels_at_any_scale(operator, dtype, scale):
     tensors = convert(convert(tensors, torch.float32), torch.float64)
     gradients = differentiable(operator, "cpu")
 
-    def results(path, kind):
-        return evaluate(
-            lambda t: call_operator(operator, t, settings, path), convert(tensors, kind), gradients=gradients
-        )
+    def by(path):
+        return lambda t: call_operator(operator, t, settings, path)
 
     # Not the oracle's truth: the derivative of x / (1 + e^-x), as autograd takes it, is NaN where e^-x overflows.
-    truth, pytorch = results("usual", torch.float64), results("usual", torch.float32)
-    for name, ours in results("cpu", getattr(torch, dtype)).items():
+    truth = evaluate(by("usual"), tensors, gradients)
+    pytorch = evaluate(by("usual"), convert(tensors, torch.float32), gradients)
+    careful = carefully(by("usual"), tensors, gradients, torch.float32)
+    for name, ours in evaluate(by("cpu"), convert(tensors, getattr(torch, dtype)), gradients).items():
         assert ours.isfinite().all(), name
-        assert_close_as_pytorch(f"{operator} x {scale:g}, {name}", ours, pytorch[name], truth[name])
+        label = f"{operator} x {scale:g}, {name}"
+        assert_close_as_pytorch(label, ours, pytorch[name], truth[name], functools.partial(careful, name))
