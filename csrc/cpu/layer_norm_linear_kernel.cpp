@@ -151,10 +151,10 @@ template <typename P, typename E>
 MVIT_INLINE void backward_block(const LayerNormLinearBackward& args, const RowStep& step, int64_t index,
                                 const LayerNormLinearShared<P>& shared, void* memory) {
   using T = typename P::Value;
-  auto* left = shared.gradient.left + index * shared.gradient.panel;
+  const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
+  auto* const left = shared.gradient.left_of(index, block);
   const LayerNormLinearBackwardScratch<P> scratch(args, left, memory);
   const int64_t channels = args.channels, out_channels = args.out_channels;
-  const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
   const T *norm_weight = static_cast<const T*>(args.norm_weight), *norm_bias = static_cast<const T*>(args.norm_bias);
   RowNormalisers<T> normalisers;
   read_normalised<E>(scratch.normalised, normalisers, args.x, args.mean, args.rstd, block, channels);

@@ -171,11 +171,10 @@ MVIT_INLINE void backward_block(const LayerNormMlpBackward& args, const RowStep&
                                 const LayerNormMlpShared<P>& shared, void* memory) {
   using T = typename P::Value;
   constexpr int64_t size = Vec<T>::size;
-  auto* left_grad = shared.fc1.left + index * shared.fc1.panel;
-  auto* left_hidden = shared.fc2.left + index * shared.fc2.panel;
+  const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
+  auto *const left_grad = shared.fc1.left_of(index, block), *const left_hidden = shared.fc2.left_of(index, block);
   const LayerNormMlpBackwardScratch<P> scratch(args, left_hidden, left_grad, memory);
   const int64_t channels = args.channels, hidden = args.hidden;
-  const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
   const T *norm_weight = static_cast<const T*>(args.norm_weight), *norm_bias = static_cast<const T*>(args.norm_bias);
   RowNormalisers<T> normalisers;
   read_normalised<E>(scratch.normalised, normalisers, args.x, args.mean, args.rstd, block, channels);

@@ -138,9 +138,9 @@ template <typename P, typename E>
 MVIT_INLINE void backward_block(const LinearResidualBackward& args, const RowStep& step, int64_t index,
                                 const LinearResidualShared<P>& shared, void* memory) {
   using T = typename P::Value;
-  auto* left = shared.gradient.left + index * shared.gradient.panel;
-  const LinearResidualBackwardScratch<P> scratch(args, left, memory);
   const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
+  auto* const left = shared.gradient.left_of(index, block);
+  const LinearResidualBackwardScratch<P> scratch(args, left, memory);
 
   read_left_and_operand<P, E>(left, scratch.grad_operand, args.grad_out, block, args.out_channels);
   store_right<P, E>(shared.gradient, index * kLanes, args.x, block, [](Vec<T> x, int64_t, int64_t, int) { return x; });

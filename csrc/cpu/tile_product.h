@@ -85,13 +85,19 @@ class TileProducts {
     other_ = const_cast<float*>(pieces_.rows);
   }
 
-  // C += Σ_k A · B in memory, rows `ld` floats apart; no epilogue.
-  template <int M, typename A, typename B>
-  MVIT_INLINE void block_in_place(const A& a, const B& b, int64_t steps, float* c, int64_t ld) {
+  // C = start + Σ_k A · B in memory, rows `ld` floats apart; no epilogue.
+  template <int M, typename A, typename B, typename Start>
+  MVIT_INLINE void block_to(const A& a, const B& b, int64_t steps, const Start& start, float* c, int64_t ld) {
     Pieces pieces = pieces_;
-    multiply<M>(a, b, steps, StartAt{c, ld * static_cast<int64_t>(sizeof(float))}, pieces);
+    multiply<M>(a, b, steps, start, pieces);
     store_all<M>(c, ld, pieces);
     pieces_.left = 0;
+  }
+
+  // C += Σ_k A · B in memory.
+  template <int M, typename A, typename B>
+  MVIT_INLINE void block_in_place(const A& a, const B& b, int64_t steps, float* c, int64_t ld) {
+    block_to<M>(a, b, steps, StartAt{c, ld * static_cast<int64_t>(sizeof(float))}, c, ld);
   }
 
   MVIT_INLINE void finish() {
