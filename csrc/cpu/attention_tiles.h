@@ -39,6 +39,18 @@ MVIT_INLINE int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; 
 
 constexpr int64_t kPanelRowBytes = kLanes * 4;  // of float32 and of pairs
 
+// 2^x rounded to bfloat16, to nearest. exp2_for's polynomial is within [1, 2), where half a unit of bfloat16 is 2^-8: with
+// that added to its constant, rounding is to drop the lower half. Converting and permuting pairs
+// instead takes a ninth of the time of attention.
+MVIT_INLINE NativeBits rounded_exp2(Vec<float> x) {
+  const Vec<float> rest(_mm512_maskz_reduce_ps(-1, x.native, _MM_FROUND_TO_NEG_INF));  // 0 for infinity
+  Vec<float> p(0.07802452f);
+  p = fma(p, rest, Vec<float>(0.22606716f));
+  p = fma(p, rest, Vec<float>(0.69583354f));
+  p = fma(p, rest, Vec<float>(0.99992522f + 0x1p-8f));
+  return NativeBits(_mm512_maskz_scalef_ps(-1, p.native, x.native)) & 0xffff0000u;
+}
+
 // Numerators of 16 keys, in eight pieces of a pair of keys: 2^(score - highest). V vectors of queries.
 template <int V>
 struct Numerators {
@@ -55,13 +67,14 @@ struct Numerators {
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         const float* const pair = scores + 2 * i * kLanes + v * kTile;
-        const Vec<float> even = exp2_for<Bf16Pairs>(load(pair) - highest[v]);
-        const Vec<float> odd = exp2_for<Bf16Pairs>(load(pair + kLanes) - highest[v]);
-        sum[v] = sum[v] + (even + odd);
-        store_first(to + i * kLanes + v * kTile, even, odd, kTile);
+        const NativeBits even = rounded_exp2(load(pair) - highest[v]);
+        const NativeBits odd = rounded_exp2(load(pair + kLanes) - highest[v]);
+        sum[v] = sum[v] + (Vec<float>(NativeFloat(even)) + Vec<float>(NativeFloat(odd)));
+        const NativeBits both = even >> 16 | odd;
+        std::memcpy(to + i * kLanes + v * kTile, &both, sizeof both);
       }
   }
-  MVIT_INLINE void next() {
+  MVIT_INLINE void advance() {
     scores += kTile * kLanes;
     to += kPieces * kLanes;
   }
@@ -74,63 +87,59 @@ struct Scores {
   int64_t key_step_size, steps, groups;
 };
 
-// Scores of 16 keys, with the pieces of their numerators shared out after the products if kPieces. Queries of one or two
-// steps stay in tiles 4 to 7. (What is captured in a lambda GCC 12 leaves in memory, to be stored and loaded around every
-// asm statement; hence the numerators are passed on as they are.)
+// Scores of 16 keys in tiles C and C + 1, with pieces of as many numerators shared out after the products. (What is
+// captured in a lambda GCC 12 leaves in memory, to be stored and loaded around every asm statement; hence the numerators
+// are passed on as they are.) A tile load costs as much as a product, so queries stay in tiles if they fit: kSteps is the
+// number of steps, or 0 for any, where nothing runs in between.
 template <int V, int kSteps>
 struct ScoreProducts {
-  static MVIT_INLINE void load_queries(const Scores& of) {
-    const bf16x2* const second = of.query + kTile * kLanes;
-    load_tile<4>(of.query, kPanelRowBytes);
-    if constexpr (V > 1) load_tile<5>(of.query + kTile, kPanelRowBytes);
-    if constexpr (kSteps > 1) load_tile<6>(second, kPanelRowBytes);
-    if constexpr (kSteps > 1 && V > 1) load_tile<7>(second + kTile, kPanelRowBytes);
+  static constexpr int kPieces = Numerators<V>::kPieces;
+
+  static MVIT_INLINE void load_queries(const bf16x2* query) {
+    load_tile<4>(query, kPanelRowBytes);
+    if constexpr (V > 1) load_tile<5>(query + kTile, kPanelRowBytes);
+    if constexpr (kSteps > 1) load_tile<6>(query + kTile * kLanes, kPanelRowBytes);
+    if constexpr (kSteps > 1 && V > 1) load_tile<7>(query + kTile * kLanes + kTile, kPanelRowBytes);
   }
 
-  template <bool kPieces>
+  // The first kRun pieces run in between.
+  template <int C, int kRun>
   static MVIT_INLINE void multiply(const Scores& of, const bfloat16* key, Numerators<V>& pieces) {
-    constexpr int n = kSteps * V, each = kPieces ? Numerators<V>::kPieces / n : 0;
-    zero_tile<0>();
-    if constexpr (V > 1) zero_tile<1>();
+    constexpr int each = kSteps > 0 ? kRun / (kSteps * V) : 0;
+    zero_tile<C>();
+    if constexpr (V > 1) zero_tile<C + 1>();
+    if constexpr (kSteps == 0) {
+      for (int64_t k = 0; k < of.steps; ++k) {
+        load_queries(of.query + k * kTile * kLanes);
+        load_tile<2>(key + k * of.key_step_size, 64);
+        multiply_add_tiles<C, 2, 4>();
+        if constexpr (V > 1) multiply_add_tiles<C + 1, 2, 5>();
+      }
+      pieces.template run<0, kRun>();
+      return;
+    }
     load_tile<2>(key, 64);
-    multiply_add_tiles<0, 2, 4>();
+    multiply_add_tiles<C, 2, 4>();
     pieces.template run<0, each>();
     if constexpr (V > 1) {
-      multiply_add_tiles<1, 2, 5>();
+      multiply_add_tiles<C + 1, 2, 5>();
       pieces.template run<each, 2 * each>();
     }
     if constexpr (kSteps > 1) {
       load_tile<3>(key + of.key_step_size, 64);
-      multiply_add_tiles<0, 3, 6>();
+      multiply_add_tiles<C, 3, 6>();
       pieces.template run<V * each, (V + 1) * each>();
     }
     if constexpr (kSteps > 1 && V > 1) {
-      multiply_add_tiles<1, 3, 7>();
+      multiply_add_tiles<C + 1, 3, 7>();
       pieces.template run<3 * each, 4 * each>();
     }
   }
-};
 
-// Head dimensions above 64: queries are loaded again for every 16 keys, and nothing runs in between.
-template <int V>
-struct ScoreProducts<V, 0> {
-  static MVIT_INLINE void load_queries(const Scores&) {}
-
-  template <bool kPieces>
-  static MVIT_INLINE void multiply(const Scores& of, const bfloat16* key, Numerators<V>& pieces) {
-    zero_tile<0>();
-    if constexpr (V > 1) zero_tile<1>();
-    for (int64_t k = 0; k < of.steps; ++k) {
-      const bf16x2* const query = of.query + k * kTile * kLanes;
-      load_tile<2>(key + k * of.key_step_size, 64);
-      load_tile<4>(query, kPanelRowBytes);
-      multiply_add_tiles<0, 2, 4>();
-      if constexpr (V > 1) {
-        load_tile<5>(query + kTile, kPanelRowBytes);
-        multiply_add_tiles<1, 2, 5>();
-      }
-    }
-    if constexpr (kPieces) pieces.template run<0, Numerators<V>::kPieces>();
+  template <int C>
+  static MVIT_INLINE void store_scores(float* to) {
+    store_tile<C>(to, kPanelRowBytes);
+    if constexpr (V > 1) store_tile<C + 1>(to + kTile, kPanelRowBytes);
   }
 };
 
@@ -139,28 +148,44 @@ template <int V, int kSteps>
 __attribute__((noinline)) void numerators_and_next_scores(Numerators<V>& numerators, int64_t groups,
                                                           const Scores& next_scores, float* scores) {
   using Products = ScoreProducts<V, kSteps>;
-  const auto store_scores = [](float* to) {
-    store_tile<0>(to, kPanelRowBytes);
-    if constexpr (V > 1) store_tile<1>(to + kTile, kPanelRowBytes);
-  };
+  constexpr int kPieces = Numerators<V>::kPieces;
+  constexpr int64_t kGroupKeys = kTile * kTileDepth, kGroupScores = kTile * kLanes;
   const Scores next = next_scores;
   const bfloat16* key = next.key;
-  if (next.groups > 0) Products::load_queries(next);
   Numerators<V> now = numerators;
-  const int64_t both = smaller(groups, next.groups);
-  int64_t group = 0;
-  for (; group < both; ++group, key += kTile * kTileDepth, scores += kTile * kLanes) {
-    Products::template multiply<true>(next, key, now);
-    now.next();
-    store_scores(scores);
+  int64_t left = next.groups;
+  if (kSteps > 0 && left > 0) Products::load_queries(next.query);
+  if constexpr (kSteps == 1) {
+    // Two groups take turns in tiles 0, 1 and 6, 7, so that the store of the one, which waits for its products, comes half
+    // a group later.
+    bool stored = true;
+    for (; groups >= 2 && left >= 2; groups -= 2, left -= 2) {
+      Products::template multiply<0, kPieces / 2>(next, key, now);
+      if (!stored) Products::template store_scores<6>(scores - kGroupScores);
+      now.template run<kPieces / 2, kPieces>();
+      now.advance();
+      Products::template multiply<6, kPieces / 2>(next, key + kGroupKeys, now);
+      Products::template store_scores<0>(scores);
+      now.template run<kPieces / 2, kPieces>();
+      now.advance();
+      key += 2 * kGroupKeys;
+      scores += 2 * kGroupScores;
+      stored = false;
+    }
+    if (!stored) Products::template store_scores<6>(scores - kGroupScores);
   }
-  for (int64_t rest = group; rest < groups; ++rest) {
-    now.template run<0, Numerators<V>::kPieces>();
-    now.next();
+  for (; groups > 0 && left > 0; --groups, --left, key += kGroupKeys, scores += kGroupScores) {
+    Products::template multiply<0, kPieces>(next, key, now);
+    Products::template store_scores<0>(scores);
+    now.advance();
   }
-  for (; group < next.groups; ++group, key += kTile * kTileDepth, scores += kTile * kLanes) {
-    Products::template multiply<false>(next, key, now);
-    store_scores(scores);
+  for (; groups > 0; --groups) {
+    now.template run<0, kPieces>();
+    now.advance();
+  }
+  for (; left > 0; --left, key += kGroupKeys, scores += kGroupScores) {
+    Products::template multiply<0, 0>(next, key, now);
+    Products::template store_scores<0>(scores);
   }
   numerators = now;
 }
@@ -273,6 +298,15 @@ MVIT_INLINE void attend_on_tiles(const AttentionArgs& args, const AttentionScrat
       for (int v = 0; v < V; ++v) store(scratch.scores + i * kLanes + v * kTile, lowest);
   };
 
+  Vec<float> inverse[V] = {};  // of the sums
+  const auto write_out = [&](int64_t head) {
+    bf16x2* to = args.out + head * args.head_dim / 2 * kLanes;
+    const float* from = scratch.out;
+    for (int64_t dim = 0; dim < args.head_dim; dim += 2, to += kLanes, from += 2 * kLanes)
+      for (int v = 0; v < V; ++v)
+        store_first(to + v * kTile, load(from + v * kTile) * inverse[v], load(from + kLanes + v * kTile) * inverse[v],
+                    kTile);
+  };
   Numerators<V> numerators{};
   Highest<V> highest{scratch.scores, 2 * tiles_of(keys_of(0)), {}};
   for (auto& value : highest.value) value = lowest;
@@ -303,6 +337,8 @@ MVIT_INLINE void attend_on_tiles(const AttentionArgs& args, const AttentionScrat
         }
       }
       multiply(numerators, groups, next);
+      // Only now is the result of the head before surely in memory, which was stored from tiles.
+      if (part == 0 && head > 0) write_out(head - 1);
       if (!end) pad(next_part);
       if (groups % 2 != 0)
         std::memset(static_cast<void*>(numerators.to), 0, static_cast<std::size_t>(kTile / 2 * kPanelRowBytes));
@@ -314,16 +350,9 @@ MVIT_INLINE void attend_on_tiles(const AttentionArgs& args, const AttentionScrat
                                            head * args.head_dim * kTileDepth,
                                        args.value_block_size, scratch.numerators, (groups + 1) / 2, part == 0,
                                        scratch.out, highest);
-      if (!last) continue;
-      Vec<float> inverse[V];
       for (int v = 0; v < V; ++v) inverse[v] = Vec<float>(1.0f) / numerators.sum[v];
-      bf16x2* to = args.out + head * args.head_dim / 2 * kLanes;
-      const float* from = scratch.out;
-      for (int64_t dim = 0; dim < args.head_dim; dim += 2, to += kLanes, from += 2 * kLanes)
-        for (int v = 0; v < V; ++v)
-          store_first(to + v * kTile, load(from + v * kTile) * inverse[v], load(from + kLanes + v * kTile) * inverse[v],
-                      kTile);
     }
+  write_out(args.heads - 1);
 }
 
 }  // namespace MVIT_ISA
