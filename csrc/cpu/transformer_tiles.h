@@ -10,6 +10,9 @@
 namespace mvit {
 namespace MVIT_ISA {
 
+// For epilogues: a call for every two rows costs more than most of them. (GCC inlines up to a size.)
+#define MVIT_INLINE_LAMBDA __attribute__((always_inline))
+
 // Pair rows that hold the queries of a block. The last head's last step may reach beyond the last pair.
 MVIT_INLINE int64_t query_rows(const TransformerShape& shape) {
   return (shape.heads - 1) * shape.head_dim / 2 + steps_of(shape.head_dim) * kTile;
@@ -127,13 +130,13 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
   clear_padding<P>(scratch.normalised, width);
   const Vec<float> scale(static_cast<float>(1.44269504088896340736 / __builtin_sqrt(static_cast<double>(shape.head_dim))));
   product<P>(weight_of(0), ld, scratch.normalised, inner, width, lanes,
-             [bias = bias_of(0), scale, to = unit.query + block * unit.query_size](auto& tile, int64_t row, int64_t lane) {
+             [bias = bias_of(0), scale, to = unit.query + block * unit.query_size](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
                map_tile(tile, [&](Vec<float> x, int, int) { return x * scale; });
                store_operand(to, kLanes, row, lane, kLanes - lane, tile);
              });
   product<P>(weight_of(1), ld, scratch.normalised, inner, width, lanes,
-             [bias = bias_of(1), to = scratch.key](auto& tile, int64_t row, int64_t lane) {
+             [bias = bias_of(1), to = scratch.key](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
                store_operand(to, kLanes, row, lane, kLanes - lane, tile);
              });
@@ -143,7 +146,7 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
   product<P>(weight_of(2), ld, scratch.normalised, inner, width, lanes,
              [bias = bias_of(2), to0 = lower.first, to1 = upper.first,
               present0 = static_cast<__mmask16>((1u << lower.count) - 1),
-              present1 = static_cast<__mmask16>((1u << upper.count) - 1)](auto& tile, int64_t row, int64_t) {
+              present1 = static_cast<__mmask16>((1u << upper.count) - 1)](auto& tile, int64_t row, int64_t) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
                map_tile(tile, [&](Vec<float> x, int r, int v) {
                  const __m256i values = (__m256i)_mm512_maskz_cvtneps_pbh(v == 0 ? present0 : present1, x.native);
@@ -176,7 +179,7 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
   });
   clear_padding<P>(scratch.attention, inner);
   const auto add_to_rows = [&](const float* bias) {
-    return [bias, rows](auto& tile, int64_t row, int64_t lane) {
+    return [bias, rows](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
       add_bias(tile, bias, row);
       add_to_panel(rows, row, lane, tile);
     };
@@ -186,7 +189,7 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
   layer_norm<P>(scratch.normalised, rows, width, layer.norm2_weight, layer.norm2_bias, shape.eps, lanes);
   clear_padding<P>(scratch.normalised, width);
   product<P>(static_cast<const bfloat16*>(layer.fc1_weight), weight_ld<P>(width), scratch.normalised, hidden, width,
-             lanes, [bias = layer.fc1_bias, to = scratch.hidden](auto& tile, int64_t row, int64_t lane) {
+             lanes, [bias = layer.fc1_bias, to = scratch.hidden](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
                map_tile(tile, [](Vec<float> x, int, int) { return silu_for<P>(x); });
                store_operand(to, kLanes, row, lane, kLanes - lane, tile);
