@@ -61,6 +61,7 @@ struct TransformerKernels {
   // matrices are read as they are.
   std::size_t (*matrix_bytes)(int64_t rows, int64_t columns);
   void (*pack)(const void* matrix, int64_t rows, int64_t columns, void* packed);
+  int64_t lanes_of_a_unit;  // that pay for reading the weights once
 };
 
 // Dispatch table, one entry per arithmetic: `single` is float32 throughout (maps may be bfloat16), `pairs` multiplies

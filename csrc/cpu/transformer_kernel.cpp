@@ -266,12 +266,12 @@ std::size_t matrix_bytes(int64_t rows, int64_t columns) {
 #define MVIT_TRANSFORMER_KERNELS(P, E)                                                                       \
   {                                                                                                          \
     MVIT_ISA::unit_lanes, MVIT_ISA::unit_bytes<MVIT_ISA::P>, MVIT_ISA::step_bytes<MVIT_ISA::P>,              \
-        MVIT_ISA::steps, MVIT_ISA::step<MVIT_ISA::P, E>, MVIT_ISA::matrix_bytes<MVIT_ISA::P>, nullptr        \
+        MVIT_ISA::steps, MVIT_ISA::step<MVIT_ISA::P, E>, MVIT_ISA::matrix_bytes<MVIT_ISA::P>, nullptr, 64    \
   }
 #define MVIT_TRANSFORMER_KERNELS_ON_TILES(P, E)                                                              \
   {                                                                                                          \
     MVIT_ISA::unit_lanes, MVIT_ISA::tile_unit_bytes, MVIT_ISA::tile_step_bytes, MVIT_ISA::steps,             \
-        MVIT_ISA::step_on_tiles<E>, MVIT_ISA::packed_matrix_bytes, MVIT_ISA::pack_matrix                     \
+        MVIT_ISA::step_on_tiles<E>, MVIT_ISA::packed_matrix_bytes, MVIT_ISA::pack_matrix, 256                \
   }
 #if defined(MVIT_TILES)
 #define MVIT_TRANSFORMER_PAIR_KERNELS MVIT_TRANSFORMER_KERNELS_ON_TILES
