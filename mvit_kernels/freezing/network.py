@@ -95,7 +95,9 @@ class Builder:
         for width in widths:
             starts.append(starts[-1] + (-(-width // _TILE) * _TILE if self.tiles else width))
         whole = self.value(starts[-2] + widths[-1], border)
-        self.parts[whole.value] = [whole._replace(offset=at, channels=width) for at, width in zip(starts, widths, strict=False)]
+        self.parts[whole.value] = [
+            whole._replace(offset=at, channels=width) for at, width in zip(starts, widths, strict=False)
+        ]
         return self.parts[whole.value]
 
     def whole(self, part: Place) -> Place:
@@ -244,7 +246,9 @@ class Builder:
 
     def _matrix(self, values: Tensor, parts: int) -> int:
         matrix = self._as_matrix(values)
-        return self._add(matrix if self.odd else _packer("matrix")(matrix, parts))  # odd: it is built again, without pairs
+        return self._add(
+            matrix if self.odd else _packer("matrix")(matrix, parts)
+        )  # odd: it is built again, without pairs
 
     def _as_matrix(self, values: Tensor) -> Tensor:
         return values.detach().to(torch.bfloat16 if self.pairs else torch.float32).contiguous()

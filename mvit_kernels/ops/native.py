@@ -55,8 +55,8 @@ def _pack_matrix(weight, parts):
     return weight.new_empty(rows * width * weight.element_size(), dtype=torch.uint8)
 
 
-# Bytes, as csrc/cpu/convolution_kernel.cpp, inverted_residual_kernel.cpp, tile_pixels.h and tile_weights.h count them: parts start on
-# multiples of 64.
+# Bytes, as csrc/cpu/convolution_kernel.cpp, inverted_residual_kernel.cpp, tile_pixels.h and tile_weights.h count them:
+# parts start on multiples of 64.
 
 
 def _on_tiles(weight):
