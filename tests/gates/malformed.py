@@ -159,7 +159,10 @@ class Sentinel:
         self.calls = [well_formed(name, backend, r) for name in operators(backend) for _ in range(3)]
         self.expected = [_tensors(call()) for call in self.calls]
         for call, values in zip(self.calls, self.expected, strict=True):
-            of_statistics = call.operator in ("layer_norm_linear_backward", "layer_norm_mlp_backward")  # not x's here
+            # Statistics that are not x's: CPU kernels correct them, and a lone token's score takes no gradient.
+            of_statistics = call.operator in ("layer_norm_linear_backward", "layer_norm_mlp_backward")
+            of_statistics |= (call.operator, backend) == ("layer_norm_backward", "cpu")
+            of_statistics |= call.operator == "patch_attention_backward" and call.arguments[3].shape[-1] == 1
             if call.operator not in NATIVE and backend != "reference" and not of_statistics:
                 for ours, right in zip(values, _tensors(call._replace(backend="reference")()), strict=True):
                     tolerance = 3e-2 if "16" in str(ours.dtype) else 1e-3
