@@ -2,7 +2,7 @@
 """csrc/cpu on another processor: compiled for it, and run by an emulator of it.
 
 Example:
-    >>> with machine("aarch64"):                                  # or "x86_64", the same without an emulator
+    >>> with machine("aarch64"):
     ...     check("patch_attention", dict(…), path="cpu")         # any code: C++ operators inside run over there
 
 What runs is every source of csrc/cpu as its CMakeLists.txt compiles it, kernels and fronts, as a program without torch
@@ -10,8 +10,8 @@ What runs is every source of csrc/cpu as its CMakeLists.txt compiles it, kernels
 strides, alignment and all, and receives the results. It fails if an argument was written, or memory around a tensor;
 memory that nothing wrote is NaN. Threads run one after another, each with its own share of the work.
 
-A compiler is a cross compiler of the system's or the ``ziglang`` package; an emulator is qemu's or the ``unicorn``
-package (`support.user_mode`). Where one is missing the tests are skipped, and say what to install.
+The compiler is a cross compiler of the system's or the ``ziglang`` package, the emulator qemu's user mode. Where one is
+missing the tests are skipped, and say what to install.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import ctypes
 import functools
 import importlib.util
 import os
-import platform
 import re
 import shutil
 import struct
@@ -144,10 +143,9 @@ def _tensor(tensor: torch.Tensor) -> bytes:
 def why_not(processor: str) -> str:
     """Why there is no machine of that processor here, and what to install; "" if there is one."""
     if _compiler(processor) is None:
-        install = "apt install g++-aarch64-linux-gnu, or pip install ziglang"
-        return f"no compiler for {processor}: {install if processor == 'aarch64' else 'g++ or clang++'}"
+        return f"no compiler for {processor}: apt install g++-{processor}-linux-gnu, or pip install ziglang"
     if _emulator(processor) is None:
-        return f"no emulator of {processor}: apt install qemu-user, or pip install unicorn"
+        return f"no emulator of {processor}: apt install qemu-user"
     return ""
 
 
@@ -156,27 +154,17 @@ def _compiler(processor: str) -> list[str] | None:
     named = os.environ.get(f"MVIT_KERNELS_CXX_{processor.upper()}", "").split()
     if named:
         return named
-    if processor == platform.machine():
-        found = [name for name in ("g++", "clang++") if shutil.which(name)]
-    else:
-        found = [name for name in (f"{processor}-linux-gnu-g++",) if shutil.which(name)]
-    if found:
-        return [shutil.which(found[0])]
+    system = shutil.which(f"{processor}-linux-gnu-g++")
+    if system:
+        return [system]
     zig = importlib.util.find_spec("ziglang")
     if zig is None:
         return None
     return [str(Path(zig.submodule_search_locations[0], "zig")), "c++", "-target", f"{processor}-linux-musl"]
 
 
-def _emulator(processor: str) -> list[str] | None:
-    if processor == platform.machine():
-        return []
-    qemu = shutil.which(f"qemu-{processor}") or shutil.which(f"qemu-{processor}-static")
-    if qemu:
-        return [qemu]
-    if processor == "aarch64" and importlib.util.find_spec("unicorn"):
-        return [sys.executable, str(TESTS / "support" / "user_mode.py")]
-    return None
+def _emulator(processor: str) -> str | None:
+    return shutil.which(f"qemu-{processor}") or shutil.which(f"qemu-{processor}-static")
 
 
 @functools.cache
@@ -197,8 +185,6 @@ def build(processor: str) -> Path:
     # The portable set alone: on this processor the others have tests of their own, on another they do not compile.
     listed = (ROOT / "csrc" / "cpu" / "CMakeLists.txt").read_text()
     settings |= {f"COMPILES_FOR_{isa}": "OFF" for isa in re.findall(r"^instruction_set\((\w+)", listed, re.M)}
-    if processor == platform.machine():
-        settings["CMAKE_BUILD_TYPE"] = "Debug"  # it is compiled in a third of the time, and proves the program as well
     configure = [_tool("cmake", "CMAKE_BIN_DIR"), "-G", "Ninja", "-S", str(ROOT / "csrc" / "cpu"), "-B", str(folder)]
     with _locked(folder):
         for command in (
@@ -232,7 +218,7 @@ def machine(processor: str) -> Iterator[Machine]:
     reason = why_not(processor)
     if reason:
         pytest.skip(reason)
-    served = Machine([*_emulator(processor), str(build(processor))])
+    served = Machine([_emulator(processor), str(build(processor))])
     try:
         with mock.patch.object(cpu, "_ask", lambda what, kind=int: served.facts[what]), served:
             yield served

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """csrc/cpu on aarch64, compiled for it and run by an emulator: every operator, and a whole frozen network whose weights
 are packed there. `support.other_machine` says how, and why nothing is to be seen here of time.
-
-``MVIT_KERNELS_ON=aarch64`` (`make test-aarch64`) runs any test of the C++ operators there.
 """
 
 from __future__ import annotations
