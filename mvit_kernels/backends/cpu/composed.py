@@ -43,6 +43,7 @@ _FLOAT32 = {
     "linear_residual_backward": Case(512, 64, 240)
 }  # 1.0 to 1.5; the others 0.7 to 1.2, or for one of 1 and 2 threads
 FASTER: dict[str, dict[torch.dtype, dict[str, Case]]] = {
+    "amx": {F32: _FLOAT32},  # which has the float32 kernels of avx512; bfloat16's are ours at every shape
     "avx512": {
         F32: _FLOAT32,
         BF16: {
