@@ -11,14 +11,14 @@ namespace MVIT_ISA {
 
 template <typename P>
 struct LayerNormLinearScratch {
-  typename P::Value *panel, *out;  // [round_up(channels, size)][kLanes], [kOutChannels][kLanes]
-  typename P::Operand* normalised;
+  typename P::Value* panel;  // [round_up(channels, size)][kLanes]
+  typename P::Operand *out, *normalised;  // `out` of kOutChannels
   std::size_t end;
 
   LayerNormLinearScratch(const LayerNormLinear& args, void* memory) {
     Pieces pieces(memory);
     panel = pieces.take<typename P::Value>(round_up(args.channels, Vec<typename P::Value>::size) * kLanes);
-    out = pieces.take<typename P::Value>(kOutChannels * kLanes);
+    out = take_operand<P>(pieces, kOutChannels<P>);
     normalised = operand_beside<P>(pieces, panel, args.channels);
     end = pieces.next;
   }
@@ -65,16 +65,16 @@ MVIT_INLINE void forward_block(const LayerNormLinear& args, int64_t index, const
   std::memcpy(static_cast<T*>(args.mean) + block.first, mean, sizeof(T) * block.count);
   std::memcpy(static_cast<T*>(args.rstd) + block.first, rstd, sizeof(T) * block.count);
 
-  for (int64_t begin = 0; begin < args.out_channels; begin += kOutChannels) {
-    const int64_t count = smaller(kOutChannels, args.out_channels - begin);
+  for (int64_t begin = 0; begin < args.out_channels; begin += kOutChannels<P>) {
+    const int64_t count = smaller(kOutChannels<P>, args.out_channels - begin);
     const T* const bias = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + begin;
     weight.product(scratch.normalised, begin, count, block.lanes,
                    [bias, silu_wanted = args.silu, out = scratch.out](auto& tile, int64_t row, int64_t lane) {
                      add_bias(tile, bias, row);
-                     if (silu_wanted) map_tile(tile, [](Vec<T> x, int, int) { return silu(x); });
-                     store_tile(out + row * kLanes + lane, kLanes, tile);
+                     if (silu_wanted) map_tile(tile, [](Vec<T> x, int, int) { return silu_for<P>(x); });
+                     store_operand(out, kLanes, row, lane, kLanes - lane, tile);
                    });
-    write_columns(tokens_of<E>(args.out, begin), block.first, block.count, count, scratch.out, kLanes);
+    write_results<P, E>(args.out, block, count, begin, scratch.out);
   }
 }
 
@@ -110,13 +110,14 @@ struct LayerNormLinearBackwardScratch {
   using T = typename P::Value;
   T *normalised, *grad_x;           // [round_up(channels, size)][kLanes]
   T* grad;                          // [round_up(out_channels, size)][kLanes]
-  typename P::Operand *norm, *grad_operand;
+  typename P::Operand *norm, *grad_operand, *result;
   std::size_t end;
 
   LayerNormLinearBackwardScratch(const LayerNormLinearBackward& args, typename P::Weight* left, void* memory) {
     Pieces pieces(memory);
     normalised = pieces.take<T>(round_up(args.channels, Vec<T>::size) * kLanes);
     grad_x = pieces.take<T>(round_up(args.channels, Vec<T>::size) * kLanes);
+    result = operand_beside<P>(pieces, grad_x, result_channels<P>(args.channels));
     norm = take_operand<P>(pieces, args.channels);
     grad = values_of_left<P>(pieces, left, args.out_channels);
     grad_operand = operand_of_left<P>(pieces, left, args.out_channels);
@@ -171,7 +172,7 @@ MVIT_INLINE void backward_block(const LayerNormLinearBackward& args, const RowSt
           add_bias(tile, bias, row);
           const T* const at = grad + row * kLanes + lane;
           map_tile(tile, [at](Vec<T> x, int r, int v) {
-            return silu_backward(load(at + r * kLanes + v * Vec<T>::size), x);
+            return Sigmoid<P>(x).silu_backward(load(at + r * kLanes + v * Vec<T>::size), x);
           });
           store_left_and_operand<P>(left, operand, row, lane, tile);
         });
@@ -179,9 +180,9 @@ MVIT_INLINE void backward_block(const LayerNormLinearBackward& args, const RowSt
   store_right_normalised<P, E>(shared.gradient, index * kLanes, args.x, block, normalisers, norm_weight, norm_bias);
 
   shared.transposed.product(scratch.grad_operand, 0, channels, block.lanes, store_in<T>(scratch.grad_x));
-  layer_norm_backward(scratch.grad_x, scratch.normalised, normalisers.rstd, channels, norm_weight, block.lanes,
-                      shared.norm.of(index, 0), shared.norm.of(index, 1));
-  write_columns(tokens_of<E>(args.grad_x), block.first, block.count, channels, scratch.grad_x, kLanes);
+  layer_norm_backward<P, T>(scratch.result, scratch.grad_x, nullptr, scratch.normalised, normalisers.rstd, channels,
+                            norm_weight, block.lanes, shared.norm.of(index, 0), shared.norm.of(index, 1));
+  write_results<P, E>(args.grad_x, block, channels, 0, scratch.result);
 }
 
 template <typename P, typename E>

@@ -11,8 +11,8 @@ namespace MVIT_ISA {
 
 template <typename P>
 struct LayerNormMlpScratch {
-  typename P::Value* panel;  // [round_up(channels, size)][kLanes]: x, then the result
-  typename P::Operand *normalised, *hidden;
+  typename P::Value* panel;  // [round_up(channels, size)][kLanes]: x
+  typename P::Operand *normalised, *hidden, *result;
   std::size_t end;
 
   LayerNormMlpScratch(const LayerNormMlp& args, void* memory) {
@@ -20,6 +20,7 @@ struct LayerNormMlpScratch {
     panel = pieces.take<typename P::Value>(round_up(args.channels, Vec<typename P::Value>::size) * kLanes);
     normalised = take_operand<P>(pieces, args.channels);
     hidden = take_operand<P>(pieces, args.hidden);
+    result = operand_beside<P>(pieces, panel, result_channels<P>(args.channels));
     end = pieces.next;
   }
 };
@@ -74,16 +75,17 @@ MVIT_INLINE void forward_block(const LayerNormMlp& args, int64_t index, const La
                       [bias = static_cast<const T*>(args.fc1_bias), out = scratch.hidden](auto& tile, int64_t row,
                                                                                           int64_t lane) {
                         add_bias(tile, bias, row);
-                        map_tile(tile, [](Vec<T> x, int, int) { return silu(x); });
+                        map_tile(tile, [](Vec<T> x, int, int) { return silu_for<P>(x); });
                         store_operand(out, kLanes, row, lane, kLanes - lane, tile);
                       });
   weights.fc2.product(scratch.hidden, 0, args.channels, block.lanes,
-                      [bias = static_cast<const T*>(args.fc2_bias), panel = scratch.panel](auto& tile, int64_t row,
-                                                                                           int64_t lane) {
+                      [bias = static_cast<const T*>(args.fc2_bias), panel = scratch.panel, out = scratch.result](
+                          auto& tile, int64_t row, int64_t lane) {
                         add_bias(tile, bias, row);
-                        add_to_panel(panel, row, lane, tile);
+                        add_tile(tile, panel + row * kLanes + lane, kLanes);
+                        store_operand(out, kLanes, row, lane, kLanes - lane, tile);
                       });
-  write_columns(tokens_of<E>(args.out), block.first, block.count, args.channels, scratch.panel, kLanes);
+  write_results<P, E>(args.out, block, args.channels, 0, scratch.result);
 }
 
 template <typename P, typename E>
@@ -124,7 +126,7 @@ struct LayerNormMlpBackwardScratch {
   T *normalised, *grad, *grad_x;  // [round_up(channels, size)][kLanes]
   typename P::Operand *norm, *grad_operand;
   T* before;  // [round_up(hidden, size)][kLanes], pre-activation; shares memory with the hidden rows where possible
-  typename P::Operand* grad_hidden;
+  typename P::Operand *grad_hidden, *result;
   std::size_t end;
 
   LayerNormMlpBackwardScratch(const LayerNormMlpBackward& args, typename P::Weight* left_hidden,
@@ -134,6 +136,7 @@ struct LayerNormMlpBackwardScratch {
     normalised = pieces.take<T>(panel);
     grad = pieces.take<T>(panel);
     grad_x = pieces.take<T>(panel);
+    result = operand_beside<P>(pieces, grad_x, result_channels<P>(args.channels));
     norm = take_operand<P>(pieces, args.channels);
     grad_operand = operand_beside<P>(pieces, grad, args.channels);
     before = values_of_left<P>(pieces, left_hidden, args.hidden);
@@ -170,7 +173,6 @@ template <typename P, typename E>
 MVIT_INLINE void backward_block(const LayerNormMlpBackward& args, const RowStep& step, int64_t index,
                                 const LayerNormMlpShared<P>& shared, void* memory) {
   using T = typename P::Value;
-  constexpr int64_t size = Vec<T>::size;
   const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
   auto *const left_grad = shared.fc1.left_of(index, block), *const left_hidden = shared.fc2.left_of(index, block);
   const LayerNormMlpBackwardScratch<P> scratch(args, left_hidden, left_grad, memory);
@@ -201,20 +203,18 @@ MVIT_INLINE void backward_block(const LayerNormMlpBackward& args, const RowStep&
         std::remove_reference_t<decltype(grad)> hidden_rows;
         const T* const at = before + row * kLanes + lane;
         map_tile(grad, [at, &hidden_rows](Vec<T> g, int r, int v) {
-          const Vec<T> x = load(at + r * kLanes + v * size), one(T(1));
-          const Vec<T> sigmoid = one / (one + exp(-x));
-          hidden_rows[r][v] = x * sigmoid;
-          return g * sigmoid * fma(x, one - sigmoid, one);
+          const Vec<T> x = load(at + r * kLanes + v * Vec<T>::size);
+          const Sigmoid<P> sigmoid(x);
+          hidden_rows[r][v] = x * sigmoid.value;
+          return sigmoid.silu_backward(g, x);
         });
         store_left(left_hidden, row, lane, hidden_rows);
         store_left_and_operand<P>(left_grad, operand, row, lane, grad);
       });
   shared.fc1_transposed.product(scratch.grad_hidden, 0, channels, block.lanes, store_in<T>(scratch.grad_x));
-  layer_norm_backward(scratch.grad_x, scratch.normalised, normalisers.rstd, channels, norm_weight, block.lanes,
-                      shared.sums.of(index, 0), shared.sums.of(index, 1));
-  for (int64_t i = 0; i < channels * kLanes; i += size)
-    store(scratch.grad_x + i, load(scratch.grad_x + i) + load(scratch.grad + i));
-  write_columns(tokens_of<E>(args.grad_x), block.first, block.count, channels, scratch.grad_x, kLanes);
+  layer_norm_backward<P>(scratch.result, scratch.grad_x, scratch.grad, scratch.normalised, normalisers.rstd, channels,
+                         norm_weight, block.lanes, shared.sums.of(index, 0), shared.sums.of(index, 1));
+  write_results<P, E>(args.grad_x, block, channels, 0, scratch.result);
 }
 
 template <typename P, typename E>

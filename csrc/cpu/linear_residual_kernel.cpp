@@ -12,13 +12,13 @@ namespace MVIT_ISA {
 template <typename P>
 struct LinearResidualScratch {
   typename P::Operand* operand;  // of round_up(channels, size)
-  typename P::Value* out;        // [kOutChannels][kLanes]
+  typename P::Operand* out;      // of kOutChannels
   std::size_t end;
 
   LinearResidualScratch(const LinearResidual& args, void* memory) {
     Pieces pieces(memory);
     operand = take_operand<P>(pieces, round_up(args.channels, Vec<typename P::Value>::size));
-    out = pieces.take<typename P::Value>(kOutChannels * kLanes);
+    out = take_operand<P>(pieces, kOutChannels<P>);
     end = pieces.next;
   }
 };
@@ -59,20 +59,28 @@ MVIT_INLINE void forward_block(const LinearResidual& args, int64_t index, const 
   const Block<T> block(index * kLanes, args.count);
   read_operand<P, E>(scratch.operand, args.x, block, args.channels);
   const E* residual[kLanes];
-  tokens_of<const E>(args.residual).for_each(block.first, block.count, [&](const E* p, int64_t i) { residual[i] = p; });
+  if constexpr (P::kStep == 1)
+    tokens_of<const E>(args.residual)
+        .for_each(block.first, block.count, [&](const E* p, int64_t i) { residual[i] = p; });
 
-  for (int64_t begin = 0; begin < args.out_channels; begin += kOutChannels) {
-    const int64_t count = smaller(kOutChannels, args.out_channels - begin);
+  for (int64_t begin = 0; begin < args.out_channels; begin += kOutChannels<P>) {
+    const int64_t count = smaller(kOutChannels<P>, args.out_channels - begin);
     const T* const bias = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + begin;
+    // The residual is added where it costs least: to floats when they are written, to pairs before they are rounded.
+    if constexpr (P::kStep > 1) read_pairs(scratch.out, args.residual, block, count, begin);
     weight.product(scratch.operand, begin, count, block.lanes,
                    [bias, out = scratch.out](auto& tile, int64_t row, int64_t lane) {
                      add_bias(tile, bias, row);
-                     store_tile(out + row * kLanes + lane, kLanes, tile);
+                     if constexpr (P::kStep > 1) add_operand(tile, out, row, lane);
+                     store_operand(out, kLanes, row, lane, kLanes - lane, tile);
                    });
-    write_columns(tokens_of<E>(args.out, begin), block.first, block.count, count, scratch.out, kLanes,
-                  [&](Vec<T> x, int64_t i, int64_t c, int width) {
-                    return load_first(residual[i] + begin + c, width) + x;
-                  });
+    if constexpr (P::kStep > 1)
+      write_results<P, E>(args.out, block, count, begin, scratch.out);
+    else
+      write_columns(tokens_of<E>(args.out, begin), block.first, block.count, count, scratch.out, kLanes,
+                    [&](Vec<T> x, int64_t i, int64_t c, int width) {
+                      return load_first(residual[i] + begin + c, width) + x;
+                    });
   }
 }
 
@@ -102,13 +110,12 @@ struct LinearResidualShared {
 template <typename P>
 struct LinearResidualBackwardScratch {
   using T = typename P::Value;
-  T* grad_x;  // [round_up(channels, size)][kLanes]
-  typename P::Operand* grad_operand;
+  typename P::Operand *grad_x, *grad_operand;
   std::size_t end;
 
   LinearResidualBackwardScratch(const LinearResidualBackward& args, typename P::Weight* left, void* memory) {
     Pieces pieces(memory);
-    grad_x = pieces.take<T>(round_up(args.channels, Vec<T>::size) * kLanes);
+    grad_x = take_operand<P>(pieces, result_channels<P>(args.channels));
     grad_operand = operand_of_left<P>(pieces, left, args.out_channels);
     end = pieces.next;
   }
@@ -144,8 +151,8 @@ MVIT_INLINE void backward_block(const LinearResidualBackward& args, const RowSte
 
   read_left_and_operand<P, E>(left, scratch.grad_operand, args.grad_out, block, args.out_channels);
   store_right<P, E>(shared.gradient, index * kLanes, args.x, block, [](Vec<T> x, int64_t, int64_t, int) { return x; });
-  shared.transposed.product(scratch.grad_operand, 0, args.channels, block.lanes, store_in<T>(scratch.grad_x));
-  write_columns(tokens_of<E>(args.grad_x), block.first, block.count, args.channels, scratch.grad_x, kLanes);
+  shared.transposed.product(scratch.grad_operand, 0, args.channels, block.lanes, store_results<P>(scratch.grad_x));
+  write_results<P, E>(args.grad_x, block, args.channels, 0, scratch.grad_x);
 }
 
 template <typename P, typename E>

@@ -11,11 +11,29 @@
 namespace mvit {
 namespace MVIT_ISA {
 
-template <typename T>
-MVIT_INLINE Vec<T> silu_backward(Vec<T> grad, Vec<T> x) {
-  const Vec<T> one(T(1)), sigmoid = one / (one + exp(-x));
-  return grad * sigmoid * fma(x, one - sigmoid, one);
-}
+// σ(x) and 1 - σ(x), at the accuracy that P needs (see silu_for). Cheaply, the second is e^-x σ(x): its error is relative
+// to it, not to 1, since it is multiplied with x. Exponents are limited so that e^-x stays finite.
+template <typename P>
+struct Sigmoid {
+  using T = typename P::Value;
+  Vec<T> value, rest;
+
+  explicit MVIT_INLINE Sigmoid(Vec<T> x) {
+    const Vec<T> one(T(1));
+#if defined(MVIT_BF16_PAIRS)
+    if constexpr (sizeof(typename P::Weight) == 2) {
+      const Vec<float> e = exp2_for<P>(minimum(Vec<float>(126.0f), x * Vec<float>(-1.44269504f)));
+      value = Vec<float>(_mm512_maskz_rcp14_ps(-1, (one + e).native));
+      rest = e * value;
+      return;
+    }
+#endif
+    value = one / (one + exp(-x));
+    rest = one - value;
+  }
+
+  MVIT_INLINE Vec<T> silu_backward(Vec<T> grad, Vec<T> x) const { return grad * value * fma(x, rest, Vec<T>(T(1))); }
+};
 
 // ---- sums over lanes ------------------------------------------------------------------------------------------------
 
@@ -105,13 +123,14 @@ MVIT_INLINE void scale_and_shift(typename P::Operand* operand, const typename P:
     });
 }
 
-// In place: the gradient of LN(x) becomes the gradient of x. Also computes the block's sums for the gradients of LN's
-// weight and bias. `grad` must be zero in lanes without a row. The mean is clamped between the smallest and the largest
+// out = the gradient of x, from `grad`, that of LN(x), which is overwritten; plus `residual`, a panel, if it is not null.
+// Also computes the block's sums for the gradients of LN's weight and bias. `grad` must be zero in lanes without a row. The mean is clamped between the smallest and the largest
 // value: the mean of equal values is then exactly that value, and the gradient of x is exactly 0 where it should be,
 // e.g. for rows of one column.
-template <typename T>
-MVIT_INLINE void layer_norm_backward(T* grad, const T* normalised, const T* rstd, int64_t channels, const T* weight,
-                                     int64_t lanes, T* weight_sums, T* bias_sums) {
+template <typename P, typename T = typename P::Value>
+MVIT_INLINE void layer_norm_backward(typename P::Operand* out, T* grad, const T* residual, const T* normalised,
+                                     const T* rstd, int64_t channels, const T* weight, int64_t lanes, T* weight_sums,
+                                     T* bias_sums) {
   constexpr int size = Vec<T>::size;
   const auto grad_of = [&](int64_t c, int64_t lane) { return load(grad + c * kLanes + lane); };
   const auto normalised_of = [&](int64_t c, int64_t lane) { return load(normalised + c * kLanes + lane); };
@@ -139,9 +158,11 @@ MVIT_INLINE void layer_norm_backward(T* grad, const T* normalised, const T* rstd
     }
     const Vec<T> mean = minimum(greatest[0], maximum(least[0], sums[0] / count)), slope = sums[1] / count;
     const Vec<T> r = load(rstd + lane);
-    for (int64_t c = 0; c < channels; ++c)
-      store(grad + c * kLanes + lane,
-            (grad_of(c, lane) - mean - normalised_of(c, lane) * slope) * r);
+    const auto value = [&](int64_t c) { return (grad_of(c, lane) - mean - normalised_of(c, lane) * slope) * r; };
+    if (residual == nullptr)
+      fill_operand<P>(out, channels, lane, value);
+    else
+      fill_operand<P>(out, channels, lane, [&](int64_t c) { return value(c) + load(residual + c * kLanes + lane); });
   }
 }
 

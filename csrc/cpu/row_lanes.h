@@ -11,9 +11,10 @@ namespace MVIT_ISA {
 
 static_assert(kBlockRows == kLanes);
 
-// Output channels that a product leaves in L1 before they are written: 12 KB of float. A multiple of every tile's rows
-// and of every vector size.
-constexpr int64_t kOutChannels = 96;
+// Output channels that a product leaves in L1 before they are written: 12 KB. A multiple of every tile's rows and of
+// every vector size.
+template <typename P>
+constexpr int64_t kOutChannels = 96 * P::kStep;
 
 // Bump allocator over one block of memory; each piece starts on a cache line. Constructed from null it only counts
 // bytes.
@@ -76,13 +77,14 @@ MVIT_INLINE void store_operand_of(typename P::Operand* operand, const typename P
 #if defined(MVIT_BF16_PAIRS)
 // operand [channels / 2][kLanes] = the block's rows, zero in lanes without a row. Transposes 32-bit words of two
 // channels.
-MVIT_INLINE void read_pairs(bf16x2* operand, const Rows& rows, const Block<float>& block, int64_t channels) {
+MVIT_INLINE void read_pairs(bf16x2* operand, const Rows& rows, const Block<float>& block, int64_t channels,
+                            int64_t first_channel = 0) {
   constexpr int size = Vec<float>::size;
   for (int64_t i0 = 0; i0 < block.lanes; i0 += size) {
     const bfloat16* row[size] = {};
     const int64_t present = smaller(size, block.count - i0);
-    tokens_of<const bfloat16>(rows).for_each(block.first + i0, present,
-                                             [&](const bfloat16* p, int64_t i) { row[i] = p; });
+    tokens_of<const bfloat16>(rows, first_channel)
+        .for_each(block.first + i0, present, [&](const bfloat16* p, int64_t i) { row[i] = p; });
     for (int64_t c0 = 0; c0 < channels; c0 += 2 * size) {
       const int width = static_cast<int>(smaller(size, (channels - c0) / 2));
       Vec<float> tile[size];
@@ -96,7 +98,69 @@ MVIT_INLINE void read_pairs(bf16x2* operand, const Rows& rows, const Block<float
     }
   }
 }
+
+// The way back: channels [first_channel, first_channel + channels) of the block's rows = panel, which has the rows of
+// whole vectors of pairs.
+MVIT_INLINE void write_pairs(const Rows& rows, const Block<float>& block, int64_t channels, int64_t first_channel,
+                             const bf16x2* panel) {
+  constexpr int size = Vec<float>::size;
+  for (int64_t i0 = 0; i0 < block.count; i0 += size) {
+    bfloat16* row[size] = {};
+    const int64_t present = smaller(size, block.count - i0);
+    tokens_of<bfloat16>(rows, first_channel).for_each(block.first + i0, present,
+                                                      [&](bfloat16* p, int64_t i) { row[i] = p; });
+    for (int64_t c0 = 0; c0 < channels; c0 += 2 * size) {
+      const int width = static_cast<int>(smaller(size, (channels - c0) / 2));
+      Vec<float> tile[size];
+#pragma GCC unroll 16
+      for (int i = 0; i < size; ++i) tile[i] = load(reinterpret_cast<const float*>(panel + (c0 / 2 + i) * kLanes + i0));
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < size; ++i)
+        if (i < present) store_first(reinterpret_cast<float*>(row[i] + c0), tile[i], width);
+    }
+  }
+}
+
+// tile += panel[row …][lane …]
+template <int R, int V>
+MVIT_INLINE void add_operand(Vec<float> (&tile)[R][V], const bf16x2* panel, int64_t row, int64_t lane) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r += 2)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      NativeBits bits;
+      std::memcpy(&bits, panel + (row + r) / 2 * kLanes + lane + v * Vec<float>::size, sizeof bits);
+      tile[r][v] = tile[r][v] + Vec<float>(Vec<float>::Native(bits << 16));
+      if (r + 1 < R) tile[r + 1][v] = tile[r + 1][v] + Vec<float>(Vec<float>::Native(bits & 0xffff0000u));
+    }
+}
 #endif
+
+// Memory for results as operands hold them, in the rows that write_results reads. Pairs are rounded before they are
+// transposed, so half as much is.
+template <typename P>
+MVIT_INLINE int64_t result_channels(int64_t channels) {
+  return round_up(channels, P::kStep * Vec<typename P::Value>::size);
+}
+
+// Channels [first_channel, first_channel + channels) of the block's rows = results.
+template <typename P, typename E>
+MVIT_INLINE void write_results(const Rows& rows, const Block<typename P::Value>& block, int64_t channels,
+                               int64_t first_channel, const typename P::Operand* results) {
+  if constexpr (P::kStep == 1)
+    write_columns(tokens_of<E>(rows, first_channel), block.first, block.count, channels, results, kLanes);
+  else
+    write_pairs(rows, block, channels, first_channel, results);
+}
+
+// An epilogue that stores its results for write_results.
+template <typename P>
+MVIT_INLINE auto store_results(typename P::Operand* results) {
+  return [results](auto& tile, int64_t row, int64_t lane) {
+    store_operand(results, kLanes, row, lane, kLanes - lane, tile);
+  };
+}
 
 // Reads the block's rows as an operand; zero in lanes without a row.
 template <typename P, typename E>
