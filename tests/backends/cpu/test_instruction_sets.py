@@ -31,7 +31,8 @@ OPERATORS = (
 )
 OPERATORS_TESTS = [TESTS / "ops" / f"test_{name}.py" for name in OPERATORS]
 OWN_TESTS = [
-    HERE / f"test_{name}.py" for name in ("backend", "rows", "exactness", "reach", "subnormals", "instruction_sets")
+    HERE / f"test_{name}.py"
+    for name in ("backend", "rows", "exactness", "reach", "stack", "subnormals", "instruction_sets")
 ]
 NETWORK_TESTS = [TESTS / "freezing" / "test_network.py"]
 

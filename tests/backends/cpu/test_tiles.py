@@ -12,6 +12,7 @@ import torch
 import mvit_kernels
 from mvit_kernels.backends import cpu
 from support import TESTS
+from support.cases import call, convert, make
 from support.native import skip_without_a_compiler
 from support.networks import Draw, chain, native
 
@@ -37,6 +38,14 @@ INVERTED_RESIDUALS = (
 )
 
 
+TRANSFORMERS = (
+    dict(shape=(1, 12, 14, 64), heads=4, patch=(2, 2), layers=2),
+    dict(shape=(2, 6, 34, 72), heads=2, patch=(1, 1), layers=1),
+    dict(shape=(3, 14, 14, 60), heads=1, patch=(2, 2), layers=1),
+    dict(shape=(1, 4, 6, 24), heads=2, head_dim=80, patch=(2, 2), layers=1),
+)
+
+
 def inverted_residual(x, draw, hidden, out, **settings):
     shapes = (hidden, x.shape[3]), (hidden,), (hidden, 1, 3, 3), (hidden,), (out, hidden), (out,)
     residual = settings["stride"] == 1 and x.shape[3] == out
@@ -57,6 +66,9 @@ def results():
         )
         rows = draw(2, *size, inp).bfloat16()
         yield inverted_residual(rows, draw, hidden, out, stride=stride, dilation=dilation)
+    for sizes in TRANSFORMERS:
+        tensors, settings = make("transformer", sizes)
+        yield call("transformer", convert(tensors, torch.bfloat16), settings, "cpu")
     module, draw = chain()
     yield native(module.bfloat16(), draw(2, 3, 33, 30).bfloat16())
 

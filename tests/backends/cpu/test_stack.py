@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`transformer` beyond its operator's tests: token counts around tiles, blocks and parts of a sequence, heads of every
+width, and bits that depend neither on threads nor on the sequences that share a block."""
+
+import pytest
+import torch
+
+from support.cases import call, convert, make
+from support.checks import check
+from support.native import skip_without_a_compiler
+
+skip_without_a_compiler()
+
+OP = "transformer"
+SIZES = [
+    # map, head_dim: one token, a tile of them, one less and more than a block, part of a sequence (128) or two of these
+    ((1, 1), 16),
+    ((4, 4), 60),
+    ((1, 31), 20),
+    ((3, 11), 36),
+    ((7, 7), 48),
+    ((8, 16), 64),
+    ((3, 43), 34),
+    ((15, 17), 36),
+    ((16, 17), 100),
+    ((6, 50), 2),
+]
+DTYPES = ["float32", "bfloat16"]
+
+
+def stack(size, head_dim, images=1, **others):
+    width = 2 * head_dim if head_dim > 2 else 24
+    return dict(shape=(images, *size, width), heads=2, head_dim=head_dim, patch=(1, 1), layers=2) | others
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size, head_dim", SIZES, ids=str)
+def test_kernels_any_number_of_tokens(size, head_dim, dtype):
+    check(OP, stack(size, head_dim), dtype=dtype, path="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_scores_of_thousands(dtype):
+    """Weights are 0 and 1, and maxima of later parts of a sequence are higher by hundreds."""
+    tensors, settings = make(OP, stack((5, 60), 16, layers=1, final_norm=False))
+    tensors = convert(tensors, getattr(torch, dtype))
+    tensors["layers.0.qkv_weight"][:64] *= 20  # q and k
+    ours = call(OP, tensors, settings, "cpu").double()
+    truth = call(OP, convert(tensors, torch.float64), settings, "oracle")
+    usual = call(OP, tensors, settings, "usual").double()
+    assert (ours - truth).abs().mean() <= 2 * (usual - truth).abs().mean() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size, head_dim", [((4, 4), 60), ((7, 7), 36), ((8, 8), 48), ((15, 17), 16)], ids=str)
+def test_kernels_same_bits_for_any_threads_and_neighbours(size, head_dim, dtype):
+    tensors, settings = make(OP, stack(size, head_dim, images=7))
+    tensors = convert(tensors, getattr(torch, dtype))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = call(OP, tensors, settings, "cpu")
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(call(OP, tensors, settings, "cpu"), alone), f"{threads} threads"
+        for images in (slice(0, 1), slice(3, 5), slice(1, 7)):
+            assert torch.equal(call(OP, {**tensors, "x": tensors["x"][images]}, settings, "cpu"), alone[images])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(4, 4), (1, 5), (7, 7)], ids=str)
+def test_kernels_poison_stays_in_its_sequence(size, dtype, poison):
+    """Of all that share its block, in every layer."""
+    tensors, settings = make(OP, stack(size, 20, images=4))
+    tensors = convert(tensors, getattr(torch, dtype))
+    clean = call(OP, tensors, settings, "cpu")
+    for image in range(4):
+        x = tensors["x"].clone()
+        x[image, -1, -1, 3] = poison
+        changed = (call(OP, {**tensors, "x": x}, settings, "cpu") != clean).flatten(1).any(1)
+        assert changed.tolist() == [i == image for i in range(4)]
