@@ -99,8 +99,9 @@ MVIT_INLINE void backward_block(const LayerNormBackward& args, const RowStep& st
   RowNormalisers<T> normalisers;
   read_normalised<E>(normalised, normalisers, args.x, args.mean, args.rstd, block, args.channels);
   read_block<E>(grad, args.grad_out, block, args.channels);
-  layer_norm_backward(grad, normalised, normalisers.rstd, args.channels, static_cast<const T*>(args.norm_weight),
-                      block.lanes, shared.norm.of(index, 0), shared.norm.of(index, 1));
+  layer_norm_backward<P>(grad, grad, static_cast<const T*>(nullptr), normalised, normalisers.rstd, args.channels,
+                         static_cast<const T*>(args.norm_weight), block.lanes, shared.norm.of(index, 0),
+                         shared.norm.of(index, 1));
   write_columns(tokens_of<E>(args.grad_x), block.first, block.count, args.channels, grad, kLanes);
 }
 

@@ -124,9 +124,9 @@ MVIT_INLINE void scale_and_shift(typename P::Operand* operand, const typename P:
 }
 
 // out = the gradient of x, from `grad`, that of LN(x), which is overwritten; plus `residual`, a panel, if it is not null.
-// Also computes the block's sums for the gradients of LN's weight and bias. `grad` must be zero in lanes without a row. The mean is clamped between the smallest and the largest
-// value: the mean of equal values is then exactly that value, and the gradient of x is exactly 0 where it should be,
-// e.g. for rows of one column.
+// A Plain `out` may be `grad`. Also computes the block's sums for the gradients of LN's weight and bias. `grad` must be
+// zero in lanes without a row. The mean is clamped between the smallest and the largest value: the mean of equal values
+// is then exactly that value, and the gradient of x is exactly 0 where it should be, e.g. for rows of one column.
 template <typename P, typename T = typename P::Value>
 MVIT_INLINE void layer_norm_backward(typename P::Operand* out, T* grad, const T* residual, const T* normalised,
                                      const T* rstd, int64_t channels, const T* weight, int64_t lanes, T* weight_sums,
