@@ -135,7 +135,9 @@ def test_nan_and_infinity_stay_what_they_are(dtype):
     image = draw.conv(3, 16, 3, stride=2, act="relu"), draw.conv(3, 16, 3, dilation=2, act="relu")
     for module in (*image, draw.conv(16, 32, act="relu"), draw.conv(16, 8, 3, act="relu"), depthwise, mean):
         part = x[:, :3] if module in image else x
-        ours, pytorch = native(module.to(dtype), part), composed(module, part)
+        ours = native(module.to(dtype), part)
+        # In float64: in bfloat16 oneDNN's convolution of three channels makes NaN of an infinity beside the filter.
+        pytorch = composed(module.double(), part.double())
         assert ours.isnan().any()
         assert torch.equal(ours.isnan(), pytorch.isnan()) and torch.equal(ours.isinf(), pytorch.isinf())
 
