@@ -13,8 +13,8 @@
 namespace mvit {
 namespace MVIT_ISA {
 
-// Scores of 256 keys × 32 queries are 32 KB, their numerators 16 KB. Longer sequences take several times as many keys,
-// counted from the start of the sequence.
+// Scores of 128 keys × 32 queries are 16 KB, their numerators 8 KB, keys and values of a head about 24 KB: an L1. (256
+// at a time take 15 % longer.) Longer sequences take several times as many keys, counted from the sequence's start.
 constexpr int64_t kKeysAtOnce = 128;
 
 // Up to 32 queries of one sequence, in one block, and its keys and values, in all heads.
@@ -39,9 +39,9 @@ MVIT_INLINE int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; 
 
 constexpr int64_t kPanelRowBytes = kLanes * 4;  // of float32 and of pairs
 
-// 2^x rounded to bfloat16, to nearest. exp2_for's polynomial is within [1, 2), where half a unit of bfloat16 is 2^-8: with
-// that added to its constant, rounding is to drop the lower half. Converting and permuting pairs
-// instead takes a ninth of the time of attention.
+// 2^x rounded to bfloat16, to nearest. exp2_for's polynomial is within [1, 2), where half a unit of bfloat16 is 2^-8:
+// with that added to its constant, rounding is to drop the lower half. Converting and permuting pairs instead makes
+// attention take a ninth longer.
 MVIT_INLINE NativeBits rounded_exp2(Vec<float> x) {
   const Vec<float> rest(_mm512_maskz_reduce_ps(-1, x.native, _MM_FROUND_TO_NEG_INF));  // 0 for infinity
   Vec<float> p(0.07802452f);
@@ -88,9 +88,9 @@ struct Scores {
 };
 
 // Scores of 16 keys in tiles C and C + 1, with pieces of as many numerators shared out after the products. (What is
-// captured in a lambda GCC 12 leaves in memory, to be stored and loaded around every asm statement; hence the numerators
-// are passed on as they are.) A tile load costs as much as a product, so queries stay in tiles if they fit: kSteps is the
-// number of steps, or 0 for any, where nothing runs in between.
+// captured in a lambda GCC 12 leaves in memory, to be stored and loaded around every asm statement; hence the
+// numerators are passed on as they are.) A tile load costs as much as a product, so queries stay in tiles if they fit:
+// kSteps is the number of steps, or 0 for any, where nothing runs in between.
 template <int V, int kSteps>
 struct ScoreProducts {
   static constexpr int kPieces = Numerators<V>::kPieces;
@@ -156,8 +156,8 @@ __attribute__((noinline)) void numerators_and_next_scores(Numerators<V>& numerat
   int64_t left = next.groups;
   if (kSteps > 0 && left > 0) Products::load_queries(next.query);
   if constexpr (kSteps == 1) {
-    // Two groups take turns in tiles 0, 1 and 6, 7, so that the store of the one, which waits for its products, comes half
-    // a group later.
+    // Two groups take turns in tiles 0, 1 and 6, 7, so that the store of the one, which waits for its products, comes
+    // half a group later.
     bool stored = true;
     for (; groups >= 2 && left >= 2; groups -= 2, left -= 2) {
       Products::template multiply<0, kPieces / 2>(next, key, now);
@@ -204,7 +204,8 @@ struct Highest {
       Vec<float> of_pair[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
-        of_pair[i] = maximum(load(scores + 2 * i * kLanes + v * kTile), load(scores + (2 * i + 1) * kLanes + v * kTile));
+        of_pair[i] = maximum(load(scores + 2 * i * kLanes + v * kTile),
+                             load(scores + (2 * i + 1) * kLanes + v * kTile));
       value[v] = maximum(value[v], maximum(maximum(of_pair[0], of_pair[1]), maximum(of_pair[2], of_pair[3])));
     }
     scores += 8 * kLanes;

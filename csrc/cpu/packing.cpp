@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// pack_convolution.cpu, pack_inverted_residual.cpu and pack_matrix.cpu (of transformers): pack the weights of a frozen network into the layout that its
-// kernels read.
+// pack_convolution.cpu, pack_inverted_residual.cpu and pack_matrix.cpu (of transformers): pack the weights of a frozen
+// network into the layout that its kernels read.
 #include <cstring>
 
 #include "convolution.h"
@@ -91,7 +91,8 @@ Tensor pack_matrix(const Tensor& weight, int64_t parts) {
   const ScalarType type = matrices_of(kOp, weight);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0 && is_packable(weight, type), kOp,
                   ": weight must be (out, in), contiguous");
-  STD_TORCH_CHECK(parts > 0 && weight.size(0) % parts == 0, kOp, ": ", weight.size(0), " rows are not ", parts, " matrices");
+  STD_TORCH_CHECK(parts > 0 && weight.size(0) % parts == 0, kOp, ": ", weight.size(0), " rows are not ", parts,
+                  " matrices");
   const bool pairs = type == ScalarType::BFloat16;
   STD_TORCH_CHECK(!pairs || weight.size(1) % 2 == 0, kOp, ": ", weight.size(1), " columns are no pairs");
   const TransformerTable& table = MVIT_KERNELS_FOR(transformer, pairs);

@@ -7,8 +7,8 @@
 namespace mvit {
 
 // one_thread: one piece of work on one thread. shared: allocated by the thread that distributes work, for data that all
-// threads share meanwhile. weights: packed weights of a call, which outlive several of both, as does network: a network's
-// workspace.
+// threads share meanwhile. weights: packed weights of a call, which outlive several of both, as does network:
+// a network's workspace.
 enum class ScratchUse { one_thread, shared, weights, network };
 
 // `bytes` bytes of the calling thread's memory for the lifetime of this object: aligned to a cache line, contents

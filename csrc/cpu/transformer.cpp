@@ -22,9 +22,9 @@ int64_t blocks_of(const TransformerKernels& kernels, const TransformerShape& sha
 
 // A unit has enough whole sequences to fill two blocks, so that one pass over the weights serves 64 tokens (at N = 16
 // the cost is streaming the weights from L3), or on matrix tiles, which multiply in less time than weights take to
-// come, eight (at N = 64, 12 % of the time). Beyond that, the number that wastes the fewest lanes: 49 tokens are 56 lanes
-// or four vectors of 16, twice 49 are seven. The memory that a unit keeps between steps is limited to half of an L2: of 1
-// MB, or of the 2 MB of processors with tiles.
+// come, eight (at N = 64, 12 % of the time). Beyond that, the number that wastes the fewest lanes: 49 tokens are 56
+// lanes or four vectors of 16, twice 49 are seven. The memory that a unit keeps between steps is limited to half of an
+// L2: of 1 MB, or of the 2 MB of processors with tiles.
 int64_t sequences_of_a_unit(const TransformerKernels& kernels, const TransformerShape& shape, int64_t most) {
   const std::size_t most_bytes = kernels.pack == nullptr ? 512 << 10 : 1 << 20;
   const auto lanes = [&](int64_t n) { return kernels.unit_lanes(shape, n); };
@@ -32,7 +32,7 @@ int64_t sequences_of_a_unit(const TransformerKernels& kernels, const Transformer
   const int64_t wanted = kernels.lanes_of_a_unit;
   int64_t best = 1;
   for (int64_t n = 2; n <= most && kernels.unit_bytes(shape, n) <= most_bytes && lanes(n) <= 256; ++n)
-    if (lanes(best) < wanted ? lanes(n) <= wanted || computed(n) < computed(best) : computed(n) < computed(best)) best = n;
+    if ((lanes(best) < wanted && lanes(n) <= wanted) || computed(n) < computed(best)) best = n;
   return best;
 }
 

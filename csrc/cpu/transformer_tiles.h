@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The steps of transformer_kernel.cpp on matrix tiles: bfloat16 pairs in the same panels, which are right operands of
-// tiles as they are. Left operands are made for them: weights are packed (tile_weights.h), keys are rows of 32 dims, and
-// values start a block of 32 keys with every sequence.
+// tiles as they are. Left operands are made for them: weights are packed (tile_weights.h), keys are rows of 32 dims,
+// and values start a block of 32 keys with every sequence.
 #pragma once
 
 #include "attention_tiles.h"
@@ -120,7 +120,8 @@ MVIT_INLINE void store_keys(const TransformerShape& shape, const TileUnit& unit,
 MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLayer& layer, int64_t sequences,
                              int64_t block, const TileUnit& unit, const TileScratch& scratch) {
   using P = Bf16Pairs;
-  const int64_t lanes = round_up(used_lanes(shape, sequences, block), kTile), inner = shape.inner(), width = shape.width;
+  const int64_t lanes = round_up(used_lanes(shape, sequences, block), kTile);
+  const int64_t inner = shape.inner(), width = shape.width;
   const int64_t ld = weight_ld<P>(width);
   const auto* weight = static_cast<const bfloat16*>(layer.qkv_weight);
   const auto weight_of = [&](int64_t part) { return weight + part * packed_weights_size<P>(inner, width); };
@@ -130,7 +131,8 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
   clear_padding<P>(scratch.normalised, width);
   const Vec<float> scale(static_cast<float>(1.44269504088896340736 / __builtin_sqrt(static_cast<double>(shape.head_dim))));
   product<P>(weight_of(0), ld, scratch.normalised, inner, width, lanes,
-             [bias = bias_of(0), scale, to = unit.query + block * unit.query_size](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
+             [bias = bias_of(0), scale, to = unit.query + block * unit.query_size](
+                 auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
                map_tile(tile, [&](Vec<float> x, int, int) { return x * scale; });
                store_operand(to, kLanes, row, lane, kLanes - lane, tile);
@@ -146,7 +148,8 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
   product<P>(weight_of(2), ld, scratch.normalised, inner, width, lanes,
              [bias = bias_of(2), to0 = lower.first, to1 = upper.first,
               present0 = static_cast<__mmask16>((1u << lower.count) - 1),
-              present1 = static_cast<__mmask16>((1u << upper.count) - 1)](auto& tile, int64_t row, int64_t) MVIT_INLINE_LAMBDA {
+              present1 = static_cast<__mmask16>((1u << upper.count) - 1)](
+                 auto& tile, int64_t row, int64_t) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
                map_tile(tile, [&](Vec<float> x, int r, int v) {
                  const __m256i values = (__m256i)_mm512_maskz_cvtneps_pbh(v == 0 ? present0 : present1, x.native);
@@ -189,7 +192,8 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
   layer_norm<P>(scratch.normalised, rows, width, layer.norm2_weight, layer.norm2_bias, shape.eps, lanes);
   clear_padding<P>(scratch.normalised, width);
   product<P>(static_cast<const bfloat16*>(layer.fc1_weight), weight_ld<P>(width), scratch.normalised, hidden, width,
-             lanes, [bias = layer.fc1_bias, to = scratch.hidden](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
+             lanes,
+             [bias = layer.fc1_bias, to = scratch.hidden](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
                map_tile(tile, [](Vec<float> x, int, int) { return silu_for<P>(x); });
                store_operand(to, kLanes, row, lane, kLanes - lane, tile);
