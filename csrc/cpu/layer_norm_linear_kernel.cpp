@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // layer_norm_linear on blocks of 32 rows, one row per lane, forward and backward. Relies on token_lanes.h and
-// row_gradients.h.
+// weight_gradients.h.
 #include "layer_norm_linear.h"
-#include "row_gradients.h"
+#include "weight_gradients.h"
 
 namespace mvit {
 namespace MVIT_ISA {

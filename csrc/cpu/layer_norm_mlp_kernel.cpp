@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fused MLP, layer_norm_mlp, on blocks of 32 rows, one row per lane, forward and backward. Relies on token_lanes.h
-// and row_gradients.h. The hidden rows of a block stay in L1 and L2; backward recomputes them.
+// and weight_gradients.h. The hidden rows of a block stay in L1 and L2; backward recomputes them.
 #include "layer_norm_mlp.h"
-#include "row_gradients.h"
+#include "weight_gradients.h"
 
 namespace mvit {
 namespace MVIT_ISA {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // linear_residual on blocks of 32 rows, one row per lane, forward and backward. Relies on token_lanes.h and
-// row_gradients.h.
+// weight_gradients.h.
 #include "linear_residual.h"
-#include "row_gradients.h"
+#include "weight_gradients.h"
 
 namespace mvit {
 namespace MVIT_ISA {

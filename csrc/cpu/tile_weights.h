@@ -107,8 +107,8 @@ MVIT_INLINE void pack_transposed_weights(typename P::Weight* packed, const void*
 }
 
 #if defined(MVIT_TILES)
-// An epilogue as pieces of two rows. It is copied into each block, so that what it captures by value stays in registers;
-// what it captures by reference is read from memory again for every piece.
+// An epilogue as pieces of two rows. It is copied into each block, so that what it captures by value stays in
+// registers; what it captures by reference is read from memory again for every piece.
 template <int N, typename Epilogue>
 struct EpiloguePiece {
   Epilogue epilogue;
