@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm on blocks of 32 rows, one row per lane, forward and backward. Relies on token_lanes.h and row_gradients.h.
+// layer_norm on blocks of 32 rows, one row per lane, forward and backward. Relies on token_lanes.h and weight_gradients.h.
 #include "layer_norm.h"
-#include "row_gradients.h"
+#include "weight_gradients.h"
 
 namespace mvit {
 namespace MVIT_ISA {
