@@ -109,6 +109,7 @@ def test_float16_is_computed_in_float32():
         draw(1, 16, 7, 6),
         torch.float16,
     )
+    torch.manual_seed(0)
     model = mvit_kernels.MobileViT("xxs", num_classes=10).eval()
     image = draw(1, 3, 64, 64)
     half, single = (mvit_kernels.freeze(model, dtype=dtype) for dtype in (torch.float16, torch.float32))
