@@ -129,12 +129,12 @@ def models(device: str) -> list[Case]:
 
 def training(device: str) -> list[Case]:
     """Training steps: forward, backward and AdamW; bfloat16 under autocast. Then whole recipes."""
-    batch, dtypes = (8, ("float32",)) if device == "cpu" else (64, ("bfloat16", "float32"))
+    batch, dtypes = (8, ("float32", "bfloat16")) if device == "cpu" else (64, ("bfloat16", "float32"))
     names = ("mobilevit_xxs", "mobilevit_s", "mobilevit_xs", "huggingface/s", "kornia/s", "own/s")
-    found = [Setting(name, 256, batch, dtype, training=True) for dtype in dtypes for name in names]
-    found[2:2] = [setting._replace(compiled=True) for setting in found[:2]]
+    found = [Setting(name, 256, batch, dtype, training=True) for name in names for dtype in dtypes]
+    compiled = [setting._replace(compiled=True) for setting in found[:4] if setting.dtype == dtypes[0]]
     whole = recipes(device)
-    found = found[:4] + whole[:2] + found[4:] + whole[2:]  # the first two: XXS and S
+    found = found[:4] + compiled + whole[:2] + found[4:] + whole[2:]  # the first: XXS and S
     return [_case(setting, device) for setting in found]
 
 
