@@ -17,6 +17,7 @@ namespace MVIT_ISA {
 constexpr int64_t kBlockPixels = kBlockSide, kMostPixels = 4 * kBlockPixels;
 // Pixels of the buffer: as many as 32 KB hold.
 MVIT_INLINE int64_t buffer_pixels(int64_t hidden) {
+  if (hidden == 0) return kBlockPixels;
   const int64_t blocks = (int64_t{32} << 10) / (2 * hidden * kBlockPixels);
   return kBlockPixels * (blocks < 1 ? 1 : smaller(blocks, kMostPixels / kBlockPixels));
 }

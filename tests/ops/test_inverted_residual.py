@@ -178,3 +178,12 @@ def test_large_values(path, dtype):
     tensors = {"x": x, **weights, "project_weight": one, "project_bias": none}
     out = call(OP, tensors, {"stride": 1, "dilation": 1, "residual": False}, path)
     torch.testing.assert_close(out, x.clamp(min=0), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_take_a_block_without_hidden_channels(dtype):
+    """The result is the projection's bias. Every path, matrix tiles too, shares out work by hidden channels."""
+    x, bias = torch.randn(1, 7, 5, 4, dtype=dtype), torch.randn(8, dtype=dtype)
+    empty = [torch.empty(shape, dtype=dtype) for shape in ((0, 4), (0,), (0, 1, 3, 3), (0,), (8, 0))]
+    out = torch.ops.mvit_kernels.inverted_residual.cpu(x, *empty, bias, 1, 1, False)
+    assert torch.equal(out, bias.expand(1, 7, 5, 8))
