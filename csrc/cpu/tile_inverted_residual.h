@@ -283,7 +283,7 @@ struct TileInvertedResidual {
     const TileOperand b = weights_from(packed.project, column, packed.hidden_steps);
     const StartAt bias{packed.project_bias + column, 0};
     const __mmask32 channels = written_channels(args.out, shape.out_channels, column);
-    const __mmask32 in_channels = written_channels(args.in, shape.in_channels, column);
+    const __mmask32 in_channels = kResidual ? written_channels(args.in, shape.in_channels, column) : 0;
     TileProducts<N, WriteProjected<N, kResidual>> products(*static_cast<TileResults<N>*>(scratch.results));
     for (int64_t i = 0; i < count; i += kBlockPixels) {
       const TileOperand a{reinterpret_cast<const char*>(scratch.buffer + i * packed.hidden), kTile * hidden_bytes,
