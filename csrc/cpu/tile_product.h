@@ -94,12 +94,6 @@ class TileProducts {
     pieces_.left = 0;
   }
 
-  // C += Σ_k A · B in memory.
-  template <int M, typename A, typename B>
-  MVIT_INLINE void block_in_place(const A& a, const B& b, int64_t steps, float* c, int64_t ld) {
-    block_to<M>(a, b, steps, StartAt{c, ld * static_cast<int64_t>(sizeof(float))}, c, ld);
-  }
-
   MVIT_INLINE void finish() {
     Pieces pieces = pieces_;
     while (pieces.left > 0) pieces.run_one_if_any();
