@@ -3,7 +3,7 @@
 // kernel tap after another; the right operand is the packed weights, (taps · in_channels) × columns. No im2col, and no
 // edge cases: the input map carries its zero padding as a border. Taps that see nothing but border are left out, which
 // is 40 % of the work where a dilation is half the map's side.
-#include "convolution.h"
+#include "convolution_taps.h"
 #include "panels.h"
 #if defined(MVIT_TILES)
 #include "tile_convolution.h"
@@ -124,17 +124,6 @@ MVIT_INLINE void multiply_add_at(Vec<float> (&tile)[R][V], const bfloat16* const
   }
 }
 #endif
-
-// Whether the positions [first, last] · stride, moved by taps -1, 0 and 1 times the dilation, meet [0, side): a bit a
-// tap.
-MVIT_INLINE unsigned taps_inside(const ConvolutionShape& shape, int64_t first, int64_t last, int64_t side) {
-  unsigned inside = 0;
-  for (int64_t tap = 0; tap < 3; ++tap) {
-    const int64_t move = (tap - 1) * shape.dilation;
-    if (last * shape.stride + move >= 0 && first * shape.stride + move < side) inside |= 1u << tap;
-  }
-  return inside;
-}
 
 template <typename P>
 void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t end, void*) {

@@ -5,7 +5,7 @@
 // reached further would make NaN of a NaN beyond the filter.
 #pragma once
 
-#include "convolution.h"
+#include "convolution_taps.h"
 #include "tile_pixels.h"
 
 namespace mvit {
@@ -124,15 +124,8 @@ struct TileConvolution {
         first_out(static_cast<char*>(args.out.data) + 2 * image * args.out.image_stride),
         adjacent(steps.narrow && shape.dilation == 1 && in.column_stride == TileSteps::kNarrow) {}
 
-  // A bit for each tap of a kernel row or column with which the positions [first, last] · stride meet [0, side).
   MVIT_INLINE unsigned inside(int64_t first, int64_t last, int64_t side) const {
-    if (shape.kernel == 1) return 1;
-    unsigned taps = 0;
-    for (int64_t tap = 0; tap < 3; ++tap) {
-      const int64_t move = (tap - 1) * shape.dilation;
-      if (last * shape.stride + move >= 0 && first * shape.stride + move < side) taps |= 1u << tap;
-    }
-    return taps;
+    return shape.kernel == 1 ? 1 : taps_inside(shape, first, last, side);
   }
 
   // Writes the tables of the steps of kernel rows and columns; returns how many there are.
