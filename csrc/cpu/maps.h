@@ -48,47 +48,65 @@ void with_elements(const PlacedMap& a, const PlacedMap& b, const F& f) {
     b.bf16 ? f(a4, b2) : f(a4, b4);
 }
 
+// A row of an image as pixels of four channels, the fourth zero. A pixel is one store of 64 bits: channel by channel it
+// took ten times as long, a tenth of XXS on matrix tiles.
+inline void copy_image_row(const uint16_t* in, int64_t column, int64_t channel, uint16_t* out, int64_t width) {
+  const uint16_t *red = in, *green = in + channel, *blue = in + 2 * channel;
+  for (int64_t w = 0; w < width; ++w) {
+    const int64_t at = w * column;
+    const uint64_t pixel = uint64_t{red[at]} | uint64_t{green[at]} << 16 | uint64_t{blue[at]} << 32;
+    std::memcpy(out + 4 * w, &pixel, sizeof pixel);
+  }
+}
+
 // Copies rows [begin, end) of `width` pixels. If `to` has more channels than `from`, the extra ones become zero. The
 // channels of `to` are adjacent.
 inline void copy_rows(const PlacedMap& from, int64_t from_channels, const PlacedMap& to, int64_t to_channels,
                       int64_t width, int64_t begin, int64_t end) {
   with_elements(from, to, [&](auto* source, auto* target) {
-    const int64_t column = from.map.column_stride, channel = from.channel_stride;
+    using In = std::remove_pointer_t<decltype(source)>;
+    using Out = std::remove_pointer_t<decltype(target)>;
+    const int64_t column = from.map.column_stride, channel = from.channel_stride, to_column = to.map.column_stride;
     for (int64_t h = begin; h < end; ++h) {
-      const auto* __restrict in = source + h * from.map.row_stride;
-      auto* __restrict out = target + h * to.map.row_stride;
-      if (channel == 1 && column == from_channels && to_channels == from_channels && to.map.column_stride == column) {
+      const In* __restrict in = source + h * from.map.row_stride;
+      Out* __restrict out = target + h * to.map.row_stride;
+      if (channel == 1 && column == from_channels && to_channels == from_channels && to_column == column) {
         // A run of memory, as a channels-last image is. Pixel by pixel it was 40 % of a float32 stem, 2.6 % of XXS.
         for (int64_t i = 0; i < width * column; ++i) convert(in[i], out[i]);
         continue;
       }
-      if (column == 1 && from_channels == 3 && to_channels <= 4 && to.map.column_stride == to_channels) {
+      if (column == 1 && from_channels == 3 && to_channels == 3 && to_column == 3) {
         // An image of three planes, the usual input: compile-time strides are five times as fast.
-        const auto *red = in, *green = in + channel, *blue = in + 2 * channel;
-        if (to_channels == 3) {
-          for (int64_t w = 0; w < width; ++w) {
-            convert(red[w], out[3 * w]);
-            convert(green[w], out[3 * w + 1]);
-            convert(blue[w], out[3 * w + 2]);
-          }
-        } else {
-          for (int64_t w = 0; w < width; ++w) {
-            std::remove_reference_t<decltype(*out)> pixel[4] = {};
-            convert(red[w], pixel[0]);
-            convert(green[w], pixel[1]);
-            convert(blue[w], pixel[2]);
-            std::memcpy(out + 4 * w, pixel, sizeof pixel);
-          }
+        const In *red = in, *green = in + channel, *blue = in + 2 * channel;
+        for (int64_t w = 0; w < width; ++w) {
+          convert(red[w], out[3 * w]);
+          convert(green[w], out[3 * w + 1]);
+          convert(blue[w], out[3 * w + 2]);
         }
         continue;
       }
+      if constexpr (std::is_same_v<In, Out>) {
+        if constexpr (std::is_same_v<In, uint16_t>)
+          if (from_channels == 3 && to_channels == 4 && to_column == 4) {
+            copy_image_row(in, column, channel, out, width);
+            continue;
+          }
+        constexpr int64_t unit = 16 / sizeof(Out);
+        if (channel == 1 && from_channels % unit == 0 && to_channels % unit == 0) {
+          // By units of 16 bytes: a third of the time of a memcpy and a memset a pixel, or of single channels.
+          for (int64_t w = 0; w < width; ++w) {
+            const In* x = in + w * column;
+            Out* y = out + w * to_column;
+            for (int64_t c = 0; c < from_channels; c += unit) std::memcpy(y + c, x + c, 16);
+            for (int64_t c = from_channels; c < to_channels; c += unit) std::memset(y + c, 0, 16);
+          }
+          continue;
+        }
+      }
       for (int64_t w = 0; w < width; ++w) {
-        const auto* x = in + w * column;
-        auto* y = out + w * to.map.column_stride;
-        if (channel == 1)
-          for (int64_t c = 0; c < from_channels; ++c) convert(x[c], y[c]);
-        else
-          for (int64_t c = 0; c < from_channels; ++c) convert(x[c * channel], y[c]);
+        const In* x = in + w * column;
+        Out* y = out + w * to_column;
+        for (int64_t c = 0; c < from_channels; ++c) convert(x[c * channel], y[c]);
         for (int64_t c = from_channels; c < to_channels; ++c) from_float(0.0f, y[c]);
       }
     }
