@@ -20,6 +20,7 @@ from ..adapters._block import BlockParts, Refusal, layer_weights
 from ..adapters._swap import backend_of
 from ..ops import TransformerLayerWeights
 from .block import FrozenMobileViTBlock
+from .classifier import freeze_classifier
 from .convolutions import freeze_convolutions, freeze_inverted_residuals, freeze_means, replace
 from .folding import is_norm
 from .modules import Frozen, FrozenSequential
@@ -130,6 +131,7 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
             module.pack()
         if hasattr(module, "save_pretrained") and any(isinstance(part, Frozen) for part in module.modules()):
             module.save_pretrained = _refuse_save_pretrained
+    freeze_classifier(frozen)
     kept = set(holder.modules())
     unhooked = [name for module, name in names.items() if module not in kept and _has_state_dict_hooks(module)]
     report = FreezeReport(*map(tuple, (blocks, inverted_residuals, convolutions, left, composed, unhooked, pyramids)))

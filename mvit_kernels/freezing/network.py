@@ -300,7 +300,7 @@ class Network:
     def serves(self, x: Tensor) -> bool:
         """Whether no hook would be skipped, the weights are the packed ones (``torch.func.functional_call`` substitutes
         others), and every block accepts its map (Kornia raises for maps that are not whole patches)."""
-        if _hooked(self._inner):
+        if hooked(self._inner):
             return False
         if not all(map(is_, chain.from_iterable(map(dict.values, self._buffers)), self._packed_from)):
             return False
@@ -383,10 +383,10 @@ def network_allowed(x: object) -> bool:
 
 def hooks_inside(module: nn.Module) -> bool:
     """Whether a hook would be skipped if the modules inside `module` were not called one by one."""
-    return _hooked([part for part in module.modules() if part is not module])
+    return hooked([part for part in module.modules() if part is not module])
 
 
-def _hooked(modules: list[nn.Module]) -> bool:
+def hooked(modules: list[nn.Module]) -> bool:
     if nn.modules.module._has_any_global_hook():
         return True
     return any(part._forward_hooks or part._forward_pre_hooks for part in modules)
