@@ -14,6 +14,7 @@ from itertools import chain
 from operator import is_
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.plain import does_nothing, is_global_mean, is_own, is_plain, tensor_reason
@@ -65,12 +66,12 @@ def _in_one_call(original: type[nn.Module]) -> type[nn.Module]:
     def forward(self, x: Tensor) -> Tensor:
         if network_allowed(x):
             network, head = _network(self), self.__dict__[_CALL].head
-            if network is not None and not any(part.training for part in head) and not hooked(head):
-                for check in (getattr(self, "_check_images", None), self.__dict__[_CALL].links._check):
+            if network is not None and not any(part.training for part in head[:-1]) and not hooked(head):
+                for check in (getattr(self, "_check_images", None), self.__dict__[_CALL].links[0]._check):
                     if check is not None:  # the former is our own model's
                         check(x)
                 if network.serves(x):
-                    return network(x).flatten(1)
+                    return network(x).flatten(1)[:, : head[-1].out_features].contiguous()
         return original.forward(self, x)
 
     def reduce(self, protocol: int):
@@ -108,7 +109,10 @@ def _call_of(model: nn.Module) -> _Call:
         owners.append(linear._parameters)
         weights = tuple(value for value in linear._parameters.values() if value is not None)
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        as_convolution = FrozenConv2d(linear.weight.detach()[:, :, None, None], bias.detach())
+        odd = linear.out_features % 2  # a class more, since products of pairs want even numbers of channels everywhere
+        as_convolution = FrozenConv2d(
+            F.pad(linear.weight.detach(), (0, 0, 0, odd))[:, :, None, None], F.pad(bias.detach(), (0, odd))
+        )
         links = FrozenSequential(*parts.body, FrozenMean(linear.in_features), as_convolution)
     values = tuple(chain.from_iterable(map(dict.values, owners)))
     return _Call(links, head, tuple(owners), values, weights, tuple(weight._version for weight in weights))
