@@ -34,6 +34,7 @@ _EXPORTS = {
     "MobileViTSSDLite": "nn",
     "use_backend": "backends",
     "BackendError": "backends",
+    "batch_norm_activation": "ops",
     "layer_norm": "ops",
     "layer_norm_linear": "ops",
     "patch_attention": "ops",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .nn import MobileViT, MobileViTDeepLabV3, MobileViTSSDLite
     from .ops import (
         TransformerLayerWeights,
+        batch_norm_activation,
         inverted_residual,
         layer_norm,
         layer_norm_linear,

@@ -29,6 +29,12 @@ SCHEMAS = {
     "Tensor rstd)",
     "layer_norm_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight) -> "
     "(Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias)",
+    # act(BN(x)) by the statistics of the batch, x (N, C, H, W); activation is "" or "silu"; mean, rstd and the unbiased
+    # variance, for the running statistics, are (C,)
+    "batch_norm_activation": "(Tensor x, Tensor weight, Tensor bias, float eps, str activation) -> (Tensor out, "
+    "Tensor mean, Tensor rstd, Tensor variance)",
+    "batch_norm_activation_backward": "(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, Tensor weight, "
+    "Tensor bias, str activation) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     # act(LN(x) Wᵀ + b); activation is "" or "silu"; mean and rstd have the shape of x without its last axis
     "layer_norm_linear": "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, float eps, "
     "str activation) -> (Tensor out, Tensor mean, Tensor rstd)",

@@ -8,6 +8,7 @@ calls. A backend that was requested by name raises `BackendError` instead.
 
 from ..backends.library import TransformerLayerWeights
 from . import flops, native  # noqa: F401 (they register FLOP formulas and fakes)
+from .batch_norm_activation import batch_norm_activation
 from .inverted_residual import inverted_residual
 from .layer_norm import layer_norm
 from .layer_norm_linear import layer_norm_linear
@@ -20,6 +21,7 @@ from .transformer_on_map import transformer_on_map
 
 __all__ = [
     "TransformerLayerWeights",
+    "batch_norm_activation",
     "inverted_residual",
     "layer_norm",
     "layer_norm_linear",

@@ -89,6 +89,36 @@ def like(op: str, x: Tensor, x_name: str, autocast: bool, **others: Tensor | Non
         )
 
 
+def norm_parameters(op: str, x: Tensor, **parameters: Tensor) -> None:
+    """Check that a norm's `parameters` are on x's device and have one dtype, x's or float32, as PyTorch wants them.
+
+    Args:
+        op, x: the operator, for the message, and its map.
+        parameters: argument name -> tensor.
+
+    Raises:
+        TypeError: not a floating tensor, or another dtype.
+        ValueError: another device.
+    """
+    for name, value in parameters.items():
+        tensor(op, name, value)
+        if value.device != x.device:
+            raise ValueError(
+                f"{op}: {name} is on {value.device} and x on {x.device}; move both to one device with .to(device)"
+            )
+    first, dtype = next((name, value.dtype) for name, value in parameters.items())
+    if dtype != x.dtype and (dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(
+            f"{op}: {first} is {dtype} and x {x.dtype}; {x.dtype} or float32 is wanted for it, as model.to(dtype) gives"
+        )
+    for name, value in parameters.items():
+        if value.dtype != dtype:
+            raise TypeError(
+                f"{op}: {name} is {value.dtype} and {first} {dtype}; one dtype is wanted for both, as model.to(dtype) "
+                "gives"
+            )
+
+
 def patch(op: str, patch_size: Any) -> tuple[int, int]:
     """`patch_size` as (height, width), from an int or a pair of ints.
 

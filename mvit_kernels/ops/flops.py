@@ -67,6 +67,16 @@ def _layer_norm_backward(*arguments, out_shape=None) -> int:
     return 0
 
 
+@flop_formula("batch_norm_activation")
+def _batch_norm_activation(*arguments, out_shape=None) -> int:
+    return 0
+
+
+@flop_formula("batch_norm_activation_backward")
+def _batch_norm_activation_backward(*arguments, out_shape=None) -> int:
+    return 0
+
+
 @flop_formula("layer_norm_linear")
 def _layer_norm_linear(x, norm_weight, norm_bias, weight, *rest, out_shape=None) -> int:
     return linear_flops(x, weight)

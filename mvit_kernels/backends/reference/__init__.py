@@ -13,6 +13,7 @@ from ..._utils.plain import DTYPES
 from ..contract import Backend, Call, StackPlan
 from ..library import SCHEMAS
 from .plain import (
+    batch_norm_activation,
     constants,
     inverted_residual,
     is_one_column,
@@ -32,6 +33,7 @@ from .raw import transformer_layer_from_seed
 __all__ = [
     "BACKEND",
     "ReferenceBackend",
+    "batch_norm_activation",
     "constants",
     "inverted_residual",
     "is_one_column",

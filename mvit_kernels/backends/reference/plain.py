@@ -84,6 +84,21 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.to(weight.dtype), width, weight, bias, eps).to(x.dtype)
 
 
+def batch_norm_activation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """act(BN(x)) by the statistics of the batch, which the running ones learn from."""
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    return F.silu(out) if activation else out
+
+
 def layer_norm_linear(
     x: Tensor,
     norm_weight: Tensor,

@@ -18,6 +18,7 @@ from .plain import (
     _merge_heads,
     _split_heads,
     _wide,
+    batch_norm_activation,
     inverted_residual,
     layer_norm,
     layer_norm_linear,
@@ -69,6 +70,38 @@ def _layer_norm(x, norm_weight, norm_bias, eps):
 def _layer_norm_only_backward(grad_out, x, mean, rstd, norm_weight):
     grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_out.to(mean.dtype), x, mean, rstd, norm_weight)
     return grad_x.to(x.dtype).contiguous(), grad_weight.to(norm_weight.dtype), grad_bias.to(norm_weight.dtype)
+
+
+def _over_pixels(vector: Tensor) -> Tensor:
+    """(C,) against an (N, C, H, W) map."""
+    return vector[:, None, None]
+
+
+def _laid_out_like(x: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(x).copy_(values)
+
+
+@register_reference("batch_norm_activation")
+def _batch_norm_activation(x, weight, bias, eps, activation):
+    out = batch_norm_activation(x, weight, bias, None, None, 0.0, eps, activation)
+    variance, mean = torch.var_mean(x.to(_wide(x.dtype)), dim=(0, 2, 3), correction=0)
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    unbiased = variance * (count / (count - 1) if count > 1 else torch.nan)
+    return _laid_out_like(x, out), mean, torch.rsqrt(variance + eps), unbiased
+
+
+@register_reference("batch_norm_activation_backward")
+def _batch_norm_activation_backward(grad_out, x, mean, rstd, weight, bias, activation):
+    wide, pixels = mean.dtype, (0, 2, 3)
+    normalized = (x.to(wide) - _over_pixels(mean)) * _over_pixels(rstd)
+    grad, scale = grad_out.to(wide), weight.to(wide)
+    if activation:
+        grad = _silu_backward(grad, normalized * _over_pixels(scale) + _over_pixels(bias.to(wide)))
+    grad_bias, grad_weight = grad.sum(pixels), (grad * normalized).sum(pixels)
+    count = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
+    grad_x = grad - _over_pixels(grad_bias / count) - normalized * _over_pixels(grad_weight / count)
+    grad_x = grad_x * _over_pixels(scale * rstd)
+    return _laid_out_like(x, grad_x), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
 @register_reference("layer_norm_linear")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``batch_norm_activation``: BatchNorm in training and the activation behind it, as in every convolution layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._utils.transforms import again, gradients, is_channels_last
+from ..backends import choose, reference, run
+from ..backends.library import register_fake
+from . import _checks as checks
+
+OP = "batch_norm_activation"
+
+
+def batch_norm_activation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """``silu(batch_norm(x))`` with the statistics of the batch, differentiable in x, weight and bias.
+
+    Example:
+        >>> x = batch_norm_activation(x, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+    Kernels save x and the statistics for backward, and compute the normalised map again; PyTorch's two operators save
+    that as well.
+
+    Args:
+        x: (N, C, H, W) float32, bfloat16, float16 or float64, channels-last or contiguous. Autocast does not cast it,
+            as it does not for PyTorch's own.
+        weight, bias: (C,), in x's dtype or float32.
+        running_mean, running_var: (C,), in the dtype of weight, updated in place: r ← (1 − momentum) · r + momentum ·
+            (the batch's mean, or its unbiased variance). None, both of them, if there are none.
+        momentum: of the running statistics, a number.
+        eps: added to the variance, positive.
+        activation: "silu" or None.
+        backend: the backend for this call, by name; None chooses automatically (`mvit_kernels.backends`). Under
+            PyTorch's transforms and for tensor subclasses that choice is PyTorch itself.
+
+    Returns:
+        (N, C, H, W), in x's dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or value; a channel has one value
+            alone.
+        BackendError: `backend` cannot serve the call.
+
+    Batch normalisation: Ioffe & Szegedy 2015, arXiv:1502.03167.
+    """
+    checks.tensor(OP, "x", x, 4, "(N, C, H, W)")
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    if (running_mean is None) != (running_var is None):
+        absent = next(name for name, value in statistics.items() if value is None)
+        raise ValueError(f"{OP}: {absent} is None and the other running statistic is not; give both or neither")
+    vectors: dict[str, Any] = {"weight": weight, "bias": bias}
+    if running_mean is not None:
+        vectors |= statistics
+    checks.norm_parameters(OP, x, **vectors)
+    channels = x.shape[1]
+    for name, value in vectors.items():
+        checks.shape(OP, name, value, (channels,), "one value for each channel of x")
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(
+            f"{OP}: x has shape {tuple(x.shape)}, one value a channel, which has no variance; more images or pixels "
+            "are wanted in training"
+        )
+    if not isinstance(momentum, int | float) or not math.isfinite(momentum):
+        raise ValueError(
+            f"{OP}: momentum is {momentum!r}; a number is wanted (None of nn.BatchNorm2d stands for "
+            "1 / num_batches_tracked)"
+        )
+    checks.eps(OP, eps)
+    if activation not in (None, "silu"):
+        raise ValueError(f"{OP}: activation is {activation!r}; 'silu' or None is wanted")
+
+    layout = "channels_last" if is_channels_last(x) else "contiguous" if x.is_contiguous() else "strided"
+    call = checks.call(OP, x, (x, *vectors.values()), layout=layout)
+    chosen = choose(call, backend)
+    if chosen == "reference":
+        return reference.batch_norm_activation(x, weight, bias, running_mean, running_var, momentum, eps, activation)
+    out, mean, variance = apply(chosen, call.needs_grad, x, weight, bias, float(eps), activation or "")
+    if running_mean is not None and x.numel() > 0:  # like PyTorch, which learns nothing from no pixels
+        _update(running_mean, mean, momentum)
+        _update(running_var, variance, momentum)
+    return out
+
+
+def apply(backend: str, needs_grad: bool, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw operator of `backend`, wrapped in autograd if a gradient is needed: the result, and mean and unbiased
+    variance of the batch."""
+    if needs_grad:
+        return _BatchNormActivation.apply(backend, *arguments)
+    out, mean, _, variance = run(OP, backend, *arguments)
+    return out, mean, variance
+
+
+def _update(running: Tensor, value: Tensor, momentum: float) -> None:
+    if running.dtype == value.dtype:
+        running.lerp_(value, momentum)
+    else:
+        running.copy_(running.to(value.dtype).lerp_(value, momentum))
+
+
+class _BatchNormActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, weight, bias, eps, activation):
+        out, mean, rstd, variance = run(OP, backend, x, weight, bias, eps, activation)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.backend, ctx.eps, ctx.activation = backend, eps, activation
+        ctx.mark_non_differentiable(mean, variance)
+        return out, mean, variance
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        if again():
+            settings = None, None, 0.0, ctx.eps, ctx.activation or None
+            return (
+                None,
+                *gradients(reference.batch_norm_activation, grad_out, x, weight, bias, *settings)[:3],
+                None,
+                None,
+            )
+        grads = run(f"{OP}_backward", ctx.backend, grad_out, x, mean, rstd, weight, bias, ctx.activation)
+        return None, *grads, None, None
+
+
+@register_fake(OP)
+def _fake(x, weight, bias, eps, activation):
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, rstd, variance = (x.new_empty(x.shape[1:2], dtype=statistics) for _ in range(3))
+    return torch.empty_like(x), mean, rstd, variance
+
+
+@register_fake(f"{OP}_backward")
+def _fake_backward(grad_out, x, mean, rstd, weight, bias, activation):
+    return torch.empty_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
