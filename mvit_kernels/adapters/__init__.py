@@ -13,6 +13,9 @@ name whose ``forward`` calls `transformer_on_map`; modules, parameters, ``state_
 (Replacing ``forward`` on the instance would break Hugging Face's gradient checkpointing.) A block that the fast path
 would compute incorrectly is declined, with the reasons. This is checked when `accelerate` is called and again at every
 call of the block, because hooks, LoRA layers and parametrizations may be added later.
+
+The same is done to the convolution layers of a model that has such blocks (`_convolution`). They are fast in training
+only, and run their original forward silently wherever they are not.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from torch import nn
 from .. import backends
 from .._utils.text import some, some_lines
 from .._utils.transforms import is_shard, why_not
-from . import cvnets, huggingface, kornia, own, timm
+from . import _convolution, cvnets, huggingface, kornia, own, timm
 from ._block import FrozenBlock, Refusal
 from ._swap import derived_from_accelerated, global_hooks, is_accelerated, swap, unswap
 
@@ -50,14 +53,24 @@ class BlockReport(NamedTuple):
     reasons: tuple[str, ...]
 
 
+class LayerReport(NamedTuple):
+    """One convolution layer, or a Sequential of several: whether it is fused in training, and the reasons if not."""
+
+    name: str  # path in the model
+    norms: int  # batch norms in it
+    fused: int  # batch norms that run as one operator with what is behind them
+    reasons: tuple[str, ...]
+
+
 class AccelerationReport(NamedTuple):
-    """Every MobileViT block found in a model; printable.
+    """Every MobileViT block found in a model, and the convolution layers of a model that has some; printable.
 
     `relatives` counts the blocks of MobileViTv2 and MobileViTv3, which are different networks and not supported.
     """
 
     blocks: tuple[BlockReport, ...]
     relatives: tuple[tuple[str, int], ...] = ()  # (class name, number of blocks)
+    convolutions: tuple[LayerReport, ...] = ()
 
     @property
     def accelerated(self) -> tuple[BlockReport, ...]:
@@ -82,11 +95,14 @@ class AccelerationReport(NamedTuple):
                 state = "declined: " + some(block.reasons, joint="; ")
             lines.append(f"  {block.name or '(the model itself)':<{width}}  {block.library}  {state}")
         head = f"{len(self.accelerated)} of {len(self.blocks)} MobileViT blocks accelerated"
+        others += [_about_convolutions(self.convolutions)] if self.convolutions else []
         shown = [*some_lines(lines, "report(model).blocks"), *(f"  {line}" for line in others)]
         return "\n".join([head, *shown])
 
 
-def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
+def accelerate(
+    model: nn.Module, *, backend: str | None = None, strict: bool = False, convolutions: bool = True
+) -> nn.Module:
     """Run every MobileViT block of `model` on our operators, in place, for training and inference.
 
     Example:
@@ -96,6 +112,12 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     Parameters, ``state_dict``, hooks on the blocks, ``deepcopy``, pickling, gradient checkpointing, ``features_only``,
     DDP, FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions
     remain the model's own modules: convert the model to ``torch.channels_last`` to avoid layout copies, or `freeze` it.
+
+    In training, on the CPU, the model's convolution layers run batch norm and SiLU as one operator, with the running
+    statistics updated as always (`mvit_kernels.ops.batch_norm_activation`). Where that would compute something else, a
+    layer runs its original forward: in evaluation, a batch norm that is frozen, synchronised, without running
+    statistics or with a cumulative average, a hook inside, another device. In bfloat16, depthwise convolutions of
+    stride 2 compute their input's gradient in float32 where oneDNN's bfloat16 kernel is several times slower.
 
     While a block cannot be served (a hook on an inner module, a LoRA layer, quantized weights, a global module hook),
     it runs its original forward and logs one warning. It is fast again once the obstacle is removed. Call
@@ -111,7 +133,10 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
             such a block itself. Accelerating it again only changes `backend`.
         backend: name of the backend that must serve these blocks, e.g. "triton"; None or "auto" leaves the choice to
             each call.
-        strict: raise if a block would be declined, or if there is none, instead of leaving the block unchanged.
+        strict: raise if a block would be declined, or if there is none, instead of leaving the block unchanged. It
+            is about blocks alone.
+        convolutions: whether convolution layers are accelerated as well, where a backend (`backend`, if one is named)
+            has a kernel for the call; elsewhere they run as before, without an error.
 
     Returns:
         `model` itself. ``mvit_kernels.report(model)`` tells which blocks were swapped, and why the others were not.
@@ -151,6 +176,12 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
         if not reasons:
             swap(block, adapter, backend)
     logger.info("accelerate: %d of %d blocks accelerated", len(found) - len(declined), len(found))
+    convolutions = convolutions and (backend is None or _convolution.OPERATOR in backends.operators(backend))
+    for _, layer in _convolution_layers(model):
+        if not convolutions and is_accelerated(layer) and not derived_from_accelerated(layer):
+            unswap(layer)  # it is from an earlier call
+        elif convolutions and not _reasons_against(layer):
+            swap(layer, _convolution, backend)
     return model
 
 
@@ -199,7 +230,34 @@ def report(model: nn.Module) -> AccelerationReport:
     for name, block, adapter, reasons in _find(model):
         reasons = reasons + global_hooks()
         blocks.append(BlockReport(name, adapter.NAME, is_accelerated(block) and not reasons, tuple(reasons)))
-    return AccelerationReport(tuple(blocks), _relatives(model))
+    layers = []
+    for name, layer in _convolution_layers(model):
+        reasons = _reasons_against(layer) + global_hooks()
+        fused = 0 if reasons or not is_accelerated(layer) else _convolution.parts(layer).norms
+        layers.append(LayerReport(name, _convolution.norms(layer), fused, tuple(reasons)))
+    return AccelerationReport(tuple(blocks), _relatives(model), tuple(layers))
+
+
+def _about_convolutions(layers: tuple[LayerReport, ...]) -> str:
+    reasons = dict.fromkeys(reason for layer in layers for reason in layer.reasons)
+    fused, norms = (sum(counts) for counts in zip(*((layer.fused, layer.norms) for layer in layers), strict=True))
+    text = f"{fused} of {norms} convolution layers: batch norm + SiLU fused in training"
+    return f"{text}; not all, because {some(list(reasons), joint='; ')}" if reasons else text
+
+
+def _convolution_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The convolution layers of a model that has MobileViT blocks which are not frozen, with their paths."""
+    if not any(adapter is not None for _, _, adapter in named_blocks(model)):
+        return []
+    return [(name, module) for name, module in model.named_modules() if _convolution.is_layer(module)]
+
+
+def _reasons_against(layer: nn.Module) -> list[str]:
+    try:
+        _convolution.parts(layer)
+    except Refusal as refusal:
+        return refusal.reasons
+    return []
 
 
 def _relatives(model: nn.Module) -> tuple[tuple[str, int], ...]:

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class swap behind `accelerate`: one subclass per block class, of the same name, pickled by the original class."""
+"""The class swap behind `accelerate`: one subclass per block class, of the same name, pickled by the original class.
+
+A block here is a MobileViT block or a convolution layer (`_convolution`). An adapter has `parts`; if they are not of a
+MobileViT block `forward`, which runs them; and, if it leaves some calls to the original forward, `takes` or
+`TRAINING_ONLY`.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +24,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .._utils.transforms import overrides, why_not
 from . import _block
-from ._block import BlockParts, Refusal
+from ._block import Refusal
 
 logger = logging.getLogger("mvit_kernels")
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
-_warned: set[str] = set()
+_logged: set[str] = set()
 _BACKEND, _PLAN = "_mvit_backend", "_mvit_plan"  # keys in the block's __dict__
 
 
@@ -35,7 +40,7 @@ class Plan:
     take 4.9 µs.
     """
 
-    parts: BlockParts | None  # None: declined
+    parts: Any  # what `adapter.parts` returned; None: declined
     owners: tuple[dict, ...]  # the `_modules` of each module that has children
     children: tuple[tuple[nn.Module | None, ...], ...]  # their values when the plan was made
     modules: tuple[nn.Module, ...]
@@ -102,13 +107,17 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
     if cls is not None:
         return cls
     takes = getattr(adapter, "takes", None)
+    run = getattr(adapter, "forward", _block.forward)
+    training_only = getattr(adapter, "TRAINING_ONLY", False)
 
     def forward(self, *args, **kwargs):
+        if training_only and not self.training:
+            return original.forward(self, *args, **kwargs)
         # cvnets passes tuples and keywords for video: anything but a single map goes to the original forward.
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             parts = _parts(self, adapter)
             if parts is not None and (takes is None or takes(self, args[0])):
-                return _block.forward(parts, args[0], self.__dict__[_BACKEND])
+                return run(parts, args[0], backend_of(self))
         return original.forward(self, *args, **kwargs)
 
     namespace = {
@@ -139,7 +148,7 @@ def _scriptable(fast: Callable, original: FunctionType) -> FunctionType:
     return functools.update_wrapper(forward, original)
 
 
-def _parts(block: nn.Module, adapter: ModuleType) -> BlockParts | None:
+def _parts(block: nn.Module, adapter: ModuleType) -> Any:
     """The block's parts, or None if it is declined now.
 
     Eager calls keep the answer as a `Plan`. A traced call reads the modules afresh, so that torch.compile guards on
@@ -151,7 +160,7 @@ def _parts(block: nn.Module, adapter: ModuleType) -> BlockParts | None:
         except Refusal:
             return None
     for reason in global_hooks():
-        _warn_once(block, reason)
+        _log_once(block, adapter, reason)
         return None
     plan = block.__dict__.get(_PLAN)
     if plan is None or not plan.holds(block):
@@ -164,7 +173,7 @@ def _make_plan(block: nn.Module, adapter: ModuleType) -> Plan:
         parts = adapter.parts(block)
         seen = parts.seen
     except Refusal as refusal:
-        _warn_once(block, str(refusal))
+        _log_once(block, adapter, str(refusal))
         parts, seen = None, refusal.seen
     inner = seen.modules[1:]
     owners = tuple(module._modules for module in seen.modules if module._modules)
@@ -173,7 +182,7 @@ def _make_plan(block: nn.Module, adapter: ModuleType) -> Plan:
     parameters = tuple(module._parameters for module in inner if module._parameters)
     kinds = frozenset(map(type, chain.from_iterable(map(dict.values, parameters))))
     for cls in filter(overrides, kinds if parts is not None else ()):
-        _warn_once(block, f"a parameter is {why_not(cls)}")
+        _log_once(block, adapter, f"a parameter is {why_not(cls)}")
         parts = None
     return Plan(
         parts=parts,
@@ -191,11 +200,11 @@ def _make_plan(block: nn.Module, adapter: ModuleType) -> Plan:
     )
 
 
-def _warn_once(block: nn.Module, reason: str) -> None:
+def _log_once(block: nn.Module, adapter: ModuleType, reason: str) -> None:
     message = f"{type(block).__name__} runs unaccelerated: {reason}"
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
+    if message not in _logged:
+        _logged.add(message)
+        logger.log(getattr(adapter, "LOG_LEVEL", logging.WARNING), message)
 
 
 # Pickle and deepcopy store the original class, which can be imported by name; the accelerated subclass cannot be, and
