@@ -21,13 +21,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._utils.plain import is_identity, is_own, is_plain, is_silu
 from .._utils.transforms import is_channels_last, obstacle
-from ..backends import Call, serves
+from ..backends import Call, has_kernels, serves
 from ..ops import batch_norm_activation
 from . import _depthwise
 from ._block import Refusal, Seen, has_hooks, original_class
 
 OPERATOR = "batch_norm_activation"
-TRAINING_ONLY = True  # a layer in evaluation mode goes to its own forward after 0.3 µs
+TRAINING_ONLY = True
 LOG_LEVEL = logging.INFO  # of a layer that runs its own forward: it is right, and nearly as fast
 
 # Package, class, and its children in the order in which its forward calls them.
@@ -44,6 +44,7 @@ class Step(NamedTuple):
     modules: tuple[nn.Module, ...]
     norm: nn.BatchNorm2d | None = None  # the batch norm among them, if they are one and its activation
     activation: str | None = None
+    strided: bool = False  # a convolution that may be `_depthwise.is_slow`
 
 
 class LayerParts(NamedTuple):
@@ -92,13 +93,18 @@ def parts(layer: nn.Module) -> LayerParts:
     return LayerParts(tuple(steps), seen)
 
 
+def wants(x: Tensor) -> bool:
+    """Whether any backend has the operator for x's device: on others a layer loses 1 µs."""
+    return has_kernels(OPERATOR, x.device.type)
+
+
 def forward(parts: LayerParts, x: Tensor, backend: str | None) -> Tensor:
     """Run the layer step by step, each on the operator if a kernel serves it now."""
     for step in parts.steps:
         y = None if step.norm is None else _normalised(step.norm, x, step.activation, backend)
         if y is not None:
             x = y
-        elif _depthwise.is_slow(step.modules[0], x):
+        elif step.strided and _depthwise.is_slow(step.modules[0], x):
             x = _depthwise.convolution(step.modules[0], x)
         else:
             for module in step.modules:
@@ -138,7 +144,7 @@ def _first_step(modules: Sequence[nn.Module]) -> Step:
         if len(modules) > 1 and is_silu(modules[1]):
             return Step((first, modules[1]), first, "silu")
         return Step((first,), first)
-    return Step((first,))
+    return Step((first,), strided=isinstance(first, nn.Conv2d) and first.groups > 1 and first.stride != (1, 1))
 
 
 def _bypassed(step: Step) -> list[nn.Module]:
@@ -159,7 +165,7 @@ def _normalised(norm: nn.BatchNorm2d, x: Tensor, activation: str | None, backend
         return None  # for PyTorch's own errors
     if not (weight.dtype == bias.dtype == mean.dtype == variance.dtype and weight.dtype in (x.dtype, torch.float32)):
         return None
-    if not x.device == weight.device == bias.device == mean.device == variance.device:
+    if not x.device == weight.device == mean.device:
         return None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
     layout = "channels_last" if is_channels_last(x) else "contiguous" if x.is_contiguous() else "strided"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The class swap behind `accelerate`: one subclass per block class, of the same name, pickled by the original class.
 
-A block here is a MobileViT block or a convolution layer (`_convolution`). An adapter has `parts`; if they are not of a
-MobileViT block `forward`, which runs them; and, if it leaves some calls to the original forward, `takes` or
-`TRAINING_ONLY`.
+A block here is a MobileViT block or a convolution layer (`_convolution`). An adapter has `parts`, and if they are not
+those of a MobileViT block `forward`, which runs them. Calls may be left to the original forward: by `takes`, which sees
+block and input, and before the parts are looked at by `TRAINING_ONLY` and by `wants`, which sees the input.
 """
 
 from __future__ import annotations
@@ -107,21 +107,19 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
     if cls is not None:
         return cls
     takes = getattr(adapter, "takes", None)
+    wants = getattr(adapter, "wants", None)
     run = getattr(adapter, "forward", _block.forward)
-    training_only = getattr(adapter, "TRAINING_ONLY", False)
 
     def forward(self, *args, **kwargs):
-        if training_only and not self.training:
-            return original.forward(self, *args, **kwargs)
         # cvnets passes tuples and keywords for video: anything but a single map goes to the original forward.
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and (wants is None or wants(args[0])):
             parts = _parts(self, adapter)
             if parts is not None and (takes is None or takes(self, args[0])):
                 return run(parts, args[0], backend_of(self))
         return original.forward(self, *args, **kwargs)
 
     namespace = {
-        "forward": _scriptable(forward, original.forward),
+        "forward": _scriptable(forward, original.forward, getattr(adapter, "TRAINING_ONLY", False)),
         "__reduce_ex__": _reduce,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -133,7 +131,7 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
     return cls
 
 
-def _scriptable(fast: Callable, original: FunctionType) -> FunctionType:
+def _scriptable(fast: Callable, original: FunctionType, training_only: bool) -> FunctionType:
     """`fast` in a form that TorchScript takes for `original`: scripting compiles the library's own forward.
 
     `torch.jit.script` finds the source through ``__wrapped__`` and resolves the names in it through ``__globals__``.
@@ -141,9 +139,13 @@ def _scriptable(fast: Callable, original: FunctionType) -> FunctionType:
     model that is being scripted.)
     """
 
-    def forward(self, *args, **kwargs):
+    def always(self, *args, **kwargs):
         return fast(self, *args, **kwargs)
 
+    def in_training(self, *args, **kwargs):
+        return fast(self, *args, **kwargs) if self.training else original(self, *args, **kwargs)
+
+    forward = in_training if training_only else always
     forward = FunctionType(forward.__code__, original.__globals__, "forward", closure=forward.__closure__)
     return functools.update_wrapper(forward, original)
 

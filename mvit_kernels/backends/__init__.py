@@ -39,6 +39,7 @@ __all__ = [
     "StackPlan",
     "checked_name",
     "choose",
+    "has_kernels",
     "operators",
     "pack",
     "packs_weights",
@@ -121,6 +122,15 @@ def use_backend(name: str | None) -> Iterator[None]:
 def operators(backend: str) -> tuple[str, ...]:
     """The names of the operators that `backend` has kernels for; all of them for the reference."""
     return tuple(REGISTRY[backend].supports) if backend in REGISTRY else ()
+
+
+def has_kernels(operator: str, device_type: str) -> bool:
+    """Whether a backend other than the reference, the requested one or any of the automatic choice, has `operator`."""
+    candidates = PREFERENCE.get(device_type, ()) if _override is None else (_override,)
+    for name in candidates:
+        if name != "reference" and name in REGISTRY and operator in REGISTRY[name].supports:
+            return True
+    return False
 
 
 def reasons_against(backend: str, call: Call) -> list[str]:
