@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,20 +91,27 @@ def batch_norm_activation(
     chosen = choose(call, backend)
     if chosen == "reference":
         return reference.batch_norm_activation(x, weight, bias, running_mean, running_var, momentum, eps, activation)
-    out, mean, variance = apply(chosen, call.needs_grad, x, weight, bias, float(eps), activation or "")
-    if running_mean is not None and x.numel() > 0:  # like PyTorch, which learns nothing from no pixels
-        _update(running_mean, mean, momentum)
-        _update(running_var, variance, momentum)
-    return out
+    def learn(mean: Tensor, variance: Tensor) -> None:
+        if running_mean is not None and x.numel() > 0:  # like PyTorch, which learns nothing from no pixels
+            _update(running_mean, mean, momentum)
+            _update(running_var, variance, momentum)
+
+    return apply(chosen, call.needs_grad, learn, x, weight, bias, float(eps), activation or "")
 
 
-def apply(backend: str, needs_grad: bool, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The raw operator of `backend`, wrapped in autograd if a gradient is needed: the result, and mean and unbiased
+def apply(backend: str, needs_grad: bool, learn: Callable[[Tensor, Tensor], None], *arguments) -> Tensor:
+    """The raw operator of `backend`, wrapped in autograd if a gradient is needed; `learn` gets mean and unbiased
     variance of the batch."""
+    if needs_grad and torch.compiler.is_compiling():
+        out, mean, variance = _BatchNormActivation.apply(backend, None, *arguments)
+        learn(mean, variance)
+        return out
     if needs_grad:
-        return _BatchNormActivation.apply(backend, *arguments)
+        # Inside, before anything is saved: checkpointing ends its second forward with the last tensor that is.
+        return _BatchNormActivation.apply(backend, learn, *arguments)[0]
     out, mean, _, variance = run(OP, backend, *arguments)
-    return out, mean, variance
+    learn(mean, variance)
+    return out
 
 
 def _update(running: Tensor, value: Tensor, momentum: float) -> None:
@@ -115,8 +123,10 @@ def _update(running: Tensor, value: Tensor, momentum: float) -> None:
 
 class _BatchNormActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, weight, bias, eps, activation):
+    def forward(ctx, backend, learn, x, weight, bias, eps, activation):
         out, mean, rstd, variance = run(OP, backend, x, weight, bias, eps, activation)
+        if learn is not None:
+            learn(mean, variance)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.backend, ctx.eps, ctx.activation = backend, eps, activation
         ctx.mark_non_differentiable(mean, variance)
@@ -129,12 +139,13 @@ class _BatchNormActivation(torch.autograd.Function):
             settings = None, None, 0.0, ctx.eps, ctx.activation or None
             return (
                 None,
+                None,
                 *gradients(reference.batch_norm_activation, grad_out, x, weight, bias, *settings)[:3],
                 None,
                 None,
             )
         grads = run(f"{OP}_backward", ctx.backend, grad_out, x, mean, rstd, weight, bias, ctx.activation)
-        return None, *grads, None, None
+        return None, None, *grads, None, None
 
 
 @register_fake(OP)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mvit_kernels
 from mvit_kernels._utils import third_party
-from mvit_kernels.adapters import _block, adapter_of
+from mvit_kernels.adapters import _block, _convolution, adapter_of
 
 LIBRARIES = ("timm", "huggingface", "kornia", "cvnets", "own")
 VARIANTS = ("xxs", "xs", "s")
@@ -172,6 +172,22 @@ def fast_calls() -> Iterator[list[tuple[int, ...]]]:
         yield shapes
     finally:
         _block.transformer_on_map = original
+
+
+@contextlib.contextmanager
+def fused_norms() -> Iterator[list[str | None]]:
+    """The activations of the batch norms that convolution layers ran as one operator inside."""
+    activations, original = [], _convolution.batch_norm_activation
+
+    def counted(*args, activation, **kwargs):
+        activations.append(activation)
+        return original(*args, activation=activation, **kwargs)
+
+    _convolution.batch_norm_activation = counted
+    try:
+        yield activations
+    finally:
+        _convolution.batch_norm_activation = original
 
 
 def differentiated(model: nn.Module, x: Tensor, autocast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
