@@ -18,19 +18,20 @@ from .._utils.plain import is_own
 from .._utils.transforms import again, gradients, is_channels_last, obstacle
 from ._block import has_hooks
 
-# Milliseconds of the two gradients at 256 px, batch 8, channels-last, with two threads on an Intel Xeon with AMX
-# (torch 2.14.1 with oneDNN 3.12): both in bfloat16; and the input's in float32, casts included, beside the weight's in
-# bfloat16, as here. With the whole convolution in float32 (forward too) S's first is 34.0 instead of 28.9 in all.
+# Milliseconds of forward and backward at 256 px, batch 8, channels-last, with two threads on an Intel Xeon with AMX
+# (torch 2.14.1 with oneDNN 3.12): in bfloat16; as here; and all of it in float32, casts included, which saves twice the
+# bytes for backward and changes the forward.
 #
-#     S      128 channels, 128 px   192.0   25.1          XXS    32 channels, 128 px    32.8    5.7
-#            256            64      101.5   12.8                 48            64       15.5    1.9
-#            384            32       54.9    4.5                 96            32       13.7    1.1
-#            512            16       34.1    1.9                128            16        8.4    0.7
+#     S      128 channels, 128 px   202.5   38.9   44.3          XXS    32 channels, 128 px    41.1    9.5   11.7
+#            256            64      116.8   21.1   21.7                 48            64       17.3    4.5    5.2
+#            384            32       58.9    6.6    7.6                 96            32       14.2    3.0    3.4
+#            512            16       35.3    2.8    3.2                128            16        8.5    1.8    1.6
 #
-# Batches of 1 and 2, one thread, and XS are alike (the whole convolution in bfloat16 takes 2.4 to 13 times its time in
-# float32). Without AMX but with bfloat16 instructions (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16) they are too (4.7 to 10.8);
-# without these (AVX512_CORE) bfloat16 has a depthwise kernel, and is faster by 1.2 to 1.4. At stride 1 it has one
-# everywhere.
+# As here it is 2.3 to 5.8 times as fast at batch 1, 3.9 to 13 times at batch 8; XS is alike, and so is one thread. Of
+# 168.7 ms for the first one's gradients in bfloat16 the weight's takes 10.9; the input's takes 14.7 in float32. Without
+# AMX but with bfloat16 instructions (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16) oneDNN takes the same kernel (145.8 instead
+# of 31.2 ms for the first); without these (AVX512_CORE) it has a depthwise one, which is faster than float32, by 1.2 to
+# 1.4. At stride 1 it has one everywhere, and bfloat16 is faster.
 
 
 @functools.cache
