@@ -91,6 +91,7 @@ def batch_norm_activation(
     chosen = choose(call, backend)
     if chosen == "reference":
         return reference.batch_norm_activation(x, weight, bias, running_mean, running_var, momentum, eps, activation)
+
     def learn(mean: Tensor, variance: Tensor) -> None:
         if running_mean is not None and x.numel() > 0:  # like PyTorch, which learns nothing from no pixels
             _update(running_mean, mean, momentum)

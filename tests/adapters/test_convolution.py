@@ -70,7 +70,9 @@ def assert_trains_alike(ours, plain, x):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         scale = value.double().abs().max().clamp(min=1)
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9 * scale.item(), msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=1e-9 * scale.item(), msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- parity
@@ -397,7 +399,9 @@ def test_report_says_why_not():
 @pytest.mark.parametrize("library", ["own", "timm"])
 def test_synchronised_batch_norms(library, first):
     """Converted before or after `accelerate`: they run module by module."""
-    convert = nn.SyncBatchNorm.convert_sync_batchnorm if library == "own" else import_timm().layers.convert_sync_batchnorm
+    convert = (
+        nn.SyncBatchNorm.convert_sync_batchnorm if library == "own" else import_timm().layers.convert_sync_batchnorm
+    )
     model = models.build(library)
     plain = convert(copy.deepcopy(model)).double()
     ours = convert(accelerate(model)) if first == "accelerate" else accelerate(convert(model))

@@ -43,7 +43,9 @@ def differentiated(run, conv, x, autocast):
 
 
 @pytest.mark.parametrize("dtype", [AUTOCAST, BF16])
-@pytest.mark.parametrize("changes", [{}, {"bias": True}, {"kernel_size": 5, "padding": 2}, {"dilation": 2, "padding": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"bias": True}, {"kernel_size": 5, "padding": 2}, {"dilation": 2, "padding": 2}]
+)
 def test_values_and_gradients(dtype, changes):
     conv, x = convolution(dtype, **changes)
     with torch.autocast("cpu", BF16, enabled=dtype == AUTOCAST):
