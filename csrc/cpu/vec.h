@@ -181,7 +181,11 @@ MVIT_INLINE Vec<float> load_first(const bfloat16* p, int n) {
     std::memcpy(&half, buffer, sizeof half);
 #endif
   }
+#if MVIT_VECTOR_BYTES == 64  // GCC 12 would convert halves and join them
+  return Vec<float>::Native(NativeBits(_mm512_maskz_cvtepu16_epi32(-1, (__m256i)half)) << 16);
+#else
   return Vec<float>::Native(__builtin_convertvector(half, NativeBits) << 16);
+#endif
 }
 
 MVIT_INLINE void store_first(bfloat16* p, Vec<float> v, int n) {
@@ -196,9 +200,16 @@ MVIT_INLINE void store_first(bfloat16* p, Vec<float> v, int n) {
 #else
   const NativeBits bits = NativeBits(v.native);
   const NativeBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // round to nearest even
-  const NativeBits quiet_nan = (bits >> 16) | 0x40;  // for a NaN, rounding could carry the payload into infinity
-  const NativeBits is_nan = NativeBits(v.native != v.native);
+  // For a NaN, rounding could carry the payload into infinity: it becomes a quiet one.
+#if MVIT_VECTOR_BYTES == 64
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v.native, v.native, _CMP_UNORD_Q);
+  const __m512i quiet_bit = _mm512_set1_epi32(0x40);
+  const NativeHalfBits half = NativeHalfBits(_mm512_maskz_cvtepi32_epi16(
+      -1, _mm512_mask_or_epi32((__m512i)rounded, is_nan, (__m512i)(bits >> 16), quiet_bit)));
+#else
+  const NativeBits quiet_nan = (bits >> 16) | 0x40, is_nan = NativeBits(v.native != v.native);
   const NativeHalfBits half = __builtin_convertvector((rounded & ~is_nan) | (quiet_nan & is_nan), NativeHalfBits);
+#endif
   if (n == Vec<float>::size) {
     std::memcpy(p, &half, sizeof half);
   } else {

@@ -19,7 +19,7 @@ from mvit_kernels import LayerDropout, backends
 from mvit_kernels.backends import triton
 from mvit_kernels.dropout import ATTENTION_BRANCH, MLP_BRANCH, branch_factor
 from mvit_kernels.ops import transformer_on_map
-from support.cases import DIFFERENTIABLE, NARROW, call, convert, evaluate, make
+from support.cases import NARROW, call, convert, differentiable_on, evaluate, make
 from support.checks import check, check_same_bits
 from support.tolerance import assert_close_as_pytorch
 
@@ -100,7 +100,7 @@ def test_row_counts(rows):
     check("layer_norm_mlp", dict(shape=(rows, 96), hidden=192), dtype="bfloat16", path="triton")
 
 
-@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+@pytest.mark.parametrize("operator", differentiable_on("triton"))
 def test_the_same_bits_every_time(operator):
     check_same_bits(operator, NARROW[operator], "triton")
 
@@ -139,7 +139,7 @@ def test_the_mask_is_the_reference_s():
 
 
 @needs_gpu
-@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+@pytest.mark.parametrize("operator", differentiable_on("triton"))
 def test_the_current_stream(operator):
     """Inputs arrive late on a stream of their own: a kernel on another stream would read the old values."""
     tensors, settings = leaves_of(operator, NARROW[operator])
@@ -174,7 +174,7 @@ def captured(function):
 
 
 @needs_gpu
-@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+@pytest.mark.parametrize("operator", differentiable_on("triton"))
 def test_a_cuda_graph(operator):
     """Forward and backward are captured; a replay computes from the inputs' current values."""
     tensors, settings = leaves_of(operator, NARROW[operator], torch.bfloat16)
@@ -371,7 +371,7 @@ def test_memory_of_a_training_step():
 
 def test_evaluate_runs_here():
     """This file's helper works for every operator on this device."""
-    for operator in DIFFERENTIABLE:
+    for operator in differentiable_on("triton"):
         tensors, settings = leaves_of(operator, NARROW[operator])
         names = [name for name, t in tensors.items() if t is not None]
         assert len(forward_and_backward(operator, tensors, settings)) == 1 + len(names)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mvit_kernels
 from mvit_kernels.backends.triton.target import INTERPRETED
 from mvit_kernels.ops import transformer_on_map
-from support.cases import DIFFERENTIABLE, NARROW, call, convert, evaluate, make
+from support.cases import NARROW, call, convert, differentiable_on, evaluate, make
 from support.checks import check, check_autocast, check_gradients_one_by_one, check_registration, check_same_bits
 from support.tolerance import assert_close_as_pytorch
 
@@ -102,7 +102,7 @@ def test_layers(sizes, dtype):
 
 
 @pytest.mark.parametrize("layout", ["permuted", "sliced", "offset", "expanded"])
-@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+@pytest.mark.parametrize("operator", differentiable_on("triton"))
 def test_layouts(operator, layout):
     check(operator, NARROW[operator], dtype="bfloat16", path="triton", layout=layout)
 
@@ -146,7 +146,7 @@ def test_keys_after_the_last_weigh_nothing(tokens):
         assert_close_as_pytorch(name, ours, ways["usual"][name], ways["oracle"][name])
 
 
-@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+@pytest.mark.parametrize("operator", differentiable_on("triton"))
 def test_torch_knows_the_operators(operator):
     check_registration(operator, NARROW[operator], backend="triton")
     check_autocast(operator, NARROW[operator], "triton")

@@ -38,6 +38,11 @@ def _patch(r: random.Random) -> tuple[int, int]:
 
 def sizes_of(operator: str, r: random.Random) -> dict:
     """The sizes that `cases.make` takes."""
+    if operator == "batch_norm_activation":
+        sides = [r.choice((1, 2, 3, 5, 8, 13)) for _ in range(2)]
+        mean = r.choice((0.0, 0.0, 30.0)) if sides[0] * sides[1] >= 15 else 0.0
+        shape = (r.choice((2, 3, 5)), _width(r), *sides)
+        return dict(shape=shape, activation=r.choice((None, "silu", "silu")), mean=mean)
     if operator == "layer_norm":
         d = _width(r)
         return dict(shape=(*_rows(r), d), mean=_mean(r, d))
@@ -79,6 +84,8 @@ def case_of(operator: str, number: int) -> tuple[dict, dict]:
     sizes = sizes_of(operator, r)
     dtype = r.choice(DTYPES)
     keywords = dict(dtype=dtype, path=r.choice(paths(operator)), layout=r.choice(LAYOUTS), seed=number)
+    if operator == "batch_norm_activation" and r.random() < 0.5:
+        keywords["layout"] = "channels_last"
     if dtype in ("bfloat16", "float16") and r.random() < 0.3:
         keywords["norm_dtype"] = "float32"
     if operator == "transformer_layer" and keywords["path"] != "reference" and r.random() < 0.5:

@@ -31,6 +31,7 @@ from mvit_kernels.rounding import RoundedArithmetic
 from support import oracle, usual
 
 DIFFERENTIABLE = (
+    "batch_norm_activation",
     "layer_norm",
     "layer_norm_linear",
     "patch_attention",
@@ -49,6 +50,7 @@ Sizes = dict[str, Any]  # the keyword arguments of an operator's function below,
 
 # A small call of each operator.
 SMALL = {
+    "batch_norm_activation": dict(shape=(2, 8, 3, 4)),
     "layer_norm": dict(shape=(3, 8)),
     "layer_norm_linear": dict(shape=(3, 8), n=4, activation="silu"),
     "patch_attention": dict(shape=(2, 4, 4), heads=2, head_dim=4, patch=(2, 2)),
@@ -61,6 +63,7 @@ SMALL = {
 
 # Another of each with a gradient: rows that fill no tile, widths that are no power of two.
 NARROW = {
+    "batch_norm_activation": dict(shape=(2, 24, 3, 5)),
     "layer_norm": dict(shape=(2, 3, 5, 24)),
     "layer_norm_linear": dict(shape=(2, 3, 5, 24), n=40, activation="silu"),
     "patch_attention": dict(shape=(2, 6, 8), heads=2, head_dim=12, patch=(2, 2)),
@@ -84,6 +87,12 @@ class Draw:
 
     def linear(self, n: int, k: int) -> tuple[Tensor, Tensor]:
         return self(n, k, std=max(k, 1) ** -0.5), self(n, std=0.2)
+
+
+def _batch_norm_activation(draw, shape, activation="silu", mean=0.0, eps=1e-5):
+    weight, bias = draw.norm(shape[1])
+    tensors = {"x": draw(*shape, mean=mean), "weight": weight, "bias": bias}
+    return tensors, {"running_mean": None, "running_var": None, "momentum": 0.1, "eps": eps, "activation": activation}
 
 
 def _layer_norm(draw, shape, mean=0.0, eps=1e-5):
@@ -178,19 +187,27 @@ def make(operator: str, sizes: dict[str, Any], seed: int = 0) -> tuple[Tensors, 
 def convert(
     tensors: Tensors, dtype: torch.dtype, norm_dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> Tensors:
-    """In `dtype`, the LayerNorms' parameters in `norm_dtype` if given."""
+    """In `dtype`, the norms' parameters in `norm_dtype` if given."""
     return {
-        name: None if t is None else t.to(device, norm_dtype if norm_dtype and "norm" in name else dtype)
+        name: None if t is None else t.to(device, norm_dtype if norm_dtype and is_norms(name, tensors) else dtype)
         for name, t in tensors.items()
     }
+
+
+def is_norms(name: str, tensors: Tensors) -> bool:
+    """Whether `name` is a parameter of a norm; where ``weight`` and ``bias`` are one, there is no matrix."""
+    return "norm" in name or (name in ("weight", "bias") and tensors["weight"].dim() == 1)
 
 
 def lay_out(t: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
     """The values of `t` under other strides, and the buffer of 42s that they lie in, where there is one.
 
     ``permuted`` puts the channels before the rows, as an NCHW map has them; ``expanded`` repeats the first of the first
-    axis with stride 0 (so the values change); ``strided`` leaves a gap between channels.
+    axis with stride 0 (so the values change); ``strided`` leaves a gap between channels. ``channels_last``, which is
+    not among `LAYOUTS`, is for (N, C, H, W) maps.
     """
+    if layout == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous(), None
     if layout == "permuted" and t.dim() > 1:
         return t.movedim(-1, t.dim() // 3).contiguous().movedim(t.dim() // 3, -1), None
     if layout == "transposed" and t.dim() > 1:
@@ -235,6 +252,11 @@ def paths(operator: str, dtype: str | None = None) -> list[str]:
             if takes(backend, dtype):
                 found.append(backend)
     return found
+
+
+def differentiable_on(backend: str) -> list[str]:
+    """The operators with a gradient that `backend` has kernels for."""
+    return [operator for operator in DIFFERENTIABLE if operator in backends.operators(backend)]
 
 
 def takes(path: str, dtype: str | None) -> bool:
@@ -294,6 +316,8 @@ def raw_arguments(operator: str, tensors: Tensors, settings: dict[str, Any]) -> 
     if operator == "transformer_layer":
         num_heads, patch_size, eps, dropout, seed = settings.values()
         return *tensors.values(), seed, num_heads, patch_size, eps, *_probabilities(dropout)
+    if operator == "batch_norm_activation":
+        return *tensors.values(), settings["eps"], settings["activation"] or ""
     return *tensors.values(), *("" if value is None else value for value in settings.values())
 
 
@@ -308,6 +332,7 @@ def backward_arguments(
     """The arguments of the raw backward operator, given what the raw forward operator returned."""
     t, settings = list(tensors.values()), list(resolved(operator, tensors, settings).values())
     return {
+        "batch_norm_activation": lambda: (grad_out, t[0], *outputs[1:3], *t[1:], settings[4] or ""),
         "layer_norm": lambda: (grad_out, t[0], *outputs[1:], t[1]),
         "layer_norm_linear": lambda: (grad_out, t[0], *outputs[1:], *t[1:], settings[1] or ""),
         "patch_attention": lambda: (grad_out, t[0], *outputs, *settings),
@@ -332,7 +357,8 @@ def call(operator: str, tensors: Tensors, settings: dict[str, Any], path: str) -
         if operator in INFERENCE:
             return raw(operator, "reference")(*arguments)
         needs_grad = any(t is not None and t.requires_grad for t in tensors.values())
-        return importlib.import_module(f"mvit_kernels.ops.{operator}").apply("reference", needs_grad, *arguments)
+        out = importlib.import_module(f"mvit_kernels.ops.{operator}").apply("reference", needs_grad, *arguments)
+        return out[0] if isinstance(out, tuple) else out
     away = device_of(path) != "cpu" and all(t is None or t.device.type == "cpu" for t in tensors.values())
     if away:
         tensors = {name: None if t is None else t.to(device_of(path)) for name, t in tensors.items()}

@@ -38,6 +38,18 @@ def _statistics(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
+def _batch_norm_activation(s, dtype):
+    c = s(1, 3, 8, 16, 33)
+    vectors = T((c,), dtype), T((c,), dtype)
+    return T((s(2, 3), c, s(1, 4, 9), s(1, 5)), dtype), *vectors, 1e-5, s.r.choice(("", "silu"))
+
+
+def _batch_norm_activation_backward(s, dtype):
+    x, weight, bias, _, activation = _batch_norm_activation(s, dtype)
+    statistic = T(weight.shape, _statistics(dtype))
+    return x, x, statistic, statistic, weight, bias, activation
+
+
 def _layer_norm(s, dtype):
     rows, d, t = _rows(s, dtype)
     return t(*rows, d), t(d), t(d), 1e-5

@@ -30,6 +30,22 @@ def layer_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) ->
     return centred / torch.sqrt(variance + eps) * norm_weight + norm_bias
 
 
+def batch_norm_activation(x, weight, bias, running_mean, running_var, momentum, eps, activation) -> Tensor:
+    """(N, C, H, W), by the statistics of the batch."""
+    mean, variance = batch_statistics(x)
+    y = (x - mean[:, None, None]) / torch.sqrt(variance + eps)[:, None, None]
+    y = y * weight[:, None, None] + bias[:, None, None]
+    return silu(y) if activation == "silu" else y
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the (biased) variance of each channel of an (N, C, H, W) map."""
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    mean = x.sum((0, 2, 3)) / count
+    centred = x - mean[:, None, None]
+    return mean, (centred * centred).sum((0, 2, 3)) / count
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.einsum("...k,nk->...n", x, weight)
     return y if bias is None else y + bias

@@ -41,6 +41,11 @@ def layer_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) ->
     return F.layer_norm(x.to(norm_weight.dtype), (x.shape[-1],), norm_weight, norm_bias, eps).to(x.dtype)
 
 
+def batch_norm_activation(x, weight, bias, running_mean, running_var, momentum, eps, activation) -> Tensor:
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    return F.silu(y) if activation else y
+
+
 def layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation) -> Tensor:
     y = F.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
     return F.silu(y) if activation else y

@@ -81,6 +81,13 @@ def _patch_attention(call: Call) -> list[str]:
     return reasons
 
 
+def _batch_norm_activation(call: Call) -> list[str]:
+    reasons = _dtype(call)
+    if call.fact("layout") == "strided":
+        reasons.append("x is neither channels-last nor contiguous; call .contiguous() first")
+    return reasons
+
+
 def _inference_dtype(call: Call) -> list[str]:
     if call.dtype in INFERENCE_DTYPES:
         return []
@@ -110,6 +117,7 @@ class CpuBackend(Backend):
     # The row-wise operators take rows with any strides. Rows that two strides cannot address, or whose channels are not
     # adjacent, are copied first, as PyTorch's own layer_norm and linear copy them.
     supports = {
+        "batch_norm_activation": _batch_norm_activation,
         "layer_norm_linear": _dtype,
         "patch_attention": _patch_attention,
         "linear_residual": _dtype,
