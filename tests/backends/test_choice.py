@@ -56,7 +56,7 @@ def test_kernels_for_inference_run(operator):
     assert recorder.ours() == [f"{operator}.{NAME}"] and torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+@pytest.mark.parametrize("operator", [name for name in DIFFERENTIABLE if name != "batch_norm_activation"])
 def test_kernels_see_one_dtype_under_autocast(operator):
     """Autocast does not see inside raw operators: linear weights are cast first, with gradients through the casts."""
     tensors, settings = make(operator, SMALL[operator])

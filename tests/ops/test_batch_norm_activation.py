@@ -19,15 +19,15 @@ KERNELS = [path for path in PATHS if path not in ("reference", "raw")]
 FORMATS = ("contiguous", "channels_last")
 SMALL = dict(shape=(2, 24, 3, 5))
 CASES = [
-    *(dict(shape=(2, c, 9, 8)) for c in (16, 96, 144, 640)),  # of s
-    *(dict(shape=(2, c, 5, 7)) for c in (1, 3, 17, 100, 129)),  # lines that end within a vector
-    dict(shape=(3, 16, 40, 41)),  # several blocks, the last one short
-    dict(shape=(1, 200, 17, 16)),
+    *(dict(shape=(2, c, 3, 4)) for c in (16, 144, 640)),  # of s
+    *(dict(shape=(2, c, 3, 3)) for c in (3, 17, 129)),  # lines that end within a vector
+    dict(shape=(2, 16, 21, 31)),  # several blocks of a channels-last map, the last one short
+    dict(shape=(2, 1, 70, 71)),  # a block for each plane
+    dict(shape=(1, 1, 91, 92)),  # two for one plane
     dict(shape=(70, 8, 1, 1)),  # one pixel of many images
     dict(shape=(2, 8, 1, 1)),
-    dict(shape=(1, 8, 1, 200)),
     dict(shape=(2, 16, 6, 7), activation=None),
-    dict(shape=(2, 40, 12, 12), mean=1e3),
+    dict(shape=(2, 24, 8, 8), mean=1e3),
     dict(shape=(2, 16, 6, 7), eps=0.1),
     dict(shape=(0, 8, 4, 4)),
 ]
@@ -77,9 +77,9 @@ class TestBatchNormActivation(OperatorTests):
             assert all(torch.equal(value, expected[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("sizes", [case for case in CASES if case["shape"][1] in (3, 16, 40, 129, 640)], ids=str)
+@pytest.mark.parametrize("sizes", [case for case in CASES if case["shape"][1] in (3, 16, 24, 129, 640)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", KERNELS)
 def test_channels_last(path, dtype, sizes):
     check(OP, sizes, dtype=dtype, path=path, layout="channels_last")
     if "16" in dtype:
@@ -152,13 +152,11 @@ def test_is_the_module_everybody_writes(path):
         x = torch.randn(2, 24, 5, 4, generator=torch.Generator().manual_seed(seed)).requires_grad_()
         out = batch_norm_activation(x, norm.weight, norm.bias, *ours, backend=path)
         expected = nn.functional.silu(norm(x))
-        in_graph = compiled(x, compiled_norm)
-        for result in (out, in_graph):
+        (right,) = torch.autograd.grad(expected.square().sum(), x)
+        for result in (out, compiled(x, compiled_norm)):
             torch.testing.assert_close(result, expected)
-            for grad, right in zip(
-                *(torch.autograd.grad(y.square().sum(), x) for y in (result, expected)), strict=True
-            ):
-                torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5)
+            (grad,) = torch.autograd.grad(result.square().sum(), x)
+            torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5)
     for mine, graphs, right in zip(
         ours,
         (compiled_norm.running_mean, compiled_norm.running_var),
@@ -205,7 +203,7 @@ def test_saves_one_map(path, layout):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("shape", [(3, 16, 40, 41), (2, 200, 33, 9), (5, 3, 70, 60), (1, 1, 90, 90)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 40, 41), (2, 200, 33, 9), (5, 3, 70, 60), (1, 1, 91, 92)], ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("path", KERNELS)
 def test_same_bits_for_any_number_of_threads(path, layout, shape, dtype):

@@ -29,7 +29,7 @@ def cases(operator, path, dtype):
     for x."""
     tensors, settings = make(operator, NARROW[operator])
     for name in ("x", "residual"):
-        if name in tensors:
+        if name in tensors and operator != "batch_norm_activation":  # which has nothing else left in bfloat16
             tensors[name] = tensors[name] + 100
     tensors = convert(tensors, getattr(torch, dtype), device=device_of(path))
     for name, tensor in tensors.items():

@@ -137,6 +137,17 @@ def operands(operator: str, stage: Stage, *, seed: int = 0) -> Operands:
     def norm() -> tuple[Tensor, Tensor]:
         return random(d, std=0.1, mean=1.0), random(d, std=0.1)
 
+    if operator == "batch_norm_activation":  # channels-last, as behind a convolution
+        x = random(*map_shape, d).permute(0, 3, 1, 2)
+        return Operands(
+            operator,
+            (x, *norm()),
+            (0,),
+            (EPS, "silu"),
+            lambda *t, backend=None: ops.batch_norm_activation(*t, eps=EPS, backend=backend),
+            lambda *t: reference.batch_norm_activation(*t, None, None, 0.0, EPS, "silu"),
+            0,
+        )
     if operator == "layer_norm":
         return Operands(
             operator,

@@ -36,7 +36,7 @@ from .operands import VARIANTS, Operands, Stage, operands, stages
 
 # The whole stack, then its parts, the slowest first.
 ORDER = ("transformer", "transformer_layer", "patch_attention", "layer_norm_mlp", "layer_norm_linear")
-ORDER += ("linear_residual", "inverted_residual", "layer_norm")
+ORDER += ("linear_residual", "inverted_residual", "layer_norm", "batch_norm_activation")
 BATCH = {"cpu": 1, "cuda": 64}
 BATCHES = {"cpu": (2, 4, 8, 16), "cuda": (1, 8, 256)}
 SIZES = (128, 192, 384, 512)  # N at stage 3: 64, 144, 576, 1024

@@ -27,6 +27,7 @@ if why_not("aarch64"):
     pytest.skip(f"aarch64 is not tested: {why_not('aarch64')}", allow_module_level=True)
 
 OPERATORS = {  # widths and lengths that are whole vectors and tiles, and such that are not
+    "batch_norm_activation": [dict(shape=(2, 17, 6, 7)), dict(shape=(3, 2, 40, 30), activation=None)],
     "layer_norm_linear": [dict(shape=(2, 3, 64), n=192), dict(shape=(37, 17), n=33, activation="silu")],
     "linear_residual": [dict(shape=(70, 64), n=80), dict(shape=(5, 33), n=100)],
     "layer_norm_mlp": [dict(shape=(40, 64), hidden=128), dict(shape=(5, 17), hidden=33)],

@@ -170,6 +170,26 @@ inline Tensor contiguous(const Tensor& tensor) {
   return copy;
 }
 
+// Of a tensor without gaps, whose strides it keeps.
+inline Tensor empty_like(const Tensor& tensor) {
+  const std::size_t bytes = static_cast<std::size_t>(tensor.numel()) * bytes_of(tensor.scalar_type());
+  return Tensor(std::make_shared<stand_in::Buffer>(bytes, 0), tensor.sizes(), tensor.strides(), tensor.scalar_type());
+}
+
+inline Tensor copy_(Tensor& to, const Tensor& from) {
+  const std::size_t bytes = bytes_of(to.scalar_type());
+  for (int64_t i = 0; i < to.numel(); ++i) {
+    int64_t rest = i, at = 0, source = 0;
+    for (int64_t axis = to.dim() - 1; axis >= 0; rest /= to.size(axis--)) {
+      at += rest % to.size(axis) * to.stride(axis);
+      source += rest % to.size(axis) * from.stride(axis);
+    }
+    std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + at * static_cast<int64_t>(bytes),
+                static_cast<const char*>(from.const_data_ptr()) + source * static_cast<int64_t>(bytes), bytes);
+  }
+  return to;
+}
+
 inline uint32_t get_num_threads() { return static_cast<uint32_t>(stand_in::threads); }
 
 // The shares that at::parallel_for hands out; one inside another is not shared out.
