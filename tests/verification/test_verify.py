@@ -61,7 +61,7 @@ def test_what_is_wrong_fails(wrong, monkeypatch):
 
     monkeypatch.setattr(_block, "transformer_on_map", wrong(transformer_on_map))
     model = mvit_kernels.accelerate(models.build("timm"))
-    report = mvit_kernels.verify(model, models.images(1, 128, 128))
+    report = mvit_kernels.verify(model, models.images(1, 64, 64))
     assert not report.ok
     assert not report.rows[0].ok
     assert "TOO LARGE" in str(report)
@@ -118,7 +118,7 @@ class Wrapped(nn.Module):
 
     def __init__(self, images) -> None:
         super().__init__()
-        self.net, self.images = models.build("timm"), images
+        self.net, self.images = models.first_block(), images
 
     def forward(self, x=None, **inputs):
         return self.net(self.images(x if x is not None else inputs).float())
@@ -129,8 +129,8 @@ class Pair(NamedTuple):
     right: torch.Tensor
 
 
-ONE, OTHER = models.images(2, 64, 64)
-BYTES = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+ONE, OTHER = models.images(2, 32, 32)
+BYTES = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 WRAPPED = {
     "a list of images": (torch.stack, [ONE, OTHER]),
     "a list of batches": (torch.cat, [ONE[None], OTHER[None]]),
