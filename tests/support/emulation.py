@@ -98,7 +98,8 @@ def compiler() -> list[str]:
 @functools.cache
 def _build(name: str, faults: tuple[tuple[str, ...], ...], macros: tuple[str, ...]) -> Path:
     """The driver's library; compiled anew when a source, the compiler or a fault is another."""
-    command = [*compiler(), *FLAGS.split(), *(f"-D{macro}" for macro in macros)]
+    # What is compiled for one test runs once: the compiler is most of its time, and quicker without optimisation.
+    command = [*compiler(), *FLAGS.split(), *(["-O0"] if macros else []), *(f"-D{macro}" for macro in macros)]
     files = {path.name: path.read_text() for kind in ("*.h", "*.cu") for path in sorted(KERNELS.glob(kind))}
     for *file, text, other in faults:
         places = [name for name in file or files for _ in range(files[name].count(text))]
