@@ -12,6 +12,8 @@ DATA ?= ../shared/data
 
 # The set-up is complete if this file exists, is newer than its prerequisites, and $(IS_SOUND) succeeds.
 READY := $(VENV)/.mvit_kernels-ready
+# What is asked for that needs the compiled libraries; the set-up then compiles them while pip installs the rest.
+COMPILED := $(filter test test-elsewhere examples bench bench-regressions build,$(MAKECMDGOALS))
 
 ifeq ($(USE_SYSTEM_PYTHON),1)
 PY := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
@@ -130,7 +132,7 @@ lint: setup
 setup:
 	@if [ -e '$(READY)' ] && ! $(PY) -I -c "$$IS_SOUND" constraints.txt; then \
 		echo '--- $(VENV) is not what the set-up left (see above): setting it up again'; rm -f '$(READY)'; fi
-	@$(MAKE) --no-print-directory --silent $(READY)
+	@$(MAKE) --no-print-directory --silent $(READY) COMPILED='$(COMPILED)'
 
 endif
 
@@ -189,6 +191,14 @@ $(READY): constraints.txt pyproject.toml setup.py mvit_kernels/__init__.py
 	@echo '--- torch'
 	@$(PY) -m pip install --no-compile -c constraints.txt torch setuptools cmake ninja
 	@echo '--- mvit_kernels, and what its demo and tests need'
-	@MVIT_KERNELS_BUILD=skip $(PY) -m pip install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(MAKE) --no-print-directory --silent -j2 the-rest $(if $(COMPILED),libraries-meanwhile)
 	@$(PY) -m pip check
 	@touch $(READY)
+
+.PHONY: the-rest libraries-meanwhile
+the-rest:
+	@MVIT_KERNELS_BUILD=skip $(PY) -m pip install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+
+# `build` comes after it, finds nothing to do, or fails again and says why.
+libraries-meanwhile:
+	@MVIT_KERNELS_BUILD=auto $(PY) setup.py -q build_native --inplace >/dev/null 2>&1 || true
