@@ -29,12 +29,16 @@ if os.environ.get("MVIT_KERNELS_EMULATED") == "1":  # the CUDA backend serves CP
     from support import emulated  # noqa: F401
 
 
-# Files of few tests that take minutes. They come first, then the files with the most tests: a worker that started the
-# first of these at the end ran on alone for four minutes. (`make test` tells xdist to keep this order; its own order
-# puts them last.)
+# Files of few tests that take half a minute and more, the longest first; before all others, then those with the most
+# tests. A worker that started the first of these at the end ran on alone for four minutes. (`make test` tells xdist to
+# keep this order; its own order puts them last.) Files that compile the same for CUDA's emulation are apart.
 LONG = (
-    "backends/triton/test_backend backends/cpu/test_instruction_sets bench/test_peers freezing/test_models "
-    "verification/test_verify bench/test_bench backends/cuda/test_backend nn/test_timm_models"
+    "backends/cpu/test_instruction_sets backends/cpu/test_aarch64 backends/triton/test_backend bench/test_peers "
+    "bench/test_bench backends/cuda/test_backend backends/cuda/test_patch_attention backends/cuda/test_rows "
+    "freezing/test_models backends/cuda/test_transformer verification/test_verify adapters/test_accelerate_systems "
+    "nn/test_timm_models adapters/test_torchscript ops/test_malformed_calls backends/triton/test_compile "
+    "bench/test_suites bench/test_scripts packaging/test_packaging packaging/test_environment ops/test_compile "
+    "nn/test_mobilevit"
 ).split()
 
 

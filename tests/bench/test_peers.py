@@ -180,8 +180,9 @@ class Keeps(nn.Module):
         return images.mean((1, 2, 3), keepdim=True) * self.weight + float(buffer[-1])
 
 
-@pytest.mark.parametrize("rise, kept", [(40, 0), (10, 50)])
-def test_peak_memory_is_what_a_call_holds(rise, kept):
+def test_peak_memory_is_what_a_call_holds():
+    """What it frees again and what it keeps: neither alone is within the bounds."""
+    rise, kept = 20, 40
     subject = Subject(Keeps(rise, kept).eval(), torch.rand(1, 3, 8, 8))
     peaks = peak_memory.on_cpu(subject, ["eager", "channels_last"])
     for name, peak in peaks.items():  # the second finds nothing left behind by the first

@@ -30,7 +30,7 @@ H100 = (132, 232_448)
 
 @pytest.fixture(scope="module")
 def driver():
-    return Driver(OP)
+    return Driver(OP, macros=["MVIT_ONLY_ONE"])  # for its sizes, which are those of all kernels
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
