@@ -64,10 +64,11 @@ def test_long_sums_are_of_several_chains(operator, sizes, name, terms, monkeypat
 
 
 def test_attention_makes_no_habit_of_errors():
-    """With an exponential between two products, a single chain is not the measure."""
+    """With an exponential between two products, a single chain is not the measure. (Of 6 draws: 30,000 errors of a
+    result, whose root mean square is known to a hundredth.)"""
     assert "triton" in paths("patch_attention")  # and loaded
     sizes = dict(shape=(1, 16, 8), heads=2, head_dim=20, patch=(2, 2))
-    found = ratios(draws("patch_attention", sizes, "triton"))
+    found = ratios(draws("patch_attention", sizes, "triton", most=6))
     assert len(found) == 2 and max(found.values()) <= MOST, found
 
 

@@ -34,12 +34,12 @@ class Errors(NamedTuple):
     truth: Tensor
 
 
-def draws(operator: str, sizes: dict[str, Any], path: str) -> Iterator[Errors]:
+def draws(operator: str, sizes: dict[str, Any], path: str, most: int = 24) -> Iterator[Errors]:
     def by(path: str) -> Callable[[Tensors], Tensor]:
         return lambda tensors: call(operator, tensors, settings, path)
 
     gradients = differentiable(operator, path)
-    for seed in range(max(4, min(24, 20_000 // math.prod(sizes["shape"])))):
+    for seed in range(max(4, min(most, 20_000 // math.prod(sizes["shape"])))):
         tensors, settings = make(operator, sizes, seed)
         tensors = convert(tensors, torch.float32)
         ours = evaluate(by(path), convert(tensors, torch.float32, device=device_of(path)), gradients)
