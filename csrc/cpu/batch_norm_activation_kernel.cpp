@@ -53,11 +53,11 @@ struct Blocks {
   MVIT_INLINE void stretches(int64_t block, const F& f) const {
     const int64_t images = parts > 1 ? 1 : smaller(images_of_a_block, pixels.images - block * images_of_a_block);
     const int64_t of_an_image = parts > 1 ? rows_of(block) : pixels.rows;
-    for (int64_t i = 0; i < images; ++i) {
-      const int64_t offset = start(block) + i * pixels.image_stride, lines = of_an_image / together;
+    const int64_t lines = of_an_image / together, rest = of_an_image % together * pixels.channels;
+    int64_t offset = start(block);
+    for (int64_t i = 0; i < images; ++i, offset += pixels.image_stride) {
       if (lines > 0) f(offset, lines, line());
-      if (of_an_image % together > 0)
-        f(offset + lines * line(), int64_t{1}, of_an_image % together * pixels.channels);
+      if (rest > 0) f(offset + lines * line(), int64_t{1}, rest);
     }
   }
 };
@@ -65,8 +65,17 @@ struct Blocks {
 // `values`, one a channel, for each row of a line.
 template <typename T>
 MVIT_INLINE void repeat(T* line, const T* values, const Blocks<T>& blocks) {
-  const int64_t channels = blocks.pixels.channels;
-  for (int64_t row = 0; row < blocks.together; ++row) std::memcpy(line + row * channels, values, sizeof(T) * channels);
+  int64_t filled = blocks.pixels.channels;
+  if (filled == 1) {  // planes
+    for (int64_t i = 0; i < blocks.line(); i += Vec<T>::size) store(line + i, Vec<T>(*values));
+    return;
+  }
+  std::memcpy(line, values, sizeof(T) * filled);
+  while (filled < blocks.line()) {  // copies that double
+    const int64_t more = smaller(filled, blocks.line() - filled);
+    std::memcpy(line + filled, line, sizeof(T) * more);
+    filled += more;
+  }
 }
 
 // Calls f(i, n) for the vectors of `width` values: n values from i.
