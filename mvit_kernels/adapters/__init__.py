@@ -241,7 +241,7 @@ def report(model: nn.Module) -> AccelerationReport:
 def _about_convolutions(layers: tuple[LayerReport, ...]) -> str:
     reasons = dict.fromkeys(reason for layer in layers for reason in layer.reasons)
     fused, norms = (sum(counts) for counts in zip(*((layer.fused, layer.norms) for layer in layers), strict=True))
-    text = f"{fused} of {norms} convolution layers: batch norm + SiLU fused in training"
+    text = f"{fused} of {norms} convolution layers: batch norm + SiLU fused in training on the CPU"
     return f"{text}; not all, because {some(list(reasons), joint='; ')}" if reasons else text
 
 

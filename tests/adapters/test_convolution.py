@@ -363,9 +363,9 @@ def test_convolutions_are_left_alone_on_request():
     original = classes(model)
     accelerate(model, convolutions=False)
     assert sum(a is not b for a, b in zip(classes(model), original, strict=True)) == 3
-    assert str(report(model)).endswith("0 of 32 convolution layers: batch norm + SiLU fused in training")
+    assert str(report(model)).endswith("0 of 32 convolution layers: batch norm + SiLU fused in training on the CPU")
     accelerate(model)
-    assert str(report(model)).endswith("32 of 32 convolution layers: batch norm + SiLU fused in training")
+    assert str(report(model)).endswith("32 of 32 convolution layers: batch norm + SiLU fused in training on the CPU")
     accelerate(model, convolutions=False)  # undoes the earlier call
     assert sum(a is not b for a, b in zip(classes(model), original, strict=True)) == 3
 
@@ -390,7 +390,7 @@ def test_report_says_why_not():
     norm = blocks(model)[0].conv_local.norm
     norm.register_forward_hook(lambda *_: None)
     last = str(report(model)).splitlines()[-1]
-    assert last.startswith("  31 of 32 convolution layers: batch norm + SiLU fused in training; not all, because its ")
+    assert last.startswith("  31 of 32 convolution layers: batch norm + SiLU fused in training on the CPU; not all, because its ")
     assert "BatchNorm2d carries a hook" in last
     assert str(report(model)).splitlines()[0] == "3 of 3 MobileViT blocks accelerated"
 
