@@ -390,7 +390,7 @@ def test_report_says_why_not():
     norm = blocks(model)[0].conv_local.norm
     norm.register_forward_hook(lambda *_: None)
     last = str(report(model)).splitlines()[-1]
-    assert last.startswith("  31 of 32 convolution layers: batch norm + SiLU fused in training on the CPU; not all, because its ")
+    assert last.startswith("  31 of 32 convolution layers: batch norm + SiLU fused in training on the CPU; not all, ")
     assert "BatchNorm2d carries a hook" in last
     assert str(report(model)).splitlines()[0] == "3 of 3 MobileViT blocks accelerated"
 

@@ -23,7 +23,7 @@ from mvit_kernels.rounding import RoundedArithmetic
 from support import models
 from support.cases import Recorder
 from support.native import skip_without_a_compiler
-from support.networks import Draw, chain, composed, native
+from support.networks import Draw, called, chain, composed, native
 from support.tolerance import assert_close_as_pytorch
 
 skip_without_a_compiler()
@@ -176,9 +176,7 @@ def test_every_library_is_native_throughout(library, dtype):
     assert frozen.freeze_report.left == ()
     with torch.inference_mode():
         ours = models.output(frozen(x))
-    called = [part for part in frozen.modules() if getattr(part, "_network", None) is not None]
-    assert called and all(isinstance(part._network, network.Network) for part in called)
-    inside = {id(part) for outer in called for part in outer.modules()}
+    inside = {id(part) for outer in called(frozen) for part in outer.modules()}
     leaves = (FrozenConv2d, FrozenInvertedResidual, FrozenMobileViTBlock)
     assert all(id(part) in inside for part in frozen.modules() if isinstance(part, leaves))
     truth = models.output(composed(copy.deepcopy(model).double(), x.double()))

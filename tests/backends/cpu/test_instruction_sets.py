@@ -28,6 +28,7 @@ OPERATORS = (
     "layer_norm_mlp",
     "inverted_residual",
     "transformer",
+    "batch_norm_activation",  # whose kernels are those of sets without pairs
 )
 OPERATORS_TESTS = [TESTS / "ops" / f"test_{name}.py" for name in OPERATORS]
 OWN_TESTS = [
