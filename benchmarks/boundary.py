@@ -71,7 +71,7 @@ def validation() -> dict[str, Callable[[], object]]:
     model(torch.rand(1, 3, 64, 64))
     found = {}
     for name, block in model.named_modules():
-        if _swap.is_accelerated(block):
+        if _swap.is_accelerated(block) and _swap._PLAN in block.__dict__:  # blocks; convolution layers only in training
             plan = block.__dict__[_swap._PLAN]
             found[f"{name} ({len(plan.parts.layers)} layers)"] = lambda plan=plan, block=block: plan.holds(block)
     return found

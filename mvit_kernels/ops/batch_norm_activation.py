@@ -97,10 +97,12 @@ def batch_norm_activation(
             _update(running_mean, mean, momentum)
             _update(running_var, variance, momentum)
 
-    return apply(chosen, call.needs_grad, learn, x, weight, bias, float(eps), activation or "")
+    return apply(chosen, call.needs_grad, x, weight, bias, float(eps), activation or "", learn=learn)
 
 
-def apply(backend: str, needs_grad: bool, learn: Callable[[Tensor, Tensor], None], *arguments) -> Tensor:
+def apply(
+    backend: str, needs_grad: bool, *arguments, learn: Callable[[Tensor, Tensor], None] = lambda mean, variance: None
+) -> Tensor:
     """The raw operator of `backend`, wrapped in autograd if a gradient is needed; `learn` gets mean and unbiased
     variance of the batch."""
     if needs_grad and torch.compiler.is_compiling():
@@ -116,6 +118,10 @@ def apply(backend: str, needs_grad: bool, learn: Callable[[Tensor, Tensor], None
 
 
 def _update(running: Tensor, value: Tensor, momentum: float) -> None:
+    if not torch.compiler.is_compiling():
+        # As PyTorch's batch norm, which keeps its running statistics for a backward that does not read them: without
+        # counting the change, or another call's backward would refuse.
+        running = running.data
     if running.dtype == value.dtype:
         running.lerp_(value, momentum)
     else:

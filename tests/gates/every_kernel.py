@@ -28,6 +28,11 @@ SIZES = {  # the network's widths; then rows that fill no tile, widths that are 
         dict(shape=(70, 24)),
         dict(shape=(3, 300)),
     ],
+    "batch_norm_activation": [
+        *(dict(shape=(b, d, side, side)) for b, side, d in STAGES),
+        dict(shape=(70, 24, 1, 1), activation=None),
+        dict(shape=(3, 300, 3, 5)),
+    ],
     "layer_norm_linear": [
         *(dict(shape=(b, side, side, d), n=3 * d) for b, side, d in STAGES),
         dict(shape=(70, 24), n=40, activation="silu"),
