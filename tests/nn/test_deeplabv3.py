@@ -275,7 +275,7 @@ def test_layouts_compile_copies(xxs):
 
         def same(model: nn.Module, y: Tensor = x) -> None:
             # PyTorch alone differs by up to 6e-6 between layouts, for other images and weights.
-        assert (model(y) - expected).abs().max() <= 1e-5 * expected.abs().max()
+            assert (model(y) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
         same(copy.deepcopy(xxs))
         same(pickle.loads(pickle.dumps(xxs)))
