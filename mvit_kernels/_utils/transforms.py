@@ -34,6 +34,11 @@ def is_channels_last(x: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def layout_of(x: Tensor) -> str:
+    """How a map lies in memory, as a fact of a `Call`: "channels_last", "contiguous" or "strided"."""
+    return "channels_last" if is_channels_last(x) else "contiguous" if x.is_contiguous() else "strided"
+
+
 def channels_last(x: Tensor) -> Tensor:
     """A (B, C, H, W) map in channels-last format. Under ``torch.func`` tensors have no format: x itself."""
     return x if torch._C._are_functorch_transforms_active() else x.contiguous(memory_format=torch.channels_last)

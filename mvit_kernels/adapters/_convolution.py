@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._utils.plain import is_identity, is_own, is_plain, is_silu
-from .._utils.transforms import is_channels_last, obstacle
+from .._utils.transforms import layout_of, obstacle
 from ..backends import Call, has_kernels, serves
 from ..ops import batch_norm_activation
 from . import _depthwise
@@ -168,9 +168,8 @@ def _normalised(norm: nn.BatchNorm2d, x: Tensor, activation: str | None, backend
     if not x.device == weight.device == mean.device:
         return None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
-    layout = "channels_last" if is_channels_last(x) else "contiguous" if x.is_contiguous() else "strided"
     hindered = obstacle((x, weight, bias, mean, variance))
-    call = Call(OPERATOR, x.device.type, x.dtype, needs_grad, tuple(x.shape), (("layout", layout),), hindered)
+    call = Call(OPERATOR, x.device.type, x.dtype, needs_grad, tuple(x.shape), (("layout", layout_of(x)),), hindered)
     if not serves(OPERATOR, call, backend):
         return None
     tracked = norm._buffers.get("num_batches_tracked")

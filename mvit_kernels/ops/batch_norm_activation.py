@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.transforms import again, gradients, is_channels_last
+from .._utils.transforms import again, gradients, layout_of
 from ..backends import choose, reference, run
 from ..backends.library import register_fake
 from . import _checks as checks
@@ -86,8 +86,7 @@ def batch_norm_activation(
     if activation not in (None, "silu"):
         raise ValueError(f"{OP}: activation is {activation!r}; 'silu' or None is wanted")
 
-    layout = "channels_last" if is_channels_last(x) else "contiguous" if x.is_contiguous() else "strided"
-    call = checks.call(OP, x, (x, *vectors.values()), layout=layout)
+    call = checks.call(OP, x, (x, *vectors.values()), layout=layout_of(x))
     chosen = choose(call, backend)
     if chosen == "reference":
         return reference.batch_norm_activation(x, weight, bias, running_mean, running_var, momentum, eps, activation)

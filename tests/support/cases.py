@@ -357,8 +357,7 @@ def call(operator: str, tensors: Tensors, settings: dict[str, Any], path: str) -
         if operator in INFERENCE:
             return raw(operator, "reference")(*arguments)
         needs_grad = any(t is not None and t.requires_grad for t in tensors.values())
-        out = importlib.import_module(f"mvit_kernels.ops.{operator}").apply("reference", needs_grad, *arguments)
-        return out[0] if isinstance(out, tuple) else out
+        return importlib.import_module(f"mvit_kernels.ops.{operator}").apply("reference", needs_grad, *arguments)
     away = device_of(path) != "cpu" and all(t is None or t.device.type == "cpu" for t in tensors.values())
     if away:
         tensors = {name: None if t is None else t.to(device_of(path)) for name, t in tensors.items()}
