@@ -9,7 +9,6 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
@@ -67,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv or os.environ.get("MVIT_KERNELS_DEBUG", "0") not in ("", "0")
     try:
         args = build_parser().parse_args(argv)
-        if isinstance(getattr(args, "json", None), Path) and args.json == getattr(args, "csv", None):
-            raise ValueError(f"--csv and --json both name {args.csv}; give two files")
         code = args.run(args)
         sys.stdout.flush()  # inside the try, which catches a closed pipe
         return code

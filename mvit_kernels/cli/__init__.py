@@ -10,13 +10,25 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._utils.files import is_special, to_json, write_csv, write_json
 
-__all__ = ["COMMANDS", "add_command", "output_file", "print_json", "to_json", "write_csv", "write_json"]
+__all__ = [
+    *(
+        "COMMANDS",
+        "add_command",
+        "add_result_arguments",
+        "output_file",
+        "print_json",
+        "to_json",
+        "write_csv",
+        "write_json",
+    ),
+    "write_rows",
+]
 
 COMMANDS = ("info", "verify", "bench", "profile", "classify", "detect", "segment", "train", "evaluate", "demo")
 
@@ -61,6 +73,40 @@ def output_file(text: str) -> Path:
     if not is_special(path) and not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"the folder {path.parent} cannot be written to")
     return path
+
+
+def add_result_arguments(group: argparse._ActionsContainer, what: str) -> None:
+    """Add --json, which means the same in every command, and --output for the files that `write_rows` writes.
+
+    Args:
+        group: of the command's parser.
+        what: is printed or written.
+    """
+    group.add_argument("--json", action="store_true", help=f"print {what} as JSON, and nothing else")
+    group.add_argument(
+        "--output",
+        type=_rows_file,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"write {what} to FILE, as CSV or JSON by its ending; may be repeated",
+    )
+
+
+def _rows_file(text: str) -> Path:
+    path = output_file(text)
+    if path.suffix.lower() not in (".csv", ".json"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .csv nor in .json, which say how it is written")
+    return path
+
+
+def write_rows(paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], data: Any) -> None:
+    """Write `rows` to each path that ends in .csv, and `data` to each in .json."""
+    for path in paths:
+        if path.suffix.lower() == ".csv":
+            write_csv(path, rows)
+        else:
+            write_json(path, data)
 
 
 def print_json(data: Any) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..zoo import logits
 from ..zoo.builders import is_huggingface
 from . import add_command, print_json
 from .labels import read_labels
-from .models import add_model_arguments, check_size, load_model, positive, three_numbers
+from .models import add_model_arguments, check_size, load_model, positive
+from .photos import add_photo_arguments, each_photo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,7 +21,9 @@ _EXAMPLES = """\
   mvit-kernels classify cat.jpg dog.jpg --checkpoint mobilevit_s.safetensors --labels imagenet.txt
   mvit-kernels classify cat.jpg --model apple/mobilevit-small --pretrained
   mvit-kernels classify photos/*.png --checkpoint land_use.pth --labels class_indices.json --size 224 \\
-      --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"""
+      --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
+
+The exit code is 0, 1 if some photos could not be read, 2 for any other error."""
 
 
 def add_arguments(subparsers: argparse._SubParsersAction) -> None:
@@ -35,36 +37,15 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         "trained otherwise needs --mean and --std.",
         examples=_EXAMPLES,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a photo in any format that Pillow reads")
     add_model_arguments(parser)
-    photos = parser.add_argument_group("photos")
+    photos, result = add_photo_arguments(parser)
     photos.add_argument(
         "--resize",
         type=positive,
         metavar="N",
         help="short side before the crop to --size (default: size × 256 / 224)",
     )
-    photos.add_argument(
-        "--mean", type=three_numbers, metavar="R,G,B", help="subtracted from the channels (default: 0,0,0)"
-    )
-    photos.add_argument(
-        "--std", type=three_numbers, metavar="R,G,B", help="divisors of the channels, after --mean (default: 1,1,1)"
-    )
-    photos.add_argument(
-        "--bgr",
-        action=argparse.BooleanOptionalAction,
-        help="channels in the order B, G, R (default: for Hugging Face's published weights only)",
-    )
-    result = parser.add_argument_group("result")
-    result.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="names: JSON (a list, index to name, name to index, a config.json), CSV, or text, one a line",
-    )
     result.add_argument("--topk", type=positive, metavar="K", default=5, help="how many classes (default: 5)")
-    result.add_argument("--json", action="store_true", help="print JSON")
-    result.add_argument("--no-freeze", action="store_true", help="run the accelerated model without freezing it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,15 +54,18 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .. import accelerate, freeze
-    from ..zoo.images import load_image, preprocess
+    from ..zoo.images import preprocess
 
     check_size(args, len(args.images))
     labels = read_labels(args.labels) if args.labels else None
     bgr = is_huggingface(args.model) and args.pretrained if args.bgr is None else args.bgr
-    # All photos before the model, so that a broken one is reported at once and nothing is half done.
-    photos = torch.stack(
-        [preprocess(load_image(path), args.size, args.resize, args.mean, args.std, bgr) for path in args.images]
-    )
+    # All photos before the model, so that a broken one is reported at once.
+    failed: list[str] = []
+    images, inputs = [], []
+    for place, image in each_photo(args.images, failed):
+        images.append(args.images[place])
+        inputs.append(preprocess(image, args.size, args.resize, args.mean, args.std, bgr))
+    photos = torch.stack(inputs)
     model = accelerate(load_model(args), backend=args.backend)
     names = _names(model, labels, args.pretrained)
     if not args.no_freeze:
@@ -96,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     results = []
-    for path, row in zip(args.images, probabilities, strict=True):
+    for path, row in zip(images, probabilities, strict=True):
         top = row.topk(min(args.topk, len(row)))
         predictions = [
             {"index": index, "label": names.get(index, str(index)), "probability": probability}
@@ -107,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(results)
     else:
         print("\n".join(map(_text, results)))
-    return 0
+    return 1 if failed else 0
 
 
 def _names(model: nn.Module, labels: dict[int, str] | None, pretrained: bool) -> Mapping[int, str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from . import add_command
-from .models import positive
+from .models import device_name, positive, thread_count
 
 _EXAMPLES = """\
   mvit-kernels demo
@@ -41,11 +41,14 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         help="images per call; may be repeated (default: 1 and 8; on a GPU 1 and 64)",
     )
     parser.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)"
+        "--device",
+        type=device_name,
+        metavar="NAME",
+        help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
     )
     parser.add_argument(
         "--threads",
-        type=positive,
+        type=thread_count,
         metavar="N",
         help="number of CPU threads (default: PyTorch's choice, or 1 on a busy machine)",
     )

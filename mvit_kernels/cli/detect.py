@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import add_command
 from .models import positive, share
-from .photos import Network, add_photo_arguments, each_photo, finish, load_network, outputs, save_picture
+from .photos import Network, add_network_arguments, each_photo, finish, load_network, outputs, save_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,7 +31,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         "boxes, names and scores, and all of them as JSON, in pixels of the photo.",
         examples=_EXAMPLES,
     )
-    result = add_photo_arguments(
+    result = add_network_arguments(
         parser, "ssdlite/xxs, ssdlite/xs, ssdlite/s (or xxs, xs, s; default: the checkpoint's variant)", "detected", 320
     )
     result.add_argument("--score", type=share, metavar="S", default=0.3, help="least score of a box (default: 0.3)")

@@ -8,9 +8,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import add_command, output_file, write_json
+from . import add_command, output_file, print_json, write_json
 from .labels import read_names
-from .models import BACKENDS, DTYPES, image_size, positive, share, thread_count, three_numbers, worker_count
+from .models import (
+    BACKENDS,
+    DTYPES,
+    device_name,
+    image_size,
+    positive,
+    share,
+    thread_count,
+    three_numbers,
+    worker_count,
+)
 from .train import TASKS
 
 if TYPE_CHECKING:
@@ -20,7 +30,7 @@ _MOST = 30  # classes that are listed one by one; of more, the worst ten
 
 _EXAMPLES = """\
   mvit-kernels evaluate photos --checkpoint runs/photos/best.pth
-  mvit-kernels evaluate photos --checkpoint runs/photos/best.pth --freeze --dtype bfloat16 --json frozen.json
+  mvit-kernels evaluate photos --checkpoint runs/photos/best.pth --freeze --dtype bfloat16 --output frozen.json
   mvit-kernels evaluate photos --checkpoint runs/photos/best.pth --no-accelerate
   mvit-kernels evaluate imagenet --checkpoint mobilevit_s.safetensors --model mobilevit_s --labels imagenet.json
   mvit-kernels evaluate land_use --checkpoint land_use21.pth --labels class_indices.json --size 224 \\
@@ -59,13 +69,16 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     how.add_argument("--backend", choices=BACKENDS, default="auto", help="that must serve the model")
     how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: float32)")
     how.add_argument("--batch", type=positive, metavar="N", help="images a call (default: the recipe's)")
-    how.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda or cuda:N (default: a GPU if any)")
+    how.add_argument(
+        "--device", type=device_name, metavar="NAME", default="auto", help="cpu, cuda or cuda:N (default: a GPU if any)"
+    )
     how.add_argument(
         "--workers", type=worker_count, metavar="N", help="processes that load images (default: processors)"
     )
     how.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads (default: PyTorch's choice)")
     result = parser.add_argument_group("result")
-    result.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE as JSON")
+    result.add_argument("--json", action="store_true", help="print every figure as JSON, and nothing else")
+    result.add_argument("--output", type=output_file, metavar="FILE", help="write every figure to FILE as JSON")
     result.add_argument(
         "--confusion", type=output_file, metavar="FILE", help="write the confusion matrix to FILE.csv and FILE.png"
     )
@@ -108,12 +121,16 @@ def run(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", 0)) != 0:
         return 0
     form = "frozen" if args.freeze else "plain PyTorch" if args.no_accelerate else "accelerated"
-    print(f"{args.checkpoint}, {form}, {args.dtype}: {result.samples} samples in {result.seconds:.1f} s")
-    print(_text(result))
+    about = {"checkpoint": str(args.checkpoint), "folder": str(args.folder), "form": form, "dtype": args.dtype}
+    counted = {"samples": result.samples, "seconds": result.seconds, "classes": list(result.classes)}
+    data = {**about, **counted, "remarks": list(result.remarks), **result.figures}
     if args.json:
-        about = {"checkpoint": str(args.checkpoint), "folder": str(args.folder), "form": form, "dtype": args.dtype}
-        counted = {"samples": result.samples, "seconds": result.seconds, "classes": list(result.classes)}
-        write_json(args.json, {**about, **counted, "remarks": list(result.remarks), **result.figures})
+        print_json(data)
+    else:
+        print(f"{args.checkpoint}, {form}, {args.dtype}: {result.samples} samples in {result.seconds:.1f} s")
+        print(_text(result))
+    if args.output:
+        write_json(args.output, data)
     if args.confusion and "confusion" in result.figures:
         write_confusion(args.confusion, result.figures["confusion"], result.classes)
     return 0

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``detect`` and ``segment`` share: their arguments, the network and its names, photos one by one, and files."""
+"""What ``classify``, ``detect`` and ``segment`` share: arguments about photos, and photos one by one; and for the last
+two the network, its names, and files."""
 
 from __future__ import annotations
 
@@ -27,8 +28,43 @@ if TYPE_CHECKING:
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def add_photo_arguments(parser: argparse.ArgumentParser, names: str, out: str, size: int) -> argparse._ArgumentGroup:
-    """Add the arguments of both commands; return the group for those of one: results.
+def add_photo_arguments(
+    parser: argparse.ArgumentParser, mean: str = "0,0,0", std: str = "1,1,1", labels: str = "their numbers"
+) -> tuple[argparse._ArgumentGroup, argparse._ArgumentGroup]:
+    """Add what all three commands ask about photos and results; return both groups, for what one asks beside.
+
+    Args:
+        parser: of the command.
+        mean, std, labels: help on the defaults.
+    """
+    parser.add_argument("images", nargs="+", metavar="PHOTO", help="a photo in any format that Pillow reads")
+    photos = parser.add_argument_group("photos")
+    photos.add_argument(
+        "--mean", type=three_numbers, metavar="R,G,B", help=f"subtracted from the channels (default: {mean})"
+    )
+    photos.add_argument(
+        "--std", type=three_numbers, metavar="R,G,B", help=f"divisors of the channels, after --mean (default: {std})"
+    )
+    photos.add_argument(
+        "--bgr",
+        action=argparse.BooleanOptionalAction,
+        help="channels in the order B, G, R (default: for Hugging Face's published weights only)",
+    )
+    result = parser.add_argument_group("result")
+    result.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes: JSON (a list, index to name, name to index, a config.json), CSV, or text, one a "
+        f"line (default: {labels})",
+    )
+    result.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else")
+    result.add_argument("--no-freeze", action="store_true", help="run the accelerated model without freezing it")
+    return photos, result
+
+
+def add_network_arguments(parser: argparse.ArgumentParser, names: str, out: str, size: int) -> argparse._ArgumentGroup:
+    """Add the arguments of ``detect`` and ``segment``; return the group for those of one: results.
 
     Args:
         parser: of the command.
@@ -36,30 +72,9 @@ def add_photo_arguments(parser: argparse.ArgumentParser, names: str, out: str, s
         out: default of --out.
         size: of the network's input, where the checkpoint does not say.
     """
-    parser.add_argument("images", nargs="+", metavar="PHOTO", help="a photo in any format that Pillow reads")
     add_model_arguments(parser, names, None, f"as the checkpoint was trained, else {size}")
-    photos = parser.add_argument_group("photos")
-    photos.add_argument(
-        "--mean",
-        type=three_numbers,
-        metavar="R,G,B",
-        help="subtracted from the channels (default: as the checkpoint was trained, else 0,0,0)",
-    )
-    photos.add_argument(
-        "--std", type=three_numbers, metavar="R,G,B", help="divisors of the channels, after --mean (default: likewise)"
-    )
-    photos.add_argument(
-        "--bgr",
-        action=argparse.BooleanOptionalAction,
-        help="channels in the order B, G, R, as Hugging Face's published weights want (default: for --pretrained only)",
-    )
-    result = parser.add_argument_group("result")
-    result.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="names: JSON (a list, index to name, a config.json), CSV, or text, one a line (default: the checkpoint's)",
-    )
+    mean = "as the checkpoint was trained, else 0,0,0"
+    _, result = add_photo_arguments(parser, mean, "likewise", "the checkpoint's")
     result.add_argument(
         "--out",
         type=Path,
@@ -67,8 +82,6 @@ def add_photo_arguments(parser: argparse.ArgumentParser, names: str, out: str, s
         default=Path(out),
         help=f"the pictures, and the results as JSON, are written there (default: {out})",
     )
-    result.add_argument("--json", action="store_true", help="print the results as JSON")
-    result.add_argument("--no-freeze", action="store_true", help="run the accelerated model without freezing it")
     return result
 
 
@@ -100,7 +113,7 @@ def load_network(args: argparse.Namespace, task: str, library: str, method: str,
     """The network that the arguments ask for.
 
     Args:
-        args: of `add_photo_arguments`.
+        args: of `add_network_arguments`.
         task, library: what it must be.
         method: that our own networks for the task have.
         size: of its input, where neither --size nor the checkpoint says.
@@ -188,18 +201,26 @@ def outputs(images: Sequence[str], folder: Path, endings: Sequence[str] = ("",))
 
 
 def each_photo(images: Sequence[str], failed: list[str]) -> Iterator[tuple[int, Image.Image]]:
-    """Place and photo, one after another; one that cannot be read is told on stderr and added to `failed`."""
+    """Place and photo, one after another; one that cannot be read is told on stderr and added to `failed`.
+
+    Raises:
+        OSError, ValueError: none can be read.
+    """
     from ..zoo.images import load_image
 
     for place, path in enumerate(images):
         try:
             image = load_image(path)
         except (OSError, ValueError) as error:
+            failed.append(path)
+            if len(images) == 1:
+                raise
             named = f"{path}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
             print(f"mvit-kernels: error: {named}", file=sys.stderr, flush=True)
-            failed.append(path)
         else:
             yield place, image
+    if len(failed) == len(images):
+        raise ValueError(f"none of the {len(images)} photos could be read; see above")
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:

@@ -6,14 +6,14 @@ from __future__ import annotations
 import argparse
 import os
 
-from . import add_command, output_file, write_csv, write_json
+from . import add_command, add_result_arguments, print_json, write_rows
 from .bench import subject_of
 from .models import add_model_arguments, positive
 
 _EXAMPLES = """\
   mvit-kernels profile --model mobilevit_s
   mvit-kernels profile --model own/xs --batch 8 --peers eager,frozen --operators 10
-  mvit-kernels profile --model apple/mobilevit-small --device cuda --dtype bfloat16 --csv profile.csv"""
+  mvit-kernels profile --model apple/mobilevit-small --device cuda --dtype bfloat16 --output profile.csv"""
 
 
 def add_arguments(subparsers: argparse._SubParsersAction) -> None:
@@ -37,8 +37,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     )
     what.add_argument("--calls", type=positive, metavar="N", default=5, help="average over N calls (default: 5)")
     what.add_argument("--operators", type=positive, metavar="N", help="also list the N slowest operators of each form")
-    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the times to FILE, one row per category")
-    what.add_argument("--json", type=output_file, metavar="FILE", help="write the times to FILE as JSON")
+    add_result_arguments(parser.add_argument_group("result"), "the times by category")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,12 +63,6 @@ def run(args: argparse.Namespace) -> int:
                 lambda model=model, images=images: model(images), calls=args.calls, device=args.device
             )
 
-    print(table(profiles))
-    for name, one in profiles.items() if args.operators else ():
-        print(f"\n{name}")
-        for operator in one.operators[: args.operators]:
-            print(f"{operator.ms:10.3f} ms  {operator.count:5.0f} ×  {operator.name}  ({operator.category})")
-
     settings = {
         "model": args.model or f"own/{subject.model.mode}",
         "size": "x".join(map(str, args.size)),
@@ -82,8 +75,13 @@ def run(args: argparse.Namespace) -> int:
         for name, one in profiles.items()
         for category, ms in one.categories.items()
     ]
-    if args.csv:
-        write_csv(args.csv, rows)
+    write_rows(args.output, rows, rows)
     if args.json:
-        write_json(args.json, rows)
+        print_json(rows)
+        return 0
+    print(table(profiles))
+    for name, one in profiles.items() if args.operators else ():
+        print(f"\n{name}")
+        for operator in one.operators[: args.operators]:
+            print(f"{operator.ms:10.3f} ms  {operator.count:5.0f} ×  {operator.name}  ({operator.category})")
     return 0

@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from . import add_command
-from .photos import Network, add_photo_arguments, each_photo, finish, load_network, outputs, save_picture
+from .photos import Network, add_network_arguments, each_photo, finish, load_network, outputs, save_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         "each photo under the classes' colours beside a legend, and the classes' shares as JSON.",
         examples=_EXAMPLES,
     )
-    result = add_photo_arguments(
+    result = add_network_arguments(
         parser,
         "deeplabv3/xxs, deeplabv3/xs, deeplabv3/s (or xxs, xs, s; default: the checkpoint's variant), or with "
         "--pretrained the hub's name, such as apple/deeplabv3-mobilevit-small",

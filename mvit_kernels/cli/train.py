@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .._utils.freed_memory import keep_freed_memory
 from . import add_command
 from .labels import read_names
-from .models import BACKENDS, image_size, positive, share, thread_count, worker_count
+from .models import BACKENDS, device_name, image_size, positive, share, thread_count, worker_count
 
 if TYPE_CHECKING:
     from ..training.loop import Summary
@@ -98,7 +98,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("how it runs")
-    machine.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda or cuda:N (default: a GPU if any)")
+    machine.add_argument(
+        "--device", type=device_name, metavar="NAME", default="auto", help="cpu, cuda or cuda:N (default: a GPU if any)"
+    )
     machine.add_argument("--no-accelerate", action="store_true", help="plain PyTorch, to compare")
     machine.add_argument("--backend", choices=BACKENDS, default="auto", help="that must serve the model")
     machine.add_argument("--compile", action="store_true", help="run the model through torch.compile")

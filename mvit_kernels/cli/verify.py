@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from . import add_command, output_file, write_csv, write_json
+from . import add_command, add_result_arguments, print_json, write_rows
 from .models import add_model_arguments, check_size, load_model, random_images
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   mvit-kernels verify --model mobilevit_s
   mvit-kernels verify --model apple/mobilevit-small --size 250x270 --gradients
-  mvit-kernels verify --model own/xxs --dtype bfloat16 --frozen --csv errors.csv
+  mvit-kernels verify --model own/xxs --dtype bfloat16 --frozen --output errors.csv
   mvit-kernels verify --checkpoint my.pth --size 224 --image cat.jpg dog.jpg
 
 The exit code is 0 if every error is allowed, 1 if one is not, 2 for any other error."""
@@ -44,8 +44,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--gradients", action="store_true", help="verify the gradient of every parameter instead of the blocks' outputs"
     )
-    what.add_argument("--csv", type=output_file, metavar="FILE", help="write the errors to FILE, one per line")
-    what.add_argument("--json", type=output_file, metavar="FILE", help="write the errors to FILE as JSON")
+    add_result_arguments(parser.add_argument_group("result"), "the errors")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,14 +56,15 @@ def run(args: argparse.Namespace) -> int:
     images = _photos(args) if args.image else None
     model = accelerate(load_model(args), backend=args.backend)
     example = random_images(args) if images is None else images.to(next(model.parameters()))
-    print(report(model))
+    told = [report(model)]
     if args.frozen:
         frozen = freeze(model)
-        print(frozen.freeze_report)
+        told.append(frozen.freeze_report)
         result = verify(frozen, example, reference=model)
     else:
         result = verify(model, example, gradients=args.gradients)
-    print(result)
+    if not args.json:
+        print(*told, result, sep="\n")
 
     settings = {
         "model": args.model or f"own/{model.mode}",
@@ -77,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
         "frozen": args.frozen,
     }
     rows = [{**row._asdict(), "ok": row.ok} for row in result.rows]
-    if args.csv:
-        write_csv(args.csv, [{**settings, **row} for row in rows])
+    data = {**settings, "ok": result.ok, "rows": rows}
+    write_rows(args.output, [{**settings, **row} for row in rows], data)
     if args.json:
-        write_json(args.json, {**settings, "ok": result.ok, "rows": rows})
+        print_json(data)
     return 0 if result.ok else 1
 
 

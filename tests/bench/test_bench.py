@@ -3,6 +3,7 @@
 
 import contextlib
 import csv
+import json
 import math
 import random
 import signal
@@ -262,12 +263,14 @@ def test_launches_are_kernels_alone(monkeypatch):
 
 def test_profile_prints_categories(tmp_path, capsys):
     path = tmp_path / "profile.csv"
-    assert main(f"profile --model own/xxs --size 64 --calls 1 --operators 3 --csv {path}".split()) == 0
+    assert main(f"profile --model own/xxs --size 64 --calls 1 --operators 3 --output {path}".split()) == 0
     output = capsys.readouterr().out
     for words in ("convolution", "linear", "attention", "norm and activation", "launch gaps", "total", "accelerated"):
         assert words in output
     rows = list(csv.DictReader(path.open()))
     assert {row["candidate"] for row in rows} == {"eager", "accelerated", "frozen"}
+    assert main("profile --model own/xxs --size 64 --calls 1 --peers eager --json".split()) == 0
+    assert {row["category"] for row in json.loads(capsys.readouterr().out)} == {row["category"] for row in rows}
 
 
 # --- profiles

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mvit-kernels classify`, and the images and labels that it reads."""
 
+import errno
 import json
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_load_image_turns_photos_upright(tmp_path):
     assert upright.shape == (16, 8, 3) and upright[:8].min() == 255 and upright[8:].max() == 0
 
 
-def test_images_that_are_none(refused, weights, photo, tmp_path):
+def test_images_that_are_none(run, refused, weights, photo, tmp_path):
     whole = photo.read_bytes()
     broken = {"empty.png": b"", "text.png": b"no image", "half.png": whole[: len(whole) // 2], "head.png": whole[:20]}
     for name, content in broken.items():
@@ -120,8 +121,34 @@ def test_images_that_are_none(refused, weights, photo, tmp_path):
         "deep.png": "more than 8 bits a channel",
         "bomb.png": "more than 179 megapixels",
     }.items():
-        assert words in (text := refused("classify", photo, tmp_path / name, "--checkpoint", weights)) and name in text
+        assert words in (text := refused("classify", tmp_path / name, "--checkpoint", weights)) and name in text
     assert "is a folder" in refused("classify", tmp_path, "--checkpoint", weights)
+
+    bad = [tmp_path, *(tmp_path / name for name in broken), tmp_path / "absent.png"]
+    command = ["--checkpoint", weights, "--size", "64", "--json"]
+    result = run("classify", *bad[:2], photo, *bad[2:], photo, *command)  # the rest is done
+    assert result.code == 1
+    assert [each["image"] for each in json.loads(result.out)] == [str(photo), str(photo)]
+    for path, line in zip(bad, result.err.splitlines(), strict=True):
+        assert line.startswith("mvit-kernels: error: ") and str(path) in line
+    result = run("classify", *bad, *command)
+    assert (result.code, result.out) == (2, "") and "none of the 6 photos could be read" in result.err
+
+
+def test_a_photo_that_may_not_be_read(run, weights, photo, monkeypatch, tmp_path):
+    """Simulated: the file's mode does not keep root out."""
+    secret, whole = tmp_path / "secret.png", Image.open
+
+    def denied(path, *rest):
+        if path == secret:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return whole(path, *rest)
+
+    secret.write_bytes(photo.read_bytes())
+    monkeypatch.setattr(Image, "open", denied)
+    result = run("classify", secret, photo, "--checkpoint", weights, "--size", "64")
+    assert result.code == 1 and str(photo) in result.out
+    assert result.err == f"mvit-kernels: error: {secret}: Permission denied\n"
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])

@@ -71,16 +71,32 @@ def test_a_closed_pipe_is_no_error():
         (["verify", "--threads", "-1"], "--threads"),
         (["verify", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["verify", "--backend", "gpu"], "--backend: invalid choice: 'gpu'"),
-        (["verify", "--csv", "/no/such/folder/x.csv"], "the folder /no/such/folder does not exist"),
-        (["verify", "--json", "/"], "/ is a folder; name a file in it"),
-        (["verify", "--csv", ""], ". is a folder; name a file in it"),
-        (["verify", "--csv", "a", "--json", "a"], "--csv and --json both name a"),
-        (["verify", "--device", "abacus"], "unknown or unsupported device"),
-        (["verify", "--device", "meta"], "unknown or unsupported device"),
+        (["verify", "--output", "/no/such/folder/x.csv"], "the folder /no/such/folder does not exist"),
+        (["verify", "--output", "/"], "/ is a folder; name a file in it"),
+        (["verify", "--output", ""], ". is a folder; name a file in it"),
+        (["profile", "--output", "a.txt"], "'a.txt' ends neither in .csv nor in .json"),
+        (["verify", "--json", "a.json"], "unrecognized arguments: a.json"),
+        (["verify", "--device", "abacus"], "--device: abacus: unknown or unsupported device; give cpu, cuda or cuda:N"),
+        (["verify", "--device", "auto"], "--device auto: unknown or unsupported device"),
+        *(
+            ([*command, "--device", device], f"argument --device: {device}: unknown or unsupported device")
+            for command, device in (
+                *((["bench"], "meta"), (["profile"], "mps"), (["demo"], "meta"), (["train", "photos"], "xpu")),
+                (["evaluate", "photos", "--checkpoint", "a.pth"], "meta"),
+                *(([name, "a.jpg", "--checkpoint", "a.pth"], "meta") for name in ("classify", "detect", "segment")),
+            )
+        ),
         (["verify", "--size", "10000000"], "--size or --batch"),
         (["verify", "--batch", str(2**31 - 1)], "take 1.69e+06 GB, and this machine has"),
         (["verify", "--batch", str(2**31)], "is not a whole number of 1 or more"),
-        (["verify", "--threads", "1025"], "give 1 to 1024"),
+        *(
+            ([*command, "--threads", "100000"], "100000 threads are too many for ")
+            for command in (
+                *(["verify"], ["bench"], ["profile"], ["demo"], ["train", "photos"]),
+                ["evaluate", "photos", "--checkpoint", "a.pth"],
+                *([name, "a.jpg", "--checkpoint", "a.pth"] for name in ("classify", "detect", "segment")),
+            )
+        ),
         (["verify", "--model", ""], "there is no model of this name"),
         (["verify", "--model", "timm/"], "--model timm/: there is no model"),
         (["bench", "--peers", ","], "--peers names no candidate"),
@@ -104,7 +120,7 @@ def test_a_closed_pipe_is_no_error():
         (["verify", "--image", "nowhere.jpg"], "there is no image nowhere.jpg"),
         (["verify", "--frozen", "--gradients"], "exclude each other"),
         (["classify", "cat.jpg"], "give --checkpoint FILE"),
-        (["classify", "--checkpoint", "a.pth"], "IMAGE"),
+        (["classify", "--checkpoint", "a.pth"], "PHOTO"),
         (["classify", "cat.jpg", "--checkpoint", "a.pth", "--mean", "1,2"], "'1,2' are not three numbers"),
         (["classify", "cat.jpg", "--checkpoint", "a.pth", "--size", "10000000"], "--size or fewer images"),
         (["classify", "nowhere.jpg", "--checkpoint", "a.pth"], "there is no image nowhere.jpg"),
@@ -117,7 +133,8 @@ def test_mistakes_get_one_sentence(refused, arguments, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_absent_gpu_is_reported(refused):
-    assert "PyTorch sees no NVIDIA GPU" in refused("verify", "--model", "own/xxs", "--device", "cuda")
+    for device in ("cuda", "cuda:7"):
+        assert f"--device: {device}: PyTorch sees no NVIDIA GPU" in refused("classify", "a.jpg", "--device", device)
     assert "cannot run here" in refused("verify", "--model", "own/xxs", "--backend", "triton")
 
 
@@ -322,7 +339,7 @@ def test_logits_takes_what_models_return():
     ids=" ".join,
 )
 def test_verify(run, tmp_path, arguments):
-    result = run("verify", *arguments, "--csv", tmp_path / "a.csv", "--json", tmp_path / "a.json")
+    result = run("verify", *arguments, "--output", tmp_path / "a.csv", "--output", tmp_path / "a.json")
     assert (result.code, result.err) == (0, "")
     assert "3 of 3 MobileViT blocks accelerated" in result.out
     data = json.loads((tmp_path / "a.json").read_text())
@@ -340,9 +357,10 @@ def test_verify(run, tmp_path, arguments):
 def test_verify_finds_an_error(run, monkeypatch, tmp_path):
     right = _block.transformer_on_map
     monkeypatch.setattr(_block, "transformer_on_map", lambda *args, **kwargs: right(*args, **kwargs) * 1.0001)
-    result = run("verify", "--model", "own/xxs", "--size", "64", "--json", tmp_path / "a.json")
+    result = run("verify", "--model", "own/xxs", "--size", "64", "--json", "--output", tmp_path / "a.json")
     assert result.code == 1
-    data = json.loads((tmp_path / "a.json").read_text())
+    data = json.loads(result.out)  # nothing else is printed
+    assert data == json.loads((tmp_path / "a.json").read_text())
     assert data["ok"] is False and not all(row["ok"] for row in data["rows"])
 
 

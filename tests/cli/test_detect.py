@@ -113,6 +113,9 @@ def test_a_broken_photo_does_not_end_the_rest(run, trained, photos, tmp_path):
     lines = result.err.splitlines()
     assert len(lines) == 2 and str(broken) in lines[0] and "absent.jpg" in lines[1]
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["detections.json", "one.jpg"]
+    result = run("detect", broken, tmp_path, *command[4:])
+    assert (result.code, result.out) == (2, "")
+    assert len(lines := result.err.splitlines()) == 3 and "none of the 2 photos" in lines[2] and "folder" in lines[1]
 
 
 def test_names_of_pictures(run, trained, photos, tmp_path):

@@ -169,7 +169,7 @@ def test_classify_prints_in_every_encoding(encoding, printed, weights, photo, tm
         ["--help"],
         ["info"],
         ["info", "--json"],
-        ["verify", "--model", "own/xxs", "--size", "64", "--csv", "a.csv", "--json", "a.json"],
+        ["verify", "--model", "own/xxs", "--size", "64", "--output", "a.csv", "--json"],
         ["bench", "--model", "own/xxs", "--size", "32", "--seconds", "0.1", "--no-memory", "--peers", "accelerated"],
         ["profile", "--model", "own/xxs", "--size", "32", "--calls", "1", "--peers", "eager", "--operators", "2"],
     ],
@@ -197,9 +197,9 @@ def test_strange_names_get_into_files(run, tmp_path):
         path,
         "--size",
         "64",
-        "--csv",
+        "--output",
         tmp_path / "a.csv",
-        "--json",
+        "--output",
         tmp_path / "a.json",
     ]
     assert run(*command).code == 0
@@ -208,9 +208,17 @@ def test_strange_names_get_into_files(run, tmp_path):
         assert {row["checkpoint"] for row in csv.DictReader(file)} == {path.replace("\udcff", "\\udcff")}
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252:strict"])
-def test_the_environments_encoding(encoding):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "cp1252:strict"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=str,
+)
+def test_the_environments_encoding(settings):
     command = [sys.executable, "-m", "mvit_kernels", "classify", "--help"]
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    environment = {**os.environ, **settings}
     result = subprocess.run(command, capture_output=True, env=environment, timeout=120)
     assert (result.returncode, result.stderr) == (0, b"") and b"--labels" in result.stdout

@@ -54,7 +54,7 @@ def test_train_resume_and_evaluate(run, folder, tmp_path, monkeypatch):
     scored = {}
     for form in ([], ["--no-accelerate"], ["--freeze"]):
         to = tmp_path / "figures.json"
-        result = run("evaluate", folder, "--checkpoint", output / "best.pth", "--json", to, "--workers", 0, *form)
+        result = run("evaluate", folder, "--checkpoint", output / "best.pth", "--output", to, "--workers", 0, *form)
         assert result.code == 0 and "6 samples" in result.out and "top1" in result.out
         scored[tuple(form)] = json.loads(to.read_text())
     assert {each["form"] for each in scored.values()} == {"accelerated", "plain PyTorch", "frozen"}
@@ -63,6 +63,9 @@ def test_train_resume_and_evaluate(run, folder, tmp_path, monkeypatch):
         assert each["loss"] == pytest.approx(best["loss"], rel=1e-4)
     result = run("evaluate", folder, "--checkpoint", output / "best.pth", "--confusion", tmp_path / "c", "--workers", 0)
     assert (tmp_path / "c.csv").exists() and (tmp_path / "c.png").exists()
+    result = run("evaluate", folder, "--checkpoint", output / "best.pth", "--json", "--workers", 0)
+    del (printed := json.loads(result.out))["seconds"]
+    assert result.code == 0 and printed == {k: v for k, v in scored[()].items() if k != "seconds"}
 
 
 def test_quiet(run, folder, tmp_path):
