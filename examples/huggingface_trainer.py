@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--compile", metavar="BACKEND", help="torch.compile: inductor, …")
+    parser.add_argument("--compile", metavar="BACKEND", help="torch.compile's backend, such as inductor")
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint in OUTPUT")
     parser.add_argument("--output", default="trainer_results")
     args = parser.parse_args()

@@ -64,7 +64,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--precision", default="32-true", help="bf16-mixed, 16-mixed, …")
+    parser.add_argument("--precision", default="32-true", help="such as bf16-mixed or 16-mixed")
     parser.add_argument("--devices", default="1")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--resume", metavar="FILE")
