@@ -52,37 +52,45 @@ _EXPORTS = {
 
 __all__ = ["__version__", *_EXPORTS]
 
-if TYPE_CHECKING:
-    from ._utils.freed_memory import keep_freed_memory
-    from .adapters import AccelerationReport, accelerate, report, restore
-    from .backends import BackendError, use_backend
-    from .checkpoints import convert_state_dict, load_checkpoint
-    from .dropout import LayerDropout
-    from .freezing import freeze
-    from .nn import MobileViT, MobileViTDeepLabV3, MobileViTSSDLite
-    from .ops import (
-        TransformerLayerWeights,
-        batch_norm_activation,
-        inverted_residual,
-        layer_norm,
-        layer_norm_linear,
-        layer_norm_mlp,
-        linear_residual,
-        patch_attention,
-        transformer,
-        transformer_layer,
-    )
-    from .training.sampler import MultiScaleSampler
-    from .verification import VerificationReport, verify
+if TYPE_CHECKING:  # `as` makes a name public for type checkers, which cannot read _EXPORTS
+    from ._utils.freed_memory import keep_freed_memory as keep_freed_memory
+    from ._utils.third_party import prepare_torchvision as prepare_torchvision
+    from .adapters import AccelerationReport as AccelerationReport
+    from .adapters import accelerate as accelerate
+    from .adapters import report as report
+    from .adapters import restore as restore
+    from .backends import BackendError as BackendError
+    from .backends import use_backend as use_backend
+    from .checkpoints import convert_state_dict as convert_state_dict
+    from .checkpoints import load_checkpoint as load_checkpoint
+    from .dropout import LayerDropout as LayerDropout
+    from .freezing import freeze as freeze
+    from .nn import MobileViT as MobileViT
+    from .nn import MobileViTDeepLabV3 as MobileViTDeepLabV3
+    from .nn import MobileViTSSDLite as MobileViTSSDLite
+    from .ops import TransformerLayerWeights as TransformerLayerWeights
+    from .ops.batch_norm_activation import batch_norm_activation as batch_norm_activation
+    from .ops.inverted_residual import inverted_residual as inverted_residual
+    from .ops.layer_norm import layer_norm as layer_norm
+    from .ops.layer_norm_linear import layer_norm_linear as layer_norm_linear
+    from .ops.layer_norm_mlp import layer_norm_mlp as layer_norm_mlp
+    from .ops.linear_residual import linear_residual as linear_residual
+    from .ops.patch_attention import patch_attention as patch_attention
+    from .ops.transformer import transformer as transformer
+    from .ops.transformer_layer import transformer_layer as transformer_layer
+    from .training.sampler import MultiScaleSampler as MultiScaleSampler
+    from .verification import VerificationReport as VerificationReport
+    from .verification import verify as verify
 
+if not TYPE_CHECKING:  # a checker would take any name
 
-def __getattr__(name: str):
-    module = _EXPORTS.get(name)
-    if module is None:
-        raise AttributeError(f"module 'mvit_kernels' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        module = _EXPORTS.get(name)
+        if module is None:
+            raise AttributeError(f"module 'mvit_kernels' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
