@@ -25,7 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
@@ -42,6 +42,7 @@ BLOCK_OPERATORS = ("layer_norm_linear", "patch_attention", "linear_residual", "l
 # MobileViTBlockv2, and MobileViTBlockv3 of a cvnets fork.
 _RELATIVE = re.compile(r"mobilevit_?v([23])_?(?:block|layer)|mobilevit_?block_?v([23])", re.IGNORECASE)
 logger = logging.getLogger("mvit_kernels")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class BlockReport(NamedTuple):
@@ -100,9 +101,7 @@ class AccelerationReport(NamedTuple):
         return "\n".join([head, *shown])
 
 
-def accelerate(
-    model: nn.Module, *, backend: str | None = None, strict: bool = False, convolutions: bool = True
-) -> nn.Module:
+def accelerate(model: Model, *, backend: str | None = None, strict: bool = False, convolutions: bool = True) -> Model:
     """Run every MobileViT block of `model` on our operators, in place, for training and inference.
 
     Example:
@@ -185,7 +184,7 @@ def accelerate(
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Undo `accelerate` in place: give every block its original class, and with it its original forward.
 
     Example:

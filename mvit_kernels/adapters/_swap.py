@@ -110,7 +110,7 @@ def _accelerated(original: type[nn.Module], adapter: ModuleType) -> type[nn.Modu
     wants = getattr(adapter, "wants", None)
     run = getattr(adapter, "forward", _block.forward)
 
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # cvnets passes tuples and keywords for video: anything but a single map goes to the original forward.
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and (wants is None or wants(args[0])):
             parts = _parts(self, adapter)
@@ -139,10 +139,10 @@ def _scriptable(fast: Callable, original: FunctionType, training_only: bool) -> 
     model that is being scripted.)
     """
 
-    def always(self, *args, **kwargs):
+    def always(self: Any, *args: Any, **kwargs: Any) -> Any:
         return fast(self, *args, **kwargs)
 
-    def in_training(self, *args, **kwargs):
+    def in_training(self: Any, *args: Any, **kwargs: Any) -> Any:
         return fast(self, *args, **kwargs) if self.training else original(self, *args, **kwargs)
 
     forward = in_training if training_only else always
