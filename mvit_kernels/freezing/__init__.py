@@ -8,7 +8,8 @@ networks fold batch norm into the convolution, and transformers have no counterp
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from .network import Network
 from .pyramid import freeze_pyramids
 
 logger = logging.getLogger("mvit_kernels")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class FreezeReport(NamedTuple):
@@ -58,7 +60,7 @@ class FreezeReport(NamedTuple):
         return "\n".join(lines)
 
 
-def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     """Make a fast inference-only copy of `model`; `model` itself is not changed.
 
     Example:
@@ -92,7 +94,8 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
             on entry, and outputs have it. None keeps the model's dtypes.
 
     Returns:
-        A new model in evaluation mode, without parameters that require a gradient. Its ``train()`` raises RuntimeError.
+        A new model in evaluation mode, without parameters that require a gradient, of the model's class (unless that is
+        one of a block). Its ``train()`` raises RuntimeError.
 
     Raises:
         TypeError: `model` is not an ``nn.Module``, or `dtype` is none of the four.
@@ -171,7 +174,7 @@ def _has_state_dict_hooks(module: nn.Module) -> bool:
     return any(not getattr(getattr(hook, "hook", hook), "__module__", "").startswith("torch.") for hook in hooks)
 
 
-def _refuse_save_pretrained(*args, **kwargs) -> None:
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError(
         "save_pretrained: this model is frozen; from_pretrained would build an unfrozen one, find none of its weights "
         "here, and leave it with random ones. Save the model that freeze() was given and freeze it again after "
@@ -184,7 +187,7 @@ def _name_in_model(name: str) -> str:
     return name.removeprefix("model").removeprefix(".")
 
 
-def _collect(steps, left: list[tuple[str, str]]) -> list[str]:
+def _collect(steps: Iterable[tuple[str, str | None]], left: list[tuple[str, str]]) -> list[str]:
     done = []
     for name, reason in steps:
         if reason is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
         self.__dict__["fallback"], self.tied = fallback, tuple(tied)
         self._tie()
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.fallback is not None and (args or kwargs or not isinstance(x, Tensor)):
             return self.fallback(x, *args, **kwargs)
         return super().forward(x)
@@ -71,12 +72,12 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
             module._parameters.pop(name, None)
             module._buffers[name] = self._buffers[buffer]
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
         self._tie()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._tie()  # assign=True replaces the tensors
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from itertools import chain
 from operator import is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def _in_one_call(original: type[nn.Module]) -> type[nn.Module]:
     if original in _classes:
         return _classes[original]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         if network_allowed(x):
             network, head = _network(self), self.__dict__[_CALL].head
             if network is not None and not any(part.training for part in head[:-1]) and not hooked(head):
@@ -74,7 +74,7 @@ def _in_one_call(original: type[nn.Module]) -> type[nn.Module]:
                     return network(x).flatten(1)[:, : head[-1].out_features].contiguous()
         return original.forward(self, x)
 
-    def reduce(self, protocol: int):
+    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
         return _rebuild, (original,), {key: value for key, value in self.__dict__.items() if key != _CALL}
 
     namespace = {"forward": forward, "__reduce_ex__": reduce}

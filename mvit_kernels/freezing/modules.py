@@ -12,6 +12,7 @@ is not possible (other devices and dtypes, tracing, a required gradient, hooks i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class Frozen(nn.Module):
     generation = 0  # incremented by every change that makes packed weights stale
     _network: Network | NotNative | None = None
 
-    def __init__(self, *args) -> None:
+    def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.training = False
 
@@ -52,7 +53,7 @@ class Frozen(nn.Module):
             )
         return super().train(False)
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
             f"{type(self).__name__} is frozen, and its native calls cannot be compiled by TorchScript; use "
             "torch.jit.trace, or torch.jit.script the model that freeze() was given"
@@ -98,15 +99,15 @@ class Frozen(nn.Module):
 
     # Weights are packed again after a move, a load, a copy, unpickling, and a change of an inner module.
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._changed()
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._changed()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and (isinstance(value, (nn.Module, Tensor)) or name in self._modules):
             self._changed()
         super().__setattr__(name, value)
@@ -119,7 +120,7 @@ class Frozen(nn.Module):
         self._changed()
         super().add_module(name, module)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_network": None}
 
 
@@ -162,7 +163,7 @@ class FrozenSequential(Frozen, nn.Sequential):
         self._runs = None
         super()._changed()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_runs": None}
 
 
@@ -282,16 +283,16 @@ class FrozenConv2d(Frozen):
         self._packed = None
         super()._changed()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_packed": None}
 
     # A state dict is contiguous, as safetensors requires; the weight of a dense 3×3 convolution here is channels-last.
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._buffers["weight"] = self.weight.contiguous(memory_format=torch.channels_last)  # assign=True replaced it
 

@@ -10,10 +10,10 @@ two steps write into one map; nothing is allocated between layers; Python runs o
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import is_
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .. import backends
 from .._utils.plain import does_nothing, is_plain
 from .._utils.transforms import obstacle
 from ..backends import cpu
+from ..backends.library import TransformerLayerWeights
 from ..ops.flops import flop_formula, inverted_residual_flops, layer_flops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -187,7 +188,15 @@ class Builder:
             halve=depthwise.stride[0] == 2,
         )
 
-    def transformer(self, source: Place, layers, final_norm, num_heads: int, patch_size, eps: float) -> Place:
+    def transformer(
+        self,
+        source: Place,
+        layers: Sequence[TransformerLayerWeights],
+        final_norm: Sequence[Tensor] | None,
+        num_heads: int,
+        patch_size: tuple[int, int],
+        eps: float,
+    ) -> Place:
         """Transformer layers and final norm; the map is resized to whole patches before, and back afterwards."""
         d, (ph, pw) = source.channels, patch_size
         if self.values[source.value] != (d, 0):
@@ -254,7 +263,7 @@ class Builder:
         return values.detach().to(torch.bfloat16 if self.pairs else torch.float32).contiguous()
 
 
-def _packer(kind: str):
+def _packer(kind: str) -> Callable[..., Tensor]:
     return getattr(torch.ops.mvit_kernels, f"pack_{kind}").cpu
 
 
@@ -285,7 +294,8 @@ class Network:
         builder = _build(module, self.dtype, cpu.bf16_products() if self.dtype == torch.bfloat16 else 0)
         self.program, self.weights = builder.program(), builder.weights()
         self.out_channels, self.halvings = builder.values[-1][0], builder.halvings[-1]
-        self.takes, self._taken = builder.takes, {}
+        self.takes = builder.takes
+        self._taken: dict[Any, bool] = {}
         self.reads_rows = builder.steps[0][0] != COPY
         # Inner modules, whose hooks it would skip, and the tensors that were packed, whose changes invalidate it.
         self._inner = [part for part in module.modules() if part is not module]
