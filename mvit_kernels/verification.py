@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._utils.plain import DTYPES, cast_floats, copy_of
-from .adapters import FrozenBlock, named_blocks, restore
+from .adapters import named_blocks, restore
+from .adapters._block import FrozenBlock
 from .rounding import PLAUSIBLE_BANDS, RUNS, RoundedArithmetic, careful_error, yardstick
 
 GRADIENT = "gradient of "
@@ -239,7 +240,7 @@ def _gradients(model: nn.Module, example: Any, dtype: torch.dtype, reverse: bool
     if reverse:
         outputs = {name: value.flip(0) for name, value in outputs.items()}
     generator = torch.Generator().manual_seed(0)
-    loss = 0.0
+    loss: Any = 0.0
     for value in outputs.values():
         cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
         loss = loss + (value * cotangent.to(value)).sum()
@@ -252,7 +253,7 @@ def _gradients(model: nn.Module, example: Any, dtype: torch.dtype, reverse: bool
 class _Double(TorchFunctionMode):
     """Makes explicit casts inside a float64 model (``x.float()``, ``dtype=torch.float32``) stay in float64."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
         args = [torch.float64 if _is_float(value) else value for value in args]
@@ -316,7 +317,12 @@ def _channels_last(value: Tensor) -> Tensor:
 
 def _tensors(value: Any) -> list[Tensor]:
     tensors: list[Tensor] = []
-    _map(lambda tensor: tensors.append(tensor) or tensor, value)
+
+    def collect(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    _map(collect, value)
     return tensors
 
 
