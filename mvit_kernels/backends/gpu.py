@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,4 +39,8 @@ def limits() -> Limits:
     if no_gpu():
         return Limits(132, 232_448)
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return Limits(min(p.multi_processor_count for p in found), min(p.shared_memory_per_block_optin for p in found))
+    return Limits(min(p.multi_processor_count for p in found), min(map(_shared_memory, found)))
+
+
+def _shared_memory(device: Any) -> int:
+    return device.shared_memory_per_block_optin  # which torch's types of a device lack

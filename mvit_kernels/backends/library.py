@@ -109,7 +109,9 @@ class TransformerLayerWeights(NamedTuple):
     fc2_bias: Tensor  # (d,)
 
 
-def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool = True) -> list[Tensor]:
+def flatten(
+    layers: Sequence[TransformerLayerWeights], dtype: torch.dtype | None = None, zeros: bool = True
+) -> list[Tensor]:
     """The weights as the raw operator takes them: one list, twelve tensors a layer.
 
     Args:
@@ -122,7 +124,7 @@ def flatten(layers: Sequence[TransformerLayerWeights], dtype=None, zeros: bool =
         if layer.qkv_bias is None:
             size = layer.qkv_weight.shape[0] if zeros else 0
             layer = layer._replace(qkv_bias=layer.qkv_weight.new_zeros(size))
-        for name, value in zip(layer._fields, layer, strict=True):
+        for name, value in layer._asdict().items():
             flat.append(value if dtype is None or "norm" in name or value.dtype == dtype else value.to(dtype))
     return flat
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,8 @@ def pack_transformer(
 
 def _layer(layer: TransformerLayerWeights, layout: Layout, columns: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """The chunks of a layer, in order."""
-    wide = TransformerLayerWeights(*(None if tensor is None else tensor.detach().double() for tensor in layer))
+    doubles: list[Any] = [None if tensor is None else tensor.detach().double() for tensor in layer]
+    wide = TransformerLayerWeights(*doubles)
     inner, hidden = wide.proj_weight.shape[1], wide.fc1_weight.shape[0]
     bias = (
         wide.qkv_bias if wide.qkv_bias is not None and wide.qkv_bias.numel() else wide.qkv_weight.new_zeros(3 * inner)
@@ -103,8 +105,8 @@ def _layer(layer: TransformerLayerWeights, layout: Layout, columns: Tensor, dtyp
         matrices.append(joined(steps).unflatten(1, (HEADS, -1)).flatten(2))
     if whole < layout.head:
         matrices.append(half_fragments(proj[..., whole:].flatten(1)).unflatten(0, (-1, 2)).movedim(1, -2).flatten(2))
-    matrices = torch.cat(matrices, 2).flatten(1)
-    parts.append(torch.cat([matrices.view(torch.uint8), proj_bias.view(-1, 16).view(torch.uint8)], 1))
+    matrix = torch.cat(matrices, 2).flatten(1)
+    parts.append(torch.cat([matrix.view(torch.uint8), proj_bias.view(-1, 16).view(torch.uint8)], 1))
 
     weight, bias = _behind_norm(wide.norm2_weight, wide.norm2_bias, wide.fc1_weight, wide.fc1_bias)
     more = -hidden % HIDDEN_CHUNK

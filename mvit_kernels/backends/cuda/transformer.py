@@ -91,7 +91,7 @@ def forward(
     plan = plan_of(d, head_dim, height // ph * (width // pw), images * ph * pw, *gpu.limits())
     if isinstance(plan, str):
         raise RuntimeError(f"transformer.cuda: {plan}")
-    final_norm = None if final_norm_weight is None else (final_norm_weight, final_norm_bias)
+    final_norm = None if final_norm_weight is None or final_norm_bias is None else (final_norm_weight, final_norm_bias)
     packed = packed_weights(weights, final_norm, num_heads, x.dtype)
     layers = len(weights) // _FIELDS
     return torch.ops.mvit_kernels.transformer_packed.cuda(

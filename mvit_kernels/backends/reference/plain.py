@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +227,7 @@ def is_one_column(
 
 def transformer_layer(
     x: Tensor,
-    layer: tuple[Tensor | None, ...],
+    layer: Sequence[Any],
     num_heads: int,
     patch_size: tuple[int, int],
     eps: float,
@@ -247,7 +248,7 @@ def transformer_layer(
 
 def transformer(
     x: Tensor,
-    layers: list[tuple[Tensor | None, ...]],
+    layers: Sequence[Sequence[Any]],
     final_norm: tuple[Tensor, Tensor] | None,
     num_heads: int,
     patch_size: tuple[int, int],

@@ -197,7 +197,7 @@ def _layer_norm_mlp_backward(grad_out, x, mean, rstd, norm_weight, norm_bias, fc
 
 
 def _factor(x: Tensor, seed: Tensor | None, branch: int, probability, path, patch_size, path_scale) -> Tensor | float:
-    if not (probability or path):
+    if seed is None or not (probability or path):  # there is a seed where something is dropped
         return 1.0
     return branch_factor(seed, branch, x.shape, probability, path, patch_size, path_scale).to(_wide(x.dtype))
 
@@ -215,7 +215,9 @@ def _transformer_layer(x, *arguments):
     branch = branch * _factor(x, seed, ATTENTION_BRANCH, projection, path1, patch_size, path_scale)
     middle = (x + branch.to(x.dtype)).contiguous()
     mean2, rstd2 = _statistics(middle, eps)
-    branch = F.linear(layer_norm_linear(middle, *layer[6:10], eps, "silu"), *layer[10:]).to(mean1.dtype)
+    norm2_weight, norm2_bias, fc1_weight, fc1_bias = layer[6:10]
+    hidden = layer_norm_linear(middle, norm2_weight, norm2_bias, fc1_weight, fc1_bias, eps, "silu")
+    branch = F.linear(hidden, *layer[10:]).to(mean1.dtype)
     branch = branch * _factor(x, seed, MLP_BRANCH, mlp, path2, patch_size, path_scale)
     return (middle + branch.to(x.dtype)).contiguous(), mean1, rstd1, attended, logsumexp, middle, mean2, rstd2
 
