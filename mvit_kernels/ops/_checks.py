@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from .._utils.plain import DTYPES
 from .._utils.transforms import obstacle
 from ..backends import Call
 
+First = TypeVar("First", bound=Tensor | None)
+Second = TypeVar("Second", bound=Tensor | None)
 OPTIONAL = ("bias", "qkv_bias")  # the arguments that may be None
 
 
@@ -55,7 +57,7 @@ def shape(op: str, name: str, value: Tensor, wanted: Sequence[int], why: str) ->
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; {tuple(wanted)} is wanted, {why}")
 
 
-def like(op: str, x: Tensor, x_name: str, autocast: bool, **others: Tensor | None) -> None:
+def like(op: str, x: Tensor, x_name: str, autocast: bool, **others: Any) -> None:
     """Check that all of `others` are on x's device and have x's dtype.
 
     LayerNorm's parameters may be float32 beside 16-bit rows. Under autocast any floating dtype but float64 is allowed.
@@ -176,9 +178,13 @@ def autocast_dtype(x: Any) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+@overload
+def cast(dtype: torch.dtype, first: First, second: Second, /) -> tuple[First, Second]: ...
+@overload
+def cast(dtype: torch.dtype, *tensors: First) -> tuple[First, ...]: ...
+def cast(dtype: torch.dtype, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in `dtype`; None, and those that have it already, are returned as they are."""
-    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
+    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
 
 
 def call(op: str, x: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None, **facts: Any) -> Call:

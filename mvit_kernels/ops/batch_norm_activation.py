@@ -92,7 +92,8 @@ def batch_norm_activation(
         return reference.batch_norm_activation(x, weight, bias, running_mean, running_var, momentum, eps, activation)
 
     def learn(mean: Tensor, variance: Tensor) -> None:
-        if running_mean is not None and x.numel() > 0:  # like PyTorch, which learns nothing from no pixels
+        # Like PyTorch, which learns nothing from no pixels.
+        if running_mean is not None and running_var is not None and x.numel() > 0:
             _update(running_mean, mean, momentum)
             _update(running_var, variance, momentum)
 

@@ -4,7 +4,7 @@ Inference only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -100,12 +100,12 @@ def inverted_residual(
 
     tensors = (x, *weights.values())
     if dtype is not None:
-        tensors = tuple(checks.cast(dtype, *tensors))
+        tensors = checks.cast(dtype, *tensors)
         x = tensors[0]
     call = inverted_residual_call(x, expand_weight, project_weight, tensors, stride, dilation, residual)
     chosen = choose(call, backend)
     if chosen == "reference":
-        return reference.inverted_residual(*tensors, stride, dilation, residual)
+        return reference.inverted_residual(*tensors, stride, dilation, residual)  # type: ignore[call-arg, arg-type] # seven
     return raw(OP, chosen)(*tensors, stride, dilation, residual)
 
 
@@ -113,7 +113,7 @@ def inverted_residual_call(
     x: Tensor,
     expand_weight: Tensor,
     project_weight: Tensor,
-    tensors: Iterable[Tensor],
+    tensors: Sequence[Tensor],
     stride: int,
     dilation: int,
     residual: bool,

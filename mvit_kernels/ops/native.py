@@ -37,7 +37,7 @@ def _pack_convolution(weight, bias):
 
 @register_native_fake("pack_inverted_residual.cpu")
 def _pack_inverted_residual(expand, expand_bias, depthwise, depthwise_bias, project, project_bias):
-    hidden, width, out = *expand.shape[:2], project.shape[0]
+    hidden, width, out = expand.shape[0], expand.shape[1], project.shape[0]
     if _on_tiles(expand):
         panels = _tiles(_steps(hidden) * 32, _steps(width)) + _tiles(out, _steps(hidden))
         hidden = _steps(hidden) * 32

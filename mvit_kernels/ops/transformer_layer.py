@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .._utils.transforms import again, gradients, zeros_like_bias
 from ..backends import Call, choose, reference
-from ..backends.library import raw, register_fake
+from ..backends.library import TransformerLayerWeights, raw, register_fake
 from ..dropout import LayerDropout, draw_seeds
 from . import _checks as checks
-from .transformer import TransformerLayerWeights, check_layer
+from .transformer import check_layer
 
 OP = "transformer_layer"
 
@@ -195,6 +195,6 @@ def _fake_backward(grad_out, x, *arguments):
     def bias_of(weight: Tensor) -> Tensor:
         return weight.new_empty(weight.shape[:1])
 
-    likes = (x, n1w, n1b, qkv_weight, bias_of(qkv_weight), proj_weight, bias_of(proj_weight))
-    likes = (*likes, n2w, n2b, fc1_weight, fc1_bias, fc2_weight, bias_of(fc2_weight))
+    first = (x, n1w, n1b, qkv_weight, bias_of(qkv_weight), proj_weight, bias_of(proj_weight))
+    likes = (*first, n2w, n2b, fc1_weight, fc1_bias, fc2_weight, bias_of(fc2_weight))
     return tuple(t.new_empty(t.shape) for t in likes)
