@@ -108,7 +108,7 @@ def philox(key: Tensor, counter: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]
         c0, c1 = ((b >> 32) & 0xFFFFFFFF) ^ c1 ^ k0, b & 0xFFFFFFFF
         c2, c3 = ((a >> 32) & 0xFFFFFFFF) ^ c3 ^ k1, a & 0xFFFFFFFF
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0, c1, c2, c3
+    return c0, c1, c2, c3  # type: ignore[return-value] # tensors: the key is one
 
 
 def threshold(probability: float) -> int:

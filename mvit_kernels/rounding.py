@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ class RoundedArithmetic:
         for context in (use_backend("reference"), sdpa_kernel(SDPBackend.MATH), self._mode):
             self._stack.enter_context(context)
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
 
@@ -139,7 +140,7 @@ class _Errors(TorchDispatchMode):
         self.inner_unit = ROOT_MEAN_SQUARE * torch.finfo(torch.float32).eps / 2
         self.depth = 0  # how deep inside decomposed operators
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
         if packet in COMPOSED:
@@ -172,7 +173,7 @@ class _Errors(TorchDispatchMode):
     def _off(self, total: Tensor, variance: Tensor) -> Tensor:
         return total + self.inner_unit * variance.sqrt() * self._random(total)
 
-    def _sum(self, func, x: Tensor, *args, **kwargs) -> Tensor:
+    def _sum(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         total = func(x, *args, **kwargs)
         if not x.is_floating_point():
             return total
@@ -182,36 +183,43 @@ class _Errors(TorchDispatchMode):
             squares = squares / count
         return self._off(total, 2 * total * total + squares * math.log2(max(count, 1)))
 
-    def _products(self, total: Tensor | None, squares: Tensor | None, count: int) -> Tensor | None:
-        if total is None:
-            return None
+    def _products(self, total: Tensor, squares: Tensor, count: int) -> Tensor:
         block = min(count, BLOCK)
         blocks = count / max(block, 1)
         drift, walk = (block * block / max(count, 1) + blocks) / 3, (block + blocks) / 2
         return self._off(total, drift * total * total + walk * squares)
 
-    def _mm(self, func, a: Tensor, b: Tensor) -> Tensor:
+    def _mm(self, func: Any, a: Tensor, b: Tensor) -> Tensor:
         return self._products(func(a, b), func(a * a, b * b), a.shape[-1])
 
-    def _convolution(self, func, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor:
+    def _convolution(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         squares = func(x * x, weight * weight, None, *geometry)
         y = self._products(func(x, weight, None, *geometry), squares, weight[0].numel())
         return y if bias is None else y + bias.reshape(-1, *[1] * (x.dim() - 2))
 
-    def _convolution_backward(self, func, grad: Tensor, x: Tensor, weight: Tensor, *rest) -> tuple[Tensor | None, ...]:
+    def _convolution_backward(
+        self, func: Any, grad: Tensor, x: Tensor, weight: Tensor, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
         totals = func(grad, x, weight, *rest)
         squares = func(grad * grad, x * x, weight * weight, *rest)
         positions = grad.numel() // max(grad.shape[1], 1)
         counts = (weight.shape[0] * weight[0, 0].numel() // rest[-2], positions, positions)
-        return tuple(map(self._products, totals, squares, counts))
+        results = zip(totals, squares, counts, strict=True)
+        return tuple(None if result[0] is None else self._products(*result) for result in results)
 
-    def _resize(self, func, x: Tensor, size: list[int] | None, align_corners: bool, *scales) -> Tensor:
+    def _resize(self, func: Any, x: Tensor, size: list[int] | None, align_corners: bool, *scales: Any) -> Tensor:
         if size is None:  # given as scale factors, in one list
             size = [int(old * factor) for old, factor in zip(x.shape[2:], scales[0], strict=True)]
         return aten.upsample_bilinear2d(x, size, align_corners, *self._drifting(size, x.shape[2:]))
 
     def _resize_backward(
-        self, func, grad: Tensor, size: list[int], input_size: list[int], align_corners: bool, *scales: float | None
+        self,
+        func: Any,
+        grad: Tensor,
+        size: list[int],
+        input_size: list[int],
+        align_corners: bool,
+        *scales: float | None,
     ) -> Tensor:
         return func(grad, size, input_size, align_corners, *self._drifting(size, input_size[2:]))
 
@@ -222,7 +230,7 @@ class _Errors(TorchDispatchMode):
         return [new / old * (1 + error) for new, old, error in zip(size, of, errors, strict=True)]
 
 
-FOLLOWED = {
+FOLLOWED: dict[Any, Callable[..., Any]] = {
     aten.sum: _Errors._sum,
     aten.mean: _Errors._sum,
     aten.mm: _Errors._mm,

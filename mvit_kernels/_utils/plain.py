@@ -125,7 +125,7 @@ def tensor_reason(name: str, value: Tensor | None) -> str | None:
 
 def weight_reasons(block: nn.Module, modules: Collection[nn.Module]) -> list[str]:
     """`tensor_reason` for every parameter of those of `modules` that are in `block`."""
-    reasons = []
+    reasons: list[str] = []
     for path, module in block.named_modules():
         if module in modules:
             weights = module.named_parameters(path, recurse=False)

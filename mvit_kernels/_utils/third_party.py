@@ -86,7 +86,7 @@ def import_openvino() -> ModuleType:
     """OpenVINO, or an ImportError that says what to install."""
     # Its converter reports each use over the network from a forked process, which may crash beside torch's threads.
     # Without this package it reports nothing.
-    sys.modules.setdefault("openvino_telemetry", None)
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # Python's own way to forbid an import
     return _import("openvino", extra="peers", through_torchvision=False)
 
 

@@ -10,6 +10,7 @@ that the gradients themselves will be differentiated or transformed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +45,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x if torch._C._are_functorch_transforms_active() else x.contiguous(memory_format=torch.channels_last)
 
 
-def overrides(cls: type) -> bool:
+def overrides(cls: Any) -> bool:
     """Whether tensors of `cls` define PyTorch's operators themselves, as quantized, distributed and fake ones do."""
     return cls not in PLAIN and (
         cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
         or getattr(cls.__torch_function__, "__func__", cls.__torch_function__)
-        not in (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)
+        not in (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined] # a method
     )
 
 
@@ -81,7 +82,7 @@ def zeros_like_bias(weight: Tensor) -> Tensor:
     return weight.new_zeros(weight.shape[:1]).requires_grad_()
 
 
-def gradients(function: Callable[..., Tensor], grad_out: Tensor, *inputs) -> tuple[Tensor | None, ...]:
+def gradients(function: Callable[..., Tensor], grad_out: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     """The gradients of ``function(*inputs)``, computed by PyTorch's operators.
 
     Args:
@@ -94,12 +95,12 @@ def gradients(function: Callable[..., Tensor], grad_out: Tensor, *inputs) -> tup
     """
     create_graph = torch.is_grad_enabled()
 
-    def needs_one(value) -> bool:
+    def needs_one(value: Any) -> bool:
         return isinstance(value, Tensor) and value.requires_grad
 
     with torch.enable_grad():
         # Views: a tensor that is passed twice has a gradient for each place.
-        inputs = [value.view_as(value) if needs_one(value) else value for value in inputs]
-        wanted = [value for value in inputs if needs_one(value)]
-        found = iter(torch.autograd.grad(function(*inputs), wanted, grad_out, create_graph=create_graph))
-    return tuple(next(found) if needs_one(value) else None for value in inputs)
+        views = [value.view_as(value) if needs_one(value) else value for value in inputs]
+        wanted = [value for value in views if needs_one(value)]
+        found = iter(torch.autograd.grad(function(*views), wanted, grad_out, create_graph=create_graph))
+    return tuple(next(found) if needs_one(value) else None for value in views)

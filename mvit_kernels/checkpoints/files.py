@@ -63,7 +63,7 @@ class _Ignored:
 class _IgnoredDict:
     """Stand-in for a subclass of dict: becomes a plain dict, the only kind that PyTorch's unpickler fills."""
 
-    def __new__(cls, *args: object) -> dict:
+    def __new__(cls, *args: object) -> dict:  # type: ignore[misc] # on purpose
         return {}
 
 
@@ -74,7 +74,7 @@ _stand_ins_lock = threading.Lock()
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
     """Allow the stand-ins, for one file at a time: PyTorch's list of safe globals is process-wide."""
-    with _stand_ins_lock, torch.serialization.safe_globals(_STAND_INS):
+    with _stand_ins_lock, torch.serialization.safe_globals([*_STAND_INS]):
         yield
 
 
@@ -112,12 +112,12 @@ def read_file(path: Path) -> object:
             _check_legacy(path, file, checkpoint)
             return checkpoint
         # safetensors: 8 bytes of header length, then the header in JSON.
-        kind = None if head[8:9] == b"{" and head[4:8] == bytes(4) else foreign_kind(path, head)
-        if kind is None and (head[8:9] == b"{" or path.suffix == ".safetensors"):
+        foreign = None if head[8:9] == b"{" and head[4:8] == bytes(4) else foreign_kind(path, head)
+        if foreign is None and (head[8:9] == b"{" or path.suffix == ".safetensors"):
             return _read_safetensors(path)
     refuse_objects(path, pickled_names(path))
-    if kind is not None:
-        _refuse(path, *kind)
+    if foreign is not None:
+        _refuse(path, *foreign)
     raise ValueError(
         f"load_checkpoint: {path} is corrupt or not a file of torch.save or safetensors (it begins "
         f"{head[:8].hex(' ')}); {AGAIN}"

@@ -10,7 +10,7 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .._utils.text import some
 
@@ -82,7 +82,7 @@ def pickled_names(path: Path) -> list[str]:
     names: dict[str, None] = {}
     try:
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(path.open("rb"))
+            file: IO[bytes] = stack.enter_context(path.open("rb"))
             if zipfile.is_zipfile(file):
                 archive = stack.enter_context(zipfile.ZipFile(file))
                 file = stack.enter_context(archive.open(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
@@ -96,7 +96,7 @@ def pickled_names(path: Path) -> list[str]:
 
 
 def _names_of_one_pickle(file: IO[bytes]) -> Iterator[str]:
-    memo: dict[int, object] = {}
+    memo: dict[Any, object] = {}
     strings: list[object] = []  # STACK_GLOBAL takes module and name from the last two
     last: object = None
     for opcode, argument, _ in pickletools.genops(file):

@@ -81,16 +81,16 @@ def read_keys(keys: Iterable[str], what: str) -> Keys:
     readings = [_read_at(bare, layout, prefix) for layout, prefix in places]
     whole = [reading for reading, missing in readings if not missing]
     if not whole:
-        keys, missing = readings[0]
-        count = sum(map(len, keys.found.values()))
-        table = dict(network(keys.layout))
-        if keys.head:  # instead of the last two layers
+        nearest, missing = readings[0]
+        count = sum(map(len, nearest.found.values()))
+        table = dict(network(nearest.layout))
+        if nearest.head:  # instead of the last two layers
             table = {own: names for own, names in table.items() if not own.startswith(("final_conv.", "classifier."))}
-            table.update(head_keys(keys.head, keys.layout))
+            table.update(head_keys(nearest.head, nearest.layout))
         raise ValueError(
-            f"{what} fits none of the layouts {', '.join(LAYOUTS)}. The nearest is {keys.layout}, with "
+            f"{what} fits none of the layouts {', '.join(LAYOUTS)}. The nearest is {nearest.layout}, with "
             f"{count} of {sum(map(len, table.values()))} keys: {some(missing)} missing"
-            + (f"; instead it has {some(keys.extra)}" if keys.extra else "")
+            + (f"; instead it has {some(nearest.extra)}" if nearest.extra else "")
             + ("; by its attention it is a MobileViTv2, a different network" if any(map(_V2.search, bare)) else "")
         )
     if len(whole) > 1:
@@ -149,7 +149,8 @@ def _read_at(bare: Mapping[str, str], layout: str, prefix: str) -> tuple[Keys, l
             found[own] = (bare[owner + name],)
         elif not is_counter(own):
             missing.append(name)
-    extra, aside = [], []
+    extra: list[str] = []
+    aside: list[str] = []
     taken = {key for names in found.values() for key in names}
     complete = head is not None or "classifier.weight" in found
     for name, key in bare.items():

@@ -40,7 +40,7 @@ def task_backbone(
         dtype=dtype,
         dilate_blocks=False,
     )
-    backbone.final_conv = nn.Identity()
+    backbone.final_conv = nn.Identity()  # type: ignore[assignment] # its type is that of a whole classifier's
     backbone.feature_info.pop()
     backbone.num_features = backbone.head_hidden_size = backbone.feature_info[-1]["num_chs"]
     return backbone

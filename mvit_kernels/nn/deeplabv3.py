@@ -190,7 +190,7 @@ class MobileViTDeepLabV3(nn.Module):
             ValueError: logits of another shape, or a size that is not of two positive ints.
         """
         self._check(logits)
-        size = tuple(size)
+        size = tuple(size)  # type: ignore[assignment] # of any length: the next line looks
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise ValueError(f"MobileViTDeepLabV3.segment: size={size} must be (height, width), two positive integers")
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)
@@ -247,7 +247,7 @@ class MobileViTDeepLabV3(nn.Module):
 def _classifier(num_classes: int) -> nn.Conv2d:
     classifier = nn.Conv2d(_CHANNELS, num_classes, 1)
     nn.init.trunc_normal_(classifier.weight, std=0.02, a=-0.04, b=0.04)
-    nn.init.zeros_(classifier.bias)
+    nn.init.zeros_(classifier.bias)  # type: ignore[arg-type] # it has one
     return classifier
 
 

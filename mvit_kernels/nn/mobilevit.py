@@ -198,7 +198,8 @@ class MobileViT(nn.Module):
             return [maps[index] for index in wanted]
         # Frozen: the stages between two wanted maps are one native call.
         through = sorted({min(index, stages - 1) for index in wanted})
-        found = dict(zip(through, self.stages.maps(self.stem(x), through), strict=True))
+        maps = self.stages.maps(self.stem(x), through)  # type: ignore[operator] # a method, of FrozenSequential
+        found = dict(zip(through, maps, strict=True))
         if last == stages:
             found[stages] = self.final_conv(found[stages - 1])
         return [found[index] for index in wanted]

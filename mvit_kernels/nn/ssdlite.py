@@ -235,8 +235,10 @@ class MobileViTSSDLite(nn.Module):
             ImportError: torchvision is not installed.
         """
         anchors = self._anchors_of(output, size, torch.float32, "detect")
-        limits = {"score": score, "iou": iou, "top": top, "most": most}
-        return multibox.detections(SSDOutput(*output), anchors, tuple(size), where="MobileViTSSDLite.detect", **limits)
+        where, (height, width) = "MobileViTSSDLite.detect", size
+        return multibox.detections(
+            SSDOutput(*output), anchors, (height, width), where=where, score=score, iou=iou, top=top, most=most
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Gradient checkpointing of the backbone, as in `MobileViT`; the layers after it keep too little."""

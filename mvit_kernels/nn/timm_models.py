@@ -136,7 +136,7 @@ class TimmMobileViT(MobileViT):
         ends_early = last < self.num_maps - 1
         self.stages = self.stages[: last + 1]
         if ends_early:
-            self.final_conv = nn.Identity()
+            self.final_conv = nn.Identity()  # type: ignore[assignment] # of a whole classifier it is a ConvNormAct
             self.num_features = self.feature_info[last]["num_chs"]
             self.feature_info = self.feature_info[: last + 1]
             self.num_maps = last + 1
@@ -186,7 +186,7 @@ class TimmMobileViT(MobileViT):
         self.head_hidden_size = self.num_features * self.pool.feat_mult()
 
 
-class _Features(FeatureGetterNet):
+class _Features(FeatureGetterNet):  # type: ignore[misc] # timm has no types
     """timm's `features_only` through `forward_intermediates`, with the model's gradient checkpointing."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

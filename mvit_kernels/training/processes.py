@@ -25,7 +25,7 @@ class Processes(NamedTuple):
     """This process among all of them, and its device."""
 
     rank: int
-    count: int
+    count: int  # type: ignore[assignment] # not tuple's method of this name
     local_count: int  # on this machine
     device: torch.device
 

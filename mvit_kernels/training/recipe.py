@@ -285,7 +285,7 @@ def _value(hint: Any, value: Any, what: str, key: str) -> Any:
             return None
         hint = next(option for option in options if option is not type(None))
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, what, f"{key}.")
+        return _build(hint, value, what, f"{key}.")  # type: ignore[arg-type] # hints are classes, not instances
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
         if key == "size" and isinstance(value, int) and not isinstance(value, bool):
@@ -336,7 +336,7 @@ def _load(text: str, what: str) -> dict[str, Any]:
 def _yaml(text: str, what: str) -> Any:
     yaml = _pyyaml()
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined] # PyYAML is imported when a recipe is read
         """PyYAML's, which takes the last of two equal keys in silence, without that."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:

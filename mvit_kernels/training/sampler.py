@@ -224,8 +224,8 @@ class MultiScaleSampler(Sampler[list[tuple[int, Pair]]]):
             return (SizedBatch(*self.size, self.batch_size),)
         smallest, largest = self.smallest, self.largest
         for _ in [when for when in self.scale_epochs if self.scale_inc and when <= epoch]:
-            smallest = tuple(side + int(side * self.smallest_inc) for side in smallest)
-            largest = tuple(side + int(side * self.largest_inc) for side in largest)
+            smallest = _grown(smallest, self.smallest_inc)
+            largest = _grown(largest, self.largest_inc)
         return resolutions(self.batch_size, self.size, smallest, largest, self.count, self.divisor)
 
     def _plan(self, epoch: int, sizes: tuple[SizedBatch, ...]) -> list[SizedBatch]:
@@ -321,6 +321,10 @@ class MultiScaleSampler(Sampler[list[tuple[int, Pair]]]):
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def _grown(size: Pair, share: float) -> Pair:
+    return size[0] + int(size[0] * share), size[1] + int(size[1] * share)
 
 
 def _pair(value: int | Pair) -> Pair:

@@ -210,7 +210,7 @@ def split_pair(pair: object, name: str) -> tuple[int, Pair]:
     """
     match pair:
         case (index, (int() as height, int() as width)) if not isinstance(index, Iterable):
-            return index, (height, width)
+            return index, (height, width)  # type: ignore[return-value] # an index of whatever `data` takes
     raise TypeError(
         f"{name}: the index is {_short(pair)}; it takes (index, (height, width)). Load it by DataLoader(data, "
         "batch_sampler=MultiScaleSampler(data, batch_size)), with multi_scale=False or training=False for one size"
