@@ -17,16 +17,14 @@ from typing import Any
 from .._utils.files import is_special, to_json, write_csv, write_json
 
 __all__ = [
-    *(
-        "COMMANDS",
-        "add_command",
-        "add_result_arguments",
-        "output_file",
-        "print_json",
-        "to_json",
-        "write_csv",
-        "write_json",
-    ),
+    "COMMANDS",
+    "add_command",
+    "add_result_arguments",
+    "output_file",
+    "print_json",
+    "to_json",
+    "write_csv",
+    "write_json",
     "write_rows",
 ]
 

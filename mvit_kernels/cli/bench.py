@@ -7,11 +7,15 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .._utils.freed_memory import keep_freed_memory
 from ..zoo import load
 from . import add_command, output_file, write_csv, write_json
 from .models import add_model_arguments, random_images
+
+if TYPE_CHECKING:
+    from ..bench.peers import Subject
 
 _PEERS = "eager,channels_last,accelerated,frozen"
 
@@ -176,7 +180,7 @@ def _run_model(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def subject_of(args: argparse.Namespace, subject_class: type):
+def subject_of(args: argparse.Namespace, subject_class: type[Subject]) -> Subject:
     """The `peers.Subject` that the arguments of `add_model_arguments` ask for."""
     import torch
 

@@ -16,8 +16,10 @@ _INDEX = ("index", "id", "idx", "class_id", "class_index", "label_id")
 _NAME = ("name", "label", "class", "class_name", "label_name")
 # Keys under which a JSON object with other contents keeps the names: config.json of Hugging Face and timm, files of
 # training scripts.
-_INSIDE = ("id2label", "label_names", "idx_to_class", "class_to_idx", "label2id", "class_names", "classes", "labels")
-_INSIDE += ("names", "categories")
+_INSIDE = (
+    *("id2label", "label_names", "idx_to_class", "class_to_idx", "label2id", "class_names", "classes", "labels"),
+    *("names", "categories"),
+)
 _NUMBERED = re.compile(r"\s*(\d+)\s*(?:[:;,\t]|\s)\s*(\S.*)")
 _WANTED = "names are wanted as JSON (a list, index to name, name to index), CSV, or text with one name per line"
 
@@ -127,7 +129,7 @@ def _from_lines(path: Path, text: str) -> dict[int, str]:
     empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
     if empty is not None:
         raise ValueError(f"{path}: line {empty} is empty and names no class; {_WANTED}")
-    numbered = [match.groups() for line in lines if (match := _NUMBERED.fullmatch(line.strip()))]
+    numbered = [(match[1], match[2]) for line in lines if (match := _NUMBERED.fullmatch(line.strip()))]
     if len(numbered) == len(lines) and {int(index) for index, _ in numbered} == set(range(len(lines))):
         return _numbered(path, numbered)
     return {index: line.strip() for index, line in enumerate(lines)}

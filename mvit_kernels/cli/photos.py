@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-    from ..training.saving import Described
+    from ..training.recipe import Recipe
 
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -142,7 +142,7 @@ def load_network(args: argparse.Namespace, task: str, library: str, method: str,
         torch.set_num_threads(args.threads)
     name = f"{library}/{args.model}" if args.model in VARIANTS else args.model
     if recipe:
-        model = _as_trained(args, name, described)
+        model = _as_trained(args, name, recipe, described.classes or ())
     else:
         model = load(name, pretrained=args.pretrained, checkpoint=args.checkpoint, device=args.device)
     huggingfaces = task == "segmentation" and type(model).__name__.endswith("SemanticSegmentation")
@@ -162,13 +162,13 @@ def load_network(args: argparse.Namespace, task: str, library: str, method: str,
     return Network(model if args.no_freeze else freeze(model), names, args.size, mean, std, bgr)
 
 
-def _as_trained(args: argparse.Namespace, name: str | None, described: Described) -> nn.Module:
+def _as_trained(args: argparse.Namespace, name: str | None, recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     """The network of a training's checkpoint: its weights are the same at any output stride, its outputs are not."""
     from ..training.tasks import task_of
 
-    task = task_of(dataclasses.replace(described.recipe, model=name or described.recipe.model, pretrained=False))
+    task = task_of(dataclasses.replace(recipe, model=name or recipe.model, pretrained=False))
     task.new_head = False
-    return task.build(described.classes, args.checkpoint).eval().to(checked_device(args.device))
+    return task.build(classes, args.checkpoint).eval().to(checked_device(args.device))
 
 
 def outputs(images: Sequence[str], folder: Path, endings: Sequence[str] = ("",)) -> list[list[Path]]:

@@ -62,10 +62,11 @@ def draw_boxes(
     for i in reversed(range(len(boxes))):
         draw.rectangle([round(edge) for edge in _inside(boxes[i], image.size)], outline=colour(labels[i]), width=line)
     for i in reversed(range(len(boxes))):
-        if places[i] is None:
+        place = places[i]
+        if place is None:
             continue
         fill = colour(labels[i])
-        left, top, right, bottom = places[i]
+        left, top, right, bottom = place
         draw.rectangle((left, top, right, bottom), fill=fill)
         draw.text(((left + right) / 2, (top + bottom) / 2), texts[i], fill=_ink(fill), font=font, anchor="mm")
     return image
@@ -92,12 +93,14 @@ def draw_mask(image: Image.Image, mask: np.ndarray, names: Sequence[str], *, opa
     present = sorted((index for index in range(len(names)) if shares[index] > 0), key=lambda index: -shares[index])
     font = _font(image.size)
     height_of_line = round(font.size * 1.7)
-    room = max(1, min(_LEGEND_LINES, (image.height - font.size) // height_of_line))
+    room = max(1, min(_LEGEND_LINES, int((image.height - font.size) // height_of_line)))
+    lines: list[tuple[tuple[int, int, int] | None, str]]
     lines = [(colour(index), f"{names[index]}  {_percent(shares[index])}") for index in present[:room]]
     if len(present) > room:
         lines[-1] = (None, f"and {len(present) - room + 1} more")
     width = max(math.ceil(font.getlength(text)) for _, text in lines) + 3 * font.size + font.size // 2
-    picture = Image.new("RGB", (image.width + width, max(image.height, height_of_line + font.size)), (250, 250, 250))
+    whole = (image.width + round(width), max(image.height, height_of_line + round(font.size)))
+    picture = Image.new("RGB", whole, (250, 250, 250))
     picture.paste(overlay, (0, 0))
     draw = ImageDraw.Draw(picture)
     for place, (fill, text) in enumerate(lines):
@@ -132,7 +135,12 @@ def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
     """Pillow's own font, in a size that can be read on the whole picture."""
     from PIL import ImageFont
 
-    return ImageFont.load_default(size=max(12, round(min(size) / 28)))
+    font = ImageFont.load_default(size=max(12, round(min(size) / 28)))
+    if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow without FreeType has letters of one size
+        raise ImportError(
+            "Pillow was built without FreeType, which draws letters: pip install --force-reinstall pillow"
+        )
+    return font
 
 
 def _ink(fill: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 
 from . import add_command, add_result_arguments, print_json, write_rows
@@ -59,9 +60,7 @@ def run(args: argparse.Namespace) -> int:
     with torch.no_grad():
         for name in names if "all" not in names else PEERS:
             model, images = PEERS[name].build(subject)
-            profiles[name] = time_by_category(
-                lambda model=model, images=images: model(images), calls=args.calls, device=args.device
-            )
+            profiles[name] = time_by_category(functools.partial(model, images), calls=args.calls, device=args.device)
 
     settings = {
         "model": args.model or f"own/{subject.model.mode}",

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     images = _photos(args) if args.image else None
     model = accelerate(load_model(args), backend=args.backend)
     example = random_images(args) if images is None else images.to(next(model.parameters()))
-    told = [report(model)]
+    told: list[object] = [report(model)]
     if args.frozen:
         frozen = freeze(model)
         told.append(frozen.freeze_report)
