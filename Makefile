@@ -38,7 +38,7 @@ help:
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
 	@echo 'make report   the README'"'"'s figures and plots from the committed results'
 	@echo 'make bench-regressions  the CPU path under pytest-benchmark, compared with the previous run (by hand)'
-	@echo 'make lint     ruff: rules and format;  make format  fixes what can be fixed automatically'
+	@echo 'make lint     ruff: rules and format; mypy: types;  make format  fixes what can be fixed automatically'
 	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error if something is missing'
 	@echo 'make setup    create $(VENV) and install everything as pinned in constraints.txt'
 	@echo 'make clean    remove what was built; the environment stays (rm -r $(VENV) removes that)'
@@ -117,6 +117,7 @@ ifeq ($(USE_SYSTEM_PYTHON),1)
 lint: setup
 	@if $(PY) -m ruff --version >/dev/null 2>&1; then $(PY) -m ruff check . && $(PY) -m ruff format --check .; \
 	else echo 'lint: skipped, $(PYTHON) has no ruff'; fi
+	@if $(PY) -m mypy --version >/dev/null 2>&1; then $(PY) -m mypy; else echo 'lint: no types checked, $(PYTHON) has no mypy'; fi
 
 setup:
 	@$(PYTHON_IS_NEW_ENOUGH)
@@ -128,6 +129,7 @@ else
 lint: setup
 	@$(PY) -m ruff check -q . && $(PY) -m ruff format -q --check . || { \
 		echo 'lint: `make format` fixes what can be fixed automatically' >&2; exit 1; }
+	@$(PY) -m mypy --no-error-summary
 
 setup:
 	@if [ -e '$(READY)' ] && ! $(PY) -I -c "$$IS_SOUND" constraints.txt; then \
@@ -140,7 +142,7 @@ format: setup
 	@$(PY) -m ruff check -q --fix . ; $(PY) -m ruff format .
 
 clean:
-	rm -rf build dist *.egg-info mvit_kernels/lib .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info mvit_kernels/lib .pytest_cache .ruff_cache .mypy_cache .benchmarks
 	find mvit_kernels tests -name __pycache__ -prune -exec rm -r {} +
 
 # -- The environment -------------------------------------------------------------------------------------------------
