@@ -22,8 +22,8 @@ PY := $(abspath $(VENV))/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report lint format \
-	build setup clean
+.PHONY: help demo examples test test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report docs \
+	lint format build setup clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and measure the speedup'
@@ -37,6 +37,7 @@ help:
 	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
 	@echo 'make report   the README'"'"'s figures and plots from the committed results'
+	@echo 'make docs     the documentation as a site, into build/docs/index.html; a warning is an error'
 	@echo 'make bench-regressions  the CPU path under pytest-benchmark, compared with the previous run (by hand)'
 	@echo 'make lint     ruff: rules and format; mypy: types;  make format  fixes what can be fixed automatically'
 	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error if something is missing'
@@ -108,6 +109,11 @@ bench-regressions: build
 
 report: setup
 	@$(PY) benchmarks/report.py
+
+# -E: from scratch, which takes seconds; what is kept has old navigation. -n: a reference that leads nowhere is a warning.
+docs: setup
+	@$(PY) -m sphinx -q -E -b html -n -W --keep-going docs build/docs
+	@echo 'file://$(CURDIR)/build/docs/index.html'
 
 build: setup
 	@MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace

@@ -98,10 +98,11 @@ class MobileViTSSDLite(nn.Module):
     Initialization is `MobileViT`'s, and for everything after it, as published, Xavier uniform with biases 0.
 
     Attributes:
-        mode, num_classes: as given.
+        mode: as given.
+        num_classes: as given.
         backbone: a `MobileViT` that ends with stage 5.
         extra: the four layers after it.
-        heads: the six `SSDHead`s.
+        heads: six of them, each an `SSDHead`.
 
     Raises:
         ValueError: `num_classes` below 2; otherwise as `MobileViT`, also when called.

@@ -112,7 +112,8 @@ class MultiScaleSampler(Sampler[list[tuple[int, Pair]]]):
         smallest_inc, largest_inc: 0 or more.
 
     Attributes:
-        epoch, start: as set.
+        epoch: as set.
+        start: as set.
         sizes: the resolutions of this epoch, a tuple of `SizedBatch`.
         steps: number of batches in the whole epoch.
 
@@ -200,7 +201,7 @@ class MultiScaleSampler(Sampler[list[tuple[int, Pair]]]):
 
     @property
     def sampler(self) -> MultiScaleSampler:
-        """Itself: Lightning and Accelerate call `set_epoch` of a batch sampler's `sampler`."""
+        """Itself, since Lightning and Accelerate call `set_epoch` of a batch sampler's `sampler`."""
         return self
 
     def __len__(self) -> int:
