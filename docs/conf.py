@@ -12,7 +12,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_extensions")]
 
 import mvit_kernels  # noqa: E402 (from this checkout, whatever is installed)
 
-
 project = "mvit_kernels"
 author = "The mvit_kernels authors"
 project_copyright = "the mvit_kernels authors, Apache-2.0"
@@ -58,7 +57,6 @@ html_theme = "furo"
 html_title = f"mvit_kernels {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-pygments_style = "tango"
 pygments_dark_style = "github-dark"
 html_copy_source = False
 html_show_sourcelink = False

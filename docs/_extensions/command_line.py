@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`{command-line}`: a section for each command of `mvit-kernels`, made from its parser, so that it is never out of date."""
+"""`{command-line}`: a section for each command of `mvit-kernels`, made from its parser and so never out of date."""
 
 from __future__ import annotations
 

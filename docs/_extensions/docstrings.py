@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Docstrings as they stand in the sources: `name` in single backticks is a link where that name has an entry, else code.
+"""Docstrings as they stand in the sources: `name` in single backticks is a link if that name has an entry, else code.
 
-Entries have the names that users import (`mvit_kernels.verify`). A docstring may say `verify`, `feature_maps` of its own
-class, `mvit_kernels.verify`, or where the thing is defined (`mvit_kernels.ops.patch_attention`): all find the entry.
+Entries have the names that users import (`mvit_kernels.verify`). A docstring may say `verify`, `feature_maps` of its
+own class, `mvit_kernels.verify`, or where it is defined (`mvit_kernels.ops.patch_attention`): all find the entry.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def name_role(name, rawtext, text, lineno, inliner, options=None, content=None):
 
 
 def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element) -> nodes.Element | None:
-    """A `name` to its entry, or to its text alone; names of Python's and PyTorch's that autodoc writes to their text."""
+    """A `name` to its entry, or to its text alone; what autodoc links of Python's and PyTorch's to its text."""
     target = node["reftarget"].strip("()")
     if node["reftype"] != "name":
         foreign = hasattr(builtins, target) or target.split(".")[0] in FOREIGN

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`{mermaid}`: the boxes of CONTRIBUTING's map, one below the other. A code host draws the arrows; that takes a script of
-three megabytes, and what they say is the order."""
+"""`{mermaid}`: the boxes of CONTRIBUTING's map, one below the other. A code host draws the arrows; that takes a
+script of three megabytes, and what they say is the order."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ class Boxes(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         boxes = nodes.bullet_list("", classes=["layers"])
+        text = nodes.paragraph()
+        before = ""
         for label in re.findall(r'\w+\[\(?"(.+?)"\)?\]', "\n".join(self.content)):
-            text = nodes.paragraph()
+            if "<b>" not in label and before and "<b>" not in before:  # side by side
+                text += nodes.Text(f" · {label}")
+                continue
+            before, text = label, nodes.paragraph()
             for bold, plain in re.findall(r"<b>(.*?)</b>|([^<]+)", label.replace("<br/>", " ")):
                 text += nodes.strong("", bold) if bold else nodes.Text(plain)
             boxes += nodes.list_item("", text)

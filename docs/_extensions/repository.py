@@ -67,9 +67,9 @@ class Programs(SphinxDirective):
             head, _, rest = (ast.get_docstring(ast.parse(source)) or path.name).partition("\n")
             section = nodes.section(ids=[path.stem.replace("_", "-")], names=[path.stem])
             section += nodes.title("", "", nodes.literal("", path.name))
-            section += self.parse_text_to_nodes(f"{head}\n\n````text\n{rest.strip()}\n````\n" if rest.strip() else head)
-            text = f"::::{{dropdown}} The program\n:::{{literalinclude}} ../examples/{path.name}\n:language: python\n:::\n::::"
-            section += self.parse_text_to_nodes(text)
+            section += self.parse_text_to_nodes(head + "\n\n" + rest.strip("\n"))
+            source = f":::{{literalinclude}} ../examples/{path.name}\n:language: python\n:::"
+            section += self.parse_text_to_nodes(f"::::{{dropdown}} The program\n{source}\n::::")
             found.append(section)
         return found
 

@@ -157,8 +157,8 @@ def test_extras_are_told():
 
 
 def test_pages_have_no_figure_of_speed_by_hand():
-    """They come from the committed results (`make report`: benchmarks.md). Measured facts of kernels, and of training on
-    real photos, stand with their origin on pages of their own."""
+    """They come from the committed results (`make report`: benchmarks.md). Measured facts of kernels, and of
+    training on real photos, stand with their origin on pages of their own."""
     free = {"benchmarks", "changelog", "measuring", "training"}
     for page in PAGES:
         if page not in free and not page.startswith("kernels/"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/training.md: its Python runs from top to bottom, and its commands name files and options that exist."""
+"""docs/training.md and the examples: commands name files and options that exist (its Python: tests/docs)."""
 
 from __future__ import annotations
 
@@ -9,34 +9,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-import mvit_kernels
 from support import ROOT
-from support.examples import image_folder
 
 TEXT = (ROOT / "docs" / "training.md").read_text()
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
-
-def test_snippets(tmp_path, monkeypatch, capsys):
-    """One after the other with the names of those before, as a reader runs them."""
-    pytest.importorskip("timm")
-    pytest.importorskip("torchvision")
-    image_folder(tmp_path / "images")
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    names: dict = {}
-    for snippet in blocks("python"):
-        exec(compile(snippet, "docs/training.md", "exec"), names)
-    assert capsys.readouterr().out.startswith("3 of 3 MobileViT blocks accelerated")
-    assert not mvit_kernels.report(names["plain"]).accelerated
-    assert len(mvit_kernels.report(names["average"]).accelerated) == 3
-    assert {(h, b) for h, _, b in names["sampler"].sizes} >= {(256, 4), (160, 10), (320, 2)}
-    assert names["loss"].isfinite() and names["photos"][0, (64, 96)][0].shape == (3, 64, 96)
 
 
 def test_commands():
@@ -61,10 +41,10 @@ def test_usage_in_docstrings(script):
 
 
 def test_links():
-    for name in ("docs/training.md", "examples/timm_train.md"):
-        path = ROOT / name
-        links = re.findall(r"\]\(([^)]+)\)", path.read_text())
-        assert links and all(link.startswith("https:") or (path.parent / link).exists() for link in links)
+    """(Those of docs/: tests/docs/test_site.py.)"""
+    path = ROOT / "examples" / "timm_train.md"
+    links = re.findall(r"\]\(([^)]+)\)", path.read_text())
+    assert links and all(link.startswith("https:") or (path.parent / link).exists() for link in links)
 
 
 def test_help_needs_no_data():
