@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's figures from the committed CSV alone: its sentence, tables and plots. ``make report`` runs this.
+"""Figures and plots of README.md and docs/benchmarks.md from the committed CSV alone. ``make report`` runs this.
 
-    python benchmarks/report.py            # rewrite README.md between its markers, and benchmarks/plots/
-    python benchmarks/report.py --check    # change nothing; exit with 1 where README.md is not what the CSV gives
+    python benchmarks/report.py            # rewrite both between their markers, and benchmarks/plots/
+    python benchmarks/report.py --check    # change nothing; exit with 1 where a text is not what the CSV gives
 
 It reads the newest rows of each subject in ``benchmarks/results/<device>/`` (see `mvit_kernels.bench.results`). All
 candidates in a row of a table were timed in turns in one process. Missing values are left empty; rows in which another
@@ -16,22 +16,40 @@ import re
 import sys
 from pathlib import Path
 
+import operator_plots
 import plots
-from tables import NAMES, NETWORKS, OTHERS, OURS, Table, place, short_place, tables
+from tables import (
+    DTYPES,
+    FIRST_SCREEN,
+    NAMES,
+    NETWORKS,
+    OTHERS,
+    OURS,
+    Line,
+    Setting,
+    Table,
+    first_screen,
+    label,
+    place,
+    tables,
+)
 
 from mvit_kernels.bench import results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots"
-FIRST_SCREEN = ("mobilevit_s", "mobilevit_xxs")
-HEADLINE = {"cpu": ("1", "float32"), "cuda": ("64", "bfloat16")}  # batch and dtype of the headline sentence
+HEADLINE = {"cpu": ("float32", "1"), "cuda": ("bfloat16", "64")}  # dtype and batch of the headline sentence
+TRAINING = {"cpu": ("float32", "8"), "cuda": ("bfloat16", "64")}  # of the headline table's steps
 
 
 def folders(root: Path) -> list[Path]:
     """The result folders that have rows of the suite ``models``, GPUs first."""
-    found = [(tables(folder, "models"), folder) for folder in sorted(root.iterdir()) if folder.is_dir()]
-    found = [(known[0].any["device"] != "cuda", folder) for known, folder in found if known]
-    return [folder for _, folder in sorted(found, key=lambda pair: pair[0])]
+    found = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and tables(folder, "models")]
+    return sorted(found, key=lambda folder: not _is_gpu(folder))
+
+
+def _is_gpu(folder: Path) -> bool:
+    return tables(folder, "models")[0].any["device"] == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------------------- words
@@ -47,44 +65,52 @@ def times(slow: float, fast: float) -> str:
 
 
 def sentence(root: Path) -> str:
-    """The speedup in one sentence, for the headline setting of each device."""
-    parts = []
+    """The speedup in one sentence, for the headline setting of each machine."""
+    parts: list[str] = []
+    before = None
     for folder in folders(root):
-        for table in tables(folder, "models"):
-            line = table.any
-            ours, other = table.best(OURS), table.best(OTHERS)
-            wanted = HEADLINE[line["device"]]
-            if line["subject"] != "mobilevit_s" or (line["batch"], line["dtype"]) != wanted or line["size"] != "256":
+        for setting, table in first_screen(folder).items():
+            line, ours, other = table.any, table.best(OURS), table.best(OTHERS)
+            now = (line["dtype"], line["batch"])
+            if setting.subject != FIRST_SCREEN[0] or setting.kind or now != HEADLINE[line["device"]] or not ours:
                 continue
-            if line["clock"] != "wall" or ours is None or other is None or table.ms("eager") is None:
-                continue
-            mine = table.ms(ours)
-            parts.append(
-                f"on {place(line)}, in {line['dtype']} at batch {line['batch']} and 256 px, timm's MobileViT-S "
-                f"{NAMES[ours]} takes {milliseconds(mine)} ms a batch: {times(table.ms('eager'), mine)} as fast as "
-                f"eager PyTorch and {times(table.ms(other), mine)} as fast as {NAMES[other]}, the fastest of the others"
-            )
+            gain, lead = times(table.ms("eager"), table.ms(ours)), times(table.ms(other), table.ms(ours))
+            where = f"on {place(line)}" if now == before else f"in {now[0]} at batch {now[1]} on {place(line)}"
+            if parts:
+                parts.append(f"{where}, {NAMES[ours]}, {gain} and {lead} ({NAMES[other]})")
+            else:
+                parts.append(
+                    f"{where}, timm's MobileViT-S {NAMES[ours]} is {gain} as fast as eager PyTorch and {lead} as fast "
+                    f"as {NAMES[other]}, the fastest of the others"
+                )
+            before = now
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else "Nothing was measured yet."
 
 
-def headline_table(root: Path) -> list[str]:
-    """One line per setting: eager, the fastest of the others, ours, and the speedups over both."""
-    lines = ["| | eager | fastest other | ours | on eager | on the fastest other |", "|---|---|---|---|---|---|"]
-    for folder in folders(root):
-        found = [t for s in ("models", "training") for t in tables(folder, s)]
-        found = [t for t in found if t.any["subject"] in FIRST_SCREEN and t.any["clock"] == "wall"]
-        found = [t for t in found if t.any["size"] == "256" and int(t.any["batch"]) <= 64]
-        for device, table in ((short_place(table.any), table) for table in found):
-            ours, other, eager = table.best(OURS), table.best(OTHERS), table.ms("eager")
-            if ours is None or other is None or eager is None:
-                continue
-            mine, theirs = table.ms(ours), table.ms(other)
-            cells = [f"{milliseconds(theirs)} ({NAMES[other]})", f"{milliseconds(mine)} ({NAMES[ours]})"]
-            cells[mine < theirs] = f"**{cells[mine < theirs]}**"
-            gained = [times(eager, mine), times(theirs, mine)]
-            lines.append(f"| {device}, {table.label} | {' | '.join([milliseconds(eager), *cells, *gained])} |")
+def headline_table(machines: list[dict[Setting, Table]]) -> list[str]:
+    """A line a setting, a column a machine: ours, the fastest of the others, and eager; the fastest first."""
+    machines = [{s: t for s, t in each.items() if _in_the_table(t.any)} for each in machines]
+    machines = [each for each in machines if each]
+    names = [label(next(iter(each.values())).any) for each in machines]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for setting in sorted({setting for each in machines for setting in each}):
+        cells = [_fastest_first(each[setting]) if setting in each else "not measured" for each in machines]
+        what = f"{setting.label}, {DTYPES[setting.dtype]}" + (", training step" if setting.kind else "")
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return lines
+
+
+def _in_the_table(line: Line) -> bool:
+    if line["mode"] == "inference":
+        return line["batch"] == "1"
+    return (line["dtype"], line["batch"]) == TRAINING[line["device"]]
+
+
+def _fastest_first(table: Table) -> str:
+    names = {name for name in ("eager", table.best(OTHERS), table.best(OURS)) if name}
+    first, *rest = (f"{NAMES[name]} {milliseconds(table.ms(name))}" for name in sorted(names, key=table.ms))
+    return ", ".join([f"**{first}**", *rest])
 
 
 def full_table(found: list[Table]) -> list[str]:
@@ -136,83 +162,131 @@ def boundary(folder: Path) -> list[str]:
     ]
 
 
+def operators_table(found: list[Table]) -> list[str]:
+    """The roofline's points: eager and ours, and what ours reach of the machine's rates."""
+    first = found[0].any
+    lines = [
+        f"MobileViT-S at 256 px, inference, {first['dtype']}, batch {first['batch']}: microseconds a call, and what "
+        "ours reach of the machine's fastest large product and of its copy beyond the caches.",
+        "",
+        "| operator, stage | eager | ours | of the product | of the copy |",
+        "|---|---|---|---|---|",
+    ]
+    for table in found:
+        ours = table.best(operator_plots.BACKENDS)
+        line = table.lines[ours]
+        eager, mine = table.ms("eager"), table.ms(ours)
+        cells = [milliseconds(1e3 * eager), f"**{milliseconds(1e3 * mine)} ({times(eager, mine)})**"]
+        cells = [cell.replace("**", "") for cell in cells] if mine > eager else cells
+        cells += [
+            f"{float(line[name]):.0f} %" if line[name] else "" for name in ("percent_product", "percent_bandwidth")
+        ]
+        lines.append(f"| `{line['subject']}`, {line['stage'][-1]} | {' | '.join(cells)} |")
+    return lines
+
+
 # ---------------------------------------------------------------------------------------------------------- sections
 
 
-def sections(root: Path = RESULTS) -> dict[str, str]:
-    """The generated sections of README.md, by the name of their marker."""
-    headline = [
+def headline(root: Path = RESULTS) -> str:
+    """README.md's section: a sentence, the chart and a small table."""
+    lines = [
         sentence(root),
         "",
-        "![Milliseconds of MobileViT in all its forms](benchmarks/plots/headline.png)",
+        "![Speed of MobileViT in all its forms, relative to eager PyTorch](benchmarks/plots/headline.png)",
         "",
-        "Milliseconds a call, medians; **bold** is the fastest of all.",
+        "Milliseconds a call at 256 px, medians: the fastest of ours, the fastest of the others and eager PyTorch, "
+        "sorted, the **first** in bold. [All that was measured](docs/benchmarks.md).",
         "",
-        *headline_table(root),
+        *headline_table([first_screen(folder) for folder in folders(root)]),
     ]
-    detail: list[str] = []
-    for folder in folders(root):
-        found = [table for suite in ("models", "training") for table in tables(folder, suite)]
-        line = found[0].any
-        commits = ", ".join(dict.fromkeys(t.any["commit"] for t in found))
-        dates = sorted({t.any["date"][:10] for t in found})
-        libraries = f", {line['libraries'].replace('; ', ', ')}" if line["libraries"] else ""
-        driver = f", driver {line['driver']}" if line["driver"] else ""
-        name = line["device_name"] if line["device"] == "cuda" else place(line)
-        detail += [
-            f"### {name[0].upper()}{name[1:]}",
-            "",
-            f"{line['isa']} on the CPU ({line['cpu']}), torch {line['torch']}{driver}{libraries}; commit {commits}, "
-            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Milliseconds a call, and how many times as fast as "
-            f"the eager model in NCHW. Spreads, errors, memory: "
-            f"[`results/{folder.name}`](benchmarks/results/{folder.name}).",
-            "",
-            *full_table(found),
-            *mobile([table for table in tables(folder, "mobile")]),
-            *boundary(folder),
-            "",
-        ]
-        for kind, alt in plots.KINDS.items():
-            if plots.has(kind, tables(folder, "operators")):
-                detail += [f"![{alt}](benchmarks/plots/{kind}-{folder.name}.png)", ""]
-    return {"headline": "\n".join(headline).rstrip(), "detail": "\n".join(detail).rstrip()}
+    return "\n".join(lines)
 
 
-def rewritten(text: str, new: dict[str, str]) -> str:
-    """The README's text with its generated sections replaced.
+def detail(root: Path = RESULTS) -> str:
+    """The section of docs/benchmarks.md: for each machine every candidate, the operators and the plots."""
+    found = folders(root)
+    lines = [
+        "![Speed of MobileViT in all its forms, relative to eager PyTorch](../benchmarks/plots/headline.png)",
+        "",
+        *([] if any(_is_gpu(folder) for folder in found) else ["Nothing was timed on a GPU yet.", ""]),
+    ]
+    for folder in found:
+        lines += [*machine(folder), ""]
+    return "\n".join(lines).rstrip()
+
+
+def machine(folder: Path) -> list[str]:
+    """All that is known of one machine."""
+    networks, steps = tables(folder, "models"), tables(folder, "training")
+    line = networks[0].any
+    commits = ", ".join(dict.fromkeys(t.any["commit"] for t in [*networks, *steps]))
+    dates = sorted({t.any["date"][:10] for t in [*networks, *steps]})
+    libraries = f", {line['libraries'].replace('; ', ', ')}" if line["libraries"] else ""
+    driver = f", driver {line['driver']}" if line["driver"] else ""
+    name = line["device_name"] if line["device"] == "cuda" else place(line)
+    lines = [
+        f"## {name[0].upper()}{name[1:]}",
+        "",
+        f"{line['isa']} on the CPU ({line['cpu']}), torch {line['torch']}{driver}{libraries}; commit {commits}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Spreads, errors and memory: "
+        f"[`benchmarks/results/{folder.name}`](../benchmarks/results/{folder.name}).",
+        "",
+        "### Inference",
+        "",
+        *full_table(networks),
+        *mobile(tables(folder, "mobile")),
+        *(["", "### Training", "", *full_table(steps)] if steps else []),
+    ]
+    operators = tables(folder, "operators")
+    for kind, alt in operator_plots.KINDS.items():
+        if operator_plots.has(kind, operators):
+            heading = ["", "### Operators"] if "### Operators" not in lines else []
+            lines += [*heading, "", f"![{alt}](../benchmarks/plots/{kind}-{folder.name}.png)"]
+            if kind == "roofline":
+                lines += ["", *operators_table(operator_plots.under_the_roof(operators))]
+    return [*lines, *boundary(folder)]
+
+
+def rewritten(text: str, name: str, body: str, file: str = "README.md") -> str:
+    """The text of a file with its generated section replaced.
 
     Raises:
         ValueError: a marker is missing.
     """
-    for name, body in new.items():
-        pattern = re.compile(rf"(<!-- report: {name} -->\n).*?(<!-- end of report: {name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"README.md has no marker <!-- report: {name} -->; put both of its lines back")
-        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
-    return text
+    pattern = re.compile(rf"(<!-- report: {name} -->\n).*?(<!-- end of report: {name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{file} has no marker <!-- report: {name} -->; put both of its lines back")
+    return pattern.sub(lambda match: f"{match[1]}{body}\n{match[2]}", text)
+
+
+def written(root: Path = ROOT, results_folder: Path = RESULTS) -> dict[Path, str]:
+    """The whole text of each file that has a generated section."""
+    sections = {"README.md": ("headline", headline), "docs/benchmarks.md": ("detail", detail)}
+    return {
+        root / file: rewritten((root / file).read_text(encoding="utf-8"), name, make(results_folder), file)
+        for file, (name, make) in sections.items()
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing, and exit with 1 where README.md is outdated"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing, and exit with 1 where a file is outdated")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = rewritten(before, sections())
+    outdated = {path: text for path, text in written().items() if path.read_text(encoding="utf-8") != text}
     if args.check:
-        if before != after:
-            print("README.md is not what the committed results give: make report", file=sys.stderr)
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
+        for path in outdated:
+            print(f"{path.relative_to(ROOT)} is not what the committed results give: make report", file=sys.stderr)
+        return int(bool(outdated))
+    for path, text in outdated.items():
+        path.write_text(text, encoding="utf-8")
     PLOTS.mkdir(exist_ok=True)
-    plots.headline([tables(folder, "models") for folder in folders(RESULTS)], PLOTS / "headline.png")
+    plots.headline([first_screen(folder) for folder in folders(RESULTS)], PLOTS / "headline.png")
     for folder in folders(RESULTS):
-        for kind in plots.KINDS:
-            if plots.has(kind, tables(folder, "operators")):
-                plots.draw(kind, folder, PLOTS / f"{kind}-{folder.name}.png")
-    print(f"README.md and {PLOTS.relative_to(ROOT)} are what the results give")
+        for kind in operator_plots.KINDS:
+            if operator_plots.has(kind, tables(folder, "operators")):
+                operator_plots.draw(kind, folder, PLOTS / f"{kind}-{folder.name}.png")
+    print(f"README.md, docs/benchmarks.md and {PLOTS.relative_to(ROOT)} are what the results give")
     return 0
 
 

@@ -25,6 +25,9 @@ OTHERS = {
 }
 NAMES = OTHERS | OURS
 NETWORKS = {"mobilevit_s": "S", "mobilevit_xs": "XS", "mobilevit_xxs": "XXS", "mobilenetv2_100": "MobileNetV2"}
+FIRST_SCREEN = ("mobilevit_s", "mobilevit_xxs")
+MODES = {"inference": "Inference", "step": "Training step"}
+DTYPES = ("float32", "bfloat16")
 LIBRARIES = {"huggingface": "Hugging Face's", "kornia": "Kornia's", "own": "our"}
 
 Line = dict[str, str]
@@ -42,6 +45,11 @@ class Table(NamedTuple):
     def ms(self, candidate: str) -> float | None:
         text = self.lines.get(candidate, {}).get("median_ms")
         return float(text) if text else None
+
+    def ratio(self, candidate: str) -> float | None:
+        """How many times as fast as eager; None if one of the two was not timed."""
+        ms, eager = self.ms(candidate), self.ms("eager")
+        return None if ms is None or eager is None else eager / ms
 
     def best(self, names: Iterable[str]) -> str | None:
         """The fastest of `names`; None if none was timed."""
@@ -71,19 +79,59 @@ def tables(folder: Path, suite: str) -> list[Table]:
     return [Table(group) for group in found.values()]
 
 
+class Setting(NamedTuple):
+    """What the first screen compares machines in; sorts in its order."""
+
+    kind: int  # index in MODES
+    dtype: int  # index in DTYPES
+    subject: str
+    batch: int
+
+    @property
+    def heading(self) -> str:
+        return f"{list(MODES.values())[self.kind]}, {DTYPES[self.dtype]}"
+
+    @property
+    def label(self) -> str:
+        return f"{NETWORKS[self.subject]}, batch {self.batch}"
+
+
+def first_screen(folder: Path) -> dict[Setting, Table]:
+    """What the first screen shows of a machine: timm's S and XXS, plain calls at small and usual batches."""
+    wanted = {"subject": FIRST_SCREEN, "mode": MODES, "dtype": DTYPES, "batch": ("1", "8", "64")}
+    wanted |= {"size": ("256",), "clock": ("wall",)}
+    found = {}
+    for table in (t for suite in ("models", "training") for t in tables(folder, suite)):
+        line = table.any
+        if table.ms("eager") and all(line[name] in values for name, values in wanted.items()):
+            kind, dtype = list(MODES).index(line["mode"]), DTYPES.index(line["dtype"])
+            found[Setting(kind, dtype, line["subject"], int(line["batch"]))] = table
+    return found
+
+
 def place(line: Line) -> str:
     """The device as a phrase for sentences and titles."""
     if line["device"] == "cuda":
         return f"one {line['device_name']}"
     generation = line["cpu"].partition(": ")[2] or line["cpu"]
-    threads = "1 thread" if line["threads"] == "1" else f"{line['threads']} threads"
-    return f"{threads} of an {line['device_name'].replace('(R)', '')}" + (f" ({generation})" if generation else "")
+    return f"{threads(line)} of an {line['device_name'].replace('(R)', '').removesuffix(' Processor')}" + (
+        f" ({generation})" if generation else ""
+    )
+
+
+def threads(line: Line) -> str:
+    return "1 thread" if line["threads"] == "1" else f"{line['threads']} threads"
 
 
 def short_place(line: Line) -> str:
-    """The device as a short label for table rows: "H200", "AMD Zen 5", "Intel Emerald Rapids"."""
+    """The device as a short label: "H200", "AMD Zen 5", "Intel Emerald Rapids"."""
     if line["device"] == "cuda":
         return line["device_name"].removeprefix("NVIDIA ")
     vendor = re.match(r"\w+", line["device_name"])
     generation = line["cpu"].partition(": ")[2] or line["cpu"]
     return f"{vendor[0]} {generation}" if vendor and generation else "CPU"
+
+
+def label(line: Line) -> str:
+    """The device as a heading: "H200", "AMD Zen 5, 2 threads"."""
+    return short_place(line) + (f", {threads(line)}" if line["device"] == "cpu" else "")
