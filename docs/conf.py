@@ -30,7 +30,7 @@ extensions = [
 ]
 exclude_patterns = ["_*"]
 nitpicky = True
-smartquotes = False  # or `--size` in a help text becomes a dash, and quotes cannot be copied
+smartquotes_action = "D"  # dashes alone: quotes are to be copied
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -44,13 +44,12 @@ default_role = (
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # shapes, dtypes and errors are in the text; with hints the signatures are unreadable
-autodoc_preserve_defaults = True
 autoclass_content = "class"
 napoleon_numpy_docstring = False
 napoleon_include_init_with_doc = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-python_maximum_signature_line_length = 88
+python_maximum_signature_line_length = 120
 
 # -- HTML --------------------------------------------------------------------------------------------------------------
 html_theme = "furo"

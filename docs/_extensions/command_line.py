@@ -30,7 +30,7 @@ class CommandLine(SphinxDirective):
 def section(name: str, parser: argparse.ArgumentParser) -> nodes.section:
     found = nodes.section(ids=[name], names=[name])
     found += nodes.title("", "", nodes.literal("", f"mvit-kernels {name}"))
-    found += nodes.paragraph("", " ".join((parser.description or "").split()))
+    found += paragraph(" ".join((parser.description or "").split()))
     usage = parser.format_usage().removeprefix("usage: ")
     found += nodes.literal_block(usage, usage, language="text")
     for group in parser._action_groups:
@@ -52,7 +52,16 @@ def entry(parser: argparse.ArgumentParser, action: argparse.Action) -> nodes.def
     words = ", ".join(each + value for each in action.option_strings) or str(action.metavar or action.dest)
     term = nodes.term("", "", nodes.literal("", words))
     text = (action.help or "") % {**vars(action), "prog": parser.prog} if action.help else ""
-    return nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph("", text)))
+    return nodes.definition_list_item("", term, nodes.definition("", paragraph(text)))
+
+
+def paragraph(text: str) -> nodes.paragraph:
+    """Text, in which options are code."""
+    found = nodes.paragraph()
+    for index, part in enumerate(re.split(r"((?<!\S)--?[a-z][\w-]*)", text)):
+        if part:
+            found += nodes.literal("", part) if index % 2 else nodes.Text(part)
+    return found
 
 
 def _default(action: argparse.Action) -> str:
@@ -62,7 +71,7 @@ def _default(action: argparse.Action) -> str:
 def paragraphs(text: str) -> Iterator[nodes.paragraph]:
     for each in re.split(r"\n\s*\n", text.strip()):
         if each:
-            yield nodes.paragraph("", " ".join(each.split()))
+            yield paragraph(" ".join(each.split()))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
