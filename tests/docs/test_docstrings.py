@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,14 +65,23 @@ def at_hand(name: str) -> dict:
         return given | dict(weights=[layer, layer])
     if name == "MobileViTSSDLite":
         return given | dict(images=torch.rand(2, 3, 320, 320))
-    return given | dict(model=timm.create_model("mobilevit_xxs").eval())
+    if name in ("accelerate", "restore", "report", "freeze", "verify", "use_backend"):
+        return given | dict(model=timm.create_model("mobilevit_xxs").eval())
+    return given
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    """A folder with the files that the examples read."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for file, classes in {"mobilevit_xxs.pth": 1000, "mobilevit_xxs21.pth": 21}.items():
+        torch.save(MobileViT("xxs", num_classes=classes).state_dict(), folder / file)
+    return folder
 
 
 @pytest.mark.parametrize("name", [name for name in mvit_kernels.__all__ if name != "__version__"])
-def test_example(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for file, classes in {"mobilevit_xxs.pth": 1000, "mobilevit_xxs21.pth": 21}.items():
-        torch.save(MobileViT("xxs", num_classes=classes).state_dict(), file)
+def test_example(name, checkpoints, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoints)
     names = at_hand(name)
     examples = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(mvit_kernels, name)))
     assert examples or name in ("AccelerationReport", "VerificationReport", "BackendError")

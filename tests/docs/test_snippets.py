@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +32,15 @@ def blocks(language: str, text: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "xxs"
+    torch.save(timm.create_model("mobilevit_xxs").state_dict(), path)
+    return path
+
+
 @pytest.fixture
-def offline(tmp_path, monkeypatch):
+def offline(tmp_path, monkeypatch, checkpoint):
     """The folder that snippets run in: `images`, checkpoints, and libraries that give XXS for any published name."""
     pytest.importorskip("transformers")
     from transformers import MobileViTConfig, MobileViTForImageClassification
@@ -53,8 +61,8 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the whole process
     torch.manual_seed(0)
     image_folder(tmp_path / "images")
-    torch.save(create("mobilevit_xxs").state_dict(), "mobilevit_xxs.pth")
-    torch.save(create("mobilevit_xxs").state_dict(), "mobilevit_s.safetensors")  # read by content, not by name
+    for name in ("mobilevit_xxs.pth", "mobilevit_s.safetensors"):  # read by content, not by name
+        (tmp_path / name).hardlink_to(checkpoint)
     return tmp_path
 
 
