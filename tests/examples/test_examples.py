@@ -4,18 +4,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import re
 import subprocess
 import sys
+import threading
+import types
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
+from PIL import Image
 
 import mvit_kernels
 from support import ROOT, TESTS, models
-from support.examples import image_folder, run_apart, run_here
+from support.examples import EXAMPLES, image_folder, load, run_apart, run_here
 from support.models import fast_calls
 
 timm = pytest.importorskip("timm")
@@ -166,6 +172,125 @@ def test_lightning_module(folder, tmp_path, monkeypatch):
     assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
     again = names["Classifier"].load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert len(mvit_kernels.report(again).accelerated) == 3
+
+
+# ------------------------------------------------------------------------- a timm model, serving it, and fine-tuning it
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Weights of a classifier of three classes, with our model's keys."""
+    torch.manual_seed(1)
+    path = tmp_path / "pretrained.pth"
+    torch.save(mvit_kernels.MobileViT("xxs", num_classes=3).state_dict(), path)
+    return path
+
+
+def test_timm_model(checkpoint, monkeypatch, capsys):
+    options = ["--checkpoint", checkpoint, "--classes", 3, "--size", 64, "--rounds", 2]
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, "timm_model.py", *options)
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and "3 of 3 MobileViT blocks accelerated" in printed
+    assert printed.count("output ") == 2 and printed.count(" ok") == 2 * 4
+    assert re.findall(r"^(\S+) +[0-9.]+ ms +[0-9.]+ × as fast as eager$", printed, flags=re.MULTILINE) == [
+        "eager",
+        "channels-last",
+        "accelerated",
+        "frozen",
+    ]
+
+
+def test_timm_model_tells_when_a_number_is_wrong(monkeypatch, capsys):
+    right = mvit_kernels.verify
+
+    def verify(model, images, reference=None):
+        return right(model, images) if reference is None else types.SimpleNamespace(ok=False)
+
+    monkeypatch.setattr(mvit_kernels, "verify", verify)
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, "timm_model.py", "--size", 64, "--rounds", 1)
+    assert ended.value.code == 1
+
+
+def test_serving(monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    options = ["--size", 64, "--classes", 3, "--workers", 2, "--threads", 1, "--clients", 3, "--requests", 12]
+    try:
+        run_here(monkeypatch, "serve.py", *options)
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "12 answers to 3 clients" in printed
+    p50, p90, p99 = (float(ms) for ms in re.search(r"median (.+) ms, p90 (.+) ms, p99 (.+) ms", printed).groups())
+    assert 0 < p50 <= p90 <= p99
+
+
+def test_serving_over_http(folder, checkpoint):
+    """The frozen model's classes of a photo; what is no photo is told, and the server goes on."""
+    names = load("serve")
+    model = mvit_kernels.load_checkpoint(timm.create_model("mobilevit_xxs", num_classes=3), checkpoint)
+    service = names.Service(model, 64, torch.float32, workers=2, threads=torch.get_num_threads())
+    assert [len(seconds) for seconds in service.warm_up] == [5, 5]
+    photo = next(folder.glob("red/*.png"))
+    with names.server(service, 0) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{running.server_port}"
+        for body, expected in ((b"no photo", "cannot identify"), (b"", "send a photo")):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(url, body, timeout=60)
+            assert refused.value.code == 400 and expected in json.load(refused.value)["error"]
+        with urllib.request.urlopen(url, photo.read_bytes(), timeout=60) as answer:
+            found = json.load(answer)
+        running.shutdown()
+        thread.join()
+    with torch.no_grad():
+        image = service.transform(Image.open(photo).convert("RGB")).unsqueeze(0)
+        expected = mvit_kernels.restore(model.eval())(image)[0].softmax(0)
+    assert [one["class"] for one in found] == expected.argsort(descending=True).tolist()
+    assert [one["probability"] for one in found] == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-4)
+
+
+def test_finetuning(folder, checkpoint, tmp_path, monkeypatch, capsys):
+    """The pretrained weights are taken without their classifier, the loss falls, and what is saved is timm's."""
+    options = ["--checkpoint", checkpoint, "--size", 64, "--batch", 3, "--epochs", 2, "--output", tmp_path / "new.pth"]
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, "finetune.py", folder, *options, "--lr", 0)
+    untouched = torch.load(tmp_path / "new.pth", weights_only=True)
+    pretrained = mvit_kernels.load_checkpoint(timm.create_model("mobilevit_xxs", num_classes=3), checkpoint)
+    for name, value in pretrained.named_parameters():
+        assert name.startswith("head.") or torch.equal(untouched["state_dict"][name], value), name
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, "finetune.py", folder, *options, "--bf16")
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and printed.count("3 of 3 MobileViT blocks accelerated") == 2
+    assert len(losses(printed)) == 4 and losses(printed)[-1] < losses(printed)[0]
+    assert re.search(r"frozen: accuracy [01]\.\d{3}", printed)
+    saved = torch.load(tmp_path / "new.pth", weights_only=True)
+    assert saved["classes"] == ["blue", "red"]
+    assert_loads_into_a_plain_model(saved["state_dict"])
+
+
+def test_finetuning_without_photos(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, "finetune.py", "--size", 64, "--epochs", 1, "--output", tmp_path / "new.pth")
+    assert ended.value.code == 0 and len(losses(capsys.readouterr().out)) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- all of them
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_help_needs_no_data(script, monkeypatch, capsys):
+    """Here, where their libraries are loaded already."""
+    for library in re.findall(
+        r"^(?:import|from) (lightning|transformers)", (EXAMPLES / script).read_text(), re.MULTILINE
+    ):
+        pytest.importorskip(library)
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, script, "--help")
+    assert ended.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------- what all of these loops rely on
