@@ -48,7 +48,7 @@ def headline(machines: Sequence[dict[Setting, Table]], path: Path) -> None:
     found = [each for each in machines if each]
     heads, lines = _lines(sorted({setting for each in found for setting in each}))
     bottom = max([*lines.values(), 0]) + 0.6
-    below = "Higher is better. Medians of a call, on a logarithmic scale; where a candidate has variants, the fastest."
+    below = "Higher is better. Eager in the same dtype and batch; medians; logarithmic scale; of variants the fastest."
     figure = plotting.figure(1.55 + 0.255 * bottom, "MobileViT: speed relative to eager PyTorch, 256 px", below)
     panels = figure.subplots(1, max(len(found), 1), sharex=True, sharey=True, squeeze=False)[0]
     ratios = [r for each in found for t in each.values() for r in map(t.ratio, t.lines) if r] or [1.0]

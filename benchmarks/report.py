@@ -113,20 +113,27 @@ def _fastest_first(table: Table) -> str:
     return ", ".join([f"**{first}**", *rest])
 
 
-def full_table(found: list[Table]) -> list[str]:
-    """Every candidate of every table: ms, and the speedup over eager."""
-    names = [name for name in NAMES if any(name in table.lines for table in found)]
-    lines = [f"| | {' | '.join(NAMES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
-    for table in found:
-        cells = []
-        for name in names:
-            ms, eager = table.ms(name), table.ms("eager")
-            text = "" if ms is None else milliseconds(ms)
-            if ms is not None and eager is not None and name != "eager":
-                text += f" ({times(eager, ms)})"
-            cells.append(f"**{text}**" if name == table.best(names) else text)
-        lines.append(f"| {table.label} | {' | '.join(cells)} |")
+def full_tables(heading: str, found: list[Table]) -> list[str]:
+    """A table a dtype, each below a heading: ms of every candidate that was timed, and its speedup over eager."""
+    lines = []
+    for dtype in dict.fromkeys(t.any["dtype"] for t in found):
+        group = [t for t in found if t.any["dtype"] == dtype]
+        names = [name for name in dict.fromkeys(("eager", *OURS, *OTHERS)) if any(t.ms(name) for t in group)]
+        lines += [f"### {heading}, {dtype}", ""]
+        lines += [f"| | {' | '.join(NAMES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+        for table in group:
+            cells = [_cell(table, name) for name in names]
+            fastest = table.best(names)
+            cells = [f"**{cell}**" if name == fastest else cell for name, cell in zip(names, cells, strict=True)]
+            lines.append(f"| {table.label} | {' | '.join(cells)} |")
+        lines.append("")
     return lines
+
+
+def _cell(table: Table, name: str) -> str:
+    ms, eager = table.ms(name), table.ms("eager")
+    text = "" if ms is None else milliseconds(ms)
+    return text if ms is None or eager is None or name == "eager" else f"{text} ({times(eager, ms)})"
 
 
 def mobile(found: list[Table]) -> list[str]:
@@ -140,8 +147,8 @@ def mobile(found: list[Table]) -> list[str]:
             name = NETWORKS.get(table.any["subject"], table.any["subject"])
             parts.append(f"{name} at {table.any['size']} px {milliseconds(table.ms(best))} ms ({NAMES[best]})")
     return [
-        "",
         f"By the paper's protocol (100 calls at batch 1 in float32), each in its fastest form: {', '.join(parts)}.",
+        "",
     ]
 
 
@@ -155,7 +162,6 @@ def boundary(folder: Path) -> list[str]:
         return []
     raw, function, public = (us[name, backend, path] for path in ("raw", "function", "public"))
     return [
-        "",
         f"A call's fixed cost on one thread: {raw:.1f} µs for the raw C++ operator on four tokens, "
         f"{public - raw:.1f} µs for the checks and the choice of a backend, {function - raw:.1f} µs for "
         f"autograd around it; `torch.add` takes {us['torch.add', '', 'forward']:.1f} µs.",
@@ -232,19 +238,17 @@ def machine(folder: Path) -> list[str]:
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Spreads, errors and memory: "
         f"[`benchmarks/results/{folder.name}`](../benchmarks/results/{folder.name}).",
         "",
-        "### Inference",
-        "",
-        *full_table(networks),
+        *full_tables("Inference", networks),
         *mobile(tables(folder, "mobile")),
-        *(["", "### Training", "", *full_table(steps)] if steps else []),
+        *full_tables("Training step", steps),
     ]
     operators = tables(folder, "operators")
     for kind, alt in operator_plots.KINDS.items():
         if operator_plots.has(kind, operators):
-            heading = ["", "### Operators"] if "### Operators" not in lines else []
-            lines += [*heading, "", f"![{alt}](../benchmarks/plots/{kind}-{folder.name}.png)"]
+            heading = ["### Operators", ""] if "### Operators" not in lines else []
+            lines += [*heading, f"![{alt}](../benchmarks/plots/{kind}-{folder.name}.png)", ""]
             if kind == "roofline":
-                lines += ["", *operators_table(operator_plots.under_the_roof(operators))]
+                lines += [*operators_table(operator_plots.under_the_roof(operators)), ""]
     return [*lines, *boundary(folder)]
 
 

@@ -58,13 +58,12 @@ class Table(NamedTuple):
 
     @property
     def label(self) -> str:
+        """What it is beside others of its mode and dtype, at 256 px unless it says so."""
         line = self.any
         library, slash, variant = line["subject"].rpartition("/")
         name = f"{LIBRARIES.get(library, library)} {variant.upper()}" if slash else NETWORKS.get(variant, variant)
-        what = f"{name}, batch {line['batch']}, {line['dtype']}, {line['size']} px"
-        if line["mode"] in ("step", "recipe"):
-            what += ", training step" if line["mode"] == "step" else ", whole recipe step"
-            what += ", autocast" if line["dtype"] != "float32" else ""
+        what = f"{name}, batch {line['batch']}" + (f", {line['size']} px" if line["size"] != "256" else "")
+        what += ", whole recipe step" if line["mode"] == "recipe" else ""
         return what + (", device's clock" if line["clock"] == "graph" else "")
 
 
