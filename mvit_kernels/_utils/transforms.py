@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .compiling import assume_constant_result
+
 # FSDP, DDP and torch.func.functional_call pass either of the two; NoneType is that of an absent bias.
 PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
-@torch.compiler.assume_constant_result  # torch.compile itself guards on both, and enters the transforms that it traces
+@assume_constant_result  # torch.compile itself guards on both, and enters the transforms that it traces
 def transform() -> str:
     """Why only PyTorch's own operators can run now: the transform that is active; "" if none is. It takes 0.1 µs."""
     if forward_ad._current_level >= 0:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.compiling import assume_constant_result
 from .._utils.plain import is_own
 from .._utils.transforms import again, gradients, is_channels_last, obstacle
 from ._block import has_hooks
@@ -39,7 +40,7 @@ def _has_bfloat16_instructions() -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _is_slow_here() -> bool:
     return _has_bfloat16_instructions()
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from torch import Tensor, nn
 
+from .._utils.compiling import assume_constant_result
 from ._block import BlockParts, LayerModules
 from ._inspector import Inspector
 
@@ -39,7 +39,7 @@ def parts(block: nn.Module) -> BlockParts:
     )
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _release() -> tuple[int, ...]:
     """Kornia's version. A block exists, so the package has been imported."""
     numbers = sys.modules["kornia"].__version__.split(".")[:3]

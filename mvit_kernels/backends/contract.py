@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .._utils.compiling import assume_constant_result
 from .library import SCHEMAS, TransformerLayerWeights, raw
 
 
@@ -130,7 +131,7 @@ class Backend(ABC):
 REGISTRY: dict[str, Backend] = {}  # in the order of `mvit_kernels.backends.library.BACKENDS`
 
 
-@torch.compiler.assume_constant_result  # it may load a library, which must not be traced
+@assume_constant_result  # it may load a library, which must not be traced
 def unavailable(backend: str, device_type: str) -> tuple[str, ...]:
     """Why `backend` cannot be used at all, on this machine, for tensors on `device_type`; empty if it can."""
     if backend not in REGISTRY:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._utils.compiling import assume_constant_result
+
 CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores and asynchronous copies
 
 
@@ -32,7 +34,7 @@ class Limits(NamedTuple):
     shared_bytes: int  # of shared memory that a block may have, opted in
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 @functools.cache
 def limits() -> Limits:
     """Of the GPUs here. Without a usable GPU they are an H100's: reasons against a call are collected there too."""

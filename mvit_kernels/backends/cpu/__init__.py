@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..._utils.compiling import assume_constant_result
 from ..contract import Backend, Call
 from ..library import load, loaded_paths
 from . import composed
@@ -55,7 +56,7 @@ def _instruction_set_beside_amx() -> str:
     return instruction_set() if has_amx() else ""
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def instruction_set_beside_amx() -> str:
     """`instruction_set` where the processor has AMX, for PyTorch's products to use, else "": see `composed`."""
     return _instruction_set_beside_amx()
