@@ -5,7 +5,7 @@ Example:
     >>> model = mvit_kernels.accelerate(timm.create_model("mobilevit_xs"))
     >>> print(mvit_kernels.report(model))
     3 of 3 MobileViT blocks accelerated
-      stages.2.1  timm  accelerated
+      stages.2.1  timm  accelerated: cpu (avx512)
       ...
 
 Each library has an adapter in a file of its own. `accelerate` sets the block's ``__class__`` to a subclass of the same
@@ -30,11 +30,13 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from .. import backends
+from .._utils.arguments import check_model
 from .._utils.text import some, some_lines
 from .._utils.transforms import is_shard, why_not
+from ..backends import Serving
 from . import _convolution, cvnets, huggingface, kornia, own, timm
-from ._block import FrozenBlock, Refusal
-from ._swap import derived_from_accelerated, global_hooks, is_accelerated, swap, unswap
+from ._block import FrozenBlock, Refusal, block_serving
+from ._swap import backend_of, derived_from_accelerated, global_hooks, is_accelerated, swap, unswap
 
 ADAPTERS: tuple[ModuleType, ...] = (timm, huggingface, kornia, cvnets, own)
 BLOCK_OPERATORS = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")
@@ -50,8 +52,9 @@ class BlockReport(NamedTuple):
 
     name: str  # path in the model; "" for the model itself
     library: str  # NAME of the adapter, or "frozen"
-    accelerated: bool
+    accelerated: bool  # whether it runs on our operators, of which `serving` tells who computes them
     reasons: tuple[str, ...]
+    serving: Serving | None = None  # of an accelerated block, with weights on its device and of its dtype
 
 
 class LayerReport(NamedTuple):
@@ -61,6 +64,7 @@ class LayerReport(NamedTuple):
     norms: int  # batch norms in it
     fused: int  # batch norms that run as one operator with what is behind them
     reasons: tuple[str, ...]
+    serving: Serving | None = None  # of an accelerated layer, in training
 
 
 class AccelerationReport(NamedTuple):
@@ -83,6 +87,11 @@ class AccelerationReport(NamedTuple):
         """The blocks that cannot be accelerated, with the reasons."""
         return tuple(block for block in self.blocks if block.reasons)
 
+    @property
+    def on_kernels(self) -> tuple[BlockReport, ...]:
+        """The accelerated blocks that a kernel serves; plain PyTorch computes the others, which gains little."""
+        return tuple(block for block in self.accelerated if block.serving is None or block.serving.by_kernels)
+
     def __str__(self) -> str:
         others = [_about_relative(*each) for each in self.relatives]
         if not self.blocks:
@@ -91,12 +100,14 @@ class AccelerationReport(NamedTuple):
         lines = []
         width = max(len(block.name) for block in self.blocks)
         for block in self.blocks:
-            state = "accelerated" if block.accelerated else "not accelerated"
-            if block.reasons:
-                state = "declined: " + some(block.reasons, joint="; ")
-            lines.append(f"  {block.name or '(the model itself)':<{width}}  {block.library}  {state}")
+            lines.append(f"  {block.name or '(the model itself)':<{width}}  {block.library}  {_state(block)}")
         head = f"{len(self.accelerated)} of {len(self.blocks)} MobileViT blocks accelerated"
-        others += [_about_convolutions(self.convolutions)] if self.convolutions else []
+        if len(self.on_kernels) < len(self.accelerated):
+            served = f"{len(self.on_kernels) or 'none'} of them served by a kernel"
+            head = f"{len(self.accelerated)} of {len(self.blocks)} MobileViT blocks swapped, {served}"
+        others += _without_kernels(self.accelerated)
+        told = {reason for block in self.accelerated for reason in (block.serving.reasons if block.serving else ())}
+        others += [_about_convolutions(self.convolutions, told)] if self.convolutions else []
         shown = [*some_lines(lines, "report(model).blocks"), *(f"  {line}" for line in others)]
         return "\n".join([head, *shown])
 
@@ -138,8 +149,9 @@ def accelerate(model: Model, *, backend: str | None = None, strict: bool = False
             has a kernel for the call; elsewhere they run as before, without an error.
 
     Returns:
-        `model` itself. ``mvit_kernels.report(model)`` tells which blocks were swapped, and why the others were not.
-        The logger ``mvit_kernels`` receives the same, with a warning for each declined block.
+        `model` itself. ``mvit_kernels.report(model)`` tells which blocks were swapped, what serves them, and why the
+        others were not. The logger ``mvit_kernels`` receives the same, with a warning for each declined block. Where no
+        kernel serves the blocks on the model's device and dtype, one ``UserWarning`` a process says why and what to do.
 
     Raises:
         TypeError: `model` is not an ``nn.Module``.
@@ -147,8 +159,7 @@ def accelerate(model: Model, *, backend: str | None = None, strict: bool = False
         BackendError: `backend` cannot run on the model's device, or lacks an operator that the blocks need. A later
             call of the model raises it as well if `backend` cannot serve that call, for example under a transform.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: model is {type(model).__name__}; a torch.nn.Module is wanted")
+    check_model("accelerate", model)
     backend = backends.checked_name(backend, "accelerate")
     if backend is not None:
         device_type = next((p.device.type for p in model.parameters()), "cpu")
@@ -181,6 +192,10 @@ def accelerate(model: Model, *, backend: str | None = None, strict: bool = False
             unswap(layer)  # it is from an earlier call
         elif convolutions and not _reasons_against(layer):
             swap(layer, _convolution, backend)
+    swapped = [(block, _serving(block, adapter)) for _, block, adapter, reasons in found if not reasons]
+    if swapped:
+        weight = next(swapped[0][0].parameters())
+        backends.warn_without_kernels("accelerate", [s for _, s in swapped], weight.device.type, weight.dtype)
     return model
 
 
@@ -197,8 +212,10 @@ def restore(model: Model) -> Model:
         `model` itself; blocks that are not accelerated are left unchanged.
 
     Raises:
+        TypeError: `model` is not an ``nn.Module``.
         ValueError: a block was wrapped by ``fully_shard`` after `accelerate`; the model is then unchanged.
     """
+    check_model("restore", model)
     blocks = [(name, module) for name, module in model.named_modules() if is_accelerated(module)]
     for name, block in blocks:
         if derived_from_accelerated(block):
@@ -212,36 +229,77 @@ def restore(model: Model) -> Model:
 
 
 def report(model: nn.Module) -> AccelerationReport:
-    """Report which blocks of `model` are accelerated now, and why the others are not.
+    """Report which blocks of `model` are accelerated now, by which backend, and why the others are not.
 
     Example:
         >>> print(mvit_kernels.report(model))
 
-    Hooks and LoRA layers that were added after `accelerate` are taken into account.
+    Hooks and LoRA layers that were added after `accelerate` are taken into account, and so are the device and the dtype
+    that the model has now. Where only plain PyTorch serves a block (the backend "reference"), the report says why.
 
     Args:
         model: an ``nn.Module``, accelerated, frozen or neither.
 
     Returns:
         An `AccelerationReport`; printable. Frozen blocks are listed first and count as accelerated.
+
+    Raises:
+        TypeError: `model` is not an ``nn.Module``.
+        ValueError: an environment variable of ours has a value that nothing can follow.
     """
-    blocks = [BlockReport(name, "frozen", True, ()) for name, _, adapter in named_blocks(model) if adapter is None]
+    check_model("report", model)
+    blocks = [
+        BlockReport(name, "frozen", True, (), block.serving())
+        for name, block, adapter in named_blocks(model)
+        if adapter is None
+    ]
     for name, block, adapter, reasons in _find(model):
-        reasons = reasons + global_hooks()
-        blocks.append(BlockReport(name, adapter.NAME, is_accelerated(block) and not reasons, tuple(reasons)))
+        reasons = (*reasons, *global_hooks())
+        accelerated = is_accelerated(block) and not reasons
+        serving = _serving(block, adapter) if accelerated else None
+        blocks.append(BlockReport(name, adapter.NAME, accelerated, reasons, serving))
     layers = []
     for name, layer in _convolution_layers(model):
-        reasons = _reasons_against(layer) + global_hooks()
-        fused = 0 if reasons or not is_accelerated(layer) else _convolution.parts(layer).norms
-        layers.append(LayerReport(name, _convolution.norms(layer), fused, tuple(reasons)))
+        reasons, fused, serving = (*_reasons_against(layer), *global_hooks()), 0, None
+        if is_accelerated(layer) and not reasons:
+            parts = _convolution.parts(layer)
+            serving = _convolution.serving(parts, backend_of(layer))
+            fused, reasons = (parts.norms, ()) if serving is None or serving.by_kernels else (0, serving.reasons)
+        layers.append(LayerReport(name, _convolution.norms(layer), fused, reasons, serving))
     return AccelerationReport(tuple(blocks), _relatives(model), tuple(layers))
 
 
-def _about_convolutions(layers: tuple[LayerReport, ...]) -> str:
+def _serving(block: nn.Module, adapter: ModuleType) -> Serving:
+    return block_serving(adapter.parts(block), backend_of(block))
+
+
+def _state(block: BlockReport) -> str:
+    """What an accelerated block runs on; of another whether it could be accelerated."""
+    if block.reasons:
+        return f"declined: {some(block.reasons, joint='; ')}"
+    if not block.accelerated:
+        return "not accelerated"
+    if block.serving is None or block.serving.by_kernels:
+        return f"accelerated: {block.serving or 'frozen'}"
+    return f"swapped: {block.serving}"
+
+
+def _without_kernels(blocks: tuple[BlockReport, ...]) -> list[str]:
+    """A line for each set of reasons why no kernel serves all of some blocks."""
+    counts = Counter(block.serving.reasons for block in blocks if block.serving is not None and block.serving.reasons)
+    return [f"{count} × not on kernels alone: {some(reasons, joint='; ')}" for reasons, count in counts.items()]
+
+
+def _about_convolutions(layers: tuple[LayerReport, ...], told: set[str]) -> str:
+    """A line about all convolution layers; reasons that are `told` above it are not repeated."""
     reasons = dict.fromkeys(reason for layer in layers for reason in layer.reasons)
     fused, norms = (sum(counts) for counts in zip(*((layer.fused, layer.norms) for layer in layers), strict=True))
-    text = f"{fused} of {norms} convolution layers: batch norm + SiLU fused in training on the CPU"
-    return f"{text}; not all, because {some(list(reasons), joint='; ')}" if reasons else text
+    by = next((f": {layer.serving}" for layer in layers if layer.fused and layer.serving is not None), "")
+    text = f"{fused} of {norms} convolution layers: batch norm + SiLU fused in training{by}"
+    if not reasons:
+        return text
+    why = "for that reason" if told.issuperset(reasons) else f"because {some(reasons, joint='; ')}"
+    return f"{text}; {'not all' if fused else 'none'}, {why}"
 
 
 def _convolution_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

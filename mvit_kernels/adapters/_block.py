@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.text import some
+from ..backends import Serving
 from ..dropout import LayerDropout
 from ..ops import TransformerLayerWeights, transformer_on_map
+from ..ops.serving import transformer_serving
 
 
 class LayerModules(NamedTuple):
@@ -78,6 +80,10 @@ class Refusal(Exception):
 class FrozenBlock:
     """Base class of the modules that `freeze` puts in place of blocks; it marks the frozen blocks of a model."""
 
+    def serving(self) -> Serving:
+        """What serves its transformer on the device and in the dtype of its weights."""
+        raise NotImplementedError
+
 
 def original_class(block: nn.Module) -> type[nn.Module]:
     """The class that a block has, or had before `accelerate`."""
@@ -121,6 +127,22 @@ def forward(parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
     if parts.fusion is None:
         return y
     return parts.fusion(torch.cat((x, y) if parts.input_first else (y, x), dim=1))
+
+
+def block_serving(parts: BlockParts, backend: str | None) -> Serving:
+    """What serves the block's transformer on the device and in the dtype of its weights, which may be shards."""
+    weight = parts.layers[0].proj.weight
+    return transformer_serving(
+        parts.layers[0].proj.out_features,
+        [(layer.proj.in_features, layer.fc1.out_features) for layer in parts.layers],
+        final_norm=parts.final_norm is not None,
+        num_heads=parts.num_heads,
+        patch_size=parts.patch_size,
+        device=weight.device,
+        dtype=weight.dtype,
+        training=True,
+        backend=backend,
+    )
 
 
 def layer_weights(layer: LayerModules) -> TransformerLayerWeights:

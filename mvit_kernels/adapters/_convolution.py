@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._utils.plain import is_identity, is_own, is_plain, is_silu
 from .._utils.transforms import layout_of, obstacle
-from ..backends import Call, has_kernels, serves
+from ..backends import Call, Serving, explain, has_kernels, serves
 from ..ops import batch_norm_activation
 from . import _depthwise
 from ._block import Refusal, Seen, has_hooks, original_class
@@ -96,6 +96,16 @@ def parts(layer: nn.Module) -> LayerParts:
 def wants(x: Tensor) -> bool:
     """Whether any backend has the operator for x's device: on others a layer loses 1 µs."""
     return has_kernels(OPERATOR, x.device.type)
+
+
+def serving(parts: LayerParts, backend: str | None) -> Serving | None:
+    """What serves the layer's batch norms in training, on their device and in their dtype; None if it has none."""
+    weight = next((step.norm.weight for step in parts.steps if step.norm is not None), None)
+    if weight is None:
+        return None
+    facts = (("layout", "channels_last"),)
+    call = Call(OPERATOR, weight.device.type, weight.dtype, True, (2, *weight.shape, 8, 8), facts)
+    return explain([call], backend)
 
 
 def forward(parts: LayerParts, x: Tensor, backend: str | None) -> Tensor:

@@ -20,13 +20,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._utils.text import some
 from . import cpu, cuda, reference, triton
+from .building import PACKAGE
 from .contract import REGISTRY, Backend, Call, StackPlan, unavailable
 from .library import BACKENDS, TransformerLayerWeights
 
@@ -36,9 +40,11 @@ __all__ = [
     "Backend",
     "BackendError",
     "Call",
+    "Serving",
     "StackPlan",
     "checked_name",
     "choose",
+    "explain",
     "has_kernels",
     "operators",
     "pack",
@@ -50,6 +56,7 @@ __all__ = [
     "serves",
     "unavailable",
     "use_backend",
+    "warn_without_kernels",
 ]
 
 logger = logging.getLogger("mvit_kernels")
@@ -63,6 +70,28 @@ REGISTRY.update({room.BACKEND.name: room.BACKEND for room in (reference, cpu, tr
 
 class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve the call; the message lists every reason."""
+
+
+class Serving(NamedTuple):
+    """Which backends serve some calls, and why kernels do not serve all of them; printable.
+
+    Example:
+        >>> print(report(model).blocks[0].serving)
+        cpu (avx512)
+    """
+
+    backends: tuple[str, ...]  # their names, in the order of the calls; none where one was requested and cannot
+    variants: tuple[str, ...] = ()  # which kernels of each these are, such as the instruction set, or ""
+    reasons: tuple[str, ...] = ()  # why no kernel serves some of the calls, each behind the name of a backend
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether a kernel serves any of the calls; the reference is PyTorch itself."""
+        return any(name != "reference" for name in self.backends)
+
+    def __str__(self) -> str:
+        named = zip(self.backends, self.variants, strict=True)
+        return ", ".join(f"{name} ({variant})" if variant else name for name, variant in named) or "no backend"
 
 
 def checked_name(name: str | None, source: str) -> str | None:
@@ -90,6 +119,7 @@ def requested() -> str | None:
 _override: str | None = checked_name(os.environ.get("MVIT_KERNELS_BACKEND"), "MVIT_KERNELS_BACKEND")
 _choices: dict[tuple[Any, ...], Any] = {}  # decisions, by the function that decides and its arguments
 _logged: set[str] = set()
+_warned = False  # whether `warn_without_kernels` has warned
 
 
 @contextlib.contextmanager
@@ -151,6 +181,57 @@ def choose(call: Call, requested: str | None = None) -> str:
         BackendError: the backend that was asked for cannot serve the call.
     """
     return _remembered(_choose, call, (requested or _override,))
+
+
+def explain(calls: Iterable[Call], requested: str | None = None) -> Serving:
+    """Which backends serve `calls`, as `choose` answers for each, and the reasons where that is PyTorch itself.
+
+    Args:
+        calls: what is to be computed.
+        requested: as in `choose`, but one that cannot serve a call is reported instead of raised.
+
+    Raises:
+        ValueError: `requested` is not a backend's name, or one is set up wrongly (`Backend.unavailable`).
+    """
+    serving: dict[str, str] = {}
+    found: dict[str, None] = {}
+    for call in calls:
+        wanted = checked_name(requested or _override, call.operator)
+        candidates = PREFERENCE.get(call.device_type, ("reference",)) if wanted is None else (wanted,)
+        against = {name: reasons_against(name, call) for name in candidates}
+        served = next((name for name, reasons in against.items() if not reasons), None)
+        if served is not None:
+            serving[served] = REGISTRY[served].variant(call.dtype)
+        if served in (None, "reference"):
+            found.update((f"{name}: {reason}", None) for name, reasons in against.items() for reason in reasons)
+            if wanted is None and call.device_type not in PREFERENCE:
+                found[f"no backend has kernels for {call.device_type}; move the model to the CPU or an NVIDIA GPU"] = (
+                    None
+                )
+    return Serving(tuple(serving), tuple(serving.values()), tuple(found))
+
+
+def warn_without_kernels(function: str, servings: Sequence[Serving], device_type: str, dtype: torch.dtype) -> None:
+    """Warn, once a process, if kernels serve nothing of what `function` was called for, and nobody asked for that.
+
+    Args:
+        function: the public function, for the message; the warning points at the line that calls it.
+        servings: what serves each block.
+        device_type, dtype: of the blocks.
+    """
+    global _warned
+    reasons = list(dict.fromkeys(reason for serving in servings for reason in serving.reasons))
+    if _warned or device_type == "meta" or not reasons or any(serving.by_kernels for serving in servings):
+        return
+    _warned = True
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(str(PACKAGE)):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"{function}: no kernel serves {dtype} on {device_type} here; plain PyTorch computes the blocks, correctly but "
+        f"hardly faster. {some(reasons, joint='; ')}",
+        stacklevel=level if frame is not None else 1,
+    )
 
 
 def run(name: str, backend: str, *arguments: Any) -> Any:

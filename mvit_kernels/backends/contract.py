@@ -80,7 +80,15 @@ class Backend(ABC):
 
     @abstractmethod
     def unavailable(self, device_type: str) -> list[str]:
-        """Why it cannot be used at all, on this machine, for tensors on `device_type`; empty if it can."""
+        """Why it cannot be used at all, on this machine, for tensors on `device_type`; empty if it can.
+
+        Raises:
+            ValueError: the user set it up in a way that nobody can follow. That never falls back to another backend.
+        """
+
+    def variant(self, dtype: torch.dtype) -> str:
+        """Which of its kernels run here on tensors of `dtype`, for reports; "" where there is nothing to tell apart."""
+        return ""
 
     def reasons_against(self, call: Call) -> list[str]:
         """Why it cannot serve `call`; empty if it can. All reasons are collected, not just the first."""

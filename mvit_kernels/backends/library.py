@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .building import PACKAGE, how_to_build, why_not_built
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 SCHEMAS = {
@@ -218,7 +220,6 @@ def raw(name: str, backend: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.mvit_kernels, name), backend)
 
 
-PACKAGE = Path(__file__).resolve().parent.parent
 # The variable selects another folder, such as that of a sanitizer build.
 LIBRARY_DIRECTORY = Path(os.environ.get("MVIT_KERNELS_LIBRARIES") or PACKAGE / "lib")
 loaded_paths: dict[str, Path] = {}  # backend -> its library, once loaded
@@ -230,11 +231,9 @@ def load(backend: str) -> str:
     if backend not in _loaded:
         path = LIBRARY_DIRECTORY / f"libmvit_kernels_{backend}.so"
         if not path.exists():
-            compiler = "a CUDA toolkit" if backend == "cuda" else "a C++ compiler"
-            _loaded[backend] = (
-                f"its library {path.name} was not built ({compiler} and `pip install --no-build-isolation .` build "
-                "it; `mvit-kernels info` shows what was missing)"
-            )
+            why = why_not_built(backend, LIBRARY_DIRECTORY)
+            why = f"({why})" if why else f"(there is none in {LIBRARY_DIRECTORY})"
+            _loaded[backend] = f"its library {path.name} was not built {why}; {how_to_build(backend)}"
         else:
             try:
                 torch.ops.load_library(str(path))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mvit-kernels info``: versions, machine, and each backend: available, or the reasons why not."""
+"""``mvit-kernels info``: versions, machine, each backend (available, or the reasons why not), and what to do."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 from typing import Any
@@ -23,8 +22,8 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         subparsers,
         "info",
         run,
-        summary="versions, device, and each backend: available, or the reasons why not",
-        description="Versions, machine, and each backend: available, or the reasons why not.",
+        summary="versions, device, each backend: available, or the reasons why not; and what to do",
+        description="Versions, machine, each backend: available, or the reasons why not; and what to do for kernels.",
         examples="  mvit-kernels info\n  mvit-kernels info --json > info.json",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -40,13 +39,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def gather() -> dict[str, Any]:
-    """Everything that ``info`` prints, as plain values: versions, machine, gpus, backends, libraries."""
+    """Everything that ``info`` prints, as plain values: versions, machine, gpus, backends, libraries, advice."""
+    from ..backends import library
+    from ..backends.building import build_info
+
+    backends, gpus = _backends(), _gpus()
     return {
         "versions": _versions(),
         "machine": _machine(),
-        "gpus": _gpus(),
-        "backends": _backends(),
-        "libraries": _libraries(),
+        "gpus": gpus,
+        "backends": backends,
+        "libraries": build_info(library.LIBRARY_DIRECTORY),
+        "advice": _advice(backends, bool(gpus)),
     }
 
 
@@ -112,24 +116,35 @@ def _backends() -> dict[str, dict[str, Any]]:
     return {
         backend: {
             "device_type": _DEVICE_TYPES[backend] if backend != "reference" else "any",
-            "reasons_against": list(backends.unavailable(backend, _DEVICE_TYPES[backend])),
+            "reasons_against": _reasons_against(backend),
             "operators": list(backends.operators(backend)),
         }
         for backend in BACKENDS
     }
 
 
-def _libraries() -> dict[str, Any]:
-    """The contents of ``lib/build_info.json`` about the compiled libraries, or the reason why there are none."""
-    from ..backends.library import LIBRARY_DIRECTORY
+def _reasons_against(backend: str) -> list[str]:
+    from .. import backends
 
-    path = LIBRARY_DIRECTORY / "build_info.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"all": {"built": False, "reason": f"{path} does not exist"}}
-    except ValueError:
-        return {"all": {"built": False, "reason": f"{path} is damaged; build again"}}
+        return list(backends.unavailable(backend, _DEVICE_TYPES[backend]))
+    except ValueError as error:  # an environment variable of ours has a wrong value; elsewhere that ends the program
+        return [str(error)]
+
+
+def _advice(backends: dict[str, dict[str, Any]], has_gpu: bool) -> list[str]:
+    """What to do for kernels on the devices that this machine has, a sentence each; empty if they serve all of them.
+
+    On a GPU one of two backends is enough.
+    """
+    wanted = [("the CPU", ("cpu",)), *([("a GPU", ("cuda", "triton"))] if has_gpu else [])]
+    return [
+        f"no kernel serves {device}: {reason}"
+        for device, candidates in wanted
+        if all(backends[name]["reasons_against"] for name in candidates)
+        for name in candidates
+        for reason in backends[name]["reasons_against"]
+    ]
 
 
 def _text(info: dict[str, Any]) -> str:
@@ -158,6 +173,10 @@ def _text(info: dict[str, Any]) -> str:
     lines.append("compiled libraries")
     for name, library in info["libraries"].items():
         lines.append(_line(name, _about(library)))
+    lines.append("what to do")
+    lines += [f"  {line}" for line in info["advice"]] or [
+        "  nothing, kernels serve this machine; mvit-kernels verify and mvit-kernels bench show it"
+    ]
     return "\n".join(lines)
 
 

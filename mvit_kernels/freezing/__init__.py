@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from .. import backends
+from .._utils.arguments import check_model
 from .._utils.plain import DTYPES, cast_floats, copy_of, is_identity, is_plain, settle, tensor_reason, weight_reasons
-from .._utils.text import some_lines
+from .._utils.text import some, some_lines
 from ..adapters import adapter_of, restore
 from ..adapters._block import BlockParts, Refusal, layer_weights
 from ..adapters._swap import backend_of
@@ -50,14 +52,22 @@ class FreezeReport(NamedTuple):
         ]
         if self.pyramids:
             lines.append(f"  with DeepLabv3's pyramid: {', '.join(self.pyramids)}")
-        left = (f"  {name} was not frozen: {reason}" for name, reason in self.left)
-        composed = (f"  {name} runs part by part: {reason}" for name, reason in self.composed)
-        unhooked = (
-            f"  {name} lost its state-dict hooks: the frozen module has different keys" for name in self.unhooked
-        )
-        lines += some_lines(left, "freeze_report.left") + some_lines(composed, "freeze_report.composed")
-        lines += some_lines(unhooked, "freeze_report.unhooked")
+        unhooked = ((name, "the frozen module has different keys") for name in self.unhooked)
+        lines += some_lines(_counted(self.left, "was", "were", "not frozen"), "freeze_report.left")
+        lines += some_lines(_counted(self.composed, "runs", "run", "part by part"), "freeze_report.composed")
+        lines += some_lines(_counted(unhooked, "lost its", "lost their", "state-dict hooks"), "freeze_report.unhooked")
         return "\n".join(lines)
+
+
+def _counted(modules: Iterable[tuple[str, str]], one: str, several: str, what: str) -> list[str]:
+    """A line for each reason: the module that it is about, or how many there are."""
+    names: dict[str, list[str]] = {}
+    for name, reason in modules:
+        names.setdefault(reason, []).append(name)
+    return [
+        f"  {len(of)} × {several} {what} ({some(of)}): {reason}" if len(of) > 1 else f"  {of[0]} {one} {what}: {reason}"
+        for reason, of in names.items()
+    ]
 
 
 def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
@@ -102,15 +112,14 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
         ValueError: a convolution, a batch norm or a MobileViT block has values that are not finite, or a batch norm has
             a negative running variance.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"freeze: model is {type(model).__name__}; a torch.nn.Module is wanted")
+    check_model("freeze", model)
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"freeze: dtype is {dtype!r}; float32, bfloat16, float16 or float64 is wanted")
 
     # In a holder, so that the model itself can be replaced where it is a block or a unit.
     holder = nn.Module()
     holder.model = copy_of(model).eval().requires_grad_(False)
-    backends = {module: backend_of(module) for module in holder.modules()}
+    requested = {module: backend_of(module) for module in holder.modules()}
     restore(holder)
     names = {module: _name_in_model(name) for name, module in holder.named_modules()}
     _settle_and_check(holder)
@@ -119,7 +128,7 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     left: list[tuple[str, str]] = []
     convolutions = _collect(freeze_convolutions(holder), left)
     inverted_residuals = _collect(freeze_inverted_residuals(holder), left)
-    blocks = _freeze_blocks(holder, backends, left)
+    blocks = _freeze_blocks(holder, requested, left)
     pyramids = _collect(freeze_pyramids(holder), left)
     freeze_means(holder)
     _join_sequentials(holder)
@@ -129,9 +138,14 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
 
     frozen = holder.model
     composed = [(_name_in_model(name), reason) for name, reason in _pack(holder, "", set())]
+    frozen_blocks = [module for module in holder.modules() if isinstance(module, FrozenMobileViTBlock)]
+    for block in frozen_blocks:
+        block.pack()
+    if frozen_blocks:
+        weight = frozen_blocks[0].layers()[0].proj_weight
+        servings = [block.serving() for block in frozen_blocks]
+        backends.warn_without_kernels("freeze", servings, weight.device.type, weight.dtype)
     for module in holder.modules():
-        if isinstance(module, FrozenMobileViTBlock):
-            module.pack()
         if hasattr(module, "save_pretrained") and any(isinstance(part, Frozen) for part in module.modules()):
             module.save_pretrained = _refuse_save_pretrained
     freeze_classifier(frozen)
@@ -197,7 +211,7 @@ def _collect(steps: Iterable[tuple[str, str | None]], left: list[tuple[str, str]
     return done
 
 
-def _freeze_blocks(holder: nn.Module, backends: dict[nn.Module, str | None], left: list[tuple[str, str]]) -> list[str]:
+def _freeze_blocks(holder: nn.Module, requested: dict[nn.Module, str | None], left: list[tuple[str, str]]) -> list[str]:
     """Replace every MobileViT block by a `FrozenMobileViTBlock`; declined blocks are kept."""
     done = []
     for full_name, block in list(holder.named_modules()):
@@ -230,7 +244,7 @@ def _freeze_blocks(holder: nn.Module, backends: dict[nn.Module, str | None], lef
             fallback=None if takes is None else block,
             takes=takes,
             tied=() if takes is None else _tied(parts),
-            backend=backends[block],
+            backend=requested[block],
         )
         replace(holder, block, frozen)
         done.append(name)

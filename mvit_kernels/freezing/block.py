@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..adapters._block import FrozenBlock
+from ..backends import Serving
 from ..ops import TransformerLayerWeights, transformer_on_map
+from ..ops.serving import transformer_serving
 from .modules import Frozen
 from .network import Builder, NotNative, Place, links_of
 
@@ -133,6 +135,21 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
             return y
         x = x.to(y.dtype)
         return self.fusion(torch.cat((x, y) if self.input_first else (y, x), dim=1))
+
+    def serving(self) -> Serving:
+        layers = self.layers()
+        weight = layers[0].proj_weight
+        return transformer_serving(
+            weight.shape[0],
+            [(layer.proj_weight.shape[1], layer.fc1_weight.shape[0]) for layer in layers],
+            final_norm=self.final_norm() is not None,
+            num_heads=self.num_heads,
+            patch_size=self.patch_size,
+            device=weight.device,
+            dtype=weight.dtype,
+            training=False,
+            backend=self.backend,
+        )
 
     def pack(self) -> None:
         """Let the backend that will serve the transformer pack its weights now instead of at the first call."""

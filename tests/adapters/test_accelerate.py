@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mvit_kernels
 from mvit_kernels import accelerate, report, restore
 from mvit_kernels._utils.third_party import import_timm, import_transformers
-from mvit_kernels.backends import BackendError
+from mvit_kernels.backends import BackendError, cpu
 from support import models
 from support.declined import LoRA, assert_declined, block_classes, classes, evaluated, replaced
 from support.fake_backend import fake_backend
@@ -68,8 +68,9 @@ def test_report():
     text = str(report(model))
     assert text.splitlines()[0] == "3 of 3 MobileViT blocks accelerated"
     assert [line.split() for line in text.splitlines()[1:4]] == [
-        [f"stages.{stage}.1", "timm", "accelerated"] for stage in (2, 3, 4)
+        [f"stages.{stage}.1", "timm", "accelerated:", "cpu", f"({cpu.instruction_set()})"] for stage in (2, 3, 4)
     ]
+    assert [block.serving.backends for block in report(model).blocks] == [("cpu",)] * 3
     assert [block.library for block in report(model).accelerated] == ["timm"] * 3
     assert report(model).declined == ()
     restore(model)
@@ -107,7 +108,7 @@ def test_logging(caplog):
 
 
 def test_no_module():
-    with pytest.raises(TypeError, match="accelerate: model is str"):
+    with pytest.raises(TypeError, match="accelerate: model is the str 'mobilevit_s'"):
         accelerate("mobilevit_s")
 
 

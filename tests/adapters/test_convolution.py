@@ -363,9 +363,9 @@ def test_convolutions_are_left_alone_on_request():
     original = classes(model)
     accelerate(model, convolutions=False)
     assert sum(a is not b for a, b in zip(classes(model), original, strict=True)) == 3
-    assert str(report(model)).endswith("0 of 32 convolution layers: batch norm + SiLU fused in training on the CPU")
+    assert str(report(model)).endswith("0 of 32 convolution layers: batch norm + SiLU fused in training")
     accelerate(model)
-    assert str(report(model)).endswith("32 of 32 convolution layers: batch norm + SiLU fused in training on the CPU")
+    assert str(report(model)).endswith("32 of 32 convolution layers: batch norm + SiLU fused in training: triton")
     accelerate(model, convolutions=False)  # undoes the earlier call
     assert sum(a is not b for a, b in zip(classes(model), original, strict=True)) == 3
 
@@ -390,9 +390,20 @@ def test_report_says_why_not():
     norm = blocks(model)[0].conv_local.norm
     norm.register_forward_hook(lambda *_: None)
     last = str(report(model)).splitlines()[-1]
-    assert last.startswith("  31 of 32 convolution layers: batch norm + SiLU fused in training on the CPU; not all, ")
-    assert "BatchNorm2d carries a hook" in last
-    assert str(report(model)).splitlines()[0] == "3 of 3 MobileViT blocks accelerated"
+    fused = "  31 of 32 convolution layers: batch norm + SiLU fused in training: triton; not all, because "
+    assert last.startswith(f"{fused}its BatchNorm2d carries a hook")
+    assert str(report(model)).splitlines()[0] == "3 of 3 MobileViT blocks swapped, none of them served by a kernel"
+
+
+def test_report_says_where_no_kernel_serves():
+    """Fused are those that a kernel serves on the layers' device: as `accelerate` swapped them is not enough."""
+    model = accelerate(models.build("timm")).to("meta")
+    told = report(model)
+    assert len(told.convolutions) == 32 and not any(layer.fused for layer in told.convolutions)
+    assert str(told).endswith("0 of 32 convolution layers: batch norm + SiLU fused in training; none, for that reason")
+    with fake_backend([OPERATOR], refuses=lambda call: ["never on Sundays"] if call.needs_grad else []):
+        last = str(report(model.to_empty(device="cpu"))).splitlines()[-1]
+        assert last.endswith("fused in training; none, because triton: never on Sundays")
 
 
 @pytest.mark.parametrize("first", ["accelerate", "convert"])

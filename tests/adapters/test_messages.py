@@ -50,5 +50,6 @@ def test_hooks_on_every_module(library, caplog):
     most = max(len(block.reasons) for block in report(plain).blocks)
     assert most > 30 and f"and {most - 4} more" in str(error.value) and f"and {most - 4} more" in str(report(plain))
     assert len(str(error.value)) < 2000
-    assert f"and {len(frozen.freeze_report.left) - 16} more, in freeze_report.left" in str(frozen.freeze_report)
+    assert "× were not frozen (" in str(frozen.freeze_report)
+    assert len(str(frozen.freeze_report).splitlines()) < len(frozen.freeze_report.left) > 16
     assert max(len(record.getMessage()) for record in caplog.records) < 4000

@@ -11,7 +11,7 @@ import torch
 
 from ..._utils.compiling import assume_constant_result
 from ..contract import Backend, Call
-from ..library import load, loaded_paths
+from ..library import load, loaded_paths, raw
 from . import composed
 
 # float16 is served by the float32 arithmetic and rounded at the end of each operator (csrc/cpu/float16.h).
@@ -23,7 +23,7 @@ def instruction_set() -> str:
     """The instruction set in use, one of those listed in csrc/cpu/CMakeLists.txt: "avx512bf16", …, "portable".
 
     It is the best that the processor supports, or the one that the environment variable ``MVIT_KERNELS_CPU_ISA`` names;
-    "" where that one is unknown or unsupported, or where there is no library.
+    "" where that one is unknown or unsupported (an error where the backend is used), or where there is no library.
     """
     return "" if load("cpu") else _ask("isa", ctypes.c_char_p).decode()
 
@@ -60,6 +60,18 @@ def _instruction_set_beside_amx() -> str:
 def instruction_set_beside_amx() -> str:
     """`instruction_set` where the processor has AMX, for PyTorch's products to use, else "": see `composed`."""
     return _instruction_set_beside_amx()
+
+
+@functools.cache
+def _wrong_instruction_set() -> str:
+    """What the loaded library says against the value of ``MVIT_KERNELS_CPU_ISA``; "" if it has nothing against it."""
+    if instruction_set():
+        return ""
+    try:
+        raw("layer_norm", "cpu")(torch.ones(1, 1), torch.ones(1), torch.ones(1), 1e-5)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def _ask(what: str, kind: type = ctypes.c_int) -> Any:
@@ -131,7 +143,12 @@ class CpuBackend(Backend):
         if device_type != self.device_type:
             return [f"it is for the CPU, and the tensors are on {device_type}"]
         why = load("cpu")
+        if not why and _wrong_instruction_set():
+            raise ValueError(_wrong_instruction_set())
         return [why] if why else []
+
+    def variant(self, dtype: torch.dtype) -> str:
+        return instruction_set() + (", float16 in float32 arithmetic" if dtype == torch.float16 else "")
 
     def run(self, name: str, *arguments: Any) -> Any:
         return composed.run(name, arguments, instruction_set_beside_amx())

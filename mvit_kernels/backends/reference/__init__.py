@@ -9,6 +9,8 @@ Example:
 
 from __future__ import annotations
 
+import torch
+
 from ..._utils.plain import DTYPES
 from ..contract import Backend, Call, StackPlan
 from ..library import SCHEMAS
@@ -61,6 +63,9 @@ class ReferenceBackend(Backend):
 
     def unavailable(self, device_type: str) -> list[str]:
         return []
+
+    def variant(self, dtype: torch.dtype) -> str:
+        return "plain PyTorch"
 
     def reasons_against(self, call: Call) -> list[str]:
         return []
