@@ -29,9 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ._utils.arguments import check_model
 from ._utils.plain import DTYPES, cast_floats, copy_of
-from .adapters import named_blocks, restore
+from ._utils.text import some
+from .adapters import AccelerationReport, named_blocks, report, restore
 from .adapters._block import FrozenBlock
+from .freezing.modules import Frozen
 from .rounding import PLAUSIBLE_BANDS, RUNS, RoundedArithmetic, careful_error, yardstick
 
 GRADIENT = "gradient of "
@@ -129,10 +132,12 @@ def verify(
         >>> print(mvit_kernels.verify(mvit_kernels.freeze(model), images, reference=model))
 
     Args:
-        model: an accelerated model, or a frozen one together with its `reference`.
+        model: an accelerated model, or a frozen one together with its `reference`. Whether a kernel or plain PyTorch
+            serves our operators (``print(mvit_kernels.report(model))``), they are compared all the same.
         example: a batch of images (B, 3, H, W), a list of images or whatever else the model takes as its only argument,
             or a dict of its keyword arguments. Floating tensors in it are cast to the model's dtype.
-        reference: the model that is correct by definition; None for `model` itself, restored.
+        reference: the model that is correct by definition; None for `model` itself, restored, of which something must
+            be accelerated.
         gradients: compare the output and the gradients of all parameters in training mode without dropout instead of
             the blocks' outputs in evaluation mode. Batch norms use the batch's statistics.
 
@@ -142,19 +147,28 @@ def verify(
         statistics.
 
     Raises:
-        TypeError: `model` is not an ``nn.Module``.
-        ValueError: an empty example; a frozen model without `reference` or with `gradients`; an output that is not
-            finite in float64; outputs of different shapes on the two paths.
+        TypeError: `model` or `reference` is not an ``nn.Module``.
+        ValueError: an empty example; without `reference`, a frozen model or one in which nothing is accelerated; a
+            frozen one with `gradients`; an output that is not finite in float64; outputs of different shapes on the two
+            paths.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"verify: model is {type(model).__name__}; a torch.nn.Module is wanted")
-    frozen = any(isinstance(module, FrozenBlock) for module in model.modules())
+    check_model("verify", model)
+    if reference is not None and not isinstance(reference, nn.Module):
+        raise TypeError(
+            f"verify: reference is {type(reference).__name__}; a torch.nn.Module is wanted, such as the one that model "
+            "was made from"
+        )
+    frozen = any(isinstance(module, (FrozenBlock, Frozen)) for module in model.modules())
     if frozen and reference is None:
         raise ValueError(
             "verify: a frozen model no longer has PyTorch's own path; give the model it was made from as reference="
         )
     if frozen and gradients:
         raise ValueError("verify: a frozen model has no gradients; verify the model it was made from")
+    if reference is None:
+        idle = nothing_accelerated(report(model), gradients)
+        if idle:
+            raise ValueError(f"verify: {idle}")
     for value in _tensors(example):
         if value.numel() == 0:
             raise ValueError(
@@ -187,6 +201,24 @@ def verify(
             return run(copy_of(truth), example, torch.float64)
 
     return VerificationReport(tuple(error_rows(fast, own, exact, None if dtype == torch.float64 else careful)))
+
+
+def nothing_accelerated(told: AccelerationReport, gradients: bool) -> str:
+    """Why there is nothing of ours to verify in a model that is not frozen, and what to do; "" if there is something.
+
+    Args:
+        told: the model's report.
+        gradients: as in `verify`. Convolution layers are accelerated in training alone.
+    """
+    if told.accelerated or (gradients and any(layer.fused for layer in told.convolutions)):
+        return ""
+    if not told.blocks:
+        why = f"{told}; give a model that has such blocks"
+    elif told.declined:
+        why = f"its blocks are declined: {some(dict.fromkeys(r for b in told.declined for r in b.reasons), joint='; ')}"
+    else:
+        why = "call mvit_kernels.accelerate(model) first"
+    return f"nothing is accelerated in this model, and PyTorch alone is not verified: {why}"
 
 
 def error_rows(

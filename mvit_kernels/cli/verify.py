@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from . import add_command, add_result_arguments, print_json, write_rows
@@ -18,7 +19,7 @@ _EXAMPLES = """\
   mvit-kernels verify --model own/xxs --dtype bfloat16 --frozen --output errors.csv
   mvit-kernels verify --checkpoint my.pth --size 224 --image cat.jpg dog.jpg
 
-The exit code is 0 if every error is allowed, 1 if one is not, 2 for any other error."""
+The exit code is 0 if every error is allowed, 1 if one is not or nothing is accelerated, 2 for any other error."""
 
 
 def add_arguments(subparsers: argparse._SubParsersAction) -> None:
@@ -51,12 +52,19 @@ def run(args: argparse.Namespace) -> int:
     if args.frozen and args.gradients:
         raise ValueError("--frozen and --gradients exclude each other: a frozen model is for inference only")
     from .. import accelerate, freeze, report, verify
+    from ..verification import nothing_accelerated
 
     check_size(args)
     images = _photos(args) if args.image else None
     model = accelerate(load_model(args), backend=args.backend)
     example = random_images(args) if images is None else images.to(next(model.parameters()))
-    told: list[object] = [report(model)]
+    swapped = report(model)
+    idle = "" if args.frozen else nothing_accelerated(swapped, args.gradients)
+    if idle:
+        print(f"{swapped}
+mvit-kernels: {idle}", file=sys.stderr)
+        return 1
+    told: list[object] = [swapped]
     if args.frozen:
         frozen = freeze(model)
         told.append(frozen.freeze_report)

@@ -17,7 +17,9 @@ from mvit_kernels.__main__ import main
 from mvit_kernels._utils.third_party import import_transformers
 from mvit_kernels.adapters import _block
 from mvit_kernels.backends import library
+from mvit_kernels.cli import info, verify
 from support import data
+from support.models import blocks
 
 # ---------------------------------------------------------------------------------------------------- the whole
 
@@ -181,6 +183,51 @@ def test_info_tells_what_is_missing(run, monkeypatch):
     assert "  triton        not available: triton wants a cuda; rest\n" in text
 
 
+def test_info_ends_with_what_to_do(run, monkeypatch):
+    monkeypatch.setattr(backends, "unavailable", lambda name, device_type: [])
+    assert run("info").out.splitlines()[-2:] == [
+        "what to do",
+        "  nothing, kernels serve this machine; mvit-kernels verify and mvit-kernels bench show it",
+    ]
+    monkeypatch.setattr(backends, "unavailable", lambda name, device_type: [f"run `make {name}`"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # then nothing is said about what only a GPU needs
+    assert run("info").out.endswith("what to do\n  no kernel serves the CPU: run `make cpu`\n")
+    assert json.loads(run("info", "--json").out)["advice"] == ["no kernel serves the CPU: run `make cpu`"]
+    monkeypatch.setattr(info, "_gpus", lambda: [{}])
+    assert info.gather()["advice"][1:] == [
+        "no kernel serves a GPU: run `make cuda`",
+        "no kernel serves a GPU: run `make triton`",
+    ]
+    served = {"cpu": [], "cuda": ["no"], "triton": [], "reference": []}
+    monkeypatch.setattr(backends, "unavailable", lambda name, device_type: served[name])
+    assert info.gather()["advice"] == []
+
+
+def test_info_without_a_library_names_the_command(run, monkeypatch, tmp_path):
+    """Nobody is told to run what runs."""
+    monkeypatch.setattr(library, "LIBRARY_DIRECTORY", tmp_path)
+    monkeypatch.setattr(library, "_loaded", {})
+    (tmp_path / "build_info.json").write_text(
+        json.dumps({"cpu": {"built": False, "reason": "no torch: `pip install`"}})
+    )
+    text = run("info").out
+    assert "mvit-kernels info" not in text
+    command = "python setup.py build_native --inplace`"
+    assert "libmvit_kernels_cpu.so was not built (no torch); " in text and text.rstrip().endswith(command.split()[-1])
+    assert "not built: no torch: `pip install`" in text
+
+
+def test_info_about_a_wrong_instruction_set():
+    environment = {**os.environ, "MVIT_KERNELS_CPU_ISA": "sse"}
+    command = [sys.executable, "-m", "mvit_kernels", "info", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    told = json.loads(done.stdout)
+    (reason,) = told["backends"]["cpu"]["reasons_against"]
+    assert "MVIT_KERNELS_CPU_ISA is 'sse'; choose one of " in reason and "avx2" in reason
+    assert told["machine"]["kernels_instruction_set"] == ""
+    assert told["advice"] == [f"no kernel serves the CPU: {reason}"]
+
+
 @pytest.mark.parametrize(
     "build_info, line",
     [
@@ -200,7 +247,7 @@ def test_info_about_the_build(run, monkeypatch, tmp_path, build_info, line):
         text = build_info if isinstance(build_info, str) else json.dumps(build_info)
         (tmp_path / "build_info.json").write_text(text)
     monkeypatch.setattr(library, "LIBRARY_DIRECTORY", tmp_path)
-    assert line in run("info").out.split("compiled libraries\n")[1]
+    assert line in run("info").out.split("compiled libraries\n")[1].split("what to do\n")[0]
 
 
 # ------------------------------------------------------------------------------------------------------- models
@@ -341,7 +388,8 @@ def test_logits_takes_what_models_return():
 def test_verify(run, tmp_path, arguments):
     result = run("verify", *arguments, "--output", tmp_path / "a.csv", "--output", tmp_path / "a.json")
     assert (result.code, result.err) == (0, "")
-    assert "3 of 3 MobileViT blocks accelerated" in result.out
+    served = "swapped, none of them served by a kernel" if "reference" in arguments else "accelerated"
+    assert f"3 of 3 MobileViT blocks {served}\n" in result.out
     data = json.loads((tmp_path / "a.json").read_text())
     assert data["ok"] is True and len(data["rows"]) >= 4
     assert any("gradient" in row["name"] for row in data["rows"]) == ("--gradients" in arguments)
@@ -352,6 +400,19 @@ def test_verify(run, tmp_path, arguments):
     assert [float(row["error"]) for row in rows] == [row["error"] for row in data["rows"]]
     assert {row["model"] for row in rows} == {arguments[1]}
     assert sorted(os.listdir(tmp_path)) == ["a.csv", "a.json"]
+
+
+def test_verify_where_nothing_is_accelerated(run, monkeypatch):
+    def hooked(args):
+        model = zoo.load("own/xxs")
+        for block in blocks(model):
+            block.norm.register_forward_hook(lambda *_: None)
+        return model
+
+    monkeypatch.setattr(verify, "load_model", hooked)
+    result = run("verify", "--model", "own/xxs", "--size", "64")
+    assert result.code == 1 and "0 of 3 MobileViT blocks accelerated" in result.out and " ok" not in result.out
+    assert "nothing is accelerated in this model" in result.err and "norm carries a hook" in result.err
 
 
 def test_verify_finds_an_error(run, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import NamedTuple
 
 import pytest
@@ -180,8 +181,62 @@ def test_errors(model, example, options, error, message):
         reference = models.build("timm") if options else None
     elif model is not None:
         spoil = model == "nan"
-        model = models.build("timm")
+        model = mvit_kernels.accelerate(models.build("timm"))
         if spoil:
             nn.init.constant_(model.stem.conv.weight, float("nan"))
     with pytest.raises(error, match=message):
         mvit_kernels.verify(model, example, reference=reference, **options)
+
+
+CONVOLUTIONS = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU())
+
+
+def test_nothing_accelerated_is_not_ok():
+    """PyTorch compared with itself passes always: whoever forgot `accelerate` would believe that it was verified."""
+    images = models.images(1, 64, 64)
+    for gradients in (False, True):
+        with pytest.raises(ValueError, match=r"nothing is accelerated .* call mvit_kernels.accelerate\(model\) first"):
+            mvit_kernels.verify(models.build("timm"), images, gradients=gradients)
+        with pytest.raises(ValueError, match="no MobileViT block found; known are those of timm"):
+            mvit_kernels.verify(CONVOLUTIONS, images, gradients=gradients)
+    with pytest.raises(ValueError, match="give the model it was made from as reference="):
+        mvit_kernels.verify(mvit_kernels.freeze(CONVOLUTIONS), images)
+    assert mvit_kernels.verify(mvit_kernels.freeze(CONVOLUTIONS), images, reference=CONVOLUTIONS).ok
+    assert mvit_kernels.verify(models.build("timm"), images, reference=models.build("timm")).ok
+
+
+def test_declined_blocks_are_not_verified():
+    """Their convolution layers are, in training."""
+    model = mvit_kernels.accelerate(models.build("timm"))
+    for block in models.blocks(model):
+        block.norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="its blocks are declined: norm carries a hook"):
+        mvit_kernels.verify(model, models.images(1, 64, 64))
+    assert mvit_kernels.verify(model, models.images(2, 64, 64), gradients=True).ok
+    mvit_kernels.accelerate(model, convolutions=False)
+    with pytest.raises(ValueError, match="its blocks are declined"):
+        mvit_kernels.verify(model, models.images(2, 64, 64), gradients=True)
+
+
+@pytest.mark.parametrize("function", ["accelerate", "restore", "report", "freeze", "verify"])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (3, "model is int; a torch.nn.Module is wanted, such as timm"),
+        (None, "model is NoneType; a torch.nn.Module is wanted"),
+        (nn.Linear, "model is the class Linear; a torch.nn.Module is wanted, which Linear(…) makes"),
+        ("mobilevit_xs", "model is the str 'mobilevit_xs'; .* such as timm.create_model('mobilevit_xs')"),
+        ("weights.pth", "model is the str 'weights.pth'; .* into which mvit_kernels.load_checkpoint loads a file"),
+        ({"weight": ONE}, "model is dict; .* into which model.load_state_dict loads weights"),
+        ([CONVOLUTIONS], "model is list; .* such as one element of this list"),
+    ],
+)
+def test_what_is_no_model(function, wrong, words):
+    arguments = (ONE,) if function == "verify" else ()
+    with pytest.raises(TypeError, match=f"^{function}: {re.escape(words).replace(re.escape('.*'), '.*')}"):
+        getattr(mvit_kernels, function)(wrong, *arguments)
+
+
+def test_a_reference_that_is_no_model():
+    with pytest.raises(TypeError, match="verify: reference is int; a torch.nn.Module is wanted"):
+        mvit_kernels.verify(CONVOLUTIONS, ONE, reference=3)
