@@ -74,13 +74,15 @@ def folder_name(origin: dict[str, str]) -> str:
     Example:
         >>> folder_name({"device": "cuda", "device_name": "NVIDIA H200", "cpu": ""})
         'nvidia-h200'
+
+    What every processor's name has ("Processor", "CPU @ 2.90GHz") is left out, its generation is added:
+    ``amd-epyc-zen5``, ``intel-xeon-emerald-rapids``.
     """
-    name = origin["device_name"]
+    name = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", origin["device_name"])
     if origin["device"] == "cpu" and origin["cpu"]:
-        numbers, _, architecture = origin["cpu"].partition(": ")
-        name += f" {architecture.replace(' ', '') or numbers}"
-    name = name.lower().replace("(r)", "")
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+        numbers, _, generation = origin["cpu"].partition(": ")
+        name += " " + (re.sub(r" (?=\d)", "", generation) or numbers)  # "Zen 5" becomes one word
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 # ------------------------------------------------------------------------------------------------------ the processor

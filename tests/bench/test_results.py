@@ -97,12 +97,14 @@ def test_folders_tell_processors_of_one_name_apart(monkeypatch):
         "amd-epyc-zen4",
         "amd-epyc-zen5",
         "amd-epyc-family-27-model-1",
-        "intel-xeon-processor-emeraldrapids",
-        "intel-xeon-processor-family-6-model-85",
+        "intel-xeon-emerald-rapids",
+        "intel-xeon-family-6-model-85",
     }
-    assert (
-        folder_name({"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "cpu": "x"}) == "nvidia-h100-80gb-hbm3"
-    )
+    gpu = {"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "cpu": "x"}
+    assert folder_name(gpu) == "nvidia-h100-80gb-hbm3"
+    named = {"device": "cpu", "device_name": "Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz"}
+    named["cpu"] = "family 6 model 106: Ice Lake"
+    assert folder_name(named) == "intel-xeon-platinum-8375c-ice-lake"
 
 
 def test_committed_results_can_be_read_and_appended_to():
