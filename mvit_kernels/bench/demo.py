@@ -23,9 +23,10 @@ from .._utils.files import write_csv
 from .._utils.third_party import import_timm
 from ..zoo import calibrate, checked_device, load
 from ..zoo.images import preprocess, sample_photos
-from .comparison import Result, compare, csv_rows, table
+from .comparison import compare
 from .origin import environment
 from .peers import PEERS, Subject
+from .tables import Result, csv_rows, table
 from .timing import interleave
 
 FORMS = {  # candidate -> label in the table and the plot

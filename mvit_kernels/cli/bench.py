@@ -137,9 +137,10 @@ def _run_suites(args: argparse.Namespace) -> int:
 def _run_model(args: argparse.Namespace) -> int:
     import torch
 
-    from ..bench.comparison import compare, csv_rows, table
+    from ..bench.comparison import compare
     from ..bench.origin import environment
     from ..bench.peers import PEERS, Subject, check_peers
+    from ..bench.tables import csv_rows, table
 
     peers = args.peers
     if peers is None:

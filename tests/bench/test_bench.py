@@ -17,7 +17,7 @@ import torch
 import mvit_kernels
 from mvit_kernels import backends
 from mvit_kernels.__main__ import main
-from mvit_kernels.bench import comparison, demo, profiling
+from mvit_kernels.bench import demo, profiling, tables
 from mvit_kernels.bench.comparison import TimeLimit, compare, time_limit
 from mvit_kernels.bench.origin import environment
 from mvit_kernels.bench.peers import PEERS, Form, Peer, Subject, eager
@@ -152,7 +152,7 @@ def test_only_what_is_right_is_timed(subject, monkeypatch):
     assert by_name["missing"].note == "absent: the library for it is not installed"
     assert steps[-1] == "timing eager, accelerated, frozen"
     assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
-    text = comparison.table(results)
+    text = tables.table(results)
     assert len(text.splitlines()) == 6 and "absent" in text
 
 
@@ -413,7 +413,7 @@ def test_demo_fails_where_an_error_is_too_large(tmp_path, run, monkeypatch):
         return model
 
     monkeypatch.setattr(demo, "accelerate", wrong)
-    monkeypatch.setattr(demo, "_measured", lambda *arguments: comparison.compare(arguments[1], ["eager"], seconds=0.1))
+    monkeypatch.setattr(demo, "_measured", lambda *arguments: compare(arguments[1], ["eager"], seconds=0.1))
     result = run(*f"demo --model own/xxs --size 64 --batch 1 --budget 1 --output {tmp_path}".split())
     assert result.code == 1 and "TOO LARGE" in result.out
 

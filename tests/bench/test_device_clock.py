@@ -9,12 +9,13 @@ import torch
 
 from mvit_kernels.bench import comparison, device_clock
 from mvit_kernels.bench.ceilings import Ceilings, Work
-from mvit_kernels.bench.comparison import Result, measure, rows_of
+from mvit_kernels.bench.comparison import measure
 from mvit_kernels.bench.device_clock import Replay, capture, count_beyond
 from mvit_kernels.bench.origin import environment
 from mvit_kernels.bench.suites import operators
 from mvit_kernels.bench.suites._case import Context
 from mvit_kernels.bench.suites.operands import OPERATORS, Stage
+from mvit_kernels.bench.tables import Result, rows_of
 from mvit_kernels.bench.timing import Timing
 
 TINY = Stage("xxs", 3, 2, 16, 4, 2)

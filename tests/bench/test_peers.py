@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from mvit_kernels.bench import peak_memory, peers, runtimes
-from mvit_kernels.bench.comparison import TimeLimit, compare, table, time_limit
+from mvit_kernels.bench.comparison import TimeLimit, compare, time_limit
 from mvit_kernels.bench.peers import PEERS, Peer, Subject, call_of
 from mvit_kernels.bench.runtimes import OnnxRuntime, OpenVino
+from mvit_kernels.bench.tables import table
 from mvit_kernels.bench.timing import interleave
 from mvit_kernels.verification import named_outputs
 from support import models

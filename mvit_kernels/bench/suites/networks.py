@@ -27,11 +27,12 @@ from ...nn import MobileViT
 from ...training.sampler import resolutions
 from ...zoo import load, randomise
 from ..ceilings import Work
-from ..comparison import Result, compare, csv_rows, measure, prepare
+from ..comparison import compare, measure, prepare
 from ..origin import environment
 from ..peers import PEERS, Form, Subject, call_of
 from ..recipe import CLASSIFIER_DROPOUT, DROPOUT
 from ..results import Row, row
+from ..tables import Result, csv_rows
 from . import operators
 from ._case import Case, Context
 from .operands import stages

@@ -27,10 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ... import backends
 from ...rounding import RoundedArithmetic
 from ...verification import GRADIENT, ErrorRow, error_row
-from ..comparison import Result, build_and_check, measure, rows_of
+from ..comparison import build_and_check, measure
 from ..device_clock import Replay, capture, sets_beyond_cache
 from ..origin import environment
 from ..results import Row
+from ..tables import Result, rows_of
 from ._case import Case, Context
 from .operands import VARIANTS, Operands, Stage, operands, stages
 
