@@ -12,8 +12,11 @@ Such lines have the same ``date``, and `latest` keeps them together.
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import io
+import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,25 +64,61 @@ def _text(value: Any) -> Any:
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Append `rows` to the file, which is created with a header line if it does not exist or is empty.
 
-    All rows are written at once, so that an interrupted run leaves complete lines.
+    They are written at once, and what could not be written as a whole is taken back: whatever happens, the file ends
+    with a complete line.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file has other columns, or ends in the middle of a line.
+        OSError: it cannot be written.
     """
-    new = not path.exists() or path.stat().st_size == 0
-    if not new:
-        with path.open(newline="", encoding="utf-8") as file:
-            found = next(csv.reader(file), [])
-        if found != list(COLUMNS):
-            raise ValueError(f"{path} has other columns than this version writes: move it away, or name another file")
+    new = _is_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     if new:
         writer.writeheader()
     writer.writerows(rows)
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(text.getvalue())
+    data = text.getvalue().encode("utf-8", "backslashreplace")
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except BaseException:  # Ctrl-C too
+            file.truncate(before)
+            raise
+
+
+def check_file(path: Path) -> None:
+    """Raise what `append` would, before anything is measured; the folder is created if it does not exist.
+
+    Raises:
+        ValueError: the file has other columns, or ends in the middle of a line.
+        OSError: the file or its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not _is_new(path):
+            path.open("ab").close()
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".mvit_kernels-"):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"results cannot be written there: {error.strerror}", str(path)) from error
+
+
+def _is_new(path: Path) -> bool:
+    """Whether the file is missing or empty; an error if rows cannot be appended to what it has."""
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        found = next(csv.reader([file.readline().decode("utf-8", "replace")]), [])
+        file.seek(-1, os.SEEK_END)
+        whole = file.read(1) == b"\n"
+    if found != list(COLUMNS):
+        raise ValueError(f"{path} has other columns than this version writes: move it away, or name another file")
+    if not whole:
+        raise ValueError(f"{path} ends in the middle of a line: delete that line, or name another file")
+    return False
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ import functools
 import os
 
 from . import add_command, add_result_arguments, print_json, write_rows
-from .bench import subject_of
+from .measuring import subject_of
 from .models import add_model_arguments, positive
 
 _EXAMPLES = """\

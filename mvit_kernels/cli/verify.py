@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     swapped = report(model)
     idle = "" if args.frozen else nothing_accelerated(swapped, args.gradients)
     if idle:
-        print(f"{swapped}
-mvit-kernels: {idle}", file=sys.stderr)
+        print(f"{swapped}\nmvit-kernels: {idle}", file=sys.stderr)
         return 1
     told: list[object] = [swapped]
     if args.frozen:

@@ -102,7 +102,7 @@ def test_there_is_nothing_to_set(monkeypatch, process, platform):
 
 def test_training_and_benchmarks_call_it_first(monkeypatch):
     from mvit_kernels.__main__ import build_parser
-    from mvit_kernels.cli import bench, train
+    from mvit_kernels.cli import bench, measuring, train
     from mvit_kernels.training import loop
 
     class Reached(Exception):
@@ -112,7 +112,7 @@ def test_training_and_benchmarks_call_it_first(monkeypatch):
         raise Reached
 
     called = []
-    for module, (owner, then) in {bench: (bench, "_run_model"), train: (loop, "train")}.items():
+    for module, (owner, then) in {bench: (measuring, "run_model"), train: (loop, "train")}.items():
         monkeypatch.setattr(module, "keep_freed_memory", lambda name=module.__name__: called.append(name))
         monkeypatch.setattr(owner, then, reached)
     for words in (["bench", "--model", "own/xxs"], ["train", "photos"], ["train", "photos", "--return-memory"]):

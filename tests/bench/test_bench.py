@@ -196,7 +196,7 @@ def test_time_limit_ends_with_its_block():
 
 def test_bench_writes_a_row_a_candidate(tmp_path, capsys):
     path = tmp_path / "bench.csv"
-    command = "bench --model own/xxs --size 64x96 --seconds 0.2 --peers accelerated,frozen --backend reference --csv"
+    command = "bench --model own/xxs --size 64x96 --seconds 0.2 --peers accelerated,frozen --backend reference --output"
     assert main([*command.split(), str(path)]) == 0
     rows = list(csv.DictReader(path.open()))
     assert list(rows[0]) == list(COLUMNS)

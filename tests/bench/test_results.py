@@ -2,13 +2,14 @@
 """Rows of results, the files they are appended to, and what they say about their origin."""
 
 import csv
+import io
 
 import pytest
 import torch
 
-from mvit_kernels.bench import origin
+from mvit_kernels.bench import origin, results
 from mvit_kernels.bench.origin import amd_generation, environment, folder_name, intel_generation
-from mvit_kernels.bench.results import COLUMNS, ORIGIN, append, key, latest, read, row
+from mvit_kernels.bench.results import COLUMNS, ORIGIN, append, check_file, key, latest, read, row
 from support import ROOT
 
 
@@ -35,6 +36,42 @@ def test_a_file_of_other_columns_is_left_alone(tmp_path):
         append(path, [row(subject="a")])
     assert path.read_text() == "model,median_ms\ns,1.0\n"
     assert read(path)[0]["subject"] == "" and read(path)[0]["median_ms"] == "1.0"
+
+
+def test_half_a_row_is_never_written(tmp_path, monkeypatch):
+    """A full disk, or Ctrl-C, in the middle of a write: the file is as it was."""
+    path = tmp_path / "a.csv"
+    append(path, [row(subject="a")])
+    before = path.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, data):
+            return super().write(data[: len(data) // 2])
+
+    class Interrupted(Full):
+        def write(self, data):
+            super().write(data)
+            raise KeyboardInterrupt
+
+    for kind, error in ((Full, OSError), (Interrupted, KeyboardInterrupt)):
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(type(path), "open", lambda self, mode="r", *_, kind=kind, **__: kind(str(self), mode))
+            patch.setattr(results, "_is_new", lambda path: False)
+            append(path, [row(subject="b")])
+        assert path.read_bytes() == before
+    path.write_bytes(before + b"half a ro")
+    with pytest.raises(ValueError, match="ends in the middle of a line: delete that line"):
+        append(path, [row(subject="c")])
+
+
+def test_a_place_that_cannot_be_written_is_found_first(tmp_path):
+    check_file(tmp_path / "new" / "a.csv")
+    assert list((tmp_path / "new").iterdir()) == []  # nothing is left of the attempt
+    (tmp_path / "b.csv").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "b.csv", tmp_path / "file" / "a.csv"):
+        with pytest.raises(OSError, match="results cannot be written there"):
+            check_file(path)
 
 
 def test_the_latest_rows_stay_with_those_they_were_measured_beside():

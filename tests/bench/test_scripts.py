@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts in benchmarks/: the report of committed results, the comparison of two, and the one for GPUs."""
+"""The scripts in benchmarks/: the report of committed results, and the one for GPUs."""
 
 import importlib
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -268,64 +267,6 @@ def test_the_headline_plot_shows_ratios_and_what_is_absent(script, device, tmp_p
         "OpenVINO",
         "torch.compile",
     ]
-
-
-# --- comparing
-
-
-@pytest.fixture
-def two(tmp_path):
-    """Two files: eager drifted by a tenth; frozen is faster, accelerated as before, relative to eager."""
-
-    def write(name, commit, **ms):
-        append(tmp_path / name, [line(c, value, commit=commit) for c, value in ms.items()])
-        return str(tmp_path / name)
-
-    old = write("old.csv", "aaaa", eager=100.0, frozen=50.0, accelerated=80.0, compile=70.0, openvino=40.0)
-    new = write("new.csv", "bbbb", eager=110.0, frozen=40.0, accelerated=88.0, compile=None, openvino=60.0)
-    return old, new
-
-
-def test_compare_tells_what_moved_beyond_the_noise(script, two):
-    compare = script("compare")
-    old, new = map(compare.load, two)
-    verdicts = {change.old["candidate"]: change.verdict for change in compare.changes(old, new)}
-    assert verdicts == {
-        "eager": "same",  # its percentiles overlap those of before
-        "frozen": "faster",
-        "accelerated": "same",  # slower by as much as eager is
-        "compile": "lost",
-        "openvino": "slower",
-    }
-    absolute = {c.old["candidate"]: c.factor for c in compare.changes(old, new, absolute=True)}
-    assert absolute["accelerated"] == pytest.approx(1.1) and absolute["frozen"] == pytest.approx(0.8)
-    relative = {c.old["candidate"]: c.factor for c in compare.changes(old, new)}
-    assert relative["accelerated"] == pytest.approx(1.0) and relative["frozen"] == pytest.approx(0.8 / 1.1, rel=1e-3)
-    assert all(c.verdict in ("same", "lost") for c in compare.changes(old, new, least=60.0))
-
-
-def test_compare_keeps_apart_what_is_another_machine_or_batch(script, tmp_path):
-    compare = script("compare")
-    here = [line("eager", 1.0)]
-    for other in (line("eager", 2.0, batch=8), line("eager", 2.0, threads="1"), line("eager", 2.0, cpu="Zen 4")):
-        assert compare.changes(here, [other]) == []
-
-
-def test_compare_takes_folders_files_and_commits(script, two, monkeypatch, capsys):
-    compare = script("compare")
-    root = Path(two[0]).parent
-    assert len(compare.load(str(root), root)) == 10 and len(compare.load(two[0], root)) == 5
-    assert {one["commit"] for one in compare.load("bbb", root)} == {"bbbb"}
-    with pytest.raises(ValueError, match="cccc is not a result file"):
-        compare.load("cccc", root)
-    monkeypatch.setattr(sys, "argv", ["compare.py", *two])
-    assert compare.main() == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == "lost    mobilevit_s inference 256 1 float32: compile  absent: not here"
-    assert out[1] == "slower  mobilevit_s inference 256 1 float32: openvino  40.0 -> 60.0 ms, +36.4 %"
-    assert out[-1] == "5 in both: 1 lost, 1 slower, 1 faster, 2 same"
-    monkeypatch.setattr(sys, "argv", ["compare.py", two[0], "cccc"])
-    assert compare.main() == 2
 
 
 # --- the others

@@ -2,11 +2,12 @@
 """The suites of measurements: their budget, their arithmetic, the gate, both clocks, and the rows that they write."""
 
 import csv
+import json
 
 import pytest
 import torch
 
-from mvit_kernels.__main__ import main
+from mvit_kernels.__main__ import build_parser, main
 from mvit_kernels.bench import ceilings, suites
 from mvit_kernels.bench.ceilings import Ceilings, Work
 from mvit_kernels.bench.origin import environment
@@ -14,8 +15,9 @@ from mvit_kernels.bench.peers import Subject, call_of, eager
 from mvit_kernels.bench.results import read, row
 from mvit_kernels.bench.suites import Suite, networks, operators
 from mvit_kernels.bench.suites._case import Case, Context
-from mvit_kernels.bench.suites.operands import OPERATORS, Stage, operands, stages
+from mvit_kernels.bench.suites.operands import OPERATORS, Stage, operands, operands_of, sizes_of, stages
 from mvit_kernels.bench.timing import Timing
+from mvit_kernels.cli import measuring
 from mvit_kernels.verification import ErrorRow
 from support import models
 
@@ -293,7 +295,7 @@ def test_a_lost_gpu_ends_the_run(monkeypatch, tmp_path):
 
 def test_suites_share_a_budget(monkeypatch, tmp_path):
     shares = []
-    monkeypatch.setattr(suites, "_run_suite", lambda name, context, path, resume: shares.append(context.left) or True)
+    monkeypatch.setattr(suites, "_run_suite", lambda name, cases, context, *_: shares.append(context.left) or True)
     clock = Clock()
     suites.run(["all"], device="cpu", minutes=10, folder=tmp_path, clock=clock)
     assert shares == pytest.approx([240, 600 * 3 / 6, 600 / 3, 600 / 2, 600])  # no time passes: it is shared anew
@@ -384,9 +386,167 @@ def test_every_case_is_named_once_and_can_be_told_apart(capsys):
     "options, message",
     [
         ("--suite fast", "unknown suite 'fast'; choose from models, operators, "),
-        ("--suite models --model own/s", "--suite chooses models and peers"),
         ("--suite models --budget 0", "'0' is not a positive number"),
+        ("--suite models --budget 0.1", "can be measured in 6 s; the smallest useful budget is 0.34 minutes"),
+        ("--suite mobile,blocks --stage 4 --budget 0.01", "the smallest useful budget is 0.18 minutes"),
+        ("--suite models --peers frozen", "--peers is not for a suite: each suite has its candidates"),
+        ("--suite models --pretrained", "--pretrained is not for a suite: suites measure random weights"),
+        ("--suite models --checkpoint a.pth", "--checkpoint is not for a suite: suites measure random weights"),
+        ("--suite models --output a.csv", "--output is not for a suite: the rows are appended to FOLDER/<suite>.csv"),
+        ("--suite models --plot a.png", "--plot is not for a suite: draw what has changed with --compare"),
+        ("--suite models --build-seconds 3", "--build-seconds is not for a suite: torch.compile gets"),
+        ("--suite models --shape 1,2", "--shape is not for a suite; it belongs to --operator with --shape"),
+        ("--suite all --seconds 1 --dry-run", "--seconds: the suite mobile makes 100 runs"),
+        ("--suite operators --backend triton", "--backend triton cannot run here: it is for NVIDIA GPUs"),
+        ("--suite models --model own/m", "the suite models on cpu has no model own/m; there are: deeplabv3/s, "),
+        ("--suite operators --operator attention", "has no operator attention; there are: batch_norm_activation, "),
+        ("--suite models --size 96", "has no size 96; there are: 224, 256, 320, 512"),
+        ("--suite operators --stage 6", "has no stage 6; there are: s/3, s/4, s/5, xs/3, "),
+        (
+            "--suite operators --operator transformer --dtype bfloat16 --size 512",
+            "with --operator transformer --size 512 there are dtype float32; with --operator transformer --dtype "
+            "bfloat16 there are size 256",
+        ),
+        ("--suite models --dtype float16 --train", "together; without --train there are some"),
+        ("--budget 3", "--budget is not for one model; it belongs to --suite, --compare-commits"),
+        ("--stage 3", "--stage is not for one model; it belongs to --suite, --compare, --compare-commits"),
+        ("--compare a b --batch 8 --budget 3", "--budget is not for a comparison; it belongs to --suite"),
     ],
 )
-def test_bench_says_what_is_wrong_with_a_suite(options, message, capsys):
+def test_bench_says_what_is_wrong_with_a_suite(options, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where the default folder of results would be
     assert main(["bench", *options.split()]) == 2 and message in capsys.readouterr().err
+
+
+# --- selections
+
+
+def listed(capsys, options):
+    assert main(["bench", "--dry-run", "--suite", *options.split()]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "options, count, words",
+    [
+        ("operators --operator patch_attention,transformer --dtype bfloat16 --stage 3 --train", 4, "s stage 3"),
+        ("operators --stage xs/4 --operator layer_norm_mlp", 2, "layer_norm_mlp, xs stage 4"),
+        ("models,training --batch 8 --dtype bfloat16 --model mobilevit_s --train", 2, "training: mobilevit_s, 256 px"),
+        ("blocks --model mobilevit_xs --stage 3", 1, "mobilevit_xs, block of stage 3"),
+        ("models --size 512 --batch 1 --dtype float32", 2, "deeplabv3/"),
+    ],
+)
+def test_filters_select_cases(options, count, words, capsys):
+    lines = listed(capsys, options)
+    assert len(lines) == count and all(words in one for one in lines), lines
+
+
+def test_bfloat16_on_the_cpu_is_measured_beside_torch_compile(capsys):
+    """In every suite whose candidates are chosen by dtype; there was none, although it is what PyTorch advises."""
+    for suite, count in {"models": 4, "training": 2, "operators": 1}.items():
+        lines = listed(capsys, f"{suite} --dtype bfloat16")
+        assert sum("compiled too" in one for one in lines) >= count, suite
+
+
+def test_a_selected_run_writes_to_the_same_file(tmp_path, capsys):
+    command = "bench --suite operators --operator layer_norm_linear --stage s/5 --dtype float32 --batch 1 --size 256"
+    command += f" --seconds 0.05 --budget 0.2 --backend cpu --results {tmp_path}"
+    assert main([*command.split(), "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    assert [(one["suite"], one["backend"]) for one in rows if one["subject"] != "machine"][0] == ("operators", "cpu")
+    written = read(tmp_path / "operators.csv")
+    assert len(written) == len(rows) and {one["subject"] for one in written} == {"machine", "layer_norm_linear"}
+    assert "layer_norm_linear, s stage 5" in err
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suites, "_run_suite", interrupted)
+    command = ["bench", "--suite", "models", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["mvit-kernels", *command])
+    assert main(command) == 130
+    error = capsys.readouterr().err
+    assert f"what was finished is in {tmp_path}. To go on: mvit-kernels bench --suite models --results" in error
+    assert error.rstrip().endswith("--resume")
+
+
+# --- one operator at a shape of one's own
+
+
+@pytest.mark.parametrize(
+    "operator, shape, sizes",
+    [
+        ("transformer", (2, 6, 8, 20), dict(num_heads=5, patch_size=(3, 2), inner=10, hidden=24, layers=3)),
+        ("transformer_layer", (1, 4, 4, 24), dict(num_heads=2, inner=16, hidden=40)),
+        ("patch_attention", (2, 4, 6, 24), dict(num_heads=3, patch_size=(2, 3))),
+        ("inverted_residual", (2, 7, 8, 20), dict(hidden=24, out_features=12, stride=2)),
+        ("inverted_residual", (2, 7, 8, 20), dict(residual=True, dilation=2)),
+        ("layer_norm_linear", (9, 20), dict(out_features=12, activation="silu")),
+        ("linear_residual", (3, 5, 20), dict(out_features=12)),
+        ("layer_norm_mlp", (9, 20), dict(hidden=7)),
+        ("layer_norm", (9, 20), {}),
+        ("batch_norm_activation", (2, 3, 4, 20), dict(activation=None)),
+    ],
+)
+def test_own_sizes(operator, shape, sizes):
+    """Every size is that of the call: the products that PyTorch counts are those of the formula."""
+    case = operands_of(operator, shape, **sizes)
+    with networks.sdpa_kernel(networks.SDPBackend.MATH), networks.FlopCounterMode(display=False) as counter:
+        out = case.plain(*case.tensors)
+    assert case.work.gflop == pytest.approx(counter.get_total_flops() / 1e9)
+    torch.testing.assert_close(case.public(*case.tensors, backend="reference"), out)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--operator patch_attention", "give --shape B,H,W,C for one call of it, or --suite operators"),
+        ("--shape 1,2,2,8", "name the operator with --operator"),
+        ("--operator attention --shape 1,2,2,8", "unknown operator 'attention'; choose from batch_norm_activation, "),
+        ("--operator layer_norm,transformer --shape 1,2,2,8", "--shape is that of one operator"),
+        ("--operator layer_norm --shape 8", "has 1 numbers; give 2 or more numbers, channels last"),
+        ("--operator transformer --shape 4,8", "has 2 numbers; give 4: batch, height, width, channels"),
+        ("--operator layer_norm --shape 8,0", "'8,0' is not a shape such as 8,32,32,144"),
+        ("--operator layer_norm --shape 8,8 --heads 2", "layer_norm has no heads; its sizes are the shape"),
+        ("--operator patch_attention --shape 1,2,2,10", "the channels, 10, are no multiple of heads, 4"),
+        ("--operator patch_attention --shape 1,3,2,8", "3 × 2 has no whole number of patches of 2 × 2"),
+        ("--operator inverted_residual --shape 1,4,4,8 --residual --stride 2", "residual takes stride 1"),
+        ("--operator inverted_residual --shape 1,4,4,8 --train", "is for inference only and has no gradient"),
+        ("--operator layer_norm --shape 100000,100000,1000", "give a smaller shape"),
+        (
+            "--operator layer_norm --shape 8,8 --peers fast",
+            "layer_norm has no candidate fast here; choose from eager, ",
+        ),
+        ("--operator layer_norm --shape 8,8 --batch 3", "--batch is not for one operator; it belongs to --model, "),
+        ("--operator layer_norm --shape 8,8 --output a.txt", "a.txt has not the suffix of a format: .csv or .json"),
+    ],
+)
+def test_bench_says_what_is_wrong_with_an_operator(options, message, capsys):
+    assert main(["bench", *options.split()]) == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_one_operator_is_measured(train, tmp_path, capsys):
+    command = "bench --operator layer_norm_mlp --shape 3,5,16 --hidden 24 --seconds 0.05 --backend reference".split()
+    command += ["--peers", "reference", "--output", str(tmp_path / "a.json")]
+    assert main([*command, *["--train"] * train]) == 0
+    head, amount, *table = capsys.readouterr().out.splitlines()
+    kind = "training" if train else "inference"
+    assert head.startswith(f"layer_norm_mlp, 3x5x16, hidden 24, float32, {kind}, torch ")
+    assert "GFLOP of products" in amount and [one.split()[0] for one in table] == ["candidate", "eager", "reference"]
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [one["candidate"] for one in rows] == ["eager", "reference"]
+    for one in rows:
+        assert one["median_ms"] > 0 and one["error"] <= one["allowed"] and one["stage"] == "3x5x16, hidden 24"
+        assert ("gradient" in one["worst"] or train is False) and one["backend"] == "reference"
+
+
+def test_every_operator_has_a_size_for_each_flag():
+    """The flags are the operators' sizes, and the help names every operator."""
+    parser = build_parser()
+    assert {name for operator in OPERATORS for name in sizes_of(operator)} == set(measuring.SIZES)
+    text = parser._subparsers._group_actions[0].choices["bench"].format_help()
+    assert all(operator in text for operator in OPERATORS)

@@ -12,18 +12,20 @@ is skipped and counted.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..ceilings import Ceilings
 from ..origin import environment
-from ..results import Row, append, key, read, row
+from ..results import Row, append, check_file, key, read, row
 from . import networks, operators
 from ._case import Case, Context
+from .selection import Selection, select
 
 
 class Suite(NamedTuple):
@@ -65,6 +67,20 @@ def check_suites(names: Iterable[str]) -> list[str]:
     return [name for name in SUITES if name in names or "all" in names]
 
 
+def cases_of(names: Iterable[str], device: str, selection: Selection | None = None) -> dict[str, list[Case]]:
+    """Suite -> the cases of it that are selected, in their order; a suite of which none is, is left out.
+
+    Raises:
+        ValueError: an unknown suite; nothing is selected. The error lists what there is.
+    """
+    found = {name: SUITES[name].cases(device) for name in check_suites(names)}
+    everything = [case for cases in found.values() for case in cases]
+    what = f"the {'suite' if len(found) == 1 else 'suites'} {', '.join(found)} on {device}"
+    chosen = select(everything, selection or Selection(), what)
+    kept = {name: [case for case in cases if case in chosen] for name, cases in found.items()}
+    return {name: cases for name, cases in kept.items() if cases}
+
+
 def run(
     names: Iterable[str],
     *,
@@ -72,8 +88,12 @@ def run(
     minutes: float,
     folder: Path,
     resume: bool = False,
+    selection: Selection | None = None,
+    seconds: float | None = None,
+    measured: Callable[[list[Row]], None] = lambda rows: None,
     progress: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
+    **how: Any,
 ) -> bool:
     """Measure the suites `names` within `minutes`, and append the rows to the files in `folder`.
 
@@ -81,46 +101,84 @@ def run(
         names: from `SUITES`, or "all".
         device: "cpu" or "cuda".
         minutes: time budget of all suites together. A case that has begun is finished.
-        folder: for the files, one per suite; created if it does not exist.
+        folder: for the files, one per suite; created if it does not exist. It is written to before any work is done.
         resume: skip cases that the files already have from this commit, torch version and device.
+        selection: of the cases; None for all.
+        seconds: measuring time of a case; None for the suite's own.
+        measured: called with the rows of each case, when they are in the file.
         progress: called with each line of text.
         clock: a monotonic clock in seconds; for tests.
+        how: ``backend`` and ``memory`` of `Context`.
 
     Returns:
         Whether every candidate of ours that ran was correct.
 
     Raises:
-        ValueError: an unknown suite; a file with other columns.
+        ValueError: an unknown suite; a selection of nothing; a file with other columns; a budget in which nothing can
+            be measured.
+        OSError: the folder, or a file in it, cannot be written.
         DeviceLost: the GPU returns errors. The case at fault has a row that says so; run again with `resume`.
     """
-    names = check_suites(names)
+    chosen = cases_of(names, device, selection)
+    origin = environment(device)
+    for name in chosen:
+        check_file(folder / f"{name}.csv")
+    if resume:
+        for name, cases in chosen.items():
+            chosen[name] = _without_done(cases, name, folder / f"{name}.csv", origin, how)
+    _check_budget(chosen, minutes)
     end = clock() + 60 * minutes
     right = True
+    names = list(chosen)
     for index, name in enumerate(names):
         shares = [SUITES[n].share for n in names[index:]]
         mine = clock() + (end - clock()) * shares[0] / sum(shares)  # time that an earlier suite left is shared as well
-        context = Context(device, name, seconds=SUITES[name].seconds[device], progress=progress, clock=clock)
+        lasting = seconds or SUITES[name].seconds[device]
+        context = Context(device, name, seconds=lasting, progress=progress, clock=clock, **how)
         context.end = mine
-        right &= _run_suite(name, context, folder / f"{name}.csv", resume)
+        right &= _run_suite(name, chosen[name], context, folder / f"{name}.csv", measured)
     return right
 
 
-def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
-    cases = SUITES[name].cases(context.device)
+def _check_budget(chosen: Mapping[str, list[Case]], minutes: float) -> None:
+    """Raise ValueError if no case would be begun, with the smallest budget in which one would be."""
+    needed, names = [], list(chosen)
+    for index, name in enumerate(names):
+        share = SUITES[name].share / sum(SUITES[n].share for n in names[index:])
+        needed += [max(SUITES[name].least, 2 * case.compiles) / share for case in chosen[name]]
+    if needed and 60 * minutes < min(needed):
+        least = math.ceil(100 * min(needed) / 60 + 0.5) / 100
+        what = "no case" if len(names) > 1 or len(chosen[names[0]]) > 1 else "the case"
+        raise ValueError(
+            f"--budget {minutes:g}: {what} of {', '.join(names)} can be measured in {60 * minutes:.3g} s; "
+            f"the smallest useful budget is {least:g} minutes"
+        )
+
+
+def _without_done(
+    cases: list[Case], name: str, path: Path, origin: Mapping[str, str], how: Mapping[str, Any]
+) -> list[Case]:
+    """The cases that the file does not have from this commit, torch version and device."""
+    here = ("device_name", "commit", "torch")
+    lines = read(path) if path.exists() else []
+    lines = [line for line in lines if all(line[column] == origin[column] for column in here)]
+    done = {(key(line), line["candidate"].startswith("compile")) for line in lines}
+    return [case for case in cases if (key(_subject(case, name, how.get("backend"))), bool(case.compiles)) not in done]
+
+
+def _subject(case: Case, suite: str, backend: str | None) -> Row:
+    return row(suite=suite, **case.subject | ({"backend": backend} if backend else {}))
+
+
+def _run_suite(
+    name: str, cases: list[Case], context: Context, path: Path, measured: Callable[[list[Row]], None]
+) -> bool:
     origin = environment(context.device)
-    done = set()
-    if resume and path.exists():
-        here = ("device_name", "commit", "torch")
-        lines = [line for line in read(path) if all(line[column] == origin[column] for column in here)]
-        done = {(key(line), line["candidate"].startswith("compile")) for line in lines}
     took: list[tuple[float, float]] = []  # (cost, seconds) of each case
     right, left_out = True, 0
     written: list[Ceilings] = []
     for case in cases:
-        subject = row(suite=name, **case.subject)
-        if (key(subject), bool(case.compiles)) in done:
-            continue
-        has_room = context.left >= _expected(case.cost, took, SUITES[name].least)
+        has_room = context.left >= expected_seconds(case.cost, took, SUITES[name].least)
         if not has_room or (case.compiles and context.build_seconds(case.compiles) is None):
             left_out += 1
             continue
@@ -131,13 +189,15 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
         except (RuntimeError, ValueError) as error:  # out of memory, for example: the next case may be smaller
             note = f"not measured: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             candidate = "compile" if case.compiles else "eager"  # by which `resume` finds the case
-            rows = [subject | {"candidate": candidate, "clock": "wall", "samples": 0, "note": note} | origin]
+            about = _subject(case, name, context.backend)
+            rows = [about | {"candidate": candidate, "clock": "wall", "samples": 0, "note": note} | origin]
             context.progress(f"  {note}")
         for dtype, ceilings in context.known_ceilings():
             if ceilings not in written:
                 written.append(ceilings)
                 rows = _machine_rows(name, dtype, ceilings, origin) + rows
         append(path, rows)
+        measured(rows)
         for line in _lines(rows):
             context.progress(line)
         if context.device == "cuda":
@@ -149,7 +209,7 @@ def _run_suite(name: str, context: Context, path: Path, resume: bool) -> bool:
     return right
 
 
-def _expected(cost: float, took: list[tuple[float, float]], least: float) -> float:
+def expected_seconds(cost: float, took: list[tuple[float, float]], least: float) -> float:
     """The estimated seconds of a case of `cost`, without compiling.
 
     It is the time of the shortest earlier case, which is mostly building, plus the time of all cases beyond that, in

@@ -9,7 +9,7 @@ Example:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ class Case(NamedTuple):
     cost: float  # GFLOP of one call, to estimate from earlier cases how long this one takes
     measure: Callable[[Context], list[Row]]
     compiles: float = 0.0  # seconds that compiling a candidate usually takes; 0 if it compiles none
+    model: str = ""  # the network, or that of which it is a block
 
 
 class Context:
@@ -39,6 +40,10 @@ class Context:
         device: "cpu" or "cuda".
         suite: name of the suite, for its column.
         seconds: measuring time of a case, of all its candidates together.
+        backend: that which the candidates of ours use; None for the choice by shape, and each one's own row.
+        memory: whether networks' peak memory is measured on the CPU.
+        peers: the candidates to measure beside eager; None for all. Operators alone.
+        build_seconds: how long a candidate may be compiled where there is no budget.
         progress: called with each line of text.
         clock: a monotonic clock in seconds; for tests.
     """
@@ -49,10 +54,15 @@ class Context:
         suite: str,
         *,
         seconds: float,
+        backend: str | None = None,
+        memory: bool = True,
+        peers: Collection[str] | None = None,
+        build_seconds: float | None = None,
         progress: Callable[[str], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device, self.suite, self.seconds, self.progress, self.clock = device, suite, seconds, progress, clock
+        self.backend, self.memory, self.peers, self._most = backend, memory, peers, build_seconds
         self.end = float("inf")
         self._longest = 0.0  # longest compile time of a candidate, seconds
         self.compiled = 0.0  # total compile time so far, seconds
@@ -68,8 +78,11 @@ class Context:
         """How many seconds compiling a candidate may take; None if it should not be begun.
 
         It is expected to take as long as the longest one before, or at first `usual` seconds. The first one may take
-        half of the remaining time, and all together no more than `FOR_COMPILING` of the budget.
+        half of the remaining time, and all together no more than `FOR_COMPILING` of the budget. Without a budget it is
+        what was asked for, or None: then there is no limit.
         """
+        if self.end == float("inf"):
+            return self._most
         expected = self._longest or usual
         room = FOR_COMPILING * (self.end - self._start) - self.compiled if self._longest else self.left / 2
         return min(2 * expected, self.left) if expected <= min(room, self.left / 2) else None

@@ -112,7 +112,7 @@ def models(device: str) -> list[Case]:
     s, xxs, xs = "mobilevit_s", "mobilevit_xxs", "mobilevit_xs"
     found = [Setting(model, 256, batch, first) for batch in batches for model in (s, xxs)]
     found += [Setting(model, 256, batch, dtypes[0]) for batch in batches for model in (s, xxs)]
-    found += [setting._replace(compiled=True) for setting in found[:4]]
+    found += [setting._replace(compiled=True) for setting in found[: 8 if device == "cpu" else 4]]
     found += [Setting(xs, 256, batch, first) for batch in batches]
     found += [Setting(f"{library}/s", 256, batches[0], first) for library in ("huggingface", "kornia", "own")]
     tasks = [(f"{task}/{variant}", size) for variant in ("s", "xxs") for task, size in TASKS.items()]
@@ -133,7 +133,7 @@ def training(device: str) -> list[Case]:
     batch, dtypes = (8, ("float32", "bfloat16")) if device == "cpu" else (64, ("bfloat16", "float32"))
     names = ("mobilevit_xxs", "mobilevit_s", "mobilevit_xs", "huggingface/s", "kornia/s", "own/s")
     found = [Setting(name, 256, batch, dtype, training=True) for name in names for dtype in dtypes]
-    compiled = [setting._replace(compiled=True) for setting in found[:4] if setting.dtype == dtypes[0]]
+    compiled = [one._replace(compiled=True) for one in found[:4] if device == "cpu" or one.dtype == dtypes[0]]
     whole = recipes(device)
     found = found[:4] + compiled + whole[:2] + found[4:] + whole[2:]  # the first: XXS and S
     return [_case(setting, device) for setting in found]
@@ -184,7 +184,7 @@ def mobile(device: str) -> list[Case]:
 def _case(setting: Setting, device: str) -> Case:
     run = functools.partial(measure_setting, setting)
     usually = USUALLY[device] * (2 if setting.recipe else 1)  # a recipe's check is compiled, and its step
-    return Case(setting.name, setting.subject, setting.gflop, run, usually if setting.compiled else 0.0)
+    return Case(setting.name, setting.subject, setting.gflop, run, usually * setting.compiled, setting.model)
 
 
 # ----------------------------------------------------------------------------------------------------------- one case
@@ -194,7 +194,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
     """Build, check and time the peers of one setting; if its library is missing, return a row that says so."""
     origin = environment(context.device)
     try:
-        subject = subject_of(setting, context.device)
+        subject = subject_of(setting, context.device)._replace(backend=context.backend)
     except ImportError as error:
         note = f"absent: {error}"
         return [
@@ -211,7 +211,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
         peers += possible[: max(1, int(context.left / 10 / USUALLY[context.device]))]
     cheap = [name for name in peers if not PEERS[name].lazy]
     # For the peak memory each peer is built once more, which takes longer than timing it.
-    weighed = context.left > MEMORY_SECONDS * len(cheap) and setting.batch <= 8 and not setting.stage
+    weighed = context.memory and context.left > MEMORY_SECONDS * len(cheap) and setting.batch <= 8 and not setting.stage
     results = compare(
         subject,
         peers,
@@ -232,7 +232,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
         work=work_of(subject),
         ceilings=context.ceilings(subject.dtype),
         suite=context.suite,
-        **setting.subject,
+        **setting.subject | {"backend": context.backend or "auto"},
     )
 
 
@@ -313,7 +313,7 @@ def _measure_mobile(context: Context) -> list[Row]:
     with torch.no_grad():
         for name in MOBILE_NAMES:
             context.progress(f"  {name}")
-            subjects[name] = subject = _mobile_subject(name, context.device)
+            subjects[name] = subject = _mobile_subject(name, context.device)._replace(backend=context.backend)
             peers = [p for p in CHEAP[context.device] if name != MOBILE_BASELINE or not PEERS[p].ours]
             peers += COMPILED[context.device][:1] if compiled else ()
             found, built = prepare(subject, peers, build_seconds=max(2 * USUALLY[context.device], 60.0))

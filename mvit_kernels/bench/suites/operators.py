@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from ..origin import environment
 from ..results import Row
 from ..tables import Result, rows_of
 from ._case import Case, Context
-from .operands import VARIANTS, Operands, Stage, operands, stages
+from .operands import VARIANTS, Operands, Stage, operands, operands_of, sequence_of, sizes_of, stages
 
 # The whole stack, then its parts, the slowest first.
 ORDER = ("transformer", "transformer_layer", "patch_attention", "layer_norm_mlp", "layer_norm_linear")
@@ -69,6 +69,10 @@ class Setting(NamedTuple):
         kind = ("training" if self.training else "inference") + ", compiled too" * self.compiled
         return f"{self.operator}, {s.variant} stage {s.index}, {self.size} px, batch {s.batch}, {self.dtype}, {kind}"
 
+    def draw(self, seed: int) -> Operands:
+        """Random operands, float32 on the CPU."""
+        return operands(self.operator, self.stage, seed=seed)
+
     @property
     def subject(self) -> dict[str, object]:
         return {
@@ -87,6 +91,7 @@ class Setting(NamedTuple):
 def settings(device: str) -> Iterator[Setting]:
     """What is measured, the most valuable first; some settings come twice."""
     batch, dtypes = BATCH[device], DTYPES[device]
+    compiled = dtypes if device == "cpu" else dtypes[:1]
 
     def has_kernels(operator: str) -> bool:
         return any(operator in backends.operators(name) for name in backends.PREFERENCE[device][:-1])
@@ -113,7 +118,9 @@ def settings(device: str) -> Iterator[Setting]:
             yield from all_of([variant], 256, batch, dtypes[0], training)
     for dtype in dtypes[1:]:
         yield from all_of(["s"], 256, batch, dtype, training=True)
-    yield from all_of(["s"], 256, batch, dtypes[0], training=True, compiled=True)
+    for dtype in compiled:
+        for training in (False, True):
+            yield from all_of(["s"], 256, batch, dtype, training, compiled=True)
 
 
 def cases(device: str) -> list[Case]:
@@ -129,22 +136,77 @@ def case_of(setting: Setting, device: str) -> Case:
     return Case(setting.name, setting.subject, cost, run, COMPILE_USUALLY[device] if setting.compiled else 0.0)
 
 
+class OwnShape(NamedTuple):
+    """One call of an operator at a shape of the user's own, for `results_of`."""
+
+    operator: str
+    shape: tuple[int, ...]  # of `operands_of`
+    sizes: dict[str, Any]
+    dtype: str
+    training: bool = False
+    compiled: bool = True
+
+    def draw(self, seed: int) -> Operands:
+        return operands_of(self.operator, self.shape, seed=seed, **self.sizes)
+
+    @property
+    def name(self) -> str:
+        kind = "training" if self.training else "inference"
+        return f"{self.operator}, {self.about}, {self.dtype}, {kind}"
+
+    @property
+    def about(self) -> str:
+        """The shape, and the sizes that a call has beyond it: ``8x32x32x144, num_heads 4, patch_size 2x2``."""
+        known = sizes_of(self.operator) | self.sizes
+        texts = {n: "x".join(map(str, v)) if isinstance(v, tuple) else v for n, v in known.items() if v is not None}
+        return ", ".join(["x".join(map(str, self.shape)), *(f"{name} {text}" for name, text in texts.items())])
+
+    @property
+    def subject(self) -> dict[str, object]:
+        patch_size = (sizes_of(self.operator) | self.sizes).get("patch_size")
+        return {
+            "subject": self.operator,
+            "stage": self.about,
+            "mode": "training" if self.training else "inference",
+            "size": "",
+            "batch": self.shape[0],
+            "tokens": math.prod(self.shape[:-1]),
+            "sequence": sequence_of(self.shape, patch_size) if patch_size else "",
+            "dtype": self.dtype,
+            "backend": "auto",
+        }
+
+
 # --------------------------------------------------------------------------------------------------------- one case
 
 
 def measure_setting(setting: Setting, context: Context) -> list[Row]:
     """Build, check and time every candidate of one setting."""
+    results, case = results_of(setting, context)
+    work = case.training_work if setting.training else case.work
+    identity = {"suite": context.suite} | setting.subject | {"backend": context.backend or "auto"}
+    ceilings = context.ceilings(getattr(torch, setting.dtype))
+    return rows_of(results, environment(context.device), work=work, ceilings=ceilings, **identity)
+
+
+def results_of(setting: Setting | OwnShape, context: Context) -> tuple[list[Result], Operands]:
+    """What `measure_setting` makes rows of, and the operands.
+
+    Raises:
+        ValueError: there is no candidate of a name in `context.peers`.
+    """
     dtype, device = getattr(torch, setting.dtype), torch.device(context.device)
 
     def draw(seed: int) -> Operands:
-        return operands(setting.operator, setting.stage, seed=seed).to(device, dtype)
+        return setting.draw(seed).to(device, dtype)
 
     case = draw(0)
     with torch.set_grad_enabled(setting.training):
         own, truth = truth_of(case, setting.training)
         results: dict[str, Result] = {}
         functions: dict[str, Callable[..., Tensor]] = {}
-        for name, function in candidates(case, device.type, setting.compiled).items():
+        with_compile = setting.compiled and (context.peers is None or "compile" in context.peers)
+        for name, function in _asked_for(candidates(case, device.type, with_compile), case, context).items():
             context.progress(f"  {name}")  # after a crash the log shows the candidate
             compiled = name.startswith("compile")
             limit = context.build_seconds(COMPILE_USUALLY[device.type]) if compiled else None
@@ -155,7 +217,7 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
             if built is not None:
                 functions[name] = function
         del own, truth, gate
-        for backend in backends.PREFERENCE[device.type]:
+        for backend in backends.PREFERENCE[device.type] if context.peers is None and context.backend is None else ():
             if why := backends.unavailable(backend, device.type):
                 results[backend] = Result(backend, note=f"absent: {'; '.join(why)}")
 
@@ -163,13 +225,25 @@ def measure_setting(setting: Setting, context: Context) -> list[Row]:
         replays = {name: functools.partial(_replay, f, case, setting.training, device) for name, f in functions.items()}
         context.progress(f"  timing {', '.join(calls)}")
         measure(results, calls, replays=replays, device=device, warmup_seconds=0.05, seconds=context.seconds)
-        if setting.compiled:
+        if with_compile:
             del functions, calls, replays
             torch.compiler.reset()
-    work = case.training_work if setting.training else case.work
-    identity = {"suite": context.suite} | setting.subject
-    ceilings = context.ceilings(dtype)
-    return rows_of(results.values(), environment(device), work=work, ceilings=ceilings, **identity)
+    return list(results.values()), case
+
+
+def _asked_for(
+    found: dict[str, Callable[..., Tensor]], case: Operands, context: Context
+) -> dict[str, Callable[..., Tensor]]:
+    """Of the candidates those of the backend and of the names that were asked for, and eager."""
+    if context.backend:  # also one that does not take this call: its row then says why
+        found = {name: function for name, function in found.items() if name not in backends.BACKENDS}
+        found[context.backend] = functools.partial(case.public, backend=context.backend)
+    if context.peers is None:
+        return found
+    if unknown := [name for name in context.peers if name not in found]:
+        known = ", ".join(dict.fromkeys([*found, "compile"]))
+        raise ValueError(f"{case.operator} has no candidate {', '.join(unknown)} here; choose from {known}")
+    return {name: function for name, function in found.items() if name == "eager" or name in context.peers}
 
 
 def candidates(case: Operands, device: str, compiled: bool) -> dict[str, Callable[..., Tensor]]:
