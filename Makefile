@@ -9,6 +9,8 @@ SUITE ?= all
 BUDGET ?= 30
 DEVICE ?= cpu
 DATA ?= ../shared/data
+ARCH ?= $(shell uname -m)
+TORCH ?=
 
 # The set-up is complete if this file exists, is newer than its prerequisites, and $(IS_SOUND) succeeds.
 READY := $(VENV)/.mvit_kernels-ready
@@ -23,7 +25,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo examples test test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report docs \
-	lint format build setup clean
+	lint format build wheel test-wheel setup clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and measure the speedup'
@@ -41,6 +43,8 @@ help:
 	@echo 'make bench-regressions  the CPU path under pytest-benchmark, compared with the previous run (by hand)'
 	@echo 'make lint     ruff: rules and format; mypy: types;  make format  fixes what can be fixed automatically'
 	@echo 'make build    compile csrc/ into mvit_kernels/lib; an error if something is missing'
+	@echo 'make wheel    a wheel for every Python and torch, and an sdist, into dist/; ARCH=aarch64 compiles for another processor'
+	@echo 'make test-wheel  the wheel in dist/ in a clean environment of PYTHON, with TORCH=2.10.0 or the newest'
 	@echo 'make setup    create $(VENV) and install everything as pinned in constraints.txt'
 	@echo 'make clean    remove what was built; the environment stays (rm -r $(VENV) removes that)'
 	@echo
@@ -117,6 +121,13 @@ docs: setup
 
 build: setup
 	@MVIT_KERNELS_BUILD=require $(PY) setup.py -q build_native --inplace
+
+wheel: setup
+	@$(PY) release/wheel.py --arch '$(ARCH)'
+
+test-wheel:
+	@$(PYTHON_IS_NEW_ENOUGH)
+	@$(PYTHON) release/try_wheel.py --torch '$(TORCH)'
 
 ifeq ($(USE_SYSTEM_PYTHON),1)
 

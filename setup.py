@@ -24,6 +24,11 @@ Environment variables:
     CUDA_HOME            the CUDA toolkit, if nvcc is neither on the PATH nor in /usr/local/cuda
     TORCH_CUDA_ARCH_LIST the GPUs to compile for; default "8.0;9.0+PTX". Entries below 8.0 are ignored
     MAX_JOBS             number of files compiled in parallel (default: ninja's choice)
+    MVIT_KERNELS_MANYLINUX
+                         1: link libraries for a wheel (see csrc/cmake/manylinux.cmake); `make wheel` sets it
+    CMAKE_TOOLCHAIN_FILE CMake's own: another processor (see csrc/cmake/aarch64-linux-gnu.cmake)
+    MVIT_KERNELS_REPOSITORY
+                         the public address that the metadata points at (see release/metadata.py)
     MVIT_KERNELS_SANITIZE
                          1: build_native --inplace compiles with AddressSanitizer and UndefinedBehaviorSanitizer, into
                          build/sanitized instead of the package; `make sanitize` runs tests on that
@@ -46,6 +51,10 @@ from pathlib import Path
 from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+from setuptools.command.sdist import sdist
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip runs this file from elsewhere
+from release import metadata  # noqa: E402
 
 # Paths are relative, here and below: setuptools runs this file in the project's folder.
 LIBRARY_FOLDER = Path("mvit_kernels", "lib")
@@ -55,6 +64,7 @@ POLICIES = ("auto", "require", "skip")
 LIBRARIES = {"cpu": "C++", "cuda": "CUDA"}
 # A change of any of these reconfigures the library from scratch; CMake would keep the values that it found first.
 SETTINGS = {"cpu": ("CXX",), "cuda": ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")}
+SETTINGS = {name: (*own, "MVIT_KERNELS_MANYLINUX", "CMAKE_TOOLCHAIN_FILE") for name, own in SETTINGS.items()}
 COMPILERS = ("c++", "g++", "clang++", "nvcc")
 
 
@@ -183,6 +193,8 @@ def build_libraries(destination: Path, policy: str) -> bool:
             info[name] = {"built": False, "reason": str(why)}
             (destination / f"libmvit_kernels_{name}.so").unlink(missing_ok=True)
             print(f"mvit_kernels: the {name} library is not built: {why}")
+    sources = {"version": metadata.version(), "commit": metadata.commit()}
+    info = {name: {**entry, **sources} for name, entry in info.items()}
     (destination / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
     if failed and policy == "require":
         raise SystemExit("error: MVIT_KERNELS_BUILD=require, and a library could not be built (see above)")
@@ -249,7 +261,25 @@ class NativeWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+class SourceDistribution(sdist):
+    """Notes the commit, which the files alone do not know."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        noted = Path(base_dir, metadata.COMMIT_FILE)
+        noted.unlink(missing_ok=True)  # it may be a hard link to the one in this folder
+        noted.write_text(metadata.commit() + "\n", encoding="ascii")
+
+
 setup(
     distclass=NativeDistribution,
-    cmdclass={"build": BuildWithNative, "build_native": BuildNative, "bdist_wheel": NativeWheel},
+    cmdclass={
+        "build": BuildWithNative,
+        "build_native": BuildNative,
+        "bdist_wheel": NativeWheel,
+        "sdist": SourceDistribution,
+    },
+    long_description=metadata.long_description(Path("README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
+    project_urls=metadata.urls(),
 )

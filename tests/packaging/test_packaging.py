@@ -97,6 +97,7 @@ def project(bare: Path) -> Path:
     """The same with what is needed to build it, and no C++ sources."""
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, bare)
+    shutil.copytree(ROOT / "release", bare / "release")
     (bare / "README.md").write_text("# mvit_kernels\n")
     return bare
 
