@@ -3,9 +3,9 @@
 
     MVIT_KERNELS_REPOSITORY=https://example.com/owner/mvit_kernels make wheel
 
-The repository's public address is written nowhere, since the sources do not know it: it is given when a release is built
-(on GitHub by the workflow's own variables). With it the README's relative links and images, which PyPI cannot resolve,
-become absolute; without it links become text and images are left out, so that nothing is broken there.
+The repository's public address is written nowhere, since the sources do not know it: it is given when a release is
+built (on GitHub by the workflow's own variables). With it the README's relative links and images, which PyPI cannot
+resolve, become absolute; without it links become text and images are left out, so that nothing is broken there.
 """
 
 from __future__ import annotations

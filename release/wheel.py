@@ -5,14 +5,15 @@
     python release/wheel.py --arch aarch64  # cross-compiled; without a CUDA library
 
 The wheel is built from the unpacked sdist and not from the checkout, so that what the sdist lacks is missed here. Both
-are checked: no symbol of torch outside its stable ABI (torch-abi-audit), none of glibc or libstdc++ that manylinux_2_28
-lacks (auditwheel), a description that PyPI shows (twine). torch's own libraries stay outside: the process that loads ours
-has loaded them.
+are checked: no symbol of torch outside its stable ABI (torch-abi-audit), none of glibc or libstdc++ that
+manylinux_2_28 lacks (auditwheel), a description that PyPI shows (twine). torch's own libraries stay outside: the
+process that loads ours has loaded them.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import shutil
@@ -49,7 +50,7 @@ def make_sdist(output: Path) -> Path:
 
 
 def unpack(sdist: Path, folder: Path) -> Path:
-    """The sdist's folder in `folder`. What an earlier build left beside the sources stays: ninja builds what changed."""
+    """The sdist's folder in `folder`. What an earlier build left there stays: ninja builds what changed."""
     with tarfile.open(sdist) as archive:
         (name,) = {member.name.partition("/")[0] for member in archive.getmembers()}
         kept = folder / name / "build" / "native"
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="the folder of wheel and sdist")
     arguments = parser.parse_args()
     for tool in TOOLS:
-        if subprocess.run([sys.executable, "-c", f"import {tool}"], capture_output=True).returncode:
+        if importlib.util.find_spec(tool) is None:
             raise SystemExit(f"error: {tool} is not installed: pip install -e '.[release]' (Python 3.11 or newer)")
     if arguments.arch != platform.machine() and not shutil.which(f"{arguments.arch}-linux-gnu-g++"):
         raise SystemExit(

@@ -187,6 +187,7 @@ def _about(library: dict[str, Any]) -> str:
     compiler = library.get("compiler", "an unknown compiler")
     about = f"built {library.get('time', '')} by {compiler} for {targets}"
     left_out = library.get("isa_left_out")
+    about += f", sources of {library['version']} {library['commit']}".rstrip() if library.get("version") else ""
     return about + (f"; the compiler has no {', '.join(left_out)}" if left_out else "")
 
 

@@ -236,6 +236,10 @@ def test_info_about_a_wrong_instruction_set():
             {"cpu": {"built": True, "time": "2025", "compiler": "g++ 12", "isa": ["avx2"]}},
             "built 2025 by g++ 12 for avx2",
         ),
+        (
+            {"cpu": {"built": True, "isa": ["amx"], "version": "0.1.0", "commit": "0123abcd+"}},
+            "for amx, sources of 0.1.0 0123abcd+",
+        ),
         ({"cpu": {"built": True, "isa": [], "isa_left_out": ["avx2"]}}, "baseline only; the compiler has no avx2"),
         ({"cuda": {"built": True, "compiler": "nvcc 13", "architectures": ["sm_80"]}}, "by nvcc 13 for sm_80"),
         ({"cpu": {"built": False, "reason": "no compiler"}}, "not built: no compiler"),
