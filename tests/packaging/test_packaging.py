@@ -7,6 +7,7 @@ import email
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -60,6 +61,21 @@ constexpr int vector_bytes = 16;
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 bool JOIN(compiled_for_, MVIT_ISA)() { return vector_bytes == MVIT_VECTOR_BYTES; }
+"""
+
+
+# What the headers of newer compilers take from newer libraries: a shared_ptr, a stringstream, a new[], dlsym.
+MODERN = """
+#include <dlfcn.h>
+#include <memory>
+#include <sstream>
+#include <string>
+std::string told(int n) {
+  std::ostringstream stream;
+  stream << std::make_shared<int>(n).use_count() << (dlsym(RTLD_DEFAULT, "getenv") != nullptr);
+  std::unique_ptr<std::string[]> lines(new std::string[n]);
+  return lines[0] + stream.str() + std::move(stream).str();
+}
 """
 
 
@@ -300,6 +316,32 @@ def test_objects_are_linked_from_the_lowest_instruction_set_to_the_highest(proje
     order = ["avx", "avx2", "avx512", "avx512bf16", "amx_emulated", "amx"]
     assert info["isa"] == [isa for isa in order if isa in info["isa"]]
     assert sorted(info["isa"] + info["isa_left_out"]) == sorted(order)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="no wheel is made for this processor")
+def test_a_library_for_a_wheel_asks_for_nothing_that_manylinux_2_28_lacks(project: Path) -> None:
+    """Whatever this machine's glibc and libstdc++; `auditwheel repair` holds the whole libraries to it."""
+    from elftools.elf.elffile import ELFFile
+
+    add_probe(project)
+    sets = project / "csrc" / "cpu" / "CMakeLists.txt"
+    sets.write_text(re.sub(r"^instruction_set\((?!portable)[^)]*\)$", "", sets.read_text(), flags=re.MULTILINE))
+    probe = project / "csrc" / "cpu" / "probe.cpp"
+    probe.write_text(
+        MODERN + probe.read_text().replace("#ifdef __AVX2__", "if (told(1).empty()) return x;\n#ifdef __AVX2__")
+    )
+    shutil.copytree(ROOT / "csrc" / "manylinux", project / "csrc" / "manylinux")
+    build = (sys.executable, "setup.py", "-q", "build_native", "--inplace")
+    run(*build, cwd=project, MVIT_KERNELS_BUILD="require", MVIT_KERNELS_MANYLINUX="1")
+    newest: dict[str, tuple[int, ...]] = {}
+    with open(project / "mvit_kernels" / "lib" / "libmvit_kernels_cpu.so", "rb") as file:
+        for _, versions in ELFFile(file).get_section_by_name(".gnu.version_r").iter_versions():
+            for version in versions:
+                family, _, number = version.name.partition("_")
+                parts = tuple(map(int, number.split(".")))
+                newest[family] = max(newest.get(family, ()), parts)
+    assert newest["GLIBC"] <= (2, 28) and newest["GLIBCXX"] <= (3, 4, 24) and newest["CXXABI"] <= (1, 3, 11), newest
 
 
 @needs_compiler
