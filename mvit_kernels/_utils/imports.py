@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 
 def after_import(name: str, function: Callable[[], object]) -> None:
@@ -49,11 +50,11 @@ class _Finder:
             return spec
         execute = spec.loader.exec_module
 
-        def exec_module(module) -> None:
+        def exec_module(module: ModuleType) -> None:
             execute(module)
             sys.meta_path.remove(self)  # only now: a spec may be asked for without an import
             for function in self.functions:
                 function()
 
-        spec.loader.exec_module = exec_module  # of this loader alone: each module has its own
+        setattr(spec.loader, "exec_module", exec_module)  # noqa: B010  of this loader alone: each module has its own
         return spec

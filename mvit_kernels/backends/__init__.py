@@ -23,6 +23,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -224,7 +225,8 @@ def warn_without_kernels(function: str, servings: Sequence[Serving], device_type
     if _warned or device_type == "meta" or not reasons or any(serving.by_kernels for serving in servings):
         return
     _warned = True
-    level, frame = 1, sys._getframe()
+    level = 1
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_filename.startswith(str(PACKAGE)):
         level, frame = level + 1, frame.f_back
     warnings.warn(

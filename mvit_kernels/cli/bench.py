@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._utils.freed_memory import keep_freed_memory
-from . import add_command, measuring, output_file
+from . import add_command, add_result_arguments, measuring, output_file
 from .models import add_model_arguments, positive
 
 _EXAMPLES = """\
@@ -120,7 +120,8 @@ def _add_measuring(what: argparse._ArgumentGroup) -> None:
         "--peers",
         metavar="A,B,…",
         default=None,
-        help=f"the candidates; eager is always included (default: {measuring.PEERS}, without frozen in training). "
+        help="the candidates; eager is always included "
+        f"(default: {measuring.DEFAULT_PEERS}, without frozen in training). "
         "Known are eager, channels_last, accelerated, frozen, compile, compile_channels_last, "
         "compile_reduce_overhead, compile_max_autotune, "
         "compile_freezing, compile_accelerated, onnxruntime, openvino, openvino_by_image, or all; "
@@ -144,9 +145,8 @@ def _add_measuring(what: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="do not measure peak memory; on the CPU, measuring it builds each candidate once more",
     )
-    what.add_argument("--output", type=_table_file, metavar="FILE", help="write the table to FILE, .csv or .json")
+    add_result_arguments(what, "the table")
     what.add_argument("--plot", type=_plot_file, metavar="FILE", help="draw the table into FILE, .png, .svg or .pdf")
-    what.add_argument("--json", action="store_true", help="print JSON instead of text; progress goes to stderr")
 
 
 def _add_operator(operator: argparse._ArgumentGroup) -> None:
@@ -267,9 +267,8 @@ def _use(args: argparse.Namespace) -> str:
 
 
 def _refuse_what_does_not_belong(args: argparse.Namespace, use: str) -> None:
-    given = [name for name, value in vars(args).items() if value not in (None, False) and name not in ("run", "debug")]
-    for name in given:
-        if name in _USES[use].takes:
+    for name, value in vars(args).items():
+        if value in (None, False, []) or name in ("run", "debug", *_USES[use].takes):
             continue
         option = "--heads" if name == "num_heads" else "--" + name.replace("_", "-")
         if use in ("suite", "commits") and name in _WHY_NOT:
@@ -316,18 +315,9 @@ def _patch(text: str) -> tuple[int, int]:
     return shape[0], shape[-1]
 
 
-def _table_file(text: str) -> Path:
-    """Argument type: a file that the suffix gives its format."""
-    return _with_suffix(text, ".csv", ".json")
-
-
 def _plot_file(text: str) -> Path:
     """Argument type: a file for a plot."""
-    return _with_suffix(text, ".png", ".svg", ".pdf")
-
-
-def _with_suffix(text: str, *suffixes: str) -> Path:
     path = output_file(text)
-    if path.suffix.lower() not in suffixes:
-        raise argparse.ArgumentTypeError(f"{path} has not the suffix of a format: {' or '.join(suffixes)}")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends in none of .png, .svg and .pdf, which say how it is drawn")
     return path

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..zoo import checked_device, load
-from . import print_json, write_csv, write_json
+from . import print_json, write_rows
 from .models import random_images
 
 if TYPE_CHECKING:
     from ..bench.changes import Change
+    from ..bench.peers import Subject
     from ..bench.suites.selection import Selection
 
-PEERS = "eager,channels_last,accelerated,frozen"
+DEFAULT_PEERS = "eager,channels_last,accelerated,frozen"
 SIZES = "num_heads patch_size inner hidden out_features layers stride dilation residual activation".split()
 COMMITS = Path("build", "commits")
 
@@ -39,7 +40,7 @@ def run_model(args: argparse.Namespace) -> int:
     args.dtype, args.device, args.backend = args.dtype or "float32", args.device or "cpu", args.backend or "auto"
     peers = args.peers
     if peers is None:
-        peers = ",".join(name for name in PEERS.split(",") if not (args.train and name == "frozen"))
+        peers = ",".join(name for name in DEFAULT_PEERS.split(",") if not (args.train and name == "frozen"))
     if not peers.strip(","):
         raise ValueError("--peers names no candidate; see mvit-kernels bench --help for the list")
     peers = check_peers(filter(None, peers.split(",")), args.train)
@@ -64,7 +65,7 @@ def run_model(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def subject_of(args: argparse.Namespace, subject_class: type):
+def subject_of(args: argparse.Namespace, subject_class: type[Subject]) -> Subject:
     """The `peers.Subject` that the arguments of `add_model_arguments` ask for."""
     import torch
 
@@ -284,8 +285,7 @@ def _write(args: argparse.Namespace, rows: list[Any], text: str) -> None:
         print_json(rows)
     else:
         print(text)
-    if args.output:
-        (write_json if args.output.suffix.lower() == ".json" else write_csv)(args.output, rows)
+    write_rows(args.output, rows, rows)
 
 
 def _progress(stream: Any, digits: int = 1) -> Callable[[str], None]:

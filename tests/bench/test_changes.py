@@ -102,7 +102,7 @@ def test_changes_and_tables_are_drawn(two, run, refused, monkeypatch, tmp_path):
     assert "<svg" in (tmp_path / "b.svg").read_text()
     with pytest.raises(ValueError, match="no candidate was timed"):
         plots.draw_table([row(candidate="compile", clock="wall")], "title", tmp_path / "c.png")
-    assert "has not the suffix of a format: .png or .svg or .pdf" in refused("bench", "--plot", tmp_path / "a.gif")
+    assert "ends in none of .png, .svg and .pdf" in refused("bench", "--plot", tmp_path / "a.gif")
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
     missing = refused("bench", "--compare", "nowhere", "nowhere", "--plot", tmp_path / "d.png")

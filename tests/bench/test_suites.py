@@ -521,7 +521,7 @@ def test_own_sizes(operator, shape, sizes):
             "layer_norm has no candidate fast here; choose from eager, ",
         ),
         ("--operator layer_norm --shape 8,8 --batch 3", "--batch is not for one operator; it belongs to --model, "),
-        ("--operator layer_norm --shape 8,8 --output a.txt", "a.txt has not the suffix of a format: .csv or .json"),
+        ("--operator layer_norm --shape 8,8 --output a.txt", "ends neither in .csv nor in .json"),
     ],
 )
 def test_bench_says_what_is_wrong_with_an_operator(options, message, capsys):
