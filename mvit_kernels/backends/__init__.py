@@ -227,11 +227,11 @@ def warn_without_kernels(function: str, servings: Sequence[Serving], device_type
     _warned = True
     level = 1
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename.startswith(str(PACKAGE)):
+    while frame is not None and frame.f_code.co_filename.startswith((str(PACKAGE), "<")):  # "<frozen runpy>"
         level, frame = level + 1, frame.f_back
     warnings.warn(
         f"{function}: no kernel serves {dtype} on {device_type} here; plain PyTorch computes the blocks, correctly but "
-        f"hardly faster. {some(reasons, joint='; ')}",
+        f"no faster. {some(reasons, joint='; ')}",
         stacklevel=level if frame is not None else 1,
     )
 
