@@ -36,6 +36,9 @@ def test_reasons_are_of_calls_that_no_kernel_serves():
     with fake_backend(["layer_norm_mlp"], refuses=lambda call: ["no gradient"] if call.needs_grad else []):
         assert explain([MLP]).reasons == ()
         assert explain([MLP, MLP._replace(needs_grad=True)]).reasons == (f"{NAME}: no gradient",)
+        backends.PREFERENCE["cpu"] = (NAME, "cpu", "reference")  # until the end of the fake, as Triton's behind CUDA's
+        told = explain([MLP, MLP._replace(needs_grad=True)])
+        assert told.backends == (NAME, "cpu") and told.reasons == ()
 
 
 def test_what_was_requested():
