@@ -92,6 +92,8 @@ def measure(
             side: stack.enter_context(_worker(place, device, threads, folder / f"{side}.log"))
             for side, place in places.items()
         }
+        for worker in workers.values():
+            worker.started()  # both have, side by side, before the budget's time begins
         with contextlib.suppress(KeyboardInterrupt):
             _measure(chosen, workers, rows, minutes, rounds, seconds, device, folder, progress)
     return rows["old"], rows["new"]
@@ -201,10 +203,15 @@ class Worker:
 
     def __init__(self, place: Path, process: subprocess.Popen[str], log: Path) -> None:
         self._place, self._process, self._log = place, process, log
+
+        self.cases: dict[str, list[str]] = {}  # suite -> the names of those that the commit has
+
+    def started(self) -> None:
+        """Wait until the process is ready, and take the cases that it has."""
         hello = self._answer()
-        if not Path(hello["file"]).is_relative_to(place):
-            raise RuntimeError(f"the process in {place} imports {hello['file']}")
-        self.cases: dict[str, list[str]] = {name: hello["cases"].get(name, []) for name in SUITES}
+        if not Path(hello["file"]).is_relative_to(self._place):
+            raise RuntimeError(f"the process in {self._place} imports {hello['file']}")
+        self.cases = {name: hello["cases"].get(name, []) for name in SUITES}
 
     def __call__(self, suite: str, case: Case, seconds: float) -> list[dict[str, Any]]:
         stdin: IO[str] = self._process.stdin
