@@ -20,21 +20,20 @@ def main(device: str, threads: int) -> None:
     os.dup2(2, 1)  # whatever prints does not get between the answers
     import torch
 
-    import mvit_kernels
     from mvit_kernels._utils.freed_memory import keep_freed_memory
-    from mvit_kernels.bench.suites import SUITES
+    from mvit_kernels.bench import suites
 
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-    cases = {name: {case.name: case for case in suite.cases(device)} for name, suite in SUITES.items()}
+    cases = {name: {case.name: case for case in suite.cases(device)} for name, suite in suites.SUITES.items()}
     contexts: dict[tuple[str, float], Any] = {}
 
     def answer(value: object) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    answer({"file": mvit_kernels.__file__, "cases": {name: list(found) for name, found in cases.items()}})
+    answer({"file": suites.__file__, "cases": {name: list(found) for name, found in cases.items()}})
     for line in sys.stdin:
         suite, case, seconds = json.loads(line)
         answer(_rows(cases[suite][case], device, suite, seconds, contexts))

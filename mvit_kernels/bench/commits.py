@@ -135,6 +135,8 @@ def _measure(
                 append(folder / side / f"{name}.csv", lines)
                 rows[side] += [line for line in lines if line["subject"] != "machine"]
             took.append((case.cost, time.monotonic() - start))
+    chance = 200 / math.comb(2 * rounds, rounds)
+    progress(f"{rounds} rounds: {chance:.2g} % of what did not change is apart by chance")
     progress(f"rows of every round are in {folder / 'old'} and {folder / 'new'}; {left_out} cases did not fit")
 
 
