@@ -44,7 +44,7 @@ def transformer_on_map(
     final_norm: tuple[Tensor, Tensor] | None,
     *,
     num_heads: int,
-    patch_size: tuple[int, int],
+    patch_size: int | tuple[int, int],
     eps: float = 1e-5,
     dropout: Sequence[LayerDropout] | None = None,
     backend: str | None = None,

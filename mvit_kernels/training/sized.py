@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch.utils.data import Dataset, IterableDataset
 
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 Pair = tuple[int, int]
 
 
-class SizedDataset(Dataset):
+class Transforms(Protocol):
+    """A factory of transforms for `SizedDataset`: (height, width) to the transform for that size."""
+
+    def __call__(self, size: Pair, /) -> Callable[..., Any]: ...
+
+
+class SizedDataset(Dataset[tuple[Any, ...]]):
     """`data` with images at the size that each index comes with.
 
     Example:
@@ -71,7 +77,7 @@ class SizedDataset(Dataset):
         ValueError: `data` has transforms of its own. When indexed: a transform that returns another size.
     """
 
-    def __init__(self, data: Dataset, transforms: Callable[[Pair], Callable[..., Any]], *, joint: bool = False) -> None:
+    def __init__(self, data: Dataset[Any], transforms: Transforms, *, joint: bool = False) -> None:
         if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             raise TypeError(
                 f"SizedDataset: data is {type(data).__name__}, which cannot be indexed; give a map-style data set, "

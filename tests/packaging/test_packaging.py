@@ -216,7 +216,7 @@ def test_wheel_without_sources_is_pure(project: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         modules = {str(f.relative_to(ROOT)) for f in PACKAGE.rglob("*.py")}
-        assert modules <= names
+        assert modules | {"mvit_kernels/py.typed"} <= names
         assert {name.partition("/")[0] for name in names} == {"mvit_kernels", dist_info}
         assert not [name for name in names if name.endswith(".so")]
         info = json.loads(archive.read("mvit_kernels/lib/build_info.json"))
