@@ -8,6 +8,7 @@ folder cannot be, so its link becomes its name. And `{programs}` makes the page 
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 from docutils import nodes
@@ -17,14 +18,17 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
+# Files outside docs/ that are pages here, by `{include}`; and examples/, whose programs are sections of one.
 PAGES = {
     "README.md": "index",
     "CHANGELOG.md": "changelog",
     "CONTRIBUTING.md": "contributing",
     "benchmarks/README.md": "measuring",
-    "examples": "examples",
+    "examples/README.md": "examples",
     "examples/timm_train.md": "timm_train",
+    "examples": "examples",
 }
+FOLDERS = {page: Path(file).parent for file, page in PAGES.items() if file != "examples"}  # that their links start from
 
 
 class LinksOut(SphinxTransform):
@@ -34,26 +38,33 @@ class LinksOut(SphinxTransform):
 
     def apply(self) -> None:
         for node in list(self.document.findall(lambda each: isinstance(each, download_reference | pending_xref))):
-            path = self.path(node)
-            if path is None:
-                continue
-            if path in PAGES:
-                place = dict(refdomain="doc", refdoc=self.env.docname, reftarget=PAGES[path], reftargetid=None)
-                node.replace_self(pending_xref("", *node.children, reftype="myst", refexplicit=True, **place))
-            elif (ROOT / path).is_dir():
-                node.replace_self(nodes.inline("", "", *node.children))
+            if node.get("reftype") == "myst":
+                self.redirect(node)
 
-    def path(self, node: nodes.Element) -> str | None:
-        """What a Markdown link names, from the repository's root; None for everything inside docs/."""
-        if node.get("reftype") != "myst":
-            return None
-        target = node["reftarget"].split("#")[0]
+    def redirect(self, node: nodes.Element) -> None:
+        target, _, anchor = node["reftarget"].partition("#")
+        anchor = anchor or node.get("reftargetid")
+        folder = ROOT / FOLDERS.get(self.env.docname, Path("docs", self.env.docname).parent)
         if node.get("refdomain") == "doc":  # MyST takes any Markdown file for a page, by its path without the suffix
-            target += ".md"
-        path = Path(self.env.srcdir, self.env.docname).parent.joinpath(target).resolve()
-        if not path.exists() or not path.is_relative_to(ROOT) or path.is_relative_to(self.env.srcdir):
-            return None
-        return path.relative_to(ROOT).as_posix()
+            folder, target = Path(self.env.srcdir), f"{target}.md"
+        path = (folder / target).resolve()
+        if not target or not path.exists() or not path.is_relative_to(ROOT):
+            return
+        page = PAGES.get(path.relative_to(ROOT).as_posix())
+        place = dict(refdomain="doc", reftarget=page, reftargetid=anchor or None)
+        if path.suffix == ".md" and path.is_relative_to(self.env.srcdir):
+            place["reftarget"] = self.env.path2doc(path)
+        elif path.suffix == ".py" and path.parent == ROOT / "examples":
+            place = dict(refdomain="std", reftype="ref", reftarget=path.name)
+        if place["reftarget"]:
+            settings = dict(reftype="myst", refexplicit=True, refwarn=True, refdoc=self.env.docname) | place
+            node.replace_self(pending_xref("", *node.children, **settings))
+        elif path.is_dir():
+            node.replace_self(nodes.inline("", "", *node.children))
+        elif isinstance(node, pending_xref):  # of an included file: a download that MyST did not find from here
+            target = os.path.relpath(path, Path(self.env.srcdir, self.env.docname).parent)
+            settings = dict(reftype="myst", refdomain=None, refexplicit=True, refdoc=self.env.docname)
+            node.replace_self(download_reference("", *node.children, reftarget=target, **settings))
 
 
 class Programs(SphinxDirective):
@@ -65,7 +76,10 @@ class Programs(SphinxDirective):
             self.env.note_dependency(str(path))
             source = path.read_text(encoding="utf-8")
             head, _, rest = (ast.get_docstring(ast.parse(source)) or path.name).partition("\n")
-            section = nodes.section(ids=[path.stem.replace("_", "-")], names=[path.stem])
+            name = path.name.replace("_", "-").replace(".", "-")
+            section = nodes.section(ids=[name], names=[path.name])
+            self.env.domains.standard_domain.labels[path.name] = self.env.docname, name, path.name
+            self.env.domains.standard_domain.anonlabels[path.name] = self.env.docname, name
             section += nodes.title("", "", nodes.literal("", path.name))
             section += self.parse_text_to_nodes(head + "\n\n" + rest.strip("\n"))
             source = f":::{{literalinclude}} ../examples/{path.name}\n:language: python\n:::"
