@@ -125,6 +125,8 @@ def main():
     args = parser.parse_args()
     if args.requests < 2 * args.clients:
         parser.error("--requests: at least two for each of --clients")
+    if min(args.workers, args.clients, args.threads or 1) < 1:
+        parser.error("--workers, --clients and --threads: at least one")
 
     torch.manual_seed(0)
     model = timm.create_model(args.model, num_classes=args.classes)

@@ -281,6 +281,13 @@ def test_finetuning_without_photos(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------- all of them
 
 
+def test_the_list_of_examples_is_whole():
+    links = re.findall(r"\]\(([^)]+)\)", (EXAMPLES / "README.md").read_text())
+    assert all((EXAMPLES / link).exists() for link in links)
+    listed = {link for link in links if "/" not in link}
+    assert listed == {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {"README.md"}
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_help_needs_no_data(script, monkeypatch, capsys):
     """Here, where their libraries are loaded already."""

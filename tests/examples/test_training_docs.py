@@ -10,7 +10,6 @@ import pytest
 
 from support import ROOT
 
-SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 TEXT = (ROOT / "docs" / "training.md").read_text()
 
 
@@ -30,7 +29,7 @@ def test_commands():
         assert options and all(f'"{option}"' in known for option in options), command
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
 def test_usage_in_docstrings(script):
     """The commands at the head of each example."""
     text = (ROOT / "examples" / script).read_text()
@@ -46,9 +45,3 @@ def test_links():
         path = ROOT / "examples" / name
         links = re.findall(r"\]\(([^)]+)\)", path.read_text())
         assert links and all(link.startswith("https:") or (path.parent / link).exists() for link in links)
-
-
-def test_the_list_of_examples_is_whole():
-    text = (ROOT / "examples" / "README.md").read_text()
-    listed = set(re.findall(r"\]\(([^)/]+)\)", text))
-    assert listed == {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} - {"README.md"}
