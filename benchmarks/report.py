@@ -182,8 +182,8 @@ def operators_table(found: list[Table]) -> list[str]:
         ours = table.best(operator_plots.BACKENDS)
         line = table.lines[ours]
         eager, mine = table.ms("eager"), table.ms(ours)
-        cells = [milliseconds(1e3 * eager), f"**{milliseconds(1e3 * mine)} ({times(eager, mine)})**"]
-        cells = [cell.replace("**", "") for cell in cells] if mine > eager else cells
+        cells = [milliseconds(1e3 * eager), f"{milliseconds(1e3 * mine)} ({times(eager, mine)})"]
+        cells[mine < eager] = f"**{cells[mine < eager]}**"
         cells += [
             f"{float(line[name]):.0f} %" if line[name] else "" for name in ("percent_product", "percent_bandwidth")
         ]
@@ -215,7 +215,7 @@ def detail(root: Path = RESULTS) -> str:
     lines = [
         "![Speed of MobileViT in all its forms, relative to eager PyTorch](../benchmarks/plots/headline.png)",
         "",
-        *([] if any(_is_gpu(folder) for folder in found) else ["Nothing was timed on a GPU yet.", ""]),
+        *([] if any(_is_gpu(folder) for folder in found) else ["There are no rows of a GPU yet.", ""]),
     ]
     for folder in found:
         lines += [*machine(folder), ""]

@@ -103,7 +103,7 @@ def test_the_report_takes_the_newest_rows_and_hides_no_loss(script, device):
     assert "| S, batch 8 | 400 |  | **100 (4.00×)** | 150 (2.67×) |" in detail
     assert "### Inference, float32\n\n| | eager | accelerated | frozen | OpenVINO |\n" in detail
     assert "99.0" not in detail and "machine" not in detail and "commit abcdef123456, 2026-11-25." in detail
-    assert "Nothing was timed on a GPU yet." in detail and "### Training step" not in detail
+    assert "There are no rows of a GPU yet." in detail and "### Training step" not in detail
 
 
 def test_every_number_of_the_report_is_a_rows(script, device):
@@ -172,7 +172,7 @@ def test_a_gpus_rows_come_first_and_tell_their_clock(script, device):
     )
     detail = report.detail(device)
     assert "| S, batch 64, device's clock | 8.00 | **2.00 (4.00×)** |  |" in detail
-    assert detail.index("## NVIDIA H200") < detail.index("## 2 threads") and "Nothing was timed" not in detail
+    assert detail.index("## NVIDIA H200") < detail.index("## 2 threads") and "no rows of a GPU" not in detail
 
 
 # --- the plots
