@@ -38,7 +38,7 @@ help:
 	@echo 'make test-elsewhere  the tests that measure errors, compared with a PyTorch that works as on other x86 machines (minutes)'
 	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
-	@echo 'make report   the README'"'"'s figures and plots from the committed results'
+	@echo 'make report   the README'"'"'s headline, docs/benchmarks.md and the plots from the committed results'
 	@echo 'make docs     the documentation as a site, into build/docs/index.html; a warning is an error'
 	@echo 'make bench-regressions  the CPU path under pytest-benchmark, compared with the previous run (by hand)'
 	@echo 'make lint     ruff: rules and format; mypy: types;  make format  fixes what can be fixed automatically'
