@@ -170,10 +170,12 @@ def eps(op: str, value: Any) -> None:
 
 def autocast_dtype(x: Any) -> torch.dtype | None:
     """The dtype that autocast gives an operator on x; None without autocast, and for float64, which is never cast."""
-    if not isinstance(x, Tensor) or x.dtype == torch.float64:
-        return None
-    device_type = x.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    return autocast_dtype_on(x.device.type, x.dtype) if isinstance(x, Tensor) else None
+
+
+def autocast_dtype_on(device_type: str, dtype: torch.dtype) -> torch.dtype | None:
+    """The same for a tensor of `dtype` on a device of `device_type`."""
+    if dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

@@ -47,7 +47,7 @@ def transformer_serving(
     Raises:
         ValueError: `backend` is not a backend's name.
     """
-    dtype = checks.autocast_dtype(torch.empty(0, dtype=dtype, device=device)) or dtype
+    dtype = checks.autocast_dtype_on(device.type, dtype) or dtype
     (ph, pw), rows = patch_size, functools.partial(torch.empty, dtype=dtype, device="meta")
     x = rows(1, PATCHES * ph, PATCHES * pw, width)
     layers = [_layer(rows, width, *each) for each in widths]

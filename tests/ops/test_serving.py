@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mvit_kernels import accelerate, report
+from mvit_kernels.backends.contract import REGISTRY
 from mvit_kernels.ops.serving import transformer_serving
 from support import models
 from support.cases import Recorder
@@ -51,6 +52,25 @@ def test_as_calls_are_served(kernels):
 def test_the_cpu_serves_every_dtype(dtype):
     told = serving(dtype)
     assert told.backends == ("cpu",) and told.reasons == ()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inference", "training"),
+    [
+        (torch.bfloat16, ("cuda",), ("cuda", "triton")),  # the kernels of CUDA C++ for a whole stack have no gradient
+        (torch.float32, ("triton",), ("triton",)),
+        (torch.float64, ("reference",), ("reference",)),
+    ],
+)
+def test_a_gpu(monkeypatch, dtype, inference, training):
+    """What the two backends for GPUs answer does not depend on there being one."""
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(type(REGISTRY[name]), "unavailable", lambda self, device_type: [])
+    gpu = {"device": torch.device("cuda"), "dtype": dtype}
+    assert serving(**gpu, training=False).backends == inference
+    told = serving(**gpu, training=True)
+    assert told.backends == training
+    assert any("float64" in reason for reason in told.reasons) == bool(told.reasons) == (dtype == torch.float64)
 
 
 def test_autocast_decides_the_dtype():
