@@ -53,27 +53,38 @@ void prepare(const LayerNormLinear& args, int64_t begin, int64_t end, void* memo
   LayerNormLinearWeights<P>(args, Pieces(memory)).weight.make(begin, end);
 }
 
-template <typename P, typename E>
-MVIT_INLINE void forward_block(const LayerNormLinear& args, int64_t index, const LeftWeights<P>& weight,
-                               const LayerNormLinearScratch<P>& scratch) {
-  using T = typename P::Value;
-  const Block<T> block(index * kLanes, args.count);
+// scratch.normalised, and the statistics, from scratch.panel
+template <typename P, typename T = typename P::Value>
+void normalise_panel(const LayerNormLinear& args, const Block<T>& block, const LayerNormLinearScratch<P>& scratch) {
   T mean[kLanes], rstd[kLanes];
-  read_block<E>(scratch.panel, args.x, block, args.channels);
   layer_norm<P>(scratch.normalised, scratch.panel, args.channels, static_cast<const T*>(args.norm_weight),
                 static_cast<const T*>(args.norm_bias), static_cast<T>(args.eps), block.lanes, mean, rstd);
   std::memcpy(static_cast<T*>(args.mean) + block.first, mean, sizeof(T) * block.count);
   std::memcpy(static_cast<T*>(args.rstd) + block.first, rstd, sizeof(T) * block.count);
+}
 
+// scratch.out = output channels [begin, begin + count)
+template <typename P, typename T = typename P::Value>
+void forward_panel(const LayerNormLinear& args, const Block<T>& block, int64_t begin, int64_t count,
+                   const LeftWeights<P>& weight, const LayerNormLinearScratch<P>& scratch) {
+  const T* const bias = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + begin;
+  weight.product(scratch.normalised, begin, count, block.lanes,
+                 [bias, silu_wanted = args.silu, out = scratch.out](auto& tile, int64_t row, int64_t lane) {
+                   add_bias(tile, bias, row);
+                   if (silu_wanted) map_tile(tile, [](Vec<T> x, int, int) { return silu_for<P>(x); });
+                   store_operand(out, kLanes, row, lane, kLanes - lane, tile);
+                 });
+}
+
+template <typename P, typename E>
+MVIT_INLINE void forward_block(const LayerNormLinear& args, int64_t index, const LeftWeights<P>& weight,
+                               const LayerNormLinearScratch<P>& scratch) {
+  const Block<typename P::Value> block(index * kLanes, args.count);
+  read_block<E>(scratch.panel, args.x, block, args.channels);
+  normalise_panel<P>(args, block, scratch);
   for (int64_t begin = 0; begin < args.out_channels; begin += kOutChannels<P>) {
     const int64_t count = smaller(kOutChannels<P>, args.out_channels - begin);
-    const T* const bias = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + begin;
-    weight.product(scratch.normalised, begin, count, block.lanes,
-                   [bias, silu_wanted = args.silu, out = scratch.out](auto& tile, int64_t row, int64_t lane) {
-                     add_bias(tile, bias, row);
-                     if (silu_wanted) map_tile(tile, [](Vec<T> x, int, int) { return silu_for<P>(x); });
-                     store_operand(out, kLanes, row, lane, kLanes - lane, tile);
-                   });
+    forward_panel<P>(args, block, begin, count, weight, scratch);
     write_results<P, E>(args.out, block, count, begin, scratch.out);
   }
 }
@@ -148,6 +159,36 @@ void prepare(const LayerNormLinearBackward& args, int64_t capacity, int64_t begi
   shared.transposed.make(begin, end);
 }
 
+// `left` and scratch.grad_operand from scratch.grad, the gradient of SiLU's results
+template <typename P, typename T = typename P::Value>
+void silu_backward_panel(const LayerNormLinearBackward& args, const Block<T>& block,
+                         const LayerNormLinearShared<P>& shared, const LayerNormLinearBackwardScratch<P>& scratch,
+                         typename P::Weight* left) {
+  scale_and_shift<P>(scratch.norm, scratch.normalised, args.channels, static_cast<const T*>(args.norm_weight),
+                     static_cast<const T*>(args.norm_bias), block.lanes);
+  shared.weight.product(
+      scratch.norm, 0, args.out_channels, block.lanes,
+      [bias = static_cast<const T*>(args.bias), grad = scratch.grad, left, operand = scratch.grad_operand](
+          auto& tile, int64_t row, int64_t lane) {
+        add_bias(tile, bias, row);
+        const T* const at = grad + row * kLanes + lane;
+        map_tile(tile, [at](Vec<T> x, int r, int v) {
+          return Sigmoid<P>(x).silu_backward(load(at + r * kLanes + v * Vec<T>::size), x);
+        });
+        store_left_and_operand<P>(left, operand, row, lane, tile);
+      });
+}
+
+// scratch.result, and the block's sums, from scratch.grad_operand and scratch.normalised
+template <typename P, typename T = typename P::Value>
+void backward_panel(const LayerNormLinearBackward& args, int64_t index, const Block<T>& block, const T* rstd,
+                    const LayerNormLinearShared<P>& shared, const LayerNormLinearBackwardScratch<P>& scratch) {
+  shared.transposed.product(scratch.grad_operand, 0, args.channels, block.lanes, store_in<T>(scratch.grad_x));
+  layer_norm_backward<P, T>(scratch.result, scratch.grad_x, nullptr, scratch.normalised, rstd, args.channels,
+                            static_cast<const T*>(args.norm_weight), block.lanes, shared.norm.of(index, 0),
+                            shared.norm.of(index, 1));
+}
+
 template <typename P, typename E>
 MVIT_INLINE void backward_block(const LayerNormLinearBackward& args, const RowStep& step, int64_t index,
                                 const LayerNormLinearShared<P>& shared, void* memory) {
@@ -156,7 +197,6 @@ MVIT_INLINE void backward_block(const LayerNormLinearBackward& args, const RowSt
   auto* const left = shared.gradient.left_of(index, block);
   const LayerNormLinearBackwardScratch<P> scratch(args, left, memory);
   const int64_t channels = args.channels, out_channels = args.out_channels;
-  const T *norm_weight = static_cast<const T*>(args.norm_weight), *norm_bias = static_cast<const T*>(args.norm_bias);
   RowNormalisers<T> normalisers;
   read_normalised<E>(scratch.normalised, normalisers, args.x, args.mean, args.rstd, block, channels);
 
@@ -164,24 +204,11 @@ MVIT_INLINE void backward_block(const LayerNormLinearBackward& args, const RowSt
     read_left_and_operand<P, E>(left, scratch.grad_operand, args.grad_out, block, out_channels);
   } else {
     read_block<E>(scratch.grad, args.grad_out, block, out_channels);
-    scale_and_shift<P>(scratch.norm, scratch.normalised, channels, norm_weight, norm_bias, block.lanes);
-    shared.weight.product(
-        scratch.norm, 0, out_channels, block.lanes,
-        [bias = static_cast<const T*>(args.bias), grad = scratch.grad, left, operand = scratch.grad_operand](
-            auto& tile, int64_t row, int64_t lane) {
-          add_bias(tile, bias, row);
-          const T* const at = grad + row * kLanes + lane;
-          map_tile(tile, [at](Vec<T> x, int r, int v) {
-            return Sigmoid<P>(x).silu_backward(load(at + r * kLanes + v * Vec<T>::size), x);
-          });
-          store_left_and_operand<P>(left, operand, row, lane, tile);
-        });
+    silu_backward_panel<P>(args, block, shared, scratch, left);
   }
-  store_right_normalised<P, E>(shared.gradient, index * kLanes, args.x, block, normalisers, norm_weight, norm_bias);
-
-  shared.transposed.product(scratch.grad_operand, 0, channels, block.lanes, store_in<T>(scratch.grad_x));
-  layer_norm_backward<P, T>(scratch.result, scratch.grad_x, nullptr, scratch.normalised, normalisers.rstd, channels,
-                            norm_weight, block.lanes, shared.norm.of(index, 0), shared.norm.of(index, 1));
+  store_right_normalised<P, E>(shared.gradient, index * kLanes, args.x, block, normalisers,
+                               static_cast<const T*>(args.norm_weight), static_cast<const T*>(args.norm_bias));
+  backward_panel<P>(args, index, block, normalisers.rstd, shared, scratch);
   write_results<P, E>(args.grad_x, block, channels, 0, scratch.result);
 }
 

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fused MLP, layer_norm_mlp, on blocks of 32 rows, one row per lane, forward and backward. Relies on token_lanes.h
 // and weight_gradients.h. The hidden rows of a block stay in L1 and L2; backward recomputes them.
+//
+// What does not know the elements in memory, E, is a function of P alone, here and in the other row-wise operators: float32
+// and bfloat16 share its code, which with its products is most of what there is to compile.
 #include "layer_norm_mlp.h"
 #include "weight_gradients.h"
 
@@ -59,13 +62,11 @@ void prepare(const LayerNormMlp& args, int64_t begin, int64_t end, void* memory)
   weights.fc2.make(begin, end);
 }
 
-template <typename P, typename E>
-MVIT_INLINE void forward_block(const LayerNormMlp& args, int64_t index, const LayerNormMlpWeights<P>& weights,
-                               const LayerNormMlpScratch<P>& scratch) {
-  using T = typename P::Value;
-  const Block<T> block(index * kLanes, args.count);
+// scratch.result, and the statistics, from scratch.panel
+template <typename P, typename T = typename P::Value>
+void forward_panel(const LayerNormMlp& args, const Block<T>& block, const LayerNormMlpWeights<P>& weights,
+                   const LayerNormMlpScratch<P>& scratch) {
   T mean[kLanes], rstd[kLanes];
-  read_block<E>(scratch.panel, args.x, block, args.channels);
   layer_norm<P>(scratch.normalised, scratch.panel, args.channels, static_cast<const T*>(args.norm_weight),
                 static_cast<const T*>(args.norm_bias), static_cast<T>(args.eps), block.lanes, mean, rstd);
   std::memcpy(static_cast<T*>(args.mean) + block.first, mean, sizeof(T) * block.count);
@@ -85,6 +86,14 @@ MVIT_INLINE void forward_block(const LayerNormMlp& args, int64_t index, const La
                         add_tile(tile, panel + row * kLanes + lane, kLanes);
                         store_operand(out, kLanes, row, lane, kLanes - lane, tile);
                       });
+}
+
+template <typename P, typename E>
+MVIT_INLINE void forward_block(const LayerNormMlp& args, int64_t index, const LayerNormMlpWeights<P>& weights,
+                               const LayerNormMlpScratch<P>& scratch) {
+  const Block<typename P::Value> block(index * kLanes, args.count);
+  read_block<E>(scratch.panel, args.x, block, args.channels);
+  forward_panel<P>(args, block, weights, scratch);
   write_results<P, E>(args.out, block, args.channels, 0, scratch.result);
 }
 
@@ -169,23 +178,15 @@ void prepare(const LayerNormMlpBackward& args, int64_t capacity, int64_t begin, 
   shared.fc2_transposed.make(begin, end);
 }
 
-template <typename P, typename E>
-MVIT_INLINE void backward_block(const LayerNormMlpBackward& args, const RowStep& step, int64_t index,
-                                const LayerNormMlpShared<P>& shared, void* memory) {
-  using T = typename P::Value;
-  const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
-  auto *const left_grad = shared.fc1.left_of(index, block), *const left_hidden = shared.fc2.left_of(index, block);
-  const LayerNormMlpBackwardScratch<P> scratch(args, left_hidden, left_grad, memory);
+// scratch.result, the two `left` panels and the block's sums, from scratch.normalised and scratch.grad
+template <typename P, typename T = typename P::Value>
+void backward_panel(const LayerNormMlpBackward& args, int64_t index, const Block<T>& block, const T* rstd,
+                    const LayerNormMlpShared<P>& shared, const LayerNormMlpBackwardScratch<P>& scratch,
+                    typename P::Weight* left_hidden, typename P::Weight* left_grad) {
   const int64_t channels = args.channels, hidden = args.hidden;
   const T *norm_weight = static_cast<const T*>(args.norm_weight), *norm_bias = static_cast<const T*>(args.norm_bias);
-  RowNormalisers<T> normalisers;
-  read_normalised<E>(scratch.normalised, normalisers, args.x, args.mean, args.rstd, block, channels);
   scale_and_shift<P>(scratch.norm, scratch.normalised, channels, norm_weight, norm_bias, block.lanes);
-  read_block<E>(scratch.grad, args.grad_out, block, channels);
   store_operand_of<P>(scratch.grad_operand, scratch.grad, channels, block.lanes);
-  store_right_normalised<P, E>(shared.fc1, index * kLanes, args.x, block, normalisers, norm_weight, norm_bias);
-  store_right<P, E>(shared.fc2, index * kLanes, args.grad_out, block,
-                    [](Vec<T> x, int64_t, int64_t, int) { return x; });
   sum_lanes(shared.sums.of(index, 2), channels, [&](int64_t c) {
     return sum_vectors<T>(block.lanes, [&](int64_t lane) { return load(scratch.grad + c * kLanes + lane); });
   });
@@ -212,9 +213,26 @@ MVIT_INLINE void backward_block(const LayerNormMlpBackward& args, const RowStep&
         store_left_and_operand<P>(left_grad, operand, row, lane, grad);
       });
   shared.fc1_transposed.product(scratch.grad_hidden, 0, channels, block.lanes, store_in<T>(scratch.grad_x));
-  layer_norm_backward<P>(scratch.result, scratch.grad_x, scratch.grad, scratch.normalised, normalisers.rstd, channels,
-                         norm_weight, block.lanes, shared.sums.of(index, 0), shared.sums.of(index, 1));
-  write_results<P, E>(args.grad_x, block, channels, 0, scratch.result);
+  layer_norm_backward<P>(scratch.result, scratch.grad_x, scratch.grad, scratch.normalised, rstd, channels, norm_weight,
+                         block.lanes, shared.sums.of(index, 0), shared.sums.of(index, 1));
+}
+
+template <typename P, typename E>
+MVIT_INLINE void backward_block(const LayerNormMlpBackward& args, const RowStep& step, int64_t index,
+                                const LayerNormMlpShared<P>& shared, void* memory) {
+  using T = typename P::Value;
+  const Block<T> block(step.begin + index * kLanes, step.begin + step.rows);
+  auto *const left_grad = shared.fc1.left_of(index, block), *const left_hidden = shared.fc2.left_of(index, block);
+  const LayerNormMlpBackwardScratch<P> scratch(args, left_hidden, left_grad, memory);
+  RowNormalisers<T> normalisers;
+  read_normalised<E>(scratch.normalised, normalisers, args.x, args.mean, args.rstd, block, args.channels);
+  read_block<E>(scratch.grad, args.grad_out, block, args.channels);
+  store_right_normalised<P, E>(shared.fc1, index * kLanes, args.x, block, normalisers,
+                               static_cast<const T*>(args.norm_weight), static_cast<const T*>(args.norm_bias));
+  store_right<P, E>(shared.fc2, index * kLanes, args.grad_out, block,
+                    [](Vec<T> x, int64_t, int64_t, int) { return x; });
+  backward_panel<P>(args, index, block, normalisers.rstd, shared, scratch, left_hidden, left_grad);
+  write_results<P, E>(args.grad_x, block, args.channels, 0, scratch.result);
 }
 
 template <typename P, typename E>

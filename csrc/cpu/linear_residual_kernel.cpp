@@ -52,6 +52,19 @@ void prepare(const LinearResidual& args, int64_t begin, int64_t end, void* memor
   LinearResidualWeights<P>(args, Pieces(memory)).weight.make(begin, end);
 }
 
+// scratch.out = output channels [begin, begin + count), with the residual if these are pairs
+template <typename P, typename T = typename P::Value>
+void forward_panel(const LinearResidual& args, const Block<T>& block, int64_t begin, int64_t count,
+                   const LeftWeights<P>& weight, const LinearResidualScratch<P>& scratch) {
+  const T* const bias = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + begin;
+  weight.product(scratch.operand, begin, count, block.lanes,
+                 [bias, out = scratch.out](auto& tile, int64_t row, int64_t lane) {
+                   add_bias(tile, bias, row);
+                   if constexpr (P::kStep > 1) add_operand(tile, out, row, lane);
+                   store_operand(out, kLanes, row, lane, kLanes - lane, tile);
+                 });
+}
+
 template <typename P, typename E>
 MVIT_INLINE void forward_block(const LinearResidual& args, int64_t index, const LeftWeights<P>& weight,
                                const LinearResidualScratch<P>& scratch) {
@@ -65,15 +78,9 @@ MVIT_INLINE void forward_block(const LinearResidual& args, int64_t index, const 
 
   for (int64_t begin = 0; begin < args.out_channels; begin += kOutChannels<P>) {
     const int64_t count = smaller(kOutChannels<P>, args.out_channels - begin);
-    const T* const bias = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + begin;
     // The residual is added where it costs least: to floats when they are written, to pairs before they are rounded.
     if constexpr (P::kStep > 1) read_pairs(scratch.out, args.residual, block, count, begin);
-    weight.product(scratch.operand, begin, count, block.lanes,
-                   [bias, out = scratch.out](auto& tile, int64_t row, int64_t lane) {
-                     add_bias(tile, bias, row);
-                     if constexpr (P::kStep > 1) add_operand(tile, out, row, lane);
-                     store_operand(out, kLanes, row, lane, kLanes - lane, tile);
-                   });
+    forward_panel<P>(args, block, begin, count, weight, scratch);
     if constexpr (P::kStep > 1)
       write_results<P, E>(args.out, block, count, begin, scratch.out);
     else

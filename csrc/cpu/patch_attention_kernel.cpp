@@ -41,9 +41,10 @@ int64_t forward_scratch(const PatchAttentionShape& shape) {
 
 // Computes Oᵀ (unnormalised), the maximum score and the sum of weights of V · size queries over all keys. Keys are
 // processed in blocks with FlashAttention's running maximum: when a block raises the maximum, the previous sums are
-// scaled down.
+// scaled down. Here and in backward, what does not know the elements in memory, E, is a function of T alone: float32 and
+// bfloat16 share its code.
 template <int V, typename T>
-MVIT_INLINE void attend(const T* queries, const T* keys, const T* values, int64_t tokens, int64_t head_dim, int64_t ld,
+void attend(const T* queries, const T* keys, const T* values, int64_t tokens, int64_t head_dim, int64_t ld,
                         T* scores, T* out, Vec<T> (&maximum_score)[V], Vec<T> (&sum)[V]) {
   constexpr int64_t lanes = V * Vec<T>::size;
   for (int64_t begin = 0; begin < tokens; begin += kKeyBlock) {
@@ -140,27 +141,103 @@ int64_t backward_scratch(const PatchAttentionShape& shape) {
          (4 * ld + 2 * kQueryBlock + 1) * lanes;
 }
 
+template <typename T>
+struct BackwardScratch {
+  int64_t ld;
+  T *queries, *keys, *grad_out, *grad_queries;              // [tokens][ld]
+  T* delta;                                                 // [tokens]
+  T *keys_t, *values_t, *grad_keys_t, *grad_values_t;       // [ld][lanes]
+  T *weights, *grad_scores;                                 // [kQueryBlock][lanes]
+  T* factor;                                                // [lanes]
+
+  BackwardScratch(const PatchAttentionShape& shape, void* memory) : ld(round_up(shape.head_dim, Vec<T>::size)) {
+    constexpr int64_t most_lanes = kTileVectors * Vec<T>::size;
+    const int64_t tokens = shape.tokens();
+    queries = static_cast<T*>(memory);
+    keys = queries + tokens * ld;
+    grad_out = keys + tokens * ld;
+    grad_queries = grad_out + tokens * ld;
+    delta = grad_queries + tokens * ld;
+    keys_t = delta + round_up(tokens, Vec<T>::size);
+    values_t = keys_t + ld * most_lanes;
+    grad_keys_t = values_t + ld * most_lanes;
+    grad_values_t = grad_keys_t + ld * most_lanes;
+    weights = grad_values_t + ld * most_lanes;
+    grad_scores = weights + kQueryBlock * most_lanes;
+    factor = grad_scores + kQueryBlock * most_lanes;
+  }
+};
+
+// The gradients of `present` keys and values from `first` on, in V vectors of lanes, and their share of those of queries.
 // With P = exp(S - logsumexp) and delta = rowsum(dO ∘ O):
 //   dS = P ∘ (dO Vᵀ - delta),  dQ = scale · dS K,  dK = dSᵀ (scale · Q),  dV = Pᵀ dO.
 // Queries are scaled as in forward, so S is bit-identical to forward's and its rounding error cancels in P.
+template <int V, typename T>
+void backward_lanes(const BackwardScratch<T>& scratch, const T* logsumexp, int64_t tokens, int64_t head_dim,
+                    int64_t first, int64_t present) {
+  constexpr int64_t lanes = V * Vec<T>::size;
+  const int64_t ld = scratch.ld;
+  const T *keys = scratch.keys, *delta = scratch.delta, *keys_t = scratch.keys_t, *values_t = scratch.values_t;
+  T *grad_queries = scratch.grad_queries, *weights = scratch.weights, *grad_scores = scratch.grad_scores;
+  for (int64_t begin = 0; begin < tokens; begin += kQueryBlock) {
+    const int64_t count = smaller(kQueryBlock, tokens - begin);
+    const T* q = scratch.queries + begin * ld;
+    const T* go = scratch.grad_out + begin * ld;
+
+    in_steps<kTileRows>(count, [&](auto rows, int64_t row) {  // P and dS
+      constexpr int R = decltype(rows)::value;
+      Vec<T> tile[R][V];
+      clear(tile);
+      multiply_add<R, V, Operand::row_major>(tile, q + row * ld, ld, keys_t, lanes, head_dim);
+      map_tile(tile, [&](Vec<T> x, int r, int) { return exp(x - Vec<T>(logsumexp[begin + row + r])); });
+      store_tile(weights + row * lanes, lanes, tile);
+      clear(tile);
+      multiply_add<R, V, Operand::row_major>(tile, go + row * ld, ld, values_t, lanes, head_dim);
+      map_tile(tile, [&](Vec<T> x, int r, int v) {
+        return (x - Vec<T>(delta[begin + row + r])) * load(weights + (row + r) * lanes + v * Vec<T>::size);
+      });
+      store_tile(grad_scores + row * lanes, lanes, tile);
+    });
+    // The weight of a lone token is 1 whatever its score, so dS must be exactly 0; dO V and delta round differently.
+    if (tokens == 1)
+      for (int64_t i = 0; i < lanes; ++i) grad_scores[i] *= 0;
+
+    // sum[c] += Σ_i rows_of[i][c] · panel[i]
+    const auto add_product = [&](T* sum, const T* rows_of, const T* panel) {
+      in_steps<kTileRows>(head_dim, [&](auto rows, int64_t row) {
+        constexpr int R = decltype(rows)::value;
+        Vec<T> tile[R][V];
+        clear(tile);
+        multiply_add<R, V, Operand::column_major>(tile, rows_of + row, ld, panel, lanes, count);
+        if (begin > 0) add_tile(tile, sum + row * lanes, lanes);
+        store_tile(sum + row * lanes, lanes, tile);
+      });
+    };
+    add_product(scratch.grad_values_t, go, weights);
+    add_product(scratch.grad_keys_t, q, grad_scores);
+
+    in_steps<kTileRows>(count, [&](auto rows, int64_t row) {  // dQ; sums only over the keys that exist
+      constexpr int R = decltype(rows)::value;
+      in_steps<kTileVectors>(ld / Vec<T>::size, [&](auto columns, int64_t column) {
+        constexpr int C = decltype(columns)::value;
+        T* sum = grad_queries + (begin + row) * ld + column * Vec<T>::size;
+        Vec<T> tile[R][C];
+        clear(tile);
+        multiply_add<R, C, Operand::row_major>(tile, grad_scores + row * lanes, lanes,
+                                               keys + first * ld + column * Vec<T>::size, ld, present);
+        if (first > 0) add_tile(tile, sum, ld);
+        store_tile(sum, ld, tile);
+      });
+    });
+  }
+}
+
 template <typename T, typename E>
-void backward(const PatchAttentionBackward& args, int64_t strand, void* scratch) {
+void backward(const PatchAttentionBackward& args, int64_t strand, void* memory) {
   const PatchAttentionShape& shape = args.shape;
   const int64_t tokens = shape.tokens(), head_dim = shape.head_dim;
-  const int64_t ld = round_up(head_dim, Vec<T>::size);
-  constexpr int64_t most_lanes = kTileVectors * Vec<T>::size;
-  T* queries = static_cast<T*>(scratch);
-  T* keys = queries + tokens * ld;
-  T* grad_out = keys + tokens * ld;
-  T* grad_queries = grad_out + tokens * ld;
-  T* delta = grad_queries + tokens * ld;
-  T* keys_t = delta + round_up(tokens, Vec<T>::size);
-  T* values_t = keys_t + ld * most_lanes;
-  T* grad_keys_t = values_t + ld * most_lanes;
-  T* grad_values_t = grad_keys_t + ld * most_lanes;
-  T* weights = grad_values_t + ld * most_lanes;
-  T* grad_scores = weights + kQueryBlock * most_lanes;
-  T* factor = grad_scores + kQueryBlock * most_lanes;
+  const BackwardScratch<T> scratch(shape, memory);
+  const int64_t ld = scratch.ld;
   const auto key_tokens = tokens_of<const E>(shape, args.qkv, strand, kKey);
   const auto value_tokens = tokens_of<const E>(shape, args.qkv, strand, kValue);
   const auto grad_key_tokens = tokens_of<E>(shape, args.grad_qkv, strand, kKey);
@@ -168,78 +245,28 @@ void backward(const PatchAttentionBackward& args, int64_t strand, void* scratch)
   const T* logsumexp = static_cast<const T*>(args.logsumexp) + strand * tokens;
   const Vec<T> one(T(1)), scale(T(shape.scale));
 
-  pack_rows(queries, ld, tokens_of<const E>(shape, args.qkv, strand, kQuery), 0, tokens, head_dim, scale);
-  pack_rows(keys, ld, key_tokens, 0, tokens, head_dim, one);
-  pack_rows(grad_out, ld, tokens_of<const E>(shape, args.grad_out, strand, 0), 0, tokens, head_dim, one);
+  pack_rows(scratch.queries, ld, tokens_of<const E>(shape, args.qkv, strand, kQuery), 0, tokens, head_dim, scale);
+  pack_rows(scratch.keys, ld, key_tokens, 0, tokens, head_dim, one);
+  pack_rows(scratch.grad_out, ld, tokens_of<const E>(shape, args.grad_out, strand, 0), 0, tokens, head_dim, one);
   tokens_of<const E>(shape, args.out, strand, 0).for_each(0, tokens, [&](const E* out, int64_t i) {
     Vec<T> dot(T(0));
     for (int64_t c = 0; c < head_dim; c += Vec<T>::size)
-      dot = fma(load(grad_out + i * ld + c),
+      dot = fma(load(scratch.grad_out + i * ld + c),
                 load_first(out + c, static_cast<int>(smaller(Vec<T>::size, head_dim - c))), dot);
-    delta[i] = sum(dot);
+    scratch.delta[i] = sum(dot);
   });
 
   in_lane_blocks<T>(0, tokens, [&](auto vectors, int64_t first, int64_t present) {
     constexpr int V = decltype(vectors)::value;
     constexpr int64_t lanes = V * Vec<T>::size;
-    pack_columns(keys_t, lanes, key_tokens, first, present, head_dim, one);
-    pack_columns(values_t, lanes, value_tokens, first, present, head_dim, one);
-    for (int64_t begin = 0; begin < tokens; begin += kQueryBlock) {
-      const int64_t count = smaller(kQueryBlock, tokens - begin);
-      const T* q = queries + begin * ld;
-      const T* go = grad_out + begin * ld;
-
-      in_steps<kTileRows>(count, [&](auto rows, int64_t row) {  // P and dS
-        constexpr int R = decltype(rows)::value;
-        Vec<T> tile[R][V];
-        clear(tile);
-        multiply_add<R, V, Operand::row_major>(tile, q + row * ld, ld, keys_t, lanes, head_dim);
-        map_tile(tile, [&](Vec<T> x, int r, int) { return exp(x - Vec<T>(logsumexp[begin + row + r])); });
-        store_tile(weights + row * lanes, lanes, tile);
-        clear(tile);
-        multiply_add<R, V, Operand::row_major>(tile, go + row * ld, ld, values_t, lanes, head_dim);
-        map_tile(tile, [&](Vec<T> x, int r, int v) {
-          return (x - Vec<T>(delta[begin + row + r])) * load(weights + (row + r) * lanes + v * Vec<T>::size);
-        });
-        store_tile(grad_scores + row * lanes, lanes, tile);
-      });
-      // The weight of a lone token is 1 whatever its score, so dS must be exactly 0; dO V and delta round differently.
-      if (tokens == 1)
-        for (int64_t i = 0; i < lanes; ++i) grad_scores[i] *= 0;
-
-      // sum[c] += Σ_i rows_of[i][c] · panel[i]
-      const auto add_product = [&](T* sum, const T* rows_of, const T* panel) {
-        in_steps<kTileRows>(head_dim, [&](auto rows, int64_t row) {
-          constexpr int R = decltype(rows)::value;
-          Vec<T> tile[R][V];
-          clear(tile);
-          multiply_add<R, V, Operand::column_major>(tile, rows_of + row, ld, panel, lanes, count);
-          if (begin > 0) add_tile(tile, sum + row * lanes, lanes);
-          store_tile(sum + row * lanes, lanes, tile);
-        });
-      };
-      add_product(grad_values_t, go, weights);
-      add_product(grad_keys_t, q, grad_scores);
-
-      in_steps<kTileRows>(count, [&](auto rows, int64_t row) {  // dQ; sums only over the keys that exist
-        constexpr int R = decltype(rows)::value;
-        in_steps<kTileVectors>(ld / Vec<T>::size, [&](auto columns, int64_t column) {
-          constexpr int C = decltype(columns)::value;
-          T* sum = grad_queries + (begin + row) * ld + column * Vec<T>::size;
-          Vec<T> tile[R][C];
-          clear(tile);
-          multiply_add<R, C, Operand::row_major>(tile, grad_scores + row * lanes, lanes,
-                                                 keys + first * ld + column * Vec<T>::size, ld, present);
-          if (first > 0) add_tile(tile, sum, ld);
-          store_tile(sum, ld, tile);
-        });
-      });
-    }
-    for (int64_t i = 0; i < lanes; i += Vec<T>::size) store(factor + i, one);
-    unpack_columns(grad_value_tokens, first, present, head_dim, grad_values_t, lanes, factor);
-    unpack_columns(grad_key_tokens, first, present, head_dim, grad_keys_t, lanes, factor);
+    pack_columns(scratch.keys_t, lanes, key_tokens, first, present, head_dim, one);
+    pack_columns(scratch.values_t, lanes, value_tokens, first, present, head_dim, one);
+    backward_lanes<V>(scratch, logsumexp, tokens, head_dim, first, present);
+    for (int64_t i = 0; i < lanes; i += Vec<T>::size) store(scratch.factor + i, one);
+    unpack_columns(grad_value_tokens, first, present, head_dim, scratch.grad_values_t, lanes, scratch.factor);
+    unpack_columns(grad_key_tokens, first, present, head_dim, scratch.grad_keys_t, lanes, scratch.factor);
   });
-  unpack_rows(tokens_of<E>(shape, args.grad_qkv, strand, kQuery), 0, tokens, head_dim, grad_queries, ld, scale);
+  unpack_rows(tokens_of<E>(shape, args.grad_qkv, strand, kQuery), 0, tokens, head_dim, scratch.grad_queries, ld, scale);
 }
 
 }  // namespace MVIT_ISA

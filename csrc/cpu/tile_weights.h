@@ -59,8 +59,8 @@ MVIT_INLINE int64_t row_tiles(int64_t rows) {
 
 // Packs row tiles [begin, end) of W (rows, columns), contiguous, to their places in `packed` (aligned to 64 bytes).
 template <typename P>
-MVIT_INLINE void pack_weights(typename P::Weight* packed, const void* weights, int64_t rows, int64_t columns,
-                              int64_t begin, int64_t end) {
+void pack_weights(typename P::Weight* packed, const void* weights, int64_t rows, int64_t columns, int64_t begin,
+                  int64_t end) {
 #if defined(MVIT_TILES)
   if constexpr (packs_weights<P>) {
     const auto* w = static_cast<const char*>(weights);
@@ -81,8 +81,8 @@ MVIT_INLINE void pack_weights(typename P::Weight* packed, const void* weights, i
 
 // The same for Wᵀ: row tiles [begin, end) of it, 16 columns of W (rows, columns) each.
 template <typename P>
-MVIT_INLINE void pack_transposed_weights(typename P::Weight* packed, const void* weights, int64_t rows, int64_t columns,
-                                         int64_t begin, int64_t end) {
+void pack_transposed_weights(typename P::Weight* packed, const void* weights, int64_t rows, int64_t columns,
+                             int64_t begin, int64_t end) {
 #if defined(MVIT_TILES)
   if constexpr (packs_weights<P>) {
     const auto* w = static_cast<const bfloat16*>(weights);

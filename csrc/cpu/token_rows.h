@@ -47,8 +47,8 @@ MVIT_INLINE void pack_rows(T* panel, int64_t ld, const TokenRows<const E>& token
 // panel[c][i] = factor · channel c of token begin + i, for c in [0, round_up(channels, size)) and i in [0, ld); zero
 // where there is no such channel or i >= count. ld is a multiple of the vector size.
 template <typename T, typename E>
-MVIT_INLINE void pack_columns(T* panel, int64_t ld, const TokenRows<const E>& tokens, int64_t begin, int64_t count,
-                              int64_t channels, Vec<T> factor) {
+void pack_columns(T* panel, int64_t ld, const TokenRows<const E>& tokens, int64_t begin, int64_t count,
+                  int64_t channels, Vec<T> factor) {
   constexpr int size = Vec<T>::size;
   for (int64_t i0 = 0; i0 < ld; i0 += size) {
     const E* token[size] = {};
@@ -142,8 +142,8 @@ MVIT_INLINE void write_columns(const TokenRows<E>& tokens, int64_t begin, int64_
 // Channel c of token begin + i = panel[c][i] · factor[i]. The panel has round_up(channels, size) rows of ld columns, as
 // has `factor`; ld is a multiple of the vector size.
 template <typename T, typename E>
-MVIT_INLINE void unpack_columns(const TokenRows<E>& tokens, int64_t begin, int64_t count, int64_t channels,
-                                const T* panel, int64_t ld, const T* factor) {
+void unpack_columns(const TokenRows<E>& tokens, int64_t begin, int64_t count, int64_t channels, const T* panel,
+                    int64_t ld, const T* factor) {
   constexpr int size = Vec<T>::size;
   for (int64_t i0 = 0; i0 < count; i0 += size) {
     E* token[size] = {};
