@@ -21,6 +21,8 @@ Environment variables:
                          require: a library that applies to this machine and cannot be built is an error
                          skip: build nothing and keep existing libraries
     CXX                  the C++ compiler (default: the first of c++, g++, clang++)
+    MVIT_KERNELS_LIBRARIES
+                         cpu, cuda or cpu,cuda: build these alone
     CUDA_HOME            the CUDA toolkit, if nvcc is neither on the PATH nor in /usr/local/cuda
     TORCH_CUDA_ARCH_LIST the GPUs to compile for; default "8.0;9.0+PTX". Entries below 8.0 are ignored
     MAX_JOBS             number of files compiled in parallel (default: ninja's choice)
@@ -32,6 +34,9 @@ Environment variables:
     MVIT_KERNELS_SANITIZE
                          1: build_native --inplace compiles with AddressSanitizer and UndefinedBehaviorSanitizer, into
                          build/sanitized instead of the package; `make sanitize` runs tests on that
+
+Without nvcc the CUDA library does not apply to the machine, and is no error, unless it is asked for:
+MVIT_KERNELS_LIBRARIES names it, or CUDA_HOME, CUDA_PATH or TORCH_CUDA_ARCH_LIST is set.
 """
 
 from __future__ import annotations
@@ -48,10 +53,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from setuptools import Command, Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build import build
-from setuptools.command.sdist import sdist
+import setuptools
+
+# Older ones end in a traceback about bdist_wheel or licence expressions. pip looks at pyproject.toml's
+# `requires` only where it builds in isolation.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(
+        f"error: mvit_kernels is built by setuptools 77 or newer, and this environment has {setuptools.__version__}: "
+        "pip install -U 'setuptools>=77'"
+    )
+
+from setuptools import Command, Distribution, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build import build  # noqa: E402
+from setuptools.command.sdist import sdist  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip runs this file from elsewhere
 from release import metadata  # noqa: E402
@@ -150,6 +165,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def wanted_libraries() -> list[str]:
+    """The libraries to build: those that MVIT_KERNELS_LIBRARIES names, or all."""
+    value = os.environ.get("MVIT_KERNELS_LIBRARIES", "")
+    named = [name.strip() for name in value.split(",") if name.strip()]
+    if not set(named) <= set(LIBRARIES):
+        raise SystemExit(f"error: MVIT_KERNELS_LIBRARIES is {value!r}; {', '.join(LIBRARIES)} or both are wanted")
+    return named or list(LIBRARIES)
+
+
 def build_library(name: str, destination: Path) -> dict[str, object]:
     """Build one library into `destination` and return its entry in build_info.json."""
     if not Path("csrc", name, "CMakeLists.txt").exists():
@@ -179,6 +203,7 @@ def build_libraries(destination: Path, policy: str) -> bool:
     """
     if policy not in POLICIES:
         raise SystemExit(f"error: MVIT_KERNELS_BUILD is {policy!r}, and must be one of {', '.join(POLICIES)}")
+    wanted = wanted_libraries()
     destination.mkdir(parents=True, exist_ok=True)
     info: dict[str, dict[str, object]] = {}
     failed = False
@@ -186,6 +211,8 @@ def build_libraries(destination: Path, policy: str) -> bool:
         try:
             if policy == "skip":
                 raise NothingToBuild("skipped: MVIT_KERNELS_BUILD=skip")
+            if name not in wanted:
+                raise NothingToBuild(f"skipped: MVIT_KERNELS_LIBRARIES={','.join(wanted)}")
             info[name] = build_library(name, destination)
             print(f"mvit_kernels: the {name} library is built")
         except (NothingToBuild, CannotBuild) as why:
