@@ -51,7 +51,7 @@ def test_what_a_commit_made_slower_is_found(repository, tmp_path, monkeypatch):
         rounds=2,
         seconds=0.02,
         folder=tmp_path,
-        selection=SELECTED._replace(dtype=("float32",)),
+        selection=SELECTED._replace(dtype=("float32",), training=True),
         root=repository,
         progress=said.append,
     )
@@ -61,7 +61,7 @@ def test_what_a_commit_made_slower_is_found(repository, tmp_path, monkeypatch):
     shas = {line["commit"] for line in old}, {line["commit"] for line in new}
     assert all(len(one) == 1 for one in shas) and shas[0] != shas[1]
     assert len({line["date"] for line in old}) == 2  # rounds
-    assert {line["stage"] for line in old} == {"xxs/5"} and {line["mode"] for line in old} == {"inference"}
+    assert {line["stage"] for line in old} == {"xxs/5"} and {line["mode"] for line in old} == {"training"}
     written = results.read(tmp_path / "new" / "operators.csv")
     assert [line for line in written if line["subject"] != "machine"] == new
     assert "building" in " ".join(said) and said[-1].startswith("rows of every round are in")
