@@ -21,7 +21,7 @@ Environment variables:
                          require: a library that applies to this machine and cannot be built is an error
                          skip: build nothing and keep existing libraries
     CXX                  the C++ compiler (default: the first of c++, g++, clang++)
-    MVIT_KERNELS_LIBRARIES
+    MVIT_KERNELS_BUILD_LIBRARIES
                          cpu, cuda or cpu,cuda: build these alone
     CUDA_HOME            the CUDA toolkit, if nvcc is neither on the PATH nor in /usr/local/cuda
     TORCH_CUDA_ARCH_LIST the GPUs to compile for; default "8.0;9.0+PTX". Entries below 8.0 are ignored
@@ -36,7 +36,7 @@ Environment variables:
                          build/sanitized instead of the package; `make sanitize` runs tests on that
 
 Without nvcc the CUDA library does not apply to the machine, and is no error, unless it is asked for:
-MVIT_KERNELS_LIBRARIES names it, or CUDA_HOME, CUDA_PATH or TORCH_CUDA_ARCH_LIST is set.
+MVIT_KERNELS_BUILD_LIBRARIES names it, or CUDA_HOME, CUDA_PATH or TORCH_CUDA_ARCH_LIST is set.
 """
 
 from __future__ import annotations
@@ -166,11 +166,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def wanted_libraries() -> list[str]:
-    """The libraries to build: those that MVIT_KERNELS_LIBRARIES names, or all."""
-    value = os.environ.get("MVIT_KERNELS_LIBRARIES", "")
+    """The libraries to build: those that MVIT_KERNELS_BUILD_LIBRARIES names, or all."""
+    value = os.environ.get("MVIT_KERNELS_BUILD_LIBRARIES", "")
     named = [name.strip() for name in value.split(",") if name.strip()]
     if not set(named) <= set(LIBRARIES):
-        raise SystemExit(f"error: MVIT_KERNELS_LIBRARIES is {value!r}; {', '.join(LIBRARIES)} or both are wanted")
+        raise SystemExit(f"error: MVIT_KERNELS_BUILD_LIBRARIES is {value!r}; {', '.join(LIBRARIES)} or both are wanted")
     return named or list(LIBRARIES)
 
 
@@ -212,7 +212,7 @@ def build_libraries(destination: Path, policy: str) -> bool:
             if policy == "skip":
                 raise NothingToBuild("skipped: MVIT_KERNELS_BUILD=skip")
             if name not in wanted:
-                raise NothingToBuild(f"skipped: MVIT_KERNELS_LIBRARIES={','.join(wanted)}")
+                raise NothingToBuild(f"skipped: MVIT_KERNELS_BUILD_LIBRARIES={','.join(wanted)}")
             info[name] = build_library(name, destination)
             print(f"mvit_kernels: the {name} library is built")
         except (NothingToBuild, CannotBuild) as why:

@@ -396,7 +396,7 @@ def test_cuda_library_tells_what_it_wants(project: Path, home: str, architecture
 
 
 @needs_compiler
-@pytest.mark.parametrize("asks", ["MVIT_KERNELS_LIBRARIES", "TORCH_CUDA_ARCH_LIST", None])
+@pytest.mark.parametrize("asks", ["MVIT_KERNELS_BUILD_LIBRARIES", "TORCH_CUDA_ARCH_LIST", None])
 def test_an_absent_nvcc_is_an_error_only_where_it_was_asked_for(project: Path, asks: str | None) -> None:
     toolkit = add_cmake(project, "cuda").parent / "cmake" / "cuda_toolkit.cmake"
     toolkit.write_text(toolkit.read_text().replace("/usr/local/cuda/bin", "/nowhere"))
@@ -404,7 +404,7 @@ def test_an_absent_nvcc_is_an_error_only_where_it_was_asked_for(project: Path, a
     environment = dict.fromkeys(("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"), "")
     environment |= {"PATH": str(project / "programs"), "MVIT_KERNELS_BUILD": "require"}
     if asks:
-        environment[asks] = {"MVIT_KERNELS_LIBRARIES": "cpu,cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}[asks]
+        environment[asks] = {"MVIT_KERNELS_BUILD_LIBRARIES": "cpu,cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}[asks]
     build = (sys.executable, "setup.py", "-q", "build_native", "--inplace")
     printed = run(*build, cwd=project, fails=asks is not None, **environment)
     assert "no CUDA compiler: nvcc is neither on the PATH nor in /usr/local/cuda" in printed
@@ -413,12 +413,12 @@ def test_an_absent_nvcc_is_an_error_only_where_it_was_asked_for(project: Path, a
 
 def test_libraries_are_built_as_named(project: Path) -> None:
     build = (sys.executable, "setup.py", "-q", "build_native", "--inplace")
-    run(*build, cwd=project, MVIT_KERNELS_LIBRARIES="cuda")
+    run(*build, cwd=project, MVIT_KERNELS_BUILD_LIBRARIES="cuda")
     info = build_info(project / "mvit_kernels")
-    assert info["cpu"]["reason"] == "skipped: MVIT_KERNELS_LIBRARIES=cuda"
+    assert info["cpu"]["reason"] == "skipped: MVIT_KERNELS_BUILD_LIBRARIES=cuda"
     assert info["cuda"]["reason"].startswith("no sources")
-    wrong = run(*build, cwd=project, fails=True, MVIT_KERNELS_LIBRARIES="cpu,rocm")
-    assert "error: MVIT_KERNELS_LIBRARIES is 'cpu,rocm'; cpu, cuda or both are wanted" in wrong
+    wrong = run(*build, cwd=project, fails=True, MVIT_KERNELS_BUILD_LIBRARIES="cpu,rocm")
+    assert "error: MVIT_KERNELS_BUILD_LIBRARIES is 'cpu,rocm'; cpu, cuda or both are wanted" in wrong
 
 
 def test_old_setuptools_is_told_in_one_sentence(project: Path) -> None:
