@@ -12,8 +12,10 @@ DATA ?= ../shared/data
 ARCH ?= $(shell uname -m)
 TORCH ?=
 
-# The set-up is complete if this file exists, is newer than its prerequisites, and $(IS_SOUND) succeeds.
+# The set-up is complete if this file exists, is newer than its prerequisites, and $(IS_SOUND) succeeds. `make demo` alone
+# asks for less, for which a file of its own stands, or this one.
 READY := $(VENV)/.mvit_kernels-ready
+READY_FOR_DEMO := $(VENV)/.mvit_kernels-ready-for-demo
 # What is asked for that needs the compiled libraries; the set-up then compiles them while pip installs the rest.
 COMPILED := $(filter test test-elsewhere examples bench bench-regressions build,$(MAKECMDGOALS))
 
@@ -25,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo examples test test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report docs \
-	lint format build wheel test-wheel setup clean
+	lint format build wheel test-wheel setup setup-for-demo clean
 
 help:
 	@echo 'make demo     accelerate and freeze MobileViT, show that the numbers agree, and measure the speedup'
@@ -59,8 +61,11 @@ help:
 	@echo '  CUDA_HOME, TORCH_CUDA_ARCH_LIST  the CUDA toolkit, and the GPUs it compiles for (8.0;9.0+PTX)'
 	@echo 'pip'"'"'s own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply: they decide which build of torch is installed.'
 
-demo: setup
-	@$(PY) setup.py -q build_native --inplace
+# nvcc takes two minutes, for kernels that no machine without a GPU runs. A CUDA library that is there stays.
+demo: setup-for-demo
+	@if [ -n "$$MVIT_KERNELS_BUILD_LIBRARIES" ] || [ -e /dev/nvidiactl ] || [ -e mvit_kernels/lib/libmvit_kernels_cuda.so ]; \
+	then $(PY) setup.py -q build_native --inplace; \
+	else MVIT_KERNELS_BUILD_LIBRARIES=cpu $(PY) setup.py -q build_native --inplace; fi
 	@$(PY) -m mvit_kernels demo
 
 examples: build
@@ -141,6 +146,8 @@ setup:
 	@$(PY) -c 'import torch, setuptools' || { \
 		echo 'error: USE_SYSTEM_PYTHON=1 installs nothing, and $(PYTHON) lacks the module named above' >&2; exit 1; }
 
+setup-for-demo: setup
+
 else
 
 lint: setup
@@ -152,6 +159,15 @@ setup:
 	@if [ -e '$(READY)' ] && ! $(PY) -I -c "$$IS_SOUND" constraints.txt; then \
 		echo '--- $(VENV) is not what the set-up left (see above): setting it up again'; rm -f '$(READY)'; fi
 	@$(MAKE) --no-print-directory --silent $(READY) COMPILED='$(COMPILED)'
+
+# A whole set-up serves as well, if it is sound. One for the demo is checked for what it left, which its file lists.
+setup-for-demo:
+	@if [ -e '$(READY)' ]; then $(MAKE) --no-print-directory --silent setup; \
+	else \
+		if [ -e '$(READY_FOR_DEMO)' ] && ! $(PY) -I -c "$$IS_SOUND" constraints.txt '$(READY_FOR_DEMO)'; then \
+			echo '--- $(VENV) is not what the set-up left (see above): setting it up again'; rm -f '$(READY_FOR_DEMO)'; fi; \
+		$(MAKE) --no-print-directory --silent $(READY_FOR_DEMO); \
+	fi
 
 endif
 
@@ -177,6 +193,9 @@ endef
 define IS_SOUND
 import importlib.metadata as metadata, json, pathlib, sys
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+# What a set-up for less than everything left, if its list is given
+installed = {canonicalize_name(line.split("==")[0]) for path in sys.argv[2:] for line in open(path)}
 for line in open(sys.argv[1], encoding="utf-8"):
     text = line.split("#")[0].strip()
     pin = Requirement(text) if text else None
@@ -186,6 +205,8 @@ for line in open(sys.argv[1], encoding="utf-8"):
         version = metadata.version(pin.name)
     except metadata.PackageNotFoundError:
         if pin.name.startswith(("cuda-", "nvidia-")):  # a build of torch for the CPU alone brings none of them
+            continue
+        if installed and canonicalize_name(pin.name) not in installed:
             continue
         sys.exit(f"{pin.name} is not installed")
     if version not in pin.specifier:
@@ -198,25 +219,27 @@ export IS_SOUND
 
 # torch is installed first, so that everything that depends on it finds it and pip does not fetch another one.
 # --no-compile: few of the 14,000 Python files that are installed are ever imported, and importing compiles them anyway.
-$(READY): constraints.txt pyproject.toml setup.py mvit_kernels/__init__.py
+$(READY): EXTRA := dev
+$(READY_FOR_DEMO): EXTRA := demo
+$(READY) $(READY_FOR_DEMO): constraints.txt pyproject.toml setup.py mvit_kernels/__init__.py
 	@$(PYTHON_IS_NEW_ENOUGH)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo 'error: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv), or name another Python: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@if [ -d '$(VENV)' ] && [ ! -e '$(VENV)/pyvenv.cfg' ] && [ -n "$$(ls -A '$(VENV)')" ]; then \
 		echo 'error: VENV=$(VENV) is a folder but not a virtual environment: name another, make VENV=/path/to/new' >&2; exit 1; fi
-	@rm -f $(READY)
+	@rm -f $(READY) $(READY_FOR_DEMO)
 	@echo '--- environment: $(VENV)'
 	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || $(PYTHON) -m venv --clear '$(VENV)'
 	@echo '--- torch'
 	@$(PY) -m pip install --no-compile -c constraints.txt torch setuptools cmake ninja
-	@echo '--- mvit_kernels, and what its demo and tests need'
-	@$(MAKE) --no-print-directory --silent -j2 the-rest $(if $(COMPILED),libraries-meanwhile)
+	@echo '--- mvit_kernels[$(EXTRA)]'
+	@$(MAKE) --no-print-directory --silent -j2 the-rest EXTRA=$(EXTRA) $(if $(COMPILED),libraries-meanwhile)
 	@$(PY) -m pip check
-	@touch $(READY)
+	@$(PY) -m pip list --format=freeze --disable-pip-version-check >'$@'
 
 .PHONY: the-rest libraries-meanwhile
 the-rest:
-	@MVIT_KERNELS_BUILD=skip $(PY) -m pip install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	@MVIT_KERNELS_BUILD=skip $(PY) -m pip install --no-compile -c constraints.txt --no-build-isolation -e '.[$(EXTRA)]'
 
 # `build` comes after it, finds nothing to do, or fails again and says why.
 libraries-meanwhile:
