@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -80,9 +81,13 @@ def repair(wheel: Path, arch: str, output: Path) -> Path:
     """The same wheel under the tag of every Linux that it runs on; an error names the symbols that are too new."""
     made = wheel.parent / "repaired"
     excluded = [word for name in OUTSIDE for word in ("--exclude", name)]
-    options = ("--plat", f"{PLATFORM}_{arch}", "--only-plat", *excluded, "--wheel-dir", made)
-    python("-m", "auditwheel", "repair", *options, wheel)
+    # auditwheel takes the names of its own machine's platforms only; "auto" is the oldest that the wheel runs on.
+    wanted = f"{PLATFORM}_{arch}" if arch == platform.machine() else "auto"
+    python("-m", "auditwheel", "repair", "--plat", wanted, "--only-plat", *excluded, "--wheel-dir", made, wheel)
     (repaired,) = made.glob("*.whl")
+    tag = re.search(rf"manylinux_2_(\d+)_{arch}\.whl$", repaired.name)
+    if not tag or int(tag[1]) > int(PLATFORM.rpartition("_")[2]):
+        raise SystemExit(f"error: {repaired.name} does not run on every {PLATFORM}: auditwheel show {wheel}")
     return Path(shutil.move(repaired, output / repaired.name))
 
 
