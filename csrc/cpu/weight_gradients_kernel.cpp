@@ -5,13 +5,19 @@
 namespace mvit {
 namespace MVIT_ISA {
 
-// sums[begin …][column …], `count` rows by `width` vectors, += left · right over rows [group, end) of the step; `first`:
-// = instead. It knows nothing of the elements of dW in memory, nor of its transpose, so that its 12 shapes of register
-// tiles are compiled once for all of them.
-template <typename P>
+// A matrix of floats or doubles from row `begin` and column `column` on.
+template <typename T>
+struct Destination {
+  T* at;
+  int64_t ld;
+};
+
+// `to`, `count` rows by `width` vectors, = sums[begin …][column …] + left · right over rows [group, end) of the step;
+// `first`: without the sums. It knows nothing of the elements of dW in memory, nor of its transpose, so that its 12 shapes
+// of register tiles are compiled once for all of them.
+template <typename P, typename T = typename P::Value>
 void add_rows(const WeightGradient<P>& gradient, int64_t group, int64_t end, bool first, int64_t begin, int64_t count,
-              int64_t column, int64_t width) {
-  using T = typename P::Value;
+              int64_t column, int64_t width, Destination<T> to) {
   with_constant<kTileVectors>(width, [&](auto constant) {
     constexpr int V = decltype(constant)::value;
     in_steps<kTileRows>(count, [&](auto rows, int64_t row) {
@@ -22,9 +28,8 @@ void add_rows(const WeightGradient<P>& gradient, int64_t group, int64_t end, boo
         multiply_add<R, V, Operand::row_major>(
             tile, gradient.left + t / kLanes * gradient.panel + (begin + row) * kLanes, kLanes,
             gradient.right + P::rows(t) * gradient.ld + column, gradient.ld, P::rows(smaller(kLanes, end - t)));
-      T* sums = gradient.sums + (begin + row) * gradient.ld + column;
-      if (!first) add_tile(tile, sums, gradient.ld);
-      store_tile(sums, gradient.ld, tile);
+      if (!first) add_tile(tile, gradient.sums + (begin + row) * gradient.ld + column, gradient.ld);
+      store_tile(to.at + row * to.ld, to.ld, tile);
     });
   });
 }
@@ -123,8 +128,14 @@ void add_weight_gradient(const WeightGradient<P>& gradient, const RowStep& step,
     const int64_t end = smaller(group + group_rows<P>, step.rows);
     const bool first = step.first && group == 0, last = step.last && end == step.rows;
     if constexpr (!packs_weights<P>) {
-      add_rows(gradient, group, end, first, begin, count, column, width);
-      if (last) write_gradient<kTransposed>(gradient, out, begin, count, column, width);
+      Destination<T> to{gradient.sums + begin * gradient.ld + column, gradient.ld};
+      bool in_place = false;  // straight into dW: with few rows a second pass over it is felt
+      if constexpr (std::is_same_v<E, T> && !kTransposed) {
+        in_place = last && column + width * size <= gradient.columns;
+        if (in_place) to = {out + begin * gradient.columns + column, gradient.columns};
+      }
+      add_rows(gradient, group, end, first, begin, count, column, width, to);
+      if (last && !in_place) write_gradient<kTransposed>(gradient, out, begin, count, column, width);
     }
     if (bias == nullptr || column_block != 0) continue;
     T sums[kTileChannels<P>];

@@ -262,9 +262,9 @@ def _show_changes(args: argparse.Namespace, found: list[Change], none: str) -> i
     if not found:
         raise ValueError(none)
     rows = [change.columns for change in found if args.all or change.verdict != "same" or args.json or args.output]
-    _write(args, rows, report(found, args.all))
     if args.plot:
         draw_changes(found, args.plot)
+    _write(args, rows, report(found, args.all))
     return 0
 
 
@@ -275,17 +275,17 @@ def _show(args: argparse.Namespace, text: str, rows: list[Any], title: str) -> N
     """Print the table or its rows as JSON; write and draw it where that was asked for."""
     from ..bench.plots import draw_table
 
-    _write(args, rows, text)
     if args.plot:
         draw_table(rows, title, args.plot)
+    _write(args, rows, text)
 
 
 def _write(args: argparse.Namespace, rows: list[Any], text: str) -> None:
+    write_rows(args.output, rows, rows)  # before what a closed pipe may end
     if args.json:
         print_json(rows)
     else:
         print(text)
-    write_rows(args.output, rows, rows)
 
 
 def _progress(stream: Any, digits: int = 1) -> Callable[[str], None]:
