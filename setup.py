@@ -118,7 +118,7 @@ def run(command: list[str], quiet: bool = False) -> tuple[int, str]:
     return process.returncode, "".join(printed)
 
 
-def configure(name: str, folder: Path, cmake: str, ninja: str) -> dict[str, object]:
+def configure(name: str, folder: Path, cmake: str, ninja: str, for_tests: bool) -> dict[str, object]:
     """Run CMake for csrc/`name` and return what it reports about the library, for build_info.json."""
     settings: dict[str, object] = {variable: os.environ.get(variable, "") for variable in SETTINGS[name]}
     settings |= {compiler: shutil.which(compiler) for compiler in COMPILERS}
@@ -131,6 +131,8 @@ def configure(name: str, folder: Path, cmake: str, ninja: str) -> dict[str, obje
         file.unlink(missing_ok=True)
     command = [cmake, "-G", "Ninja", "-S", f"csrc/{name}", "-B", str(folder), *(["--fresh"] if anew else [])]
     command += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
+    if name == "cpu":
+        command += [f"-DMVIT_SETS_FOR_TESTS={'ON' if for_tests else 'OFF'}"]
     status, printed = run([*command, f"-DCMAKE_BUILD_TYPE={'Sanitize' if SANITIZE else 'Release'}"], quiet=True)
     info = json.loads(told.read_text()) if told.exists() else {}
     if status:
@@ -174,7 +176,7 @@ def wanted_libraries() -> list[str]:
     return named or list(LIBRARIES)
 
 
-def build_library(name: str, destination: Path) -> dict[str, object]:
+def build_library(name: str, destination: Path, for_tests: bool) -> dict[str, object]:
     """Build one library into `destination` and return its entry in build_info.json."""
     if not Path("csrc", name, "CMakeLists.txt").exists():
         raise NothingToBuild(f"no sources: there is no csrc/{name}/CMakeLists.txt")
@@ -185,7 +187,7 @@ def build_library(name: str, destination: Path) -> dict[str, object]:
     cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
     target, folder = f"libmvit_kernels_{name}.so", BUILD_FOLDER / name
     with locked(folder):
-        info = configure(name, folder, cmake, ninja)
+        info = configure(name, folder, cmake, ninja, for_tests)
         compile_library(folder, ninja)
         built, installed = folder / target, destination / target
         if not installed.exists() or installed.read_bytes() != built.read_bytes():
@@ -196,10 +198,11 @@ def build_library(name: str, destination: Path) -> dict[str, object]:
     return {"built": True, "library": target, "time": when, **info}
 
 
-def build_libraries(destination: Path, policy: str) -> bool:
+def build_libraries(destination: Path, policy: str, for_tests: bool) -> bool:
     """Build every library into `destination` and write build_info.json there; return whether any was built.
 
-    A library that is not built is removed, since an old one would not match the sources.
+    A library that is not built is removed, since an old one would not match the sources. Libraries `for_tests` have
+    instruction sets that nobody else needs.
     """
     if policy not in POLICIES:
         raise SystemExit(f"error: MVIT_KERNELS_BUILD is {policy!r}, and must be one of {', '.join(POLICIES)}")
@@ -213,7 +216,7 @@ def build_libraries(destination: Path, policy: str) -> bool:
                 raise NothingToBuild("skipped: MVIT_KERNELS_BUILD=skip")
             if name not in wanted:
                 raise NothingToBuild(f"skipped: MVIT_KERNELS_BUILD_LIBRARIES={','.join(wanted)}")
-            info[name] = build_library(name, destination)
+            info[name] = build_library(name, destination, for_tests)
             print(f"mvit_kernels: the {name} library is built")
         except (NothingToBuild, CannotBuild) as why:
             failed |= isinstance(why, CannotBuild)
@@ -253,7 +256,7 @@ class BuildNative(Command):
             return  # keep what an earlier build left there
         base = Path() if beside_sources else Path(self.build_lib)
         destination = BUILD_FOLDER if SANITIZE else base / LIBRARY_FOLDER
-        self.distribution.has_libraries = build_libraries(destination, policy)
+        self.distribution.has_libraries = build_libraries(destination, policy, for_tests=beside_sources)
 
     def get_source_files(self) -> list[str]:
         return sorted(str(file) for file in Path("csrc").rglob("*") if file.is_file())

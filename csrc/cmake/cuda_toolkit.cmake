@@ -16,8 +16,8 @@ macro(mvit_find_nvcc)
   else()
     find_program(NVCC nvcc PATHS ENV PATH /usr/local/cuda/bin NO_DEFAULT_PATH NO_CACHE)
     if(NOT NVCC)
-      # Either, if set, asks for this library: MVIT_KERNELS_LIBRARIES then names it, else setup.py would not be here.
-      foreach(variable IN ITEMS MVIT_KERNELS_LIBRARIES TORCH_CUDA_ARCH_LIST)
+      # Either asks for this library: without it among MVIT_KERNELS_BUILD_LIBRARIES setup.py would not be here.
+      foreach(variable IN ITEMS MVIT_KERNELS_BUILD_LIBRARIES TORCH_CUDA_ARCH_LIST)
         if(NOT "$ENV{${variable}}" STREQUAL "")
           mvit_cannot_build("no CUDA compiler: nvcc is neither on the PATH nor in /usr/local/cuda (or set CUDA_HOME), and \
 ${variable}=$ENV{${variable}} asks for the CUDA library")

@@ -8,12 +8,21 @@ set(INSTRUCTION_SETS) # those that this compiler supports, from the lowest to th
 set(INSTRUCTION_SETS_LEFT_OUT)
 set(INSTRUCTION_SETS_KNOWN)
 
-# instruction_set(NAME VECTOR_BYTES n [BF16_PAIRS] [TILES [EMULATED]] [FLAGS …] [REQUIRES expression]
+# The emulation of tiles is a sixth of what there is to compile and a tenth of the library, and no user needs it.
+option(MVIT_SETS_FOR_TESTS "Compile the instruction sets that only tests use" ON)
+
+# instruction_set(NAME [FOR_TESTS] VECTOR_BYTES n [BF16_PAIRS] [TILES [EMULATED]] [FLAGS …] [REQUIRES expression]
 #                 [PREFERRED expression])
-# BF16_PAIRS if the set has products of bfloat16 pairs, TILES if on matrix tiles, EMULATED if these are done in software.
-# REQUIRES and PREFERRED are C++ expressions for isa.cpp.
+# FOR_TESTS if only tests use the set, where they force it; BF16_PAIRS if it has products of bfloat16 pairs, TILES if on
+# matrix tiles, EMULATED if these are done in software. REQUIRES and PREFERRED are C++ expressions for isa.cpp.
 function(instruction_set name)
-  cmake_parse_arguments(PARSE_ARGV 1 given "BF16_PAIRS;TILES;EMULATED" "VECTOR_BYTES;REQUIRES;PREFERRED" "FLAGS")
+  cmake_parse_arguments(PARSE_ARGV 1 given "FOR_TESTS;BF16_PAIRS;TILES;EMULATED" "VECTOR_BYTES;REQUIRES;PREFERRED" "FLAGS")
+  if(given_FOR_TESTS)
+    if(NOT MVIT_SETS_FOR_TESTS)
+      return()
+    endif()
+    set(given_PREFERRED false)
+  endif()
   set(supported)
   foreach(flag IN LISTS given_FLAGS)
     # Every processor with AVX2 has F16C, and compilers from before 2021 cannot test for it.

@@ -131,7 +131,7 @@ void add_weight_gradient(const WeightGradient<P>& gradient, const RowStep& step,
       Destination<T> to{gradient.sums + begin * gradient.ld + column, gradient.ld};
       bool in_place = false;  // straight into dW: with few rows a second pass over it is felt
       if constexpr (std::is_same_v<E, T> && !kTransposed) {
-        in_place = last && column + width * size <= gradient.columns;
+        in_place = last && width > 0 && column + width * size <= gradient.columns;
         if (in_place) to = {out + begin * gradient.columns + column, gradient.columns};
       }
       add_rows(gradient, group, end, first, begin, count, column, width, to);

@@ -23,8 +23,9 @@ def repository(tmp_path_factory):
     """Two commits of this package without its libraries; in the second, `sdpa_math` sleeps."""
     root = tmp_path_factory.mktemp("repository")
     ignored = shutil.ignore_patterns("lib", "__pycache__")
-    shutil.copytree(ROOT / "mvit_kernels", root / "mvit_kernels", ignore=ignored)
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("mvit_kernels", "release"):
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
 
     def git(*words):

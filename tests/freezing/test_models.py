@@ -235,7 +235,7 @@ def test_state_dict_hooks_that_are_lost_are_said():
     model.head.register_state_dict_post_hook(lambda *_: None)
     found = mvit_kernels.freeze(model).freeze_report
     assert found.unhooked == ("stem.conv", "stages.2.1")  # the head is still there
-    assert "stem.conv lost its state-dict hooks" in str(found)
+    assert "2 × lost their state-dict hooks (stem.conv, stages.2.1)" in str(found)
 
 
 # -- inputs

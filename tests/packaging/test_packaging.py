@@ -243,6 +243,7 @@ def test_wheel_with_sources_holds_a_library_for_every_python(project: Path) -> N
     library = unpacked / "mvit_kernels" / "lib" / "libmvit_kernels_cpu.so"
     info = build_info(unpacked / "mvit_kernels")["cpu"]
     assert info["built"] and info["compiler"] and info["torch"] and str(project) not in json.dumps(info)
+    assert "amx_emulated" not in info["isa"] + info["isa_left_out"]  # for tests alone
     printed = python(
         f"import torch; torch.ops.load_library({str(library)!r});"
         "print(torch.ops.mvit_packaging_test.probe(torch.arange(3.0)).tolist())",

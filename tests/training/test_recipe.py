@@ -74,7 +74,7 @@ def test_detection_and_segmentation_as_published():
 
 
 def test_the_package_data_names_the_recipes():
-    assert 'mvit_kernels = ["training/recipes/*.yaml"]' in (ROOT / "pyproject.toml").read_text()
+    assert 'mvit_kernels = ["py.typed", "training/recipes/*.yaml"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_changes():

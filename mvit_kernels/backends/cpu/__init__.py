@@ -67,8 +67,9 @@ def _wrong_instruction_set() -> str:
     """What the loaded library says against the value of ``MVIT_KERNELS_CPU_ISA``; "" if it has nothing against it."""
     if instruction_set():
         return ""
+    row = torch.ones(1, device="cpu")
     try:
-        raw("layer_norm", "cpu")(torch.ones(1, 1), torch.ones(1), torch.ones(1), 1e-5)
+        raw("layer_norm", "cpu")(row[None], row, row, 1e-5)
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return ""
