@@ -18,6 +18,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
+  const char* plain_name;  // of the best set without pairs, this one or below
   int vector_bytes;
   Bf16Products bf16_products;
   bool (*supported)();
@@ -57,7 +58,7 @@ struct InstructionSet {
 
 // __builtin_cpu_supports also checks that the operating system saves the registers.
 #define MVIT_ENTRY(set, plain_set, vector_bytes, products, supported, preferred)               \
-  {#set, vector_bytes, Bf16Products::products, [] { return static_cast<bool>(supported); }, \
+  {#set, #plain_set, vector_bytes, Bf16Products::products, [] { return static_cast<bool>(supported); }, \
    [] { return static_cast<bool>(preferred); }},
 constexpr InstructionSet kBestFirst[] = {MVIT_INSTRUCTION_SETS(MVIT_ENTRY)};
 #undef MVIT_ENTRY
@@ -98,13 +99,13 @@ Bf16Products this_cpus_bf16_products() { return kBestFirst[current_isa()].bf16_p
 
 }  // namespace mvit
 
-// For Python (ctypes): name of the instruction set in use, its vector width in bytes and its Bf16Products. An empty string
-// and zeros if MVIT_KERNELS_CPU_ISA is invalid.
+// For Python (ctypes): name of the instruction set in use, of the one that serves what it has no kernels for, its vector
+// width in bytes and its Bf16Products. Empty strings and zeros if MVIT_KERNELS_CPU_ISA is invalid.
 #define MVIT_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 const mvit::InstructionSet& in_use() noexcept {
-  static constexpr mvit::InstructionSet none{"", 0, mvit::Bf16Products::none, nullptr, nullptr};
+  static constexpr mvit::InstructionSet none{"", "", 0, mvit::Bf16Products::none, nullptr, nullptr};
   try {
     return mvit::kBestFirst[mvit::current_isa()];
   } catch (const std::exception&) {
@@ -114,5 +115,6 @@ const mvit::InstructionSet& in_use() noexcept {
 }  // namespace
 
 MVIT_EXPORT const char* mvit_kernels_cpu_isa() noexcept { return in_use().name; }
+MVIT_EXPORT const char* mvit_kernels_cpu_plain_isa() noexcept { return in_use().plain_name; }
 MVIT_EXPORT int mvit_kernels_cpu_vector_bytes() noexcept { return in_use().vector_bytes; }
 MVIT_EXPORT int mvit_kernels_cpu_bf16_products() noexcept { return static_cast<int>(in_use().bf16_products); }

@@ -28,6 +28,11 @@ def instruction_set() -> str:
     return "" if load("cpu") else _ask("isa", ctypes.c_char_p).decode()
 
 
+def plain_instruction_set() -> str:
+    """`instruction_set`, or the best set below it without products of bfloat16 pairs: it computes all but bfloat16."""
+    return "" if load("cpu") else _ask("plain_isa", ctypes.c_char_p).decode()
+
+
 def vector_lanes() -> int:
     """float32 elements of a vector of that instruction set, the unit in which csrc/cpu packs; 0 where there is none."""
     return 0 if load("cpu") else _ask("vector_bytes") // 4
@@ -149,7 +154,9 @@ class CpuBackend(Backend):
         return [why] if why else []
 
     def variant(self, dtype: torch.dtype) -> str:
-        return instruction_set() + (", float16 in float32 arithmetic" if dtype == torch.float16 else "")
+        if dtype == torch.bfloat16:
+            return instruction_set()
+        return plain_instruction_set() + (", float16 in float32 arithmetic" if dtype == torch.float16 else "")
 
     def run(self, name: str, *arguments: Any) -> Any:
         return composed.run(name, arguments, instruction_set_beside_amx())
