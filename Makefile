@@ -72,7 +72,8 @@ examples: build
 	@$(PY) examples/real_data.py '$(DATA)'
 
 # One process per core, each running whole files: tests use one thread, and the tests of a file share its fixtures.
-IN_PARALLEL = $$($(PY) -c 'import xdist; print("-n auto --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
+# Where a test ends its process, the run ends without that process's other tests: with a new process xdist waits for ever.
+IN_PARALLEL = $$($(PY) -c 'import xdist; print("-n auto --dist loadfile --no-loadscope-reorder --max-worker-restart=0")' 2>/dev/null)
 
 test: lint build
 	@$(PY) -m pytest -q $(IN_PARALLEL) $(PYTEST_ARGS)
