@@ -104,13 +104,12 @@ def run_cases(isa: str) -> None:
 
 
 def run_all_cases() -> None:
-    """`run_cases` on every instruction set, each in a fork of this process, since loading PyTorch takes longest."""
+    """`run_cases` on every instruction set, each in a fork of this process, since loading PyTorch takes longest.
+
+    The tests' files are imported in the fork: they ask which backends serve, which settles the instruction set.
+    """
     import torch  # noqa: F401
 
-    from mvit_kernels import backends
-
-    for operator in backends.operators("cpu"):
-        importlib.import_module(f"ops.test_{operator}")
     for isa in instruction_sets():
         child = os.fork()
         if child == 0:
