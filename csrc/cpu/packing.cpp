@@ -12,8 +12,11 @@
 namespace mvit {
 namespace {
 
+// Zeros: the gaps between packed parts are never written, and equal weights are to give equal bytes.
 Tensor bytes_like(const Tensor& tensor, std::size_t size) {
-  return new_empty(tensor, {static_cast<int64_t>(size)}, ScalarType::Byte);
+  Tensor bytes = new_empty(tensor, {static_cast<int64_t>(size)}, ScalarType::Byte);
+  if (size > 0) std::memset(bytes.mutable_data_ptr(), 0, size);  // an empty tensor has a null pointer
+  return bytes;
 }
 
 // Whether the tensor is rows × columns, possibly with two trailing axes of size 1 (the weight of a 1×1 convolution).
