@@ -231,7 +231,7 @@ struct TileInvertedResidual {
       return;
     }
     for (int64_t y = begin; y < end; ++y) {
-      for (int64_t x = 0; x < shape.in_width; ++x)
+      for (int64_t x = 0; x < shape.in_width && shape.in_channels > 0; ++x)  // an empty map has a null pointer
         std::memcpy(scratch.row + x * scratch.row_ld, in + y * args.in.row_stride + x * args.in.column_stride,
                     static_cast<std::size_t>(shape.in_channels) * sizeof *in);
       expand(y, y + 1, true);
