@@ -78,8 +78,11 @@ BUILD_FOLDER = Path("build", "sanitized" if SANITIZE else "native")
 POLICIES = ("auto", "require", "skip")
 LIBRARIES = {"cpu": "C++", "cuda": "CUDA"}
 # A change of any of these reconfigures the library from scratch; CMake would keep the values that it found first.
-SETTINGS = {"cpu": ("CXX",), "cuda": ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")}
-SETTINGS = {name: (*own, "MVIT_KERNELS_MANYLINUX", "CMAKE_TOOLCHAIN_FILE") for name, own in SETTINGS.items()}
+COMMON_SETTINGS = ("CXX", "MVIT_KERNELS_MANYLINUX", "CMAKE_TOOLCHAIN_FILE")
+SETTINGS = {
+    "cpu": COMMON_SETTINGS,
+    "cuda": (*COMMON_SETTINGS, "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"),
+}
 COMPILERS = ("c++", "g++", "clang++", "nvcc")
 
 
