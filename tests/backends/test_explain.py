@@ -27,7 +27,10 @@ def test_names_and_variants():
 
 
 def test_the_kernels_of_the_cpu_are_named_by_their_instruction_set():
-    assert str(explain([MLP])) == f"cpu ({cpu.instruction_set()})"
+    """A set with products of bfloat16 pairs computes bfloat16; the others are computed by the best set without."""
+    assert str(explain([MLP._replace(dtype=torch.bfloat16)])) == f"cpu ({cpu.instruction_set()})"
+    assert str(explain([MLP])) == f"cpu ({cpu.plain_instruction_set()})"
+    assert cpu.plain_instruction_set() in ("avx512", "avx2", "portable")
     half = explain([MLP._replace(dtype=torch.float16)])
     assert half.backends == ("cpu",) and "float16 in float32 arithmetic" in str(half)
 

@@ -48,7 +48,8 @@ class Machine(TorchDispatchMode):
     """A running program; inside ``with`` it serves every ``mvit_kernels::<operator>.cpu``.
 
     Attributes:
-        facts: what `mvit_kernels.backends.cpu` asks of the library: "isa", "vector_bytes", "bf16_products".
+        facts: what `mvit_kernels.backends.cpu` asks of the library: "isa", "plain_isa", "vector_bytes",
+            "bf16_products".
         calls: the operators that ran there, in order.
     """
 
@@ -56,7 +57,8 @@ class Machine(TorchDispatchMode):
         super().__init__()
         self.calls: list[str] = []
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.facts = {"isa": self._read_bytes(), "vector_bytes": self._read_int(), "bf16_products": self._read_int()}
+        self.facts = {"isa": self._read_bytes(), "plain_isa": self._read_bytes()}
+        self.facts |= {"vector_bytes": self._read_int(), "bf16_products": self._read_int()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "mvit_kernels" and func._overloadname == "cpu":

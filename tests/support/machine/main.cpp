@@ -8,6 +8,7 @@
 #include "stable_abi.h"
 
 extern "C" const char* mvit_kernels_cpu_isa() noexcept;
+extern "C" const char* mvit_kernels_cpu_plain_isa() noexcept;
 extern "C" int mvit_kernels_cpu_vector_bytes() noexcept;
 extern "C" int mvit_kernels_cpu_bf16_products() noexcept;
 
@@ -157,6 +158,7 @@ void answer_call() {
 int main() {
   using namespace stand_in;
   write_text(mvit_kernels_cpu_isa());
+  write_text(mvit_kernels_cpu_plain_isa());
   write_int(mvit_kernels_cpu_vector_bytes());
   write_int(mvit_kernels_cpu_bf16_products());
   for (;;) answer_call();
