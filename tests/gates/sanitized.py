@@ -139,7 +139,8 @@ def main(arguments: list[str]) -> int:
         return subprocess.run([sys.executable, "-m", "gates.sanitized", "here"], env=environment()).returncode
     from mvit_kernels import backends
 
-    files = [f"ops/test_{operator}.py" for operator in backends.operators("cpu")] + ["freezing/test_network.py"]
+    files = [f"ops/test_{operator}.py" for operator in backends.operators("cpu")]
+    files += ["freezing/test_network.py", "freezing/test_network_changes.py"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-k", "cpu or network", "-p", "no:cacheprovider"]
     pytest += ["-p", "no:faulthandler"]  # its stack would be printed before the sanitizer's
     pytest += ["--capture=sys"]  # otherwise the report of a process that it ends is lost with pytest's file
