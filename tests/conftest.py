@@ -37,7 +37,7 @@ LONG = (
     "bench/test_bench backends/cuda/test_backend backends/cuda/test_patch_attention backends/cuda/test_rows "
     "freezing/test_models backends/cuda/test_transformer verification/test_verify adapters/test_accelerate_systems "
     "nn/test_timm_models adapters/test_torchscript ops/test_malformed_calls backends/triton/test_compile "
-    "bench/test_networks bench/test_scripts docs/test_site docs/test_snippets packaging/test_build "
+    "bench/test_networks bench/test_scripts bench/test_demo docs/test_site docs/test_snippets packaging/test_build "
     "packaging/test_imports packaging/test_packaging packaging/test_environment ops/test_compile nn/test_mobilevit"
 ).split()
 

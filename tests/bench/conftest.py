@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of measurements share."""
 
+import importlib
+import sys
+
 import pytest
 
 from mvit_kernels.bench import ceilings
+from support import ROOT
 
 
 @pytest.fixture
@@ -13,3 +17,15 @@ def quick_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings, "CONVOLUTION", (8, 6))
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
     monkeypatch.setattr(ceilings, "SECONDS", {"cpu": 0.01})
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script of benchmarks/ as a module."""
+    folder = str(ROOT / "benchmarks")
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if folder in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
