@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mvit_kernels import accelerate, report, restore
 from mvit_kernels._utils.third_party import import_timm
 from support import models
-from support.convolutions import OPERATOR, assert_trains_alike, first_block, stepped
+from support.convolutions import OPERATOR, assert_trains_alike, stepped, training_block
 from support.declined import block_classes, classes, evaluated
 from support.fake_backend import fake_backend
 from support.models import LIBRARIES, assert_same, blocks, fused_norms
@@ -40,7 +40,7 @@ INSIDE = {
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_blocks_train_alike(library):
     """Outputs, every gradient, and what two steps leave in parameters, running statistics and counters."""
-    block, x = first_block(library)
+    block, x = training_block(library)
     plain = copy.deepcopy(block)
     accelerate(block, strict=True)
     with fused_norms() as fused:
@@ -77,7 +77,7 @@ def test_evaluation_is_unchanged(library):
 
 def test_statistics_without_gradients():
     """As recalibration of batch norms needs them."""
-    block, x = first_block()
+    block, x = training_block()
     plain = copy.deepcopy(block)
     accelerate(block)
     with torch.no_grad(), fused_norms() as fused:
@@ -90,7 +90,7 @@ def test_statistics_without_gradients():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_moves_the_statistics_twice(use_reentrant):
     """As it does in PyTorch, whose forward also runs again in backward."""
-    block, x = first_block()
+    block, x = training_block()
     plain = copy.deepcopy(block)
     accelerate(block)
     results = []
@@ -104,7 +104,7 @@ def test_checkpointing_moves_the_statistics_twice(use_reentrant):
 
 
 def test_second_derivatives():
-    block, x = first_block()
+    block, x = training_block()
     plain = copy.deepcopy(block).conv_kxk
     layer = accelerate(block).conv_kxk
     penalties = []
@@ -120,7 +120,7 @@ def test_second_derivatives():
 
 
 def test_restore_and_copies():
-    block, x = first_block("kornia")
+    block, x = training_block("kornia")
     plain, original = copy.deepcopy(block), classes(block)
     accelerate(block)
     stepped(copy.deepcopy(block), x)
@@ -200,13 +200,13 @@ def test_synchronised_batch_norms(library, first):
     assert len(report(ours).accelerated) == 3
     assert "SyncBatchNorm" in str(report(ours)) and "0 of 32" in str(report(ours))
     with fused_norms() as fused:
-        assert_trains_alike(blocks(ours.double())[0].train(), blocks(plain)[0].train(), first_block(library)[1])
+        assert_trains_alike(blocks(ours.double())[0].train(), blocks(plain)[0].train(), training_block(library)[1])
     assert not fused
 
 
 def test_distributed_data_parallel(process_group):
     """Which broadcasts the buffers that the operator updates in place."""
-    block, x = first_block()
+    block, x = training_block()
     plain = DistributedDataParallel(copy.deepcopy(block))
     ours = DistributedDataParallel(accelerate(block))
     with fused_norms() as fused:
@@ -218,7 +218,7 @@ def test_distributed_data_parallel(process_group):
 def test_compiled(library):
     """One graph; statistics move, and a norm that is frozen later is."""
     torch._dynamo.reset()
-    block, x = first_block(library)
+    block, x = training_block(library)
     name = {"timm": "conv_kxk", "kornia": "conv1"}[library]
     plain = copy.deepcopy(block.get_submodule(name))
     layer = accelerate(block).get_submodule(name)
@@ -239,7 +239,7 @@ def test_compiled(library):
 
 def test_exported_and_scripted_as_before():
     """Exports of a model in training are plain PyTorch; TorchScript compiles the library's own forward."""
-    block, x = first_block("kornia")
+    block, x = training_block("kornia")
     plain = copy.deepcopy(block)
     accelerate(block)
     sequential, reference = block.conv1, plain.conv1

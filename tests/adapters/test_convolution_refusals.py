@@ -14,7 +14,7 @@ from mvit_kernels import accelerate, report, restore
 from mvit_kernels._utils.third_party import import_timm
 from mvit_kernels.backends import use_backend
 from support import models
-from support.convolutions import OPERATOR, assert_trains_alike, first_block, stepped
+from support.convolutions import OPERATOR, assert_trains_alike, stepped, training_block
 from support.fake_backend import fake_backend
 from support.models import assert_same, fused_norms
 
@@ -76,14 +76,14 @@ REFUSALS = {
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_what_the_operator_would_compute_differently(kind, when):
     """The layer runs its own forward; the block's two others stay fast."""
-    block, x = first_block()
+    block, x = training_block()
     if when == "after":
         accelerate(block)
         stepped(block, x, steps=1)  # it has been looked at
     REFUSALS[kind](block.conv_kxk)
     plain = restore(copy.deepcopy(block)) if when == "after" and kind != "a forward of its own" else None
     if plain is None:
-        plain, _ = first_block()
+        plain, _ = training_block()
         if when == "after":
             stepped(plain, x, steps=1)
         REFUSALS[kind](plain.conv_kxk)
@@ -104,7 +104,7 @@ def test_what_the_operator_would_compute_differently(kind, when):
 )
 def test_hooks_on_what_is_bypassed(inner, register):
     """Called while they are there; hooks on the layer and on the convolution change nothing."""
-    block, x = first_block()
+    block, x = training_block()
     plain = copy.deepcopy(block)
     accelerate(block)
     stepped(copy.deepcopy(block), x)
@@ -123,7 +123,7 @@ def test_hooks_on_what_is_bypassed(inner, register):
 
 
 def test_hooks_on_all_modules():
-    block, x = first_block()
+    block, x = training_block()
     plain = copy.deepcopy(block)
     accelerate(block)
     seen = []
@@ -147,7 +147,7 @@ def test_lora_on_a_convolution_is_called():
         def forward(self, x):
             return self.base_layer(x) + self.up(x)
 
-    block, x = first_block()
+    block, x = training_block()
     block.conv_kxk.conv = Adapted(block.conv_kxk.conv)
     plain = copy.deepcopy(block)
     accelerate(block)
@@ -176,7 +176,7 @@ def test_parts_of_a_sequential():
 
 def test_where_no_kernel_serves():
     """Requested backends and refused layouts: the original forward, without an error."""
-    block, x = first_block()
+    block, x = training_block()
     plain = copy.deepcopy(block)
     accelerate(block, backend=None)
     with use_backend("reference"), fused_norms() as fused:
@@ -190,7 +190,7 @@ def test_where_no_kernel_serves():
 
 def test_too_few_values():
     """PyTorch's own error."""
-    block, _ = first_block()
+    block, _ = training_block()
     layer = accelerate(block).conv_kxk
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         layer(torch.randn(1, 48, 1, 1, dtype=torch.float64))

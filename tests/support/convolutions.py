@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A first block's convolution layers in training, and the comparison of some steps with PyTorch's."""
+"""Convolution layers in training: the block that has them, and the comparison of some steps with PyTorch's."""
 
 import torch
 from torch import nn
@@ -10,8 +10,8 @@ from support.models import blocks
 OPERATOR = "batch_norm_activation"
 
 
-def first_block(library="timm"):
-    """In float64 and channels-last, in training, and an input."""
+def training_block(library="timm"):
+    """The first block, in float64 and channels-last, in training, and an input."""
     block = blocks(models.build(library).double())[0].train().to(memory_format=torch.channels_last)
     channels = next(module for module in block.modules() if isinstance(module, nn.Conv2d)).in_channels
     x = torch.randn(2, channels, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
