@@ -21,14 +21,10 @@ from mvit_kernels.backends import use_backend
 from support import ROOT, models
 from support.declined import classes, evaluated
 from support.fake_backend import fake_backend
-from support.models import LIBRARIES, accelerated, assert_same, blocks, fast_calls
+from support.models import LIBRARIES, accelerated, assert_same, blocks, double, fast_calls
 
 X = models.images(1, 64, 64).double()
 KERNELS = ("transformer", "patch_attention", "layer_norm_linear", "layer_norm_mlp", "linear_residual")
-
-
-def double(library="timm", **options):
-    return models.build(library, **options).double()
 
 
 # ---------------------------------------------------------------------------------------------------- copies and files

@@ -95,6 +95,11 @@ def build(library: str, variant: str = "xxs", **options) -> nn.Module:
     return copy.deepcopy(_built(library, variant, tuple(sorted(options.items()))))
 
 
+def double(library: str = "timm", **options) -> nn.Module:
+    """As `build`, in float64."""
+    return build(library, **options).double()
+
+
 @functools.cache
 def _built(library: str, variant: str, options: tuple) -> nn.Module:
     with torch.random.fork_rng():
