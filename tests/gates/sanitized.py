@@ -73,7 +73,8 @@ def run_cases(isa: str) -> None:
     from mvit_kernels import backends
     from mvit_kernels.backends import cpu
     from mvit_kernels.freezing.network import Network
-    from support.cases import DIFFERENTIABLE, call, convert, evaluate, lay_out_all, make
+    from support.cases import DIFFERENTIABLE, call, convert, evaluate, make
+    from support.layouts import lay_out_all
 
     if cpu.instruction_set() != isa:
         sys.exit(cpu.BACKEND.unavailable("cpu")[0] if cpu.BACKEND.unavailable("cpu") else UNSUPPORTED)

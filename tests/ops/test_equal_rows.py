@@ -9,7 +9,8 @@ The mean of equal values is that value. If it is off in its last bit, 1/σ multi
 import pytest
 import torch
 
-from support.cases import call, convert, differentiable, evaluate, lay_out, make, paths, takes
+from support.cases import call, convert, differentiable, evaluate, make, paths, takes
+from support.layouts import lay_out
 
 SIZES = {  # by operator, of d columns
     "layer_norm": lambda d: dict(shape=(2, 3, d)),

@@ -9,8 +9,9 @@ import random
 
 import pytest
 
-from support.cases import DIFFERENTIABLE, DTYPES, INFERENCE, LAYOUTS, paths
+from support.cases import DIFFERENTIABLE, DTYPES, INFERENCE, paths
 from support.checks import check
+from support.layouts import LAYOUTS
 
 CASES = int(os.environ.get("MVIT_KERNELS_FUZZ", "40"))
 

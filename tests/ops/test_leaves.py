@@ -6,19 +6,8 @@ where PyTorch would put it."""
 import pytest
 import torch
 
-from support.cases import (
-    DIFFERENTIABLE,
-    NARROW,
-    call,
-    convert,
-    device_of,
-    differentiable,
-    evaluate,
-    lay_out,
-    make,
-    paths,
-    takes,
-)
+from support.cases import DIFFERENTIABLE, NARROW, call, convert, device_of, differentiable, evaluate, make, paths, takes
+from support.layouts import lay_out
 
 LAYOUTS = ("sliced", "permuted", "transposed", "strided", "offset", "expanded")
 PATHS = [(operator, path) for operator in DIFFERENTIABLE for path in paths(operator) if differentiable(operator, path)]

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from mvit_kernels import patch_attention
-from support.cases import DTYPES, call, call_raw, convert, evaluate, lay_out, make, paths, plain_dtype, takes
+from support.cases import DTYPES, call, call_raw, convert, evaluate, make, paths, plain_dtype, takes
 from support.checks import check
+from support.layouts import lay_out
 from support.operator_tests import OperatorTests
 from support.oracle import patch_attention_and_logsumexp, sequences
 from support.tolerance import assert_close_as_pytorch

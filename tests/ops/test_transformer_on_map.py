@@ -8,8 +8,9 @@ import torch
 
 from mvit_kernels.dropout import LayerDropout, drop_path
 from mvit_kernels.ops import transformer_on_map
-from support.cases import INFERENCE, Recorder, carefully, convert, evaluate, lay_out, make, structured
+from support.cases import INFERENCE, Recorder, carefully, convert, evaluate, make, structured
 from support.fake_backend import NAME, fake_backend
+from support.layouts import lay_out
 from support.oracle import sequences
 from support.oracle import transformer_on_map as oracle
 from support.tolerance import Compared, assert_close_as_pytorch, assert_close_over_draws

@@ -29,6 +29,7 @@ from mvit_kernels.backends.contract import REGISTRY
 from mvit_kernels.backends.library import BACKENDS, raw
 from mvit_kernels.rounding import RoundedArithmetic
 from support import oracle, usual
+from support.layouts import lay_out
 
 DIFFERENTIABLE = (
     "batch_norm_activation",
@@ -41,7 +42,6 @@ DIFFERENTIABLE = (
 )
 INFERENCE = ("inverted_residual", "transformer")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-LAYOUTS = ("contiguous", "permuted", "transposed", "sliced", "strided", "offset", "expanded")
 
 # ------------------------------------------------------------------------------------------------------------ inputs
 
@@ -197,48 +197,6 @@ def convert(
 def is_norms(name: str, tensors: Tensors) -> bool:
     """Whether `name` is a parameter of a norm; where ``weight`` and ``bias`` are one, there is no matrix."""
     return "norm" in name or (name in ("weight", "bias") and tensors["weight"].dim() == 1)
-
-
-def lay_out(t: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
-    """The values of `t` under other strides, and the buffer of 42s that they lie in, where there is one.
-
-    ``permuted`` puts the channels before the rows, as an NCHW map has them; ``expanded`` repeats the first of the first
-    axis with stride 0 (so the values change); ``strided`` leaves a gap between channels. ``channels_last``, which is
-    not among `LAYOUTS`, is for (N, C, H, W) maps.
-    """
-    if layout == "channels_last":
-        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous(), None
-    if layout == "permuted" and t.dim() > 1:
-        return t.movedim(-1, t.dim() // 3).contiguous().movedim(t.dim() // 3, -1), None
-    if layout == "transposed" and t.dim() > 1:
-        axis = (t.dim() - 1) // 2
-        return t.transpose(axis, axis + 1).contiguous().transpose(axis, axis + 1), None
-    if layout == "expanded" and t.dim() > 0 and t.shape[0] > 0:
-        return t[:1].clone().expand(t.shape), None
-    if layout == "sliced":
-        buffer = t.new_full([side + 3 for side in t.shape], 42.0)
-        view = buffer[tuple(slice(1, 1 + side) for side in t.shape)]
-    elif layout == "strided":
-        buffer = t.new_full([*t.shape[:-1], 2 * t.shape[-1]], 42.0)
-        view = buffer[..., ::2]
-    elif layout == "offset":
-        buffer = t.new_full([t.numel() + 6], 42.0)  # three elements in: no vector load is aligned
-        view = buffer[3 : 3 + t.numel()].view(t.shape)
-    else:
-        return t.contiguous(), None
-    view.copy_(t)
-    return view, buffer
-
-
-def lay_out_all(tensors: Tensors, layout: str) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """`lay_out` of every tensor; only activations are expanded (weights with equal rows would test little)."""
-    activations = ("x", "qkv", "residual")
-    return {
-        name: (None, None)
-        if t is None
-        else lay_out(t, "contiguous" if layout == "expanded" and name not in activations else layout)
-        for name, t in tensors.items()
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------- calls

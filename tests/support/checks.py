@@ -34,8 +34,6 @@ from support.cases import (
     device_of,
     differentiable,
     evaluate,
-    lay_out,
-    lay_out_all,
     make,
     plain_dtype,
     poisoned,
@@ -43,6 +41,7 @@ from support.cases import (
     structured,
     takes,
 )
+from support.layouts import lay_out, lay_out_all
 from support.tolerance import Compared, assert_close_as_pytorch, assert_close_over_draws
 
 THREADS = 2

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from support.cases import DTYPES, LAYOUTS, Sizes, differentiable, paths
+from support.cases import DTYPES, Sizes, differentiable, paths
 from support.checks import (
     check,
     check_autocast,
@@ -29,6 +29,7 @@ from support.checks import (
     check_registration,
     check_same_bits,
 )
+from support.layouts import LAYOUTS
 
 
 class OperatorTests:

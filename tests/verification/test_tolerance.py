@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from mvit_kernels.rounding import RUNS, careful_error
-from support.cases import LAYOUTS, lay_out, poisoned
+from support.cases import poisoned
+from support.layouts import LAYOUTS, lay_out
 from support.oracle import depthwise, resize
 from support.tolerance import DRAWS, Compared, assert_close_as_pytorch, assert_close_over_draws
 

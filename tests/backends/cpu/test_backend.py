@@ -14,8 +14,9 @@ import torch
 
 from mvit_kernels.backends import library
 from mvit_kernels.backends.library import raw
-from support.cases import LAYOUTS, backward_arguments, convert, lay_out, make, poisoned, raw_arguments
+from support.cases import backward_arguments, convert, make, poisoned, raw_arguments
 from support.checks import check, check_autocast, check_registration
+from support.layouts import LAYOUTS, lay_out
 from support.native import LIBRARY, skip_without_a_compiler, why_not_built
 
 OP = "patch_attention"

@@ -13,8 +13,9 @@ from mvit_kernels.backends import cpu
 from mvit_kernels.backends.contract import REGISTRY
 from mvit_kernels.backends.cpu import composed
 from mvit_kernels.backends.library import SCHEMAS
-from support.cases import LAYOUTS, call, convert, evaluate, lay_out, make
+from support.cases import call, convert, evaluate, make
 from support.checks import check, check_autocast, check_gradients
+from support.layouts import LAYOUTS, lay_out
 from support.native import instruction_sets, skip_without_a_compiler
 
 skip_without_a_compiler()

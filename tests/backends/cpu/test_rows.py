@@ -16,8 +16,9 @@ from torch import Tensor
 
 import mvit_kernels.backends.reference  # noqa: F401 (registers the operators' reference)
 from mvit_kernels.backends.library import raw
-from support.cases import LAYOUTS, backward_arguments, convert, make, poisoned, raw_arguments
+from support.cases import backward_arguments, convert, make, poisoned, raw_arguments
 from support.checks import check
+from support.layouts import LAYOUTS
 from support.native import skip_without_a_compiler
 
 skip_without_a_compiler()

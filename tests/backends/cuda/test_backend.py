@@ -18,9 +18,10 @@ from mvit_kernels.backends.cuda import packing, plans, transformer
 from mvit_kernels.nn import MobileViT
 from mvit_kernels.ops import transformer_on_map
 from mvit_kernels.ops.transformer import flatten, stack_call
-from support.cases import LAYOUTS, Recorder, call, convert, lay_out, make, structured
+from support.cases import Recorder, call, convert, make, structured
 from support.cuda import serving_cpu_tensors
 from support.emulation import Driver, load_operators
+from support.layouts import LAYOUTS, lay_out
 from support.tolerance import assert_close_as_pytorch
 
 OP = "transformer"

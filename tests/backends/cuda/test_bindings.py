@@ -8,18 +8,9 @@ import torch
 
 from mvit_kernels.backends import Call, cuda, gpu
 from mvit_kernels.backends.library import raw
-from support.cases import (
-    Tensors,
-    backward_arguments,
-    call,
-    convert,
-    evaluate,
-    lay_out_all,
-    make,
-    poisoned,
-    raw_arguments,
-)
+from support.cases import Tensors, backward_arguments, call, convert, evaluate, make, poisoned, raw_arguments
 from support.emulation import load_operators
+from support.layouts import lay_out_all
 from support.tolerance import assert_close_as_pytorch
 
 CASES = {
