@@ -53,14 +53,10 @@ void prepare(const LayerNormLinear& args, int64_t begin, int64_t end, void* memo
   LayerNormLinearWeights<P>(args, Pieces(memory)).weight.make(begin, end);
 }
 
-// scratch.normalised, and the statistics, from scratch.panel
+// scratch.normalised, and the statistics, from scratch.panel; apart from forward_block, it is compiled once for all E
 template <typename P, typename T = typename P::Value>
 void normalise_panel(const LayerNormLinear& args, const Block<T>& block, const LayerNormLinearScratch<P>& scratch) {
-  T mean[kLanes], rstd[kLanes];
-  layer_norm<P>(scratch.normalised, scratch.panel, args.channels, static_cast<const T*>(args.norm_weight),
-                static_cast<const T*>(args.norm_bias), static_cast<T>(args.eps), block.lanes, mean, rstd);
-  std::memcpy(static_cast<T*>(args.mean) + block.first, mean, sizeof(T) * block.count);
-  std::memcpy(static_cast<T*>(args.rstd) + block.first, rstd, sizeof(T) * block.count);
+  normalise_block<P>(scratch.normalised, scratch.panel, block, args);
 }
 
 // scratch.out = output channels [begin, begin + count)

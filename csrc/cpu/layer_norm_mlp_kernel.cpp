@@ -66,12 +66,7 @@ void prepare(const LayerNormMlp& args, int64_t begin, int64_t end, void* memory)
 template <typename P, typename T = typename P::Value>
 void forward_panel(const LayerNormMlp& args, const Block<T>& block, const LayerNormMlpWeights<P>& weights,
                    const LayerNormMlpScratch<P>& scratch) {
-  T mean[kLanes], rstd[kLanes];
-  layer_norm<P>(scratch.normalised, scratch.panel, args.channels, static_cast<const T*>(args.norm_weight),
-                static_cast<const T*>(args.norm_bias), static_cast<T>(args.eps), block.lanes, mean, rstd);
-  std::memcpy(static_cast<T*>(args.mean) + block.first, mean, sizeof(T) * block.count);
-  std::memcpy(static_cast<T*>(args.rstd) + block.first, rstd, sizeof(T) * block.count);
-
+  normalise_block<P>(scratch.normalised, scratch.panel, block, args);
   weights.fc1.product(scratch.normalised, 0, args.hidden, block.lanes,
                       [bias = static_cast<const T*>(args.fc1_bias), out = scratch.hidden](auto& tile, int64_t row,
                                                                                           int64_t lane) {

@@ -172,6 +172,17 @@ MVIT_INLINE void read_operand(typename P::Operand* operand, const Rows& rows, co
     read_pairs(operand, rows, block, channels);
 }
 
+// normalised = LN(panel) of the block's rows, whose statistics become args.mean and args.rstd: backward reads them.
+template <typename P, typename Args, typename T = typename P::Value>
+MVIT_INLINE void normalise_block(typename P::Operand* normalised, const T* panel, const Block<T>& block,
+                                 const Args& args) {
+  T mean[kLanes], rstd[kLanes];
+  layer_norm<P>(normalised, panel, args.channels, static_cast<const T*>(args.norm_weight),
+                static_cast<const T*>(args.norm_bias), static_cast<T>(args.eps), block.lanes, mean, rstd);
+  std::memcpy(static_cast<T*>(args.mean) + block.first, mean, sizeof(T) * block.count);
+  std::memcpy(static_cast<T*>(args.rstd) + block.first, rstd, sizeof(T) * block.count);
+}
+
 // ---- weights --------------------------------------------------------------------------------------------------------
 
 // W (rows, columns), contiguous, or its transpose, as the left operand of products: as it lies in memory, or in a form
