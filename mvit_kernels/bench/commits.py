@@ -85,7 +85,7 @@ def measure(
             path = folder / side / f"{name}.csv"
             check_file(path)
             path.unlink(missing_ok=True)  # rows of an earlier run are no rounds of this one
-    places = {side: _checkout(sha, root, folder, progress) for side, sha in shas.items()}
+    places = {side: _checkout(sha, root, folder, device, progress) for side, sha in shas.items()}
     rows: dict[str, list[Line]] = {"old": [], "new": []}
     with contextlib.ExitStack() as stack:
         workers = {
@@ -162,8 +162,8 @@ def _commit(name: str, root: Path) -> str:
         raise ValueError(f"--compare-commits: {root} has no commit {name}; '.' is the checkout as it is") from None
 
 
-def _checkout(sha: str, root: Path, folder: Path, progress: Callable[[str], None]) -> Path:
-    """The folder of the commit's files, with its libraries; kept for the next comparison."""
+def _checkout(sha: str, root: Path, folder: Path, device: str, progress: Callable[[str], None]) -> Path:
+    """The folder of the commit's files, with the libraries that `device` needs; kept for the next comparison."""
     if sha == HERE:
         return root
     place = (folder / sha[:12]).resolve()
@@ -171,7 +171,9 @@ def _checkout(sha: str, root: Path, folder: Path, progress: Callable[[str], None
         progress(f"checking out {sha[:12]} into {place}")
         place.parent.mkdir(parents=True, exist_ok=True)
         _git(root, "worktree", "add", "--force", "--detach", str(place), sha)
-    built = place / ".built"
+    built = place / ".built-for-cuda"  # which is built for the CPU as well
+    if device == "cpu" and not built.exists():
+        built = place / ".built-for-cpu"
     if built.exists():
         return place
     if _libraries_are_of(sha, root):
@@ -182,6 +184,8 @@ def _checkout(sha: str, root: Path, folder: Path, progress: Callable[[str], None
         command = [sys.executable, "setup.py", "-q", "build_native", "--inplace"]
         with (place / "build.log").open("wb") as log:
             environment = {"MVIT_KERNELS_BUILD": "auto"} | os.environ
+            if device == "cpu":  # nvcc takes longer than the rest
+                environment.setdefault("MVIT_KERNELS_BUILD_LIBRARIES", "cpu")
             code = subprocess.run(command, cwd=place, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             raise RuntimeError(f"{sha[:12]} could not be built: see {place / 'build.log'}")

@@ -95,6 +95,19 @@ def test_rounds_alternate(monkeypatch, tmp_path):
     assert "operators: b: not in both commits" in said
 
 
+def test_only_what_the_device_needs_is_built(tmp_path, monkeypatch):
+    """Each build notes what it was asked for; what is built for a GPU serves the CPU."""
+    monkeypatch.delenv("MVIT_KERNELS_BUILD_LIBRARIES", raising=False)
+    place = tmp_path / "0123456789ab"
+    (place / ".git").mkdir(parents=True)
+    (place / "setup.py").write_text(
+        "import os\nwith open('asked', 'a') as f: f.write(os.environ.get('MVIT_KERNELS_BUILD_LIBRARIES', 'all') + ' ')"
+    )
+    for device, asked in (("cpu", "cpu "), ("cpu", "cpu "), ("cuda", "cpu all "), ("cpu", "cpu all ")):
+        assert commits._checkout("0123456789abcdef", tmp_path, tmp_path, device, lambda text: None) == place
+        assert (place / "asked").read_text() == asked
+
+
 @pytest.mark.parametrize(
     "names, options, message",
     [
