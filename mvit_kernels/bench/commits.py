@@ -176,7 +176,7 @@ def _checkout(sha: str, root: Path, folder: Path, device: str, progress: Callabl
         built = place / ".built-for-cpu"
     if built.exists():
         return place
-    if _libraries_are_of(sha, root):
+    if _libraries_are_of(sha, root, device):
         progress(f"{sha[:12]} has the C++ sources of this checkout: its libraries are copied")
         shutil.copytree(root / "mvit_kernels" / "lib", place / "mvit_kernels" / "lib", dirs_exist_ok=True)
     else:
@@ -193,12 +193,18 @@ def _checkout(sha: str, root: Path, folder: Path, device: str, progress: Callabl
     return place
 
 
-def _libraries_are_of(sha: str, root: Path) -> bool:
-    """Whether the checkout's libraries are those of the commit: the sources are the same, and older than they."""
-    libraries = [*(root / "mvit_kernels" / "lib").glob("*.so")]
+def _libraries_are_of(sha: str, root: Path, device: str) -> bool:
+    """Whether the checkout's libraries for `device` are those of the commit: the sources are the same, and older than
+    what was compiled from them."""
+
+    def is_newer(name: str) -> bool:
+        library = root / "mvit_kernels" / "lib" / f"libmvit_kernels_{name}.so"
+        sources = [path for part in (name, "cmake") for path in (root / "csrc" / part).rglob("*") if path.is_file()]
+        newest = max((path.stat().st_mtime for path in sources), default=0)
+        return library.exists() and newest <= library.stat().st_mtime
+
     same = subprocess.run(["git", "-C", str(root), "diff", "--quiet", sha, "--", "csrc", "setup.py"]).returncode == 0
-    sources = [path.stat().st_mtime for path in (root / "csrc").rglob("*") if path.is_file()]
-    return bool(libraries) and same and max(sources, default=0) <= min(path.stat().st_mtime for path in libraries)
+    return same and all(is_newer(name) for name in ("cpu", "cuda")[: 1 if device == "cpu" else 2])
 
 
 # --------------------------------------------------------------------------------------------------------- processes

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two commits in alternation: a repository of two, of which the second makes one candidate slower."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -106,6 +107,31 @@ def test_only_what_the_device_needs_is_built(tmp_path, monkeypatch):
     for device, asked in (("cpu", "cpu "), ("cpu", "cpu "), ("cuda", "cpu all "), ("cpu", "cpu all ")):
         assert commits._checkout("0123456789abcdef", tmp_path, tmp_path, device, lambda text: None) == place
         assert (place / "asked").read_text() == asked
+
+
+def test_libraries_are_copied_where_their_own_sources_are_older(repository, tmp_path):
+    """A library for the GPU that is older than a source for the CPU is as good, and asked about for a GPU alone."""
+    root = shutil.copytree(repository, tmp_path / "root")
+    shutil.copytree(ROOT / "csrc" / "cmake", root / "csrc" / "cmake")
+    for place, time in (
+        ("csrc/cpu/a.cpp", 3e9),
+        ("csrc/cuda/a.cu", 1e9),
+        ("mvit_kernels/lib/libmvit_kernels_cpu.so", 4e9),
+    ):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).touch()
+        os.utime(root / place, (time, time))
+    cuda = root / "mvit_kernels" / "lib" / "libmvit_kernels_cuda.so"
+    assert commits._libraries_are_of("HEAD", root, "cpu")
+    assert not commits._libraries_are_of("HEAD", root, "cuda")
+    cuda.touch()
+    os.utime(cuda, (2.9e9, 2.9e9))
+    assert commits._libraries_are_of("HEAD", root, "cuda")
+    os.utime(cuda, (0.9e9, 0.9e9))
+    assert commits._libraries_are_of("HEAD", root, "cpu")
+    assert not commits._libraries_are_of("HEAD", root, "cuda")
+    (root / "setup.py").write_text("")
+    assert not commits._libraries_are_of("HEAD", root, "cpu")
 
 
 @pytest.mark.parametrize(
