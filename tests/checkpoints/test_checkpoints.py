@@ -178,7 +178,8 @@ def test_land_use_checkpoint_classifies_the_photos(library):
 def test_wrapped_state_dicts_load(wrap, xxs):
     model = load_checkpoint(MobileViT("xxs", num_classes=CLASSES), wrap(xxs))
     expected = {k: v for k, v in xxs.items() if not k.endswith("num_batches_tracked")}
-    assert same({key: model.state_dict()[key] for key in expected}, expected)
+    state = model.state_dict()
+    assert same({key: state[key] for key in expected}, expected)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])

@@ -89,7 +89,8 @@ def test_loaded_both_ways(theirs, tmp_path):
     assert worst(ours, theirs, x) <= 1e-5
     again = cvnets_ssd.SingleShotMaskDetector("xxs", CLASSES, norm=cvnets.PlainLayerNorm).eval()
     load_checkpoint(again, {f"module.{key}": value for key, value in ours.state_dict().items()})
-    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in again.state_dict().items())
+    expected = theirs.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
     same = load_checkpoint(MobileViTSSDLite("xxs", CLASSES), ours.state_dict())
     assert worst(same, theirs, x) <= 1e-5
 
@@ -106,7 +107,8 @@ def test_a_classifier_into_the_backbone(library):
     with torch.no_grad():
         for found, expected in zip(model.backbone.feature_maps(x), full.feature_maps(x), strict=False):
             assert torch.equal(found, expected)
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
     with pytest.raises(ValueError, match=r"has no .*extra\.0.* load_checkpoint\(model\.backbone, \.\.\.\)"):
         load_checkpoint(model, classifier.state_dict())
 

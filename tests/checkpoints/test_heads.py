@@ -134,7 +134,8 @@ def test_newer_cvnets(weights):
 def test_wrapped_state_dicts_load(wrap, layout, weights):
     model = load_checkpoint(blank("own"), wrap(convert_state_dict(weights, to=layout)))
     kept = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
-    assert same({key: model.state_dict()[key] for key in kept}, kept)
+    state = model.state_dict()
+    assert same({key: state[key] for key in kept}, kept)
 
 
 def test_wrapped_models_load(weights):

@@ -32,7 +32,7 @@ def test_accelerated_models_pass(library):
 
 
 def test_gradients():
-    model = mvit_kernels.accelerate(models.build("timm"))
+    model = mvit_kernels.accelerate(models.first_block())
     report = mvit_kernels.verify(model, models.images(2, 64, 64), gradients=True)
     assert report.ok, f"\n{report}"
     names = {row.name for row in report.rows}
@@ -61,7 +61,7 @@ def test_what_is_wrong_fails(wrong, monkeypatch):
     from mvit_kernels.adapters import _block
 
     monkeypatch.setattr(_block, "transformer_on_map", wrong(transformer_on_map))
-    model = mvit_kernels.accelerate(models.build("timm"))
+    model = mvit_kernels.accelerate(models.first_block())
     report = mvit_kernels.verify(model, models.images(1, 64, 64))
     assert not report.ok
     assert not report.rows[0].ok
@@ -207,7 +207,7 @@ def test_nothing_accelerated_is_not_ok():
 
 def test_declined_blocks_are_not_verified():
     """Their convolution layers are, in training."""
-    model = mvit_kernels.accelerate(models.build("timm"))
+    model = mvit_kernels.accelerate(models.first_block())
     for block in models.blocks(model):
         block.norm.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="its blocks are declined: norm carries a hook"):

@@ -87,7 +87,8 @@ def test_kornia_loads_its_own_checkpoints_only(tmp_path, weights):
         model.conv1[0].weight.fill_(0.5)
     torch.save(model.state_dict(), tmp_path / "kornia.pth")
     loaded = zoo.load("kornia/xxs", checkpoint=tmp_path / "kornia.pth")
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    weights_loaded = loaded.state_dict()
+    assert all(torch.equal(value, weights_loaded[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="do not fit kornia/xs"):
         zoo.load("kornia/xs", checkpoint=tmp_path / "kornia.pth")
     for name, checkpoint in (("own/xxs", tmp_path / "kornia.pth"), ("kornia/xxs", weights)):
@@ -98,9 +99,9 @@ def test_kornia_loads_its_own_checkpoints_only(tmp_path, weights):
 def test_pretrained_from_a_folder(tmp_path):
     zoo.load("huggingface/xxs", num_classes=3).save_pretrained(tmp_path)
     model = zoo.load(str(tmp_path), pretrained=True)
-    expected = zoo.load("huggingface/xxs", num_classes=3)
+    expected = zoo.load("huggingface/xxs", num_classes=3).state_dict()
     assert not model.training
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in expected.state_dict().items())
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["apple/mobilevit-small", "mobilevit_s"])
