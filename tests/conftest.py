@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test needs."""
 
+import gc
 import os
 from collections import Counter
 from types import SimpleNamespace
@@ -46,6 +47,13 @@ def pytest_collection_modifyitems(items):
     tests = Counter(item.path for item in items)
     order = {TESTS / f"{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: (order.get(item.path, len(LONG)), -tests[item.path]))
+
+
+def pytest_collection_finish():
+    """The garbage collector passes over what is imported by now, and will stay: a million objects, which made a test
+    that copies a model four times take 0.45 s instead of 0.23 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

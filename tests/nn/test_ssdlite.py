@@ -188,12 +188,15 @@ def test_autocast(xxs):
 
 
 def test_compile(xxs):
-    x = models.images(1, 64, 64)
-    compiled = torch.compile(xxs, fullgraph=True, backend="eager")  # what remains to do is Inductor's
+    """With one of the three blocks, whose compilation is tested in nn/test_mobilevit.py; they keep a map's shape."""
+    x, model = models.images(1, 64, 64), copy.deepcopy(xxs)
+    for stage in model.backbone.stages[3:]:
+        del stage[1:]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # what remains to do is Inductor's
     with torch.no_grad():
         output = compiled(x)
         assert isinstance(output, SSDOutput)
-        assert worst(output, xxs(x)) <= 1e-5
+        assert worst(output, model(x)) <= 1e-5
     torch.compiler.reset()
 
 

@@ -14,6 +14,7 @@ from mvit_kernels.backends.library import raw
 from mvit_kernels.dropout import LayerDropout
 from mvit_kernels.ops import transformer_on_map
 from mvit_kernels.ops.transformer import flatten
+from support import models
 from support.cases import Recorder, convert, make, structured
 from support.fake_backend import NAME, fake_backend
 
@@ -232,22 +233,28 @@ def test_export_is_plain_pytorch(size, strict):
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
-def test_accelerated_timm_model():
-    """mobilevit_xxs in one graph, in eval and in train mode with the gradients of every parameter."""
+def losses(model, x):
+    return model(x).square().sum()
+
+
+def test_accelerated_timm_model_in_evaluation():
+    """In one graph, up to the first block, whose map of 9 × 9 is resized. (A whole network is compiled for evaluation
+    in nn/test_mobilevit.py.)"""
+    model = models.accelerated(models.first_block()).double()
+    x = models.images(2, 72, 72).double()
+    with torch.no_grad():
+        ours = torch.compile(losses, fullgraph=True, backend="aot_eager")(model, x)
+        torch.testing.assert_close(ours, losses(model, x), rtol=1e-10, atol=0)
+
+
+def test_accelerated_timm_model_in_training():
+    """mobilevit_xxs in one graph, with the gradients of every parameter."""
     timm = import_timm()
     torch.manual_seed(0)
     model = mvit_kernels.accelerate(timm.create_model("mobilevit_xxs", num_classes=10), strict=True)
-    model.double()
+    model.double().train()
     x = torch.randn(2, 3, 96, 96, dtype=torch.float64)  # stage 5 has a map of 3 × 3: resized
-
-    def losses(model, x):
-        return model(x).square().sum()
-
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        model.eval()
-        torch.testing.assert_close(compiled(model, x), losses(model, x), rtol=1e-10, atol=0)
-    model.train()
     results = []
     for function in (compiled, losses):
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}

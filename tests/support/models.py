@@ -18,7 +18,6 @@ from mvit_kernels._utils import third_party
 from mvit_kernels.adapters import _block, _convolution, adapter_of
 
 LIBRARIES = ("timm", "huggingface", "kornia", "cvnets", "own")
-VARIANTS = ("xxs", "xs", "s")
 
 # Paths in a block: modules that the fast path does not call, and those that it does.
 BYPASSED = {
