@@ -48,7 +48,7 @@ def test_a_frozen_model_is_the_model(library, dtype):
 @pytest.mark.parametrize("variant", ["xs", "s"])
 def test_the_larger_variants(variant):
     model = models.build("timm", variant)
-    verification = mvit_kernels.verify(mvit_kernels.freeze(model), models.images(1, 64, 96), reference=model)
+    verification = mvit_kernels.verify(mvit_kernels.freeze(model), models.images(1, 70, 90), reference=model)
     assert verification.ok, f"\n{verification}"
 
 
