@@ -58,7 +58,7 @@ def test_copies_are_accelerated_and_independent(library, copied):
 
 def test_a_file_read_by_another_process(tmp_path):
     """A model saved whole runs accelerated in a process that never called `accelerate`. Of cvnets, which imports
-    nothing but torch: timm would add five seconds."""
+    nothing but torch: timm would add two to five seconds."""
     model = accelerated(double("cvnets"))
     torch.save({"model": model, "x": X, "y": evaluated(model, X)}, tmp_path / "model.pt")
     code = """

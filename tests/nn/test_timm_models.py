@@ -392,7 +392,7 @@ assert_registered(again)
 
 def test_registration_in_a_fresh_process():
     """timm is not imported unasked; called, and twice; on import, where timm was imported before. One process tries all
-    three: to import torch and timm takes it seven seconds."""
+    three: to import torch and timm takes it three to six seconds."""
     command = [sys.executable, "-W", "error::UserWarning:timm", "-c", REGISTRATION]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
