@@ -3,8 +3,17 @@
 
 import gc
 import os
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+
+# Dozens of tests start processes. Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each compiles what it
+# imports: 4 of the 7 seconds that torch._dynamo takes. What is compiled goes to build/ then, which is ours to write to.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / "build" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Read when torch loads OpenMP. Its threads spin while they wait for each other: next to any other process, two threads
 # were ten times slower than one, and the tests of threads took longer than all others.
