@@ -80,6 +80,22 @@ def test_careful_arithmetic_decides_where_pytorch_is_too_exact_or_garbage():
         assert_close_over_draws(lambda seed: {"x": Compared((TRUTH + 9e-5).float(), garbage, TRUTH, careful)})
 
 
+def test_samples_are_drawn_until_one_allows_the_error():
+    """A later sample can only add to what is allowed."""
+    drawn = []
+
+    def careful(seed):
+        drawn.append(seed)
+        return TRUTH + 1e-5 * (seed + 1)
+
+    for times, samples in ((1, 1), (5, 3), (15, RUNS), (30, RUNS)):  # 30: of four root mean squares, 20e-5
+        drawn.clear()
+        assert_close_as_pytorch("ours", (TRUTH + 1e-5 * times).float(), TRUTH.float(), TRUTH, careful)
+        assert drawn == list(range(samples)), times
+    with pytest.raises(AssertionError, match="careful arithmetic's"):
+        assert_close_as_pytorch("far", (TRUTH + 50e-5).float(), TRUTH.float(), TRUTH, careful)
+
+
 @pytest.mark.parametrize("values", [1, 3, 16, 256])
 def test_careful_arithmetic_hardly_ever_misses(values):
     """A right operator's errors are at most 1.3 times the careful ones (test_exactness.py); normal errors, drawn as
