@@ -36,7 +36,7 @@ OWN_TESTS = [
     for name in ("backend", "rows", "exactness", "reach", "stack", "subnormals", "instruction_sets")
 ]
 NETWORK_TESTS = [TESTS / "freezing" / "test_network.py"]
-# What Python code decides, and no kernel: whether an operator is registered and has a graph; how a library's model
+# What Python code decides, and no kernel: whether an operator is registered, and its graph; how a library's model
 # becomes a network, of which our own model's, equal to all others', stays.
 SAME_ON_ALL = ("test_registration", "test_graph", "throughout and not own")
 
