@@ -38,13 +38,13 @@ def noise_of_one_chain(terms: int) -> float:
 LONG = [  # the terms of the longest sum in a result
     ("linear_residual", dict(shape=(24, 1024), n=40), "out", 1024),
     ("linear_residual", dict(shape=(24, 40), n=1024), "gradient of x", 1024),
-    ("linear_residual", dict(shape=(2048, 17), n=16), "gradient of weight", 2048),
+    ("linear_residual", dict(shape=(1024, 17), n=16), "gradient of weight", 1024),
     ("layer_norm_linear", dict(shape=(24, 240), n=40), "out", 240),
     ("layer_norm_linear", dict(shape=(16, 192), n=576), "gradient of x", 576),
     ("layer_norm_linear", dict(shape=(16, 40), n=720, activation="silu"), "gradient of x", 720),
-    ("layer_norm_linear", dict(shape=(2048, 17), n=16), "gradient of weight", 2048),
+    ("layer_norm_linear", dict(shape=(1024, 17), n=16), "gradient of weight", 1024),
     ("layer_norm_mlp", dict(shape=(16, 40), hidden=480), "gradient of x", 480),
-    ("layer_norm_mlp", dict(shape=(2048, 17), hidden=16), "gradient of fc1_weight", 2048),
+    ("layer_norm_mlp", dict(shape=(1024, 17), hidden=16), "gradient of fc1_weight", 1024),
 ]
 
 

@@ -8,7 +8,8 @@ round as the GPU's do, TF32 operands lose their last thirteen bits as they do th
 of FMAs.
 
 Each call of a function in a kernel walks all of ``triton.language`` to replace its operations: half of the time.
-Here the first call from each module does, in every launch.
+Here the first call from each module does, in every launch. And each operation makes the types and shapes of its
+operands and of its result anew, of Python objects for every axis: here there is one of each.
 """
 
 import numpy as np
@@ -91,3 +92,40 @@ def repair() -> None:
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_once
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, cast_impl)
+    _keep_types(builder)
+
+
+def _keep_types(builder) -> None:
+    original_np_dtype, np_dtypes = interpreter._get_np_dtype, {}
+    original_init, shapes = tl.tensor.__init__, {}
+    original_equal = tl.dtype.__eq__
+    blocks: dict[tuple, tl.block_type] = {}
+
+    def get_np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = original_np_dtype(dtype)
+        return np_dtypes[name]
+
+    def get_block_ty(self, dtype, shape):
+        key = (dtype.name, *shape)
+        if key not in blocks:
+            blocks[key] = tl.block_type(dtype, shape)
+        return blocks[key]
+
+    def with_element_ty(self, scalar_ty):
+        return get_block_ty(None, scalar_ty, self.shape)
+
+    def init(self, handle, type):
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in shapes:
+            original_init(self, handle, type)
+            shapes[key] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
+    def equal(self, other):
+        return self is other or original_equal(self, other)
+
+    interpreter._get_np_dtype, builder.get_block_ty, tl.tensor.__init__ = get_np_dtype, get_block_ty, init
+    tl.block_type.with_element_ty, tl.dtype.__eq__ = with_element_ty, equal
