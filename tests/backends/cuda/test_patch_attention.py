@@ -254,13 +254,14 @@ FAULTS = [
 
 @pytest.mark.parametrize("header, text, other, says", FAULTS, ids=range(len(FAULTS)))
 def test_a_planted_fault_is_found(header, text, other, says):
-    """At every seed, in a sequence of more than two chunks and blocks, or one that ends inside a tile."""
+    """At every seed, in a sequence of more than two chunks and blocks, or one that ends inside a tile. (Where no race
+    is, any order of the threads has the same values.)"""
     driver = Driver("patch_attention", [*ONE_HEAD_DIM, (header, text, other)], ["MVIT_ONLY_BFLOAT16"])
     long = draw((1, 10, 13), 1, 36, (2, 1), magnitude=2.0)
     below, grad_out = draw((1, 5, 5), 2, 36, (1, 1), magnitude=0.1)
     below[..., :72] += 3
     below[..., 72:144] -= 3
-    for seed in range(5):
+    for seed in range(5 if says in (RACE, "in flight") else 2):
         with pytest.raises(AssertionError, match=says):
             check(driver, *long, 1, (2, 1), seeds=(seed,))
             check(driver, below, grad_out, 2, (1, 1), 1.0, seeds=(seed,))

@@ -199,7 +199,7 @@ FAULTS = [
 @pytest.mark.parametrize("header, text, other, says", FAULTS, ids=range(len(FAULTS)))
 def test_a_planted_fault_is_found(header, text, other, says):
     driver = Driver("rows", [(header, text, other)], ["MVIT_ONLY_BFLOAT16"])
-    for seed in range(5):
+    for seed in range(5 if says in (RACE, "in flight") else 2):  # without a race, any order has the same values
         with pytest.raises(AssertionError, match=says):
             run_all(driver, seed)
 
