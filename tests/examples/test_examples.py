@@ -116,11 +116,12 @@ def _from_folder(path):
     return MobileViTForImageClassification.from_pretrained(path)
 
 
-def test_huggingface_trainer(folder, tmp_path):
+def test_huggingface_trainer(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    options = ["--size", 64, "--batch", 3, "--epochs", 2, "--workers", 0, "--output", "out", "--bf16"]
-    printed = run_apart("huggingface_trainer.py", folder, *options, cwd=tmp_path)
+    options = ["--size", 64, "--batch", 3, "--epochs", 2, "--workers", 0, "--output", tmp_path / "out", "--bf16"]
+    run_here(monkeypatch, "huggingface_trainer.py", folder, *options)
+    printed = capsys.readouterr().out
     assert "3 of 3 MobileViT blocks accelerated" in printed
     assert len(losses(printed)) >= 4 and all(map(math.isfinite, losses(printed)))
     assert re.search(r"accuracy [01]\.\d{3}\n", printed)
@@ -151,10 +152,11 @@ def test_huggingface_trainer_recomputes_and_resumes(folder, tmp_path, monkeypatc
 # ----------------------------------------------------------------------------------------------------------- Lightning
 
 
-def test_lightning_module(folder, tmp_path, monkeypatch):
+def test_lightning_module(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lightning")
     options = ["--size", 64, "--batch", 3, "--workers", 0, "--output", tmp_path, "--precision", "bf16-mixed"]
-    printed = run_apart("lightning_module.py", folder, "--epochs", 1, *options, cwd=tmp_path)
+    run_here(monkeypatch, "lightning_module.py", folder, "--epochs", 1, *options)
+    printed = capsys.readouterr().out
     assert "3 of 3 MobileViT blocks accelerated" in printed
     assert math.isfinite(losses(printed)[-1])
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -45,7 +46,8 @@ def run_apart(*arguments: object, cwd: Path, torchrun: int = 0) -> str:
 def run_here(monkeypatch, name: str, *arguments: object) -> dict:
     """Run an example in this process, which has imported its libraries; the names that it defined."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    with mock.patch.dict(os.environ):  # Hugging Face's Trainer leaves its precision there, for the next one
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 def load(name: str) -> ModuleType:
