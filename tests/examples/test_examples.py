@@ -21,7 +21,7 @@ from PIL import Image
 
 import mvit_kernels
 from support import ROOT, TESTS, models
-from support.examples import EXAMPLES, image_folder, load, run_apart, run_here
+from support.examples import EXAMPLES, image_folder, load, run_here
 from support.models import fast_calls
 
 timm = pytest.importorskip("timm")
@@ -52,12 +52,25 @@ def assert_loads_into_a_plain_model(weights: dict, build=lambda: timm.create_mod
 # ------------------------------------------------------------------------------------------------------- a plain loop
 
 
-def test_plain_loop_under_torchrun(folder, tmp_path):
-    options = ["--size", 64, "--batch", 2, "--epochs", 2, "--workers", 0, "--output", "model.pt"]
-    printed = run_apart("plain_loop.py", folder, *options, cwd=tmp_path, torchrun=2)
-    assert printed.count("3 of 3 MobileViT blocks accelerated") == 1  # by the first rank alone
+@pytest.fixture(scope="module")
+def two_ranks(folder, tmp_path_factory):
+    """What was printed by a process with two ranks, and the folder in which they ran the plain loop."""
+    target = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "support.two_ranks", str(target), str(folder)]
+    # One thread: on a busy machine two are slower. No GPU: the test is the same everywhere.
+    settings = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "COLUMNS": "120"}
+    settings |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | settings)
+    assert result.returncode == 0, result.stderr
+    return types.SimpleNamespace(printed=result.stdout, folder=target)
+
+
+def test_plain_loop_in_two_processes(two_ranks):
+    printed = (two_ranks.folder / "printed0").read_text()
+    assert printed.count("3 of 3 MobileViT blocks accelerated") == 1
     assert len(losses(printed)) == 2 and all(map(math.isfinite, losses(printed)))
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert (two_ranks.folder / "printed1").read_text() == ""  # the first rank alone tells
+    saved = torch.load(two_ranks.folder / "model.pt", weights_only=True)
     assert saved["schedule"]["last_epoch"] == 4  # 8 images, 2 × 2 at a time, 2 epochs
     assert_loads_into_a_plain_model(saved["model"])
     assert_loads_into_a_plain_model(saved["ema"])
@@ -305,12 +318,8 @@ def test_help_needs_no_data(script, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------- what all of these loops rely on
 
 
-def test_two_processes_get_the_mean_of_plain_gradients(tmp_path):
-    command = [sys.executable, "-m", "support.two_ranks", str(tmp_path)]
-    settings = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | settings)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["timm", "huggingface", "own"]
+def test_two_processes_get_the_mean_of_plain_gradients(two_ranks):
+    assert two_ranks.printed.split() == ["timm", "huggingface", "own"]
 
 
 @pytest.mark.parametrize("library", ["timm", "huggingface", "own"])

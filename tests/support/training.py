@@ -72,15 +72,20 @@ def forkserver():
     return context
 
 
-def start(folder: Path, recipe: Recipe | None, output: Path, ranks: int = 1, **options) -> list:
-    """Begin a training in processes of its own, one a rank; each leaves its weights in ``rank<r>.pth`` at the end."""
+def torchrun(ranks: int) -> list[dict[str, str]]:
+    """The environment variables that torchrun sets for each of `ranks` processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    each = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [{name: str(value) for name, value in one.items()} for one in each]
+
+
+def start(folder: Path, recipe: Recipe | None, output: Path, ranks: int = 1, **options) -> list:
+    """Begin a training in processes of its own, one a rank; each leaves its weights in ``rank<r>.pth`` at the end."""
     jobs = []
-    for rank in range(ranks):
-        names = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for names in torchrun(ranks):
         job = forkserver().Process(target=_train, args=(names, folder, recipe, output, options))
         job.start()
         jobs.append(job)
@@ -88,7 +93,7 @@ def start(folder: Path, recipe: Recipe | None, output: Path, ranks: int = 1, **o
 
 
 def _train(names, folder, recipe, output, options) -> None:
-    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(names)
     torch.set_num_threads(1)
     close = loop._Run.close
 

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of accelerated models under DistributedDataParallel with two processes, against those of the plain model.
+"""Two processes: gradients of accelerated models under DistributedDataParallel, against those of the plain model; and
+the example of a plain loop.
 
-``python -m support.two_ranks FOLDER``: a process of its own, because it forks. A process in which something was
-compiled has autograd's threads, and a fork of it cannot run backward.
+``python -m support.two_ranks FOLDER IMAGES``: a process of its own, because it forks. A process in which something was
+compiled has autograd's threads, and a fork of it cannot run backward. One for all, because its imports take 4 seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +20,8 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import models
+from .examples import EXAMPLES
+from .training import torchrun
 
 X, LABELS = models.images(8, 64, 64).double(), torch.arange(8) % 2
 HALVES = slice(0, 4), slice(4, 8)
@@ -24,6 +31,16 @@ def gradients(model: nn.Module, half: slice) -> dict[str, torch.Tensor]:
     model.train().zero_grad()
     nn.functional.cross_entropy(models.output(model(X[half])), LABELS[half]).backward()
     return {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
+
+
+def in_two_processes(function: Callable, arguments: list[tuple]) -> None:
+    ranks = [multiprocessing.get_context("fork").Process(target=function, args=each) for each in arguments]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
 
 
 def one_rank(rank: int, folder: Path, model: nn.Module) -> None:
@@ -40,14 +57,8 @@ def compare(library: str, folder: Path) -> None:
     folder.mkdir()
     options = {"num_labels": 2} if library == "huggingface" else {"num_classes": 2}
     plain = models.build(library, **options).double()
-    context = multiprocessing.get_context("fork")
     fast = models.accelerated(plain)
-    ranks = [context.Process(target=one_rank, args=(rank, folder, fast)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
+    in_two_processes(one_rank, [(rank, folder, fast) for rank in range(2)])
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     halves = [{name: value.clone() for name, value in gradients(plain, half).items()} for half in HALVES]
@@ -56,7 +67,19 @@ def compare(library: str, folder: Path) -> None:
     print(library)
 
 
+def plain_loop(names: dict[str, str], folder: Path, images: Path) -> None:
+    """As torchrun starts it (which has a test in tests/cli/test_train.py); what it prints goes to ``printed<rank>``."""
+    os.environ.update(names)
+    os.chdir(folder)
+    options = "--size 64 --batch 2 --epochs 2 --workers 0 --output model.pt"
+    sys.argv = ["plain_loop.py", str(images), *options.split()]
+    with open(f"printed{names['RANK']}", "w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(EXAMPLES / "plain_loop.py"), run_name="__main__")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    folder, images = map(Path, sys.argv[1:])
     for name in ("timm", "huggingface", "own"):
-        compare(name, Path(sys.argv[1]) / name)
+        compare(name, folder / name)
+    in_two_processes(plain_loop, [(names, folder, images) for names in torchrun(2)])
