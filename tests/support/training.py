@@ -68,7 +68,9 @@ def equal_states(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
 def forkserver():
     """The context of processes that are forked from a server, in which nothing was compiled."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.training", "timm.optim", "torchmetrics", "torchvision.transforms.v2"])
+    # Of installed packages alone: before Python 3.13 the server ignores sys.path, and what it does not find.
+    ours = ["mvit_kernels.training.loop", "mvit_kernels.training.tasks.classification", "mvit_kernels.zoo"]
+    context.set_forkserver_preload([*ours, "timm.optim", "torchmetrics", "torchvision.transforms.v2"])
     return context
 
 
@@ -94,6 +96,9 @@ def start(folder: Path, recipe: Recipe | None, output: Path, ranks: int = 1, **o
 
 def _train(names, folder, recipe, output, options) -> None:
     os.environ.update(names)
+    # Otherwise its loaders would start a fork server each, which imports everything anew, and whose processes outlive a
+    # training that is killed: they watch the server in place of the training.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     close = loop._Run.close
 
@@ -141,16 +146,19 @@ def sample_two_epochs(rank: int, folder: Path) -> None:
     """What one of two ranks gets from the sampler in two epochs of steps, as JSON in `folder`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    net = torch.nn.parallel.DistributedDataParallel(torch.nn.Conv2d(1, 1, 1))
+    net = torch.nn.Conv2d(1, 1, 1)
     sampler = MultiScaleSampler(Maps(), 8)  # rank and world_size from torch.distributed
     assert (sampler.rank, sampler.world_size) == (rank, 2)
-    loader = DataLoader(Maps(), batch_sampler=sampler, num_workers=1)
+    # By default its processes would start as this one did, and import torch as well.
+    loader = DataLoader(Maps(), batch_sampler=sampler, num_workers=1, multiprocessing_context="fork")
     epochs = []
     for epoch in range(2):
         sampler.set_epoch(epoch)
         steps = []
         for maps, index in loader:
-            net(maps).mean().backward()  # hangs if the other rank has fewer steps
+            net(maps).mean().backward()
+            # DistributedDataParallel without its import of torch._dynamo: it hangs if the other rank has fewer steps.
+            torch.distributed.all_reduce(net.weight.grad)
             steps.append([list(maps.shape), index.tolist()])
         assert len(steps) == len(loader)
         epochs.append(steps)

@@ -285,17 +285,21 @@ def test_the_confusion_matrix_as_files(tmp_path):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_land_use_checkpoint_by_its_names(frozen):
-    """21 classes by number; the folder has 16 of them."""
+def test_the_land_use_checkpoint_by_its_names(frozen, tmp_path):
+    """21 classes by number; the folder has 16 of them. Of the 24 photos of each, 6: all of them took 10 seconds."""
+    for photos in data.data_path("land_use", "train").iterdir():
+        (tmp_path / photos.name).mkdir()
+        for photo in sorted(photos.iterdir())[::4]:
+            (tmp_path / photos.name / photo.name).symlink_to(photo)
     result = evaluate(
-        data.data_path("land_use", "train"),
+        tmp_path,
         data.land_use_checkpoint(),
         changes={"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "batch": 32},
         labels=data.land_use_classes(),
         frozen=frozen,
         settings=QUICK,
     )
-    assert result.samples == 384 and len(result.figures["confusion"]) == 21
+    assert result.samples == 96 and len(result.figures["confusion"]) == 21
     assert result.figures["top1"] > 0.9
 
 

@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import multiprocessing
 import pickle
 import random
 from collections import Counter
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mvit_kernels import MultiScaleSampler
 from mvit_kernels.training.sampler import resolutions
-from support.training import forkserver, sample_two_epochs
+from support.training import sample_two_epochs
 
 
 def batches(sampler, epoch=0, start=0):
@@ -190,7 +191,9 @@ def test_shares_are_every_nth_of_one_order():
 
 
 def test_two_processes_train_in_step(tmp_path):
-    ranks = [forkserver().Process(target=sample_two_epochs, args=(rank, tmp_path)) for rank in range(2)]
+    # They import torch alone, which takes 2 seconds each. The fork server of support.training would import 10 for both.
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=sample_two_epochs, args=(rank, tmp_path)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
