@@ -5,6 +5,7 @@ import io
 import pickle
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -214,16 +215,17 @@ def test_peak_memory_of_every_kind_of_peer():
 def test_the_process_imports_torchvision_for_other_libraries_alone(monkeypatch, tmp_path):
     """In this process, where a library that is not loaded stands for timm: nothing is imported for our own models."""
     prepared = []
-    monkeypatch.setattr(peak_memory, "prepare_torchvision", lambda: prepared.append("seldom_used" in sys.modules))
+    monkeypatch.setattr(peak_memory, "prepare_torchvision", lambda: prepared.append("stands_for_timm" in sys.modules))
     task = pickle.dumps(Subject(models.build("own", "xxs"), torch.rand(1, 3, 64, 64)))
     assert isinstance(peak_memory._Unpickler(io.BytesIO(task)).load(), Subject) and prepared == []
-    (tmp_path / "seldom_used.py").write_text("class Model: pass\n")
+    (tmp_path / "stands_for_timm.py").write_text("class Model: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    import seldom_used
+    with mock.patch.dict(sys.modules):  # which are as before in the end
+        import stands_for_timm
 
-    task = pickle.dumps(seldom_used.Model())
-    monkeypatch.delitem(sys.modules, "seldom_used")
-    assert type(peak_memory._Unpickler(io.BytesIO(task)).load()).__name__ == "Model" and prepared == [False]
+        task = pickle.dumps(stands_for_timm.Model())
+        del sys.modules["stands_for_timm"]
+        assert type(peak_memory._Unpickler(io.BytesIO(task)).load()).__name__ == "Model" and prepared == [False]
 
 
 def test_peak_memory_of_a_training_step_is_more():
