@@ -22,6 +22,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,11 +111,11 @@ def prepare(
         with RoundedArithmetic(subject.dtype, seed):
             return _outputs(eager(wide), wide._replace(images=checked.images.to(subject.dtype).double()))
 
-    def worst(form: Form) -> ErrorRow:
-        found = worst_row(_outputs(form._replace(images=form.images[: len(checked.images)]), checked), *yardsticks)
-        if found.ok and subject.recipe:
+    def first_call(form: Form) -> dict[str, Tensor]:
+        outputs = _outputs(form._replace(images=form.images[: len(checked.images)]), checked)
+        if subject.recipe:
             call_of(form, subject)()  # compiles for the whole batch, or runs out of memory: here it is noted
-        return found
+        return outputs
 
     yardsticks = (own, truth, None if subject.dtype == torch.float64 else careful)
     results: dict[str, Result] = {}
@@ -124,8 +125,9 @@ def prepare(
         form, result = build_and_check(
             name,
             lambda name=name: PEERS[name].build(subject),
-            worst,
+            first_call,
             build_seconds,
+            lambda outputs: worst_row(outputs, *yardsticks),
         )
         if result.row is not None and result.row.ok and PEERS[name].lazy:
             result = result._replace(note=f"built in {result.build_seconds:.0f} s")
@@ -136,15 +138,25 @@ def prepare(
 
 
 def build_and_check(
-    name: str, build: Callable[[], object], check: Callable[[object], ErrorRow], seconds: float | None
+    name: str,
+    build: Callable[[], object],
+    check: Callable[[object], Any],
+    seconds: float | None,
+    judge: Callable[[Any], ErrorRow] | None = None,
 ) -> tuple[object | None, Result]:
     """What `build` returns if it passes `check`, otherwise None; and a `Result` with the error row, or with the reason
-    for a failure: an exception, or more than `seconds` spent."""
+    for a failure: an exception, or more than `seconds` spent.
+
+    `check` gives the error row, or what `judge` makes it of. That takes none of the candidate's time: the yardsticks
+    may be computed there, for all candidates.
+    """
     start = time.perf_counter()
     try:
         with time_limit(seconds):
             built = build()
             row = check(built)
+        took = time.perf_counter() - start
+        row = row if judge is None else judge(row)
     except TimeLimit:
         return None, Result(name, build_seconds=seconds, note=f"given up: not built within {seconds:.0f} s")
     except Exception as error:  # whatever a compiler or a missing library may raise
@@ -152,7 +164,7 @@ def build_and_check(
     if not row.ok:
         note = f"not timed: the error of {row.name} is {row.error:.1e}, above {row.allowed:.1e}"
         return None, Result(name, row=row, note=note)
-    return built, Result(name, row=row, build_seconds=time.perf_counter() - start)
+    return built, Result(name, row=row, build_seconds=took)
 
 
 def measure(

@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
+from mvit_kernels import verification
 from mvit_kernels.__main__ import main
-from mvit_kernels.bench import tables
+from mvit_kernels.bench import comparison, tables
 from mvit_kernels.bench.comparison import TimeLimit, compare, time_limit
 from mvit_kernels.bench.origin import environment
 from mvit_kernels.bench.peers import PEERS, Form, Peer, Subject, eager
@@ -67,6 +68,20 @@ def test_what_takes_too_long_to_build_is_given_up(subject, monkeypatch):
     monkeypatch.setitem(PEERS, "slow", Peer("", lambda subject: time.sleep(60)))
     slow = compare(subject, ["slow"], seconds=0.1, warmup_seconds=0.0, build_seconds=1.0)[-1]
     assert (slow.candidate, slow.timing, slow.note) == ("slow", None, "given up: not built within 1 s")
+
+
+def test_what_all_are_judged_by_counts_against_no_limit(subject, monkeypatch):
+    """Samples of careful arithmetic take minutes in training; the first candidate that needed them was given up."""
+
+    class Slow(comparison.RoundedArithmetic):
+        def __enter__(self):
+            time.sleep(1.5)
+            return super().__enter__()
+
+    monkeypatch.setattr(comparison, "RoundedArithmetic", Slow)
+    monkeypatch.setattr(verification, "PLAUSIBLE_BANDS", 0)  # always asked for
+    (result,) = compare(subject, ["eager"], seconds=0.1, warmup_seconds=0.0, build_seconds=1.2)
+    assert result.row.ok and result.row.careful_error > 0 and result.timing is not None and result.build_seconds < 1.2
 
 
 def test_a_wrong_gradient_is_not_timed(subject, monkeypatch):

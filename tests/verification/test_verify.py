@@ -91,8 +91,29 @@ def test_careful_arithmetic_decides_where_pytorch_does_not():
     for pytorch in (truth.float(), truth.float() * 1e30, truth.float() * torch.nan):
         near, far = (error_row("x", (truth + off).float(), [pytorch], truth, careful=careful) for off in (1e-4, 1e-3))
         assert near.ok and not far.ok
-        assert near.careful_error == pytest.approx(4e-4)  # of few values, four times their root mean square
+        assert near.careful_error == pytest.approx(1e-4)  # of the first sample, which decides
+        assert far.careful_error == pytest.approx(4e-4)  # of few values, four times their root mean square
     assert error_row("x", truth.float(), [truth.float()], truth, careful=None).careful_error is None
+
+
+def test_samples_are_drawn_until_one_allows_the_error():
+    """A later sample can only add to what is allowed."""
+    truth, drawn = torch.tensor([1.0, -4.0], dtype=torch.float64), []
+
+    def careful(seed):
+        drawn.append(seed)
+        return truth + 1e-4 * (seed + 1)
+
+    for times, samples, largest in (
+        (1, 1, 1e-4),
+        (5, 3, 3e-4),
+        (30, verification.RUNS, None),
+        (50, verification.RUNS, None),
+    ):
+        drawn.clear()
+        row = error_row("x", (truth + 1e-4 * times).float(), [truth.float()], truth, careful=careful)
+        assert drawn == list(range(samples)) and row.ok is (times < 50)
+        assert largest is None or row.careful_error == pytest.approx(largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
