@@ -60,7 +60,7 @@ def two_ranks(folder, tmp_path_factory):
     # One thread: on a busy machine two are slower. No GPU: the test is the same everywhere.
     settings = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "COLUMNS": "120"}
     settings |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | settings)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | settings)
     assert result.returncode == 0, result.stderr
     return types.SimpleNamespace(printed=result.stdout, folder=target)
 

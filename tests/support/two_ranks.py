@@ -12,15 +12,15 @@ import contextlib
 import os
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import models
 from .examples import EXAMPLES
+from .processes import in_two_processes
 from .training import torchrun
 
 X, LABELS = models.images(8, 64, 64).double(), torch.arange(8) % 2
@@ -31,16 +31,6 @@ def gradients(model: nn.Module, half: slice) -> dict[str, torch.Tensor]:
     model.train().zero_grad()
     nn.functional.cross_entropy(models.output(model(X[half])), LABELS[half]).backward()
     return {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
-
-
-def in_two_processes(function: Callable, arguments: list[tuple]) -> None:
-    ranks = [multiprocessing.get_context("fork").Process(target=function, args=each) for each in arguments]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
 
 
 def one_rank(rank: int, folder: Path, model: nn.Module) -> None:
@@ -58,7 +48,7 @@ def compare(library: str, folder: Path) -> None:
     options = {"num_labels": 2} if library == "huggingface" else {"num_classes": 2}
     plain = models.build(library, **options).double()
     fast = models.accelerated(plain)
-    in_two_processes(one_rank, [(rank, folder, fast) for rank in range(2)])
+    in_two_processes("fork", one_rank, [(rank, folder, fast) for rank in range(2)])
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     halves = [{name: value.clone() for name, value in gradients(plain, half).items()} for half in HALVES]
@@ -82,4 +72,4 @@ if __name__ == "__main__":
     folder, images = map(Path, sys.argv[1:])
     for name in ("timm", "huggingface", "own"):
         compare(name, folder / name)
-    in_two_processes(plain_loop, [(names, folder, images) for names in torchrun(2)])
+    in_two_processes("fork", plain_loop, [(names, folder, images) for names in torchrun(2)])

@@ -5,7 +5,6 @@ import copy
 import itertools
 import json
 import math
-import multiprocessing
 import pickle
 import random
 from collections import Counter
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mvit_kernels import MultiScaleSampler
 from mvit_kernels.training.sampler import resolutions
+from support.processes import in_two_processes
 from support.training import sample_two_epochs
 
 
@@ -192,14 +192,7 @@ def test_shares_are_every_nth_of_one_order():
 
 def test_two_processes_train_in_step(tmp_path):
     # They import torch alone, which takes 2 seconds each. The fork server of support.training would import 10 for both.
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=sample_two_epochs, args=(rank, tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    in_two_processes("spawn", sample_two_epochs, [(rank, tmp_path) for rank in range(2)])
     read = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for first, second in zip(*read, strict=True):
         assert [shape for shape, _ in first] == [shape for shape, _ in second] and len(first) > 5
