@@ -171,10 +171,8 @@ def _checkout(sha: str, root: Path, folder: Path, device: str, progress: Callabl
         progress(f"checking out {sha[:12]} into {place}")
         place.parent.mkdir(parents=True, exist_ok=True)
         _git(root, "worktree", "add", "--force", "--detach", str(place), sha)
-    built = place / ".built-for-cuda"  # which is built for the CPU as well
-    if device == "cpu" and not built.exists():
-        built = place / ".built-for-cpu"
-    if built.exists():
+    enough = ("cpu", "cuda") if device == "cpu" else ("cuda",)  # for a GPU both libraries are built
+    if any((place / f".built-for-{name}").exists() for name in enough):
         return place
     if _libraries_are_of(sha, root, device):
         progress(f"{sha[:12]} has the C++ sources of this checkout: its libraries are copied")
@@ -189,7 +187,7 @@ def _checkout(sha: str, root: Path, folder: Path, device: str, progress: Callabl
             code = subprocess.run(command, cwd=place, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             raise RuntimeError(f"{sha[:12]} could not be built: see {place / 'build.log'}")
-    built.touch()
+    (place / f".built-for-{device}").touch()
     return place
 
 
@@ -204,7 +202,7 @@ def _libraries_are_of(sha: str, root: Path, device: str) -> bool:
         return library.exists() and newest <= library.stat().st_mtime
 
     same = subprocess.run(["git", "-C", str(root), "diff", "--quiet", sha, "--", "csrc", "setup.py"]).returncode == 0
-    return same and all(is_newer(name) for name in ("cpu", "cuda")[: 1 if device == "cpu" else 2])
+    return same and all(map(is_newer, ("cpu",) if device == "cpu" else ("cpu", "cuda")))
 
 
 # --------------------------------------------------------------------------------------------------------- processes

@@ -142,7 +142,7 @@ def build_and_check(
     build: Callable[[], object],
     check: Callable[[object], Any],
     seconds: float | None,
-    judge: Callable[[Any], ErrorRow] | None = None,
+    judge: Callable[[Any], ErrorRow] = lambda row: row,
 ) -> tuple[object | None, Result]:
     """What `build` returns if it passes `check`, otherwise None; and a `Result` with the error row, or with the reason
     for a failure: an exception, or more than `seconds` spent.
@@ -154,9 +154,9 @@ def build_and_check(
     try:
         with time_limit(seconds):
             built = build()
-            row = check(built)
+            found = check(built)
         took = time.perf_counter() - start
-        row = row if judge is None else judge(row)
+        row = judge(found)
     except TimeLimit:
         return None, Result(name, build_seconds=seconds, note=f"given up: not built within {seconds:.0f} s")
     except Exception as error:  # whatever a compiler or a missing library may raise
