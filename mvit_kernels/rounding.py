@@ -118,6 +118,30 @@ def careful_error(samples: Sequence[Tensor], truth: Tensor) -> float:
     return max(errors.abs().max().item(), 4 * errors.square().mean().sqrt().item())
 
 
+def deciding_error(careful: Callable[[int], Tensor], truth: Tensor, allows: Callable[[float], bool]) -> float:
+    """`careful_error` of as many samples as decide: the largest error of the first one that allows what is judged, or,
+    if none does, that of all `RUNS`.
+
+    The verdict is that of all of them: `careful_error` is no less than the largest error of any. Each sample is a whole
+    computation, and the first one decides most cases.
+
+    Args:
+        careful: from a seed to a result under `RoundedArithmetic`, of the truth's shape.
+        truth: the float64 result.
+        allows: whether a careful error allows what is judged; it then allows it by every larger one too.
+
+    Returns:
+        The error; 0 where `truth` is empty.
+    """
+    samples: list[Tensor] = []
+    for seed in range(RUNS):
+        samples.append(careful(seed))
+        largest = (samples[-1].detach() - truth.detach()).abs().max().item() if truth.numel() else 0.0
+        if allows(largest):
+            return largest
+    return careful_error(samples, truth)
+
+
 def yardstick(pytorch: float, careful: float) -> float:
     """The error to judge by: PyTorch's own, or the careful one where that is larger or PyTorch's is garbage.
 

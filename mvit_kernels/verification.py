@@ -35,7 +35,7 @@ from ._utils.text import some
 from .adapters import AccelerationReport, named_blocks, report, restore
 from .adapters._block import FrozenBlock
 from .freezing.modules import Frozen
-from .rounding import PLAUSIBLE_BANDS, RUNS, RoundedArithmetic, careful_error, yardstick
+from .rounding import PLAUSIBLE_BANDS, RoundedArithmetic, deciding_error, yardstick
 
 GRADIENT = "gradient of "
 
@@ -113,17 +113,11 @@ def error_row(
     row = ErrorRow(name, ours, own, 2 * (own + band), scale)
     if careful is None or (row.ok and own <= PLAUSIBLE_BANDS * band):
         return row
-    samples: list[Tensor] = []
-    at_least = 0.0
-    for seed in range(RUNS):
-        samples.append(careful(seed))
-        at_least = max(at_least, error(samples[-1]))
-        if seed + 1 == RUNS:
-            at_least = careful_error(samples, truth)
-        row = row._replace(allowed=2 * (yardstick(own, at_least) + band), careful_error=at_least)
-        if row.ok:  # the other samples could only allow more, and each is a whole computation of the model
-            break
-    return row
+
+    def judged(expected: float) -> ErrorRow:
+        return row._replace(allowed=2 * (yardstick(own, expected) + band), careful_error=expected)
+
+    return judged(deciding_error(careful, truth, lambda expected: judged(expected).ok))
 
 
 def largest(value: Tensor) -> float:

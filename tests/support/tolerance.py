@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvit_kernels.rounding import PLAUSIBLE_BANDS, RUNS, careful_error, yardstick
+from mvit_kernels.rounding import PLAUSIBLE_BANDS, deciding_error, yardstick
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:
@@ -71,14 +71,9 @@ def assert_close_as_pytorch(
     error, judge, of = largest_error(ours, truth64), unit * largest_error(pytorch, truth64), "PyTorch's"
     if not (judge <= PLAUSIBLE_BANDS * band and error <= factor * (judge + band)):
         if careful is not None:
-            samples = []
-            for seed in range(RUNS):
-                samples.append(careful(seed))
-                # Every sample's largest error is a lower bound of theirs together and, where that is judged by, of
-                # PyTorch's: what is below it passes whatever the rest says. The first decides most cases.
-                if error <= factor * (unit * largest_error(samples[-1], truth64) + band) < torch.inf:
-                    return
-            expected = unit * careful_error(samples, truth64)
+            expected = unit * deciding_error(
+                careful, truth64, lambda one: error <= factor * (unit * one + band) < torch.inf
+            )
             own, judge = judge, yardstick(judge, expected)
             of = of if judge == own else "careful arithmetic's"
         assert judge < torch.inf, f"{name}: PyTorch itself overflows here, so the case says nothing"

@@ -14,6 +14,7 @@ from torch import nn
 import mvit_kernels
 from mvit_kernels import verification
 from mvit_kernels.ops import transformer_on_map
+from mvit_kernels.rounding import RUNS
 from mvit_kernels.verification import error_row
 from support import models
 
@@ -107,8 +108,8 @@ def test_samples_are_drawn_until_one_allows_the_error():
     for times, samples, largest in (
         (1, 1, 1e-4),
         (5, 3, 3e-4),
-        (30, verification.RUNS, None),
-        (50, verification.RUNS, None),
+        (30, RUNS, None),
+        (50, RUNS, None),
     ):
         drawn.clear()
         row = error_row("x", (truth + 1e-4 * times).float(), [truth.float()], truth, careful=careful)
