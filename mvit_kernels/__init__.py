@@ -25,6 +25,8 @@ _EXPORTS = {
     "report": "adapters",
     "AccelerationReport": "adapters",
     "freeze": "freezing",
+    "export": "exporting",
+    "ExportReport": "exporting",
     "verify": "verification",
     "VerificationReport": "verification",
     "load_checkpoint": "checkpoints",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers, which cannot re
     from .checkpoints import convert_state_dict as convert_state_dict
     from .checkpoints import load_checkpoint as load_checkpoint
     from .dropout import LayerDropout as LayerDropout
+    from .exporting import ExportReport as ExportReport
+    from .exporting import export as export
     from .freezing import freeze as freeze
     from .nn import MobileViT as MobileViT
     from .nn import MobileViTDeepLabV3 as MobileViTDeepLabV3

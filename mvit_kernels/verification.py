@@ -186,7 +186,7 @@ def verify(
         pytorch = _casting(cast_floats(pytorch, dtype))
     run = _gradients if gradients else _outputs
     fast = run(copy_of(model), example, dtype)
-    with _Double():
+    with Double():
         exact = run(copy_of(truth), example, torch.float64)
     if not all(torch.isfinite(value).all() for value in exact.values()):
         raise ValueError("verify: the model's output is not finite in float64 either; fix its weights or the example")
@@ -201,7 +201,7 @@ def verify(
         own.append(_gradients(pytorch, laid_out, dtype, reverse=True))
 
     def careful(seed: int) -> dict[str, Tensor]:
-        with _Double(), RoundedArithmetic(dtype, seed):
+        with Double(), RoundedArithmetic(dtype, seed):
             return run(copy_of(truth), example, torch.float64)
 
     return VerificationReport(tuple(error_rows(fast, own, exact, None if dtype == torch.float64 else careful)))
@@ -286,7 +286,7 @@ def _gradients(model: nn.Module, example: Any, dtype: torch.dtype, reverse: bool
     return {name: value.detach() for name, value in outputs.items()} | gradients
 
 
-class _Double(TorchFunctionMode):
+class Double(TorchFunctionMode):
     """Makes explicit casts inside a float64 model (``x.float()``, ``dtype=torch.float32``) stay in float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

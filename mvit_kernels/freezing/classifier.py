@@ -59,6 +59,15 @@ def freeze_classifier(model: nn.Module) -> None:
         model.__class__ = _in_one_call(type(model))
 
 
+def as_library_class(model: nn.Module) -> nn.Module:
+    """`model` itself, a frozen classifier, with the class that it had before `freeze_classifier`."""
+    for original, in_one_call in _classes.items():
+        if type(model) is in_one_call:
+            model.__class__ = original
+            model.__dict__.pop(_CALL, None)
+    return model
+
+
 def _in_one_call(original: type[nn.Module]) -> type[nn.Module]:
     if original in _classes:
         return _classes[original]

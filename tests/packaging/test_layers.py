@@ -25,6 +25,7 @@ LAYERS = (
     "freezing",
     "verification",
     "zoo",
+    "exporting",
     "training",
     "bench",
     "cli",

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX, for ONNX Runtime and whatever else reads it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._utils.third_party import import_onnxruntime, import_onnxscript
+from ..plan import IMAGES, Contents, Plan
+from . import Loaded, Target
+
+OPSET = 18  # the newest that every ONNX Runtime of the last years, TensorRT 8.6 and OpenVINO 2023 read
+
+
+def dynamic_shapes(plan: Plan) -> dict[str, dict[int, Any]] | None:
+    """What ``torch.export`` is told about the axes of the images."""
+    axes: dict[int, Any] = {}
+    if plan.dynamic_batch:
+        axes[0] = torch.export.Dim.DYNAMIC
+    if plan.dynamic_size:
+        axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    return {IMAGES: axes} if axes else None
+
+
+def onnx_program(network: nn.Module, plan: Plan) -> Any:
+    """The ``torch.onnx.ONNXProgram`` of `network`, whose outputs are a tuple.
+
+    Raises:
+        ImportError: onnxscript, which PyTorch's exporter needs, is not installed.
+    """
+    import_onnxscript()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns about its own parts
+        return torch.onnx.export(
+            network,
+            (plan.example(),),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[IMAGES],
+            output_names=list(plan.outputs),
+            dynamic_shapes=dynamic_shapes(plan),
+        )
+
+
+class Onnx(Target):
+    """ONNX in the plain form."""
+
+    name, suffix, form = "onnx", ".onnx", "plain"
+    dtypes = (torch.float32, torch.float16)
+    dynamic_batch = dynamic_size = True
+
+    def require(self) -> None:
+        import_onnxscript()
+        import_onnxruntime()
+
+    def write(self, network: nn.Module, plan: Plan, path: Path) -> None:
+        path.write_bytes(onnx_program(network, plan).model_proto.SerializeToString())
+
+    def load(self, path: Path, plan: Plan) -> Loaded:
+        runtime = import_onnxruntime()
+        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+
+        def run(images: Tensor) -> dict[str, Tensor]:
+            arrays = session.run(None, {IMAGES: images.contiguous().numpy()})
+            return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+        return run
+
+    def contents(self, path: Path) -> Contents:
+        import onnx
+
+        model = onnx.load(str(path))
+        nodes = Counter(node.op_type for node in model.graph.node if node.op_type != "Constant")
+        nodes.update(node.op_type for function in model.functions for node in function.node)
+        values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+        ranks = [len(value.type.tensor_type.shape.dim) for value in values]
+        return Contents(nodes, nodes["Transpose"], max(ranks, default=None))
+
+
+TARGETS = (Onnx(),)
