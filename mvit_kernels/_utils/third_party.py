@@ -74,12 +74,12 @@ def import_torchmetrics() -> ModuleType:
 
 def import_onnxscript() -> ModuleType:
     """onnxscript, which ``torch.onnx.export`` needs, or an ImportError that says what to install."""
-    return _import("onnxscript", extra="peers", through_torchvision=False)
+    return _import("onnxscript", extra="onnx", through_torchvision=False)
 
 
 def import_onnxruntime() -> ModuleType:
     """ONNX Runtime, or an ImportError that says what to install."""
-    return _import("onnxruntime", extra="peers", through_torchvision=False)
+    return _import("onnxruntime", extra="onnx", through_torchvision=False)
 
 
 def import_openvino() -> ModuleType:
@@ -87,7 +87,7 @@ def import_openvino() -> ModuleType:
     # Its converter reports each use over the network from a forked process, which may crash beside torch's threads.
     # Without this package it reports nothing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # Python's own way to forbid an import
-    return _import("openvino", extra="peers", through_torchvision=False)
+    return _import("openvino", extra="openvino", through_torchvision=False)
 
 
 def _import(name: str, *, extra: str, through_torchvision: bool) -> ModuleType:

@@ -43,6 +43,7 @@ def export(
     sizes: Size | Sequence[Size] | Literal["dynamic"] | None = None,
     batch: int | Literal["dynamic"] | None = None,
     dtype: torch.dtype = torch.float32,
+    opset: int | None = None,
 ) -> ExportReport:
     """Write `model` to a file for another runtime, then run the file and compare it with the model.
 
@@ -63,8 +64,10 @@ def export(
             "aotinductor" (compiled for this machine's kind of processor); None for the one of the path's suffix.
         sizes: the images' size: 256, or (height, width); a list of such for a file that takes several, which Core ML's
             can; "dynamic" for any. None for 256 × 256 px.
-        batch: number of images, or "dynamic" for any; None for any where the target can, else 1.
+        batch: number of images, or "dynamic" for any; None for any where that costs no time
+            (ONNX, ``torch.export``), else 1.
         dtype: of weights and arithmetic: float32, or what else the target has.
+        opset: of ONNX's operators: 23, in which attention is one node, or 18 for what reads no newer one; None for 23.
 
     Returns:
         An `ExportReport`: size, node counts and the largest differences, on random images and on photographs.
@@ -79,7 +82,7 @@ def export(
     check_model("export", model)
     path = Path(path)
     chosen = _target(path, target)
-    plan = _plan(chosen, sizes, batch, dtype)
+    plan = _plan(chosen, sizes, batch, dtype, opset)
     chosen.require()
 
     network = _form(chosen.form)(model, plan)
@@ -92,7 +95,7 @@ def export(
         contents = chosen.contents(part)
         chosen.check(contents, plan)
         run = chosen.load(part, plan)
-        differences, agreement = ((), None) if run is None else compare(run, model, plan)
+        differences, agreement = ((), None) if run is None else compare(run, model, plan, chosen.slack)
         del run  # which may keep the file open
         written = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         report = ExportReport(
@@ -125,6 +128,7 @@ def _plan(
     sizes: Size | Sequence[Size] | str | None,
     batch: int | str | None,
     dtype: torch.dtype,
+    opset: int | None,
 ) -> Plan:
     """The arguments of `export` as what the target is asked for, checked."""
     if dtype not in target.dtypes:
@@ -146,13 +150,20 @@ def _plan(
     if batch == "dynamic" and not target.dynamic_batch:
         raise ValueError(f"export: batch is 'dynamic', and {target.name} files have a fixed one; give it, as batch=1")
     if batch is None:
-        batch = "dynamic" if target.dynamic_batch else 1
+        batch = "dynamic" if target.dynamic_batch_is_free else 1
     if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
         raise ValueError(f"export: batch is {batch!r}; a whole number of 1 or more is wanted")
     dynamic_batch = batch == "dynamic"
     # torch.export takes an axis of one element to be fixed.
     images = 2 if dynamic_batch else int(batch)
-    return Plan(pairs, (), images, 3, dtype, dynamic_batch, dynamic_size)
+    plan = Plan(pairs, (), images, 3, dtype, dynamic_batch, dynamic_size, target.attention)
+    if opset is not None and opset not in target.opsets:
+        known = " or ".join(map(str, target.opsets)) or f"none for {target.name}, which has no operators of ONNX,"
+        raise ValueError(f"export: opset is {opset!r}; {known} is wanted")
+    if not target.opsets:
+        return plan
+    opset = opset or target.opsets[0]
+    return plan._replace(opset=opset, attention="onnx" if opset >= 23 else plan.attention)
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -176,11 +187,11 @@ def _traceable(network: nn.Module, plan: Plan, target: Target) -> tuple[Plan, nn
     """The plan with what only the network tells, and the network as `Target.write` takes it."""
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     plan = plan._replace(channels=first.in_channels)
+    dtype = plan.dtype if target.casts_network else torch.float32
+    network = cast_floats(network, dtype)
     with torch.no_grad():
-        plan = plan._replace(outputs=output_names(network(plan.example())))
-    if target.casts_network:
-        return plan, FlatOutputs(cast_floats(network, plan.dtype), plan.dtype).eval()
-    return plan, FlatOutputs(network).eval()
+        plan = plan._replace(outputs=output_names(network(plan.example().to(dtype))))
+    return plan, FlatOutputs(network, dtype).eval()
 
 
 def _images(plan: Plan) -> str:

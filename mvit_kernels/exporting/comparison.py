@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._utils.plain import cast_floats, copy_of
 from ..adapters import restore
-from ..verification import Double, error_row, largest
+from ..verification import Double, error_row
 from ..zoo.images import preprocess, sample_photos
 from .plan import Plan, outputs_by_name
 

@@ -26,6 +26,7 @@ from ..freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, Fro
 from ..freezing.pyramid import FrozenASPP
 from .plan import Plan
 
+_HALF = (torch.float16, torch.bfloat16)
 _ACTIVATIONS: dict[str | None, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "relu": nn.ReLU,
@@ -158,7 +159,9 @@ BlockForm = Callable[[FrozenMobileViTBlock, Plan], Block]
 
 
 def in_form(model: nn.Module, plan: Plan, block: BlockForm) -> nn.Module:
-    """A float32 copy of `model` for inference, of ordinary modules alone, whose MobileViT blocks are `block`'s.
+    """A copy of `model` for inference, of ordinary modules alone, whose MobileViT blocks are `block`'s.
+
+    It is in float32, or in float64 where the model is.
 
     Args:
         model: accelerated, frozen or plain; what `freeze` leaves as it is stays as it is.
@@ -172,8 +175,8 @@ def in_form(model: nn.Module, plan: Plan, block: BlockForm) -> nn.Module:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A frozen float32 copy of `model`, on the CPU; of a frozen one a copy."""
-    copied = copy_of(model).cpu().float()
+    """A frozen copy of `model` on the CPU, in float32 where it was in half precision; of a frozen one a copy."""
+    copied = copy_of(model).cpu()._apply(lambda value: value.float() if value.dtype in _HALF else value)
     return copied if any(isinstance(module, Frozen) for module in copied.modules()) else freeze(copied)
 
 

@@ -24,6 +24,8 @@ class Plan(NamedTuple):
     dtype: torch.dtype = torch.float32  # of weights and arithmetic; images and outputs are float32
     dynamic_batch: bool = False
     dynamic_size: bool = False  # any size; `sizes` has then one, the example's
+    attention: str = "products"  # how the plain form computes it: a method of `plain.TransformerLayer`
+    opset: int = 18  # of ONNX's operators
 
     def example(self, size: tuple[int, int] | None = None, seed: int = 0) -> Tensor:
         """Random images (batch, channels, height, width) in [0, 1), float32, of `size` or else of the first size."""

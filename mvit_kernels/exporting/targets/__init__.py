@@ -47,7 +47,10 @@ class Target(abc.ABC):
     form: str  # "plain" or "phone", see `mvit_kernels.exporting.forms`
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     casts_network: bool = True
+    attention: str = "products"  # how the plain form computes it, see `mvit_kernels.exporting.plain`
+    opsets: tuple[int, ...] = ()  # of ONNX's operators that it can be written in; the first is the default
     dynamic_batch: bool = False  # whether a file can take any number of images
+    dynamic_batch_is_free: bool = False  # whether that costs no time, so that it is the default
     dynamic_size: bool = False  # whether a file can take images of any size
     enumerated_sizes: bool = False  # whether a file can take images of several given sizes
 

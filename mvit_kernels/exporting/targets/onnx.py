@@ -14,18 +14,7 @@ from torch import Tensor, nn
 from ..._utils.third_party import import_onnxruntime, import_onnxscript
 from ..plan import IMAGES, Contents, Plan
 from . import Loaded, Target
-
-OPSET = 18  # the newest that every ONNX Runtime of the last years, TensorRT 8.6 and OpenVINO 2023 read
-
-
-def dynamic_shapes(plan: Plan) -> dict[str, dict[int, Any]] | None:
-    """What ``torch.export`` is told about the axes of the images."""
-    axes: dict[int, Any] = {}
-    if plan.dynamic_batch:
-        axes[0] = torch.export.Dim.DYNAMIC
-    if plan.dynamic_size:
-        axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    return {IMAGES: axes} if axes else None
+from .torch import dynamic_shapes
 
 
 def onnx_program(network: nn.Module, plan: Plan) -> Any:
@@ -42,7 +31,7 @@ def onnx_program(network: nn.Module, plan: Plan) -> Any:
             (plan.example(),),
             dynamo=True,
             verbose=False,
-            opset_version=OPSET,
+            opset_version=plan.opset,
             input_names=[IMAGES],
             output_names=list(plan.outputs),
             dynamic_shapes=dynamic_shapes(plan),
@@ -50,11 +39,16 @@ def onnx_program(network: nn.Module, plan: Plan) -> Any:
 
 
 class Onnx(Target):
-    """ONNX in the plain form."""
+    """ONNX in the plain form.
+
+    In opset 23 attention is one node, which ONNX Runtime has had since 1.23; opset 18 is for what reads no newer one.
+    Half precision is for runtimes on a GPU: ONNX Runtime on a CPU converts every node to float32 and back.
+    """
 
     name, suffix, form = "onnx", ".onnx", "plain"
     dtypes = (torch.float32, torch.float16)
-    dynamic_batch = dynamic_size = True
+    opsets = (23, 18)
+    dynamic_batch = dynamic_batch_is_free = dynamic_size = True
 
     def require(self) -> None:
         import_onnxscript()
