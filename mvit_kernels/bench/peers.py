@@ -152,6 +152,15 @@ PEERS: dict[str, Peer] = {
     "compile_accelerated": Peer("torch.compile of the accelerated model", _compiled(_accelerated), lazy=True),
     "onnxruntime": Peer("ONNX Runtime", _runtime(OnnxRuntime), inference_only=True),
     "openvino": Peer("OpenVINO", _runtime(OpenVino), inference_only=True),
+    "onnxruntime_exported": Peer(
+        "ONNX Runtime on what mvit_kernels.export writes",
+        _runtime(OnnxRuntime, plain=True),
+        inference_only=True,
+        ours=True,
+    ),
+    "openvino_exported": Peer(
+        "OpenVINO on what mvit_kernels.export writes", _runtime(OpenVino, plain=True), inference_only=True, ours=True
+    ),
     "openvino_by_image": Peer(
         "OpenVINO, one stream per thread, one request per image", _runtime(OpenVino, by_image=True), inference_only=True
     ),

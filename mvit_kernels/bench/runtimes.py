@@ -5,48 +5,48 @@ Example:
     >>> fast = OpenVino(model, images, dtype=torch.bfloat16, threads=2)
     >>> logits = fast(images)
 
-Both run the ONNX graph that PyTorch's exporter makes of the model, with the shapes of the example. Images are passed
+Both run the ONNX graph that PyTorch's exporter makes of the model, with the shapes of the example; or, if `plain`, what
+`mvit_kernels.export` makes of it. Images are passed
 and results returned as numpy views, so that only the runtime's own work is timed. A result is the runtime's memory and
 valid until its next call: copy what you want to keep.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._utils.third_party import import_onnxruntime, import_onnxscript, import_openvino
+from .._utils.third_party import import_onnxruntime
+from ..exporting.plain import plain_form
+from ..exporting.plan import FlatOutputs, Plan, output_names
+from ..exporting.targets.onnx import onnx_program
+from ..exporting.targets.openvino import openvino_core, openvino_model
 from ..verification import named_outputs
 
 
-class _Flat(nn.Module):
-    """The model with its outputs in a tuple, whatever their structure: ONNX graphs support no other."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(named_outputs(self.model(images)).values())
-
-
-def export(model: nn.Module, images: Tensor) -> tuple[bytes, list[str]]:
+def export(model: nn.Module, images: Tensor, *, plain: bool = False) -> tuple[bytes, list[str]]:
     """The serialized ONNX graph of `model` for the shape of `images`, and its outputs' names as in `named_outputs`.
+
+    Args:
+        model: a model without frozen modules.
+        images: the example.
+        plain: export the plain form, as `mvit_kernels.export` does, instead of the model as it is.
 
     Raises:
         ImportError: onnxscript, which PyTorch's exporter needs, is not installed.
     """
-    import_onnxscript()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its own parts
-        names = list(named_outputs(model(images)))
-        program = torch.onnx.export(_Flat(model), (images,), dynamo=True, verbose=False)
-    return program.model_proto.SerializeToString(), names
+    network, plan, names = _network(model, images, plain)
+    return onnx_program(network, plan).model_proto.SerializeToString(), names
+
+
+def _network(model: nn.Module, images: Tensor, plain: bool) -> tuple[nn.Module, Plan, list[str]]:
+    """What the exporter is given, in the plain form or as it is, and the outputs' names."""
+    with torch.no_grad():
+        outputs = model(images)
+    batch, channels, height, width = images.shape
+    plan = Plan(((height, width),), output_names(outputs), batch, channels)
+    return FlatOutputs(plain_form(model, plan) if plain else model), plan, list(named_outputs(outputs))
 
 
 class OnnxRuntime:
@@ -57,10 +57,12 @@ class OnnxRuntime:
         ValueError: another dtype than float32, or images on another device.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, *, dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self, model: nn.Module, images: Tensor, *, dtype: torch.dtype, threads: int, plain: bool = False
+    ) -> None:
         _check(images, dtype, (torch.float32,), "ONNX Runtime")
         runtime = import_onnxruntime()
-        graph, self._names = export(model, images)
+        graph, self._names = export(model, images, plain=plain)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         # Otherwise its threads spin for a while after a call, on the cores that the next candidate needs.
@@ -85,18 +87,31 @@ class OpenVino:
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, *, dtype: torch.dtype, threads: int, by_image: bool = False
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        dtype: torch.dtype,
+        threads: int,
+        by_image: bool = False,
+        plain: bool = False,
     ) -> None:
         _check(images, dtype, (torch.float32, torch.bfloat16), "OpenVINO")
-        core = _openvino_core()
-        graph, self._names = export(model, images[:1] if by_image else images)
+        core = openvino_core()
+        example = images[:1] if by_image else images
+        if plain:
+            network, plan, self._names = _network(model, example, plain)
+            graph = openvino_model(network, plan)
+        else:
+            serialized, self._names = export(model, example)
+            graph = core.read_model(serialized)
         precision = "bf16" if dtype == torch.bfloat16 else "f32"
         settings = {
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": threads if by_image else 1,
         }
-        compiled = core.compile_model(core.read_model(graph), "CPU", settings)
+        compiled = core.compile_model(graph, "CPU", settings)
         if compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() != precision:
             raise ValueError(f"OpenVINO has no {precision} on this processor")
         self._requests = [compiled.create_infer_request() for _ in range(len(images) if by_image else 1)]
@@ -112,14 +127,6 @@ class OpenVino:
             request.wait()
         parts = ([tensor.data for tensor in request.output_tensors] for request in self._requests)
         return _structured(self._names, [np.concatenate(part) for part in zip(*parts, strict=True)])
-
-
-@functools.cache
-def _openvino_core() -> Any:
-    """One core for the life of the process. OpenVINO 2026.4's CPU plugin sets an alternate signal stack for the thread
-    when a core first uses it, and restores the previous one when the core is destroyed. With two cores that stack may
-    already be freed, and Python's next signal handler crashes the process."""
-    return import_openvino().Core()
 
 
 def _check(images: Tensor, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...], runtime: str) -> None:

@@ -28,7 +28,19 @@ __all__ = [
     "write_rows",
 ]
 
-COMMANDS = ("info", "verify", "bench", "profile", "classify", "detect", "segment", "train", "evaluate", "demo")
+COMMANDS = (
+    "info",
+    "verify",
+    "export",
+    "bench",
+    "profile",
+    "classify",
+    "detect",
+    "segment",
+    "train",
+    "evaluate",
+    "demo",
+)
 
 
 def add_command(

@@ -37,19 +37,7 @@ def add_model_arguments(
         size: default of --size; None for a command that finds it itself, and takes images one by one.
         size_text: help on that default.
     """
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="NAME", help=names)
-    model.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="load published weights, downloaded from the Hugging Face hub",
-    )
-    model.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        type=Path,
-        help="load these weights: timm's, Hugging Face's, cvnets' or our own, as .pth or .safetensors",
-    )
+    add_name_arguments(parser, names)
     how = parser.add_argument_group("how it runs")
     how.add_argument(
         "--size",
@@ -71,6 +59,28 @@ def add_model_arguments(
     )
     how.add_argument(
         "--threads", type=thread_count, metavar="N", help="number of CPU threads (default: PyTorch's choice)"
+    )
+
+
+def add_name_arguments(parser: argparse.ArgumentParser, names: str = _NAMES) -> None:
+    """Add the arguments that say which model: --model, --pretrained and --checkpoint.
+
+    Args:
+        parser: of the command.
+        names: help on the names of models.
+    """
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="NAME", help=names)
+    model.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="load published weights, downloaded from the Hugging Face hub",
+    )
+    model.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="load these weights: timm's, Hugging Face's, cvnets' or our own, as .pth or .safetensors",
     )
 
 

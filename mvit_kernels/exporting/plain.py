@@ -2,13 +2,13 @@
 """The plain form: token rows, for runtimes with fast matrix products (ONNX Runtime, OpenVINO, PyTorch).
 
 Linears multiply rows by weights that are transposed once, here; query, key and value are thirds of one product's heads;
-no tensor has more than four axes. Compared with timm's own graph on one core of an Intel Xeon (AVX-512), 256 px, batch 1,
-CPU time, candidates taking turns:
+no tensor has more than four axes. Compared with timm's own graph on one core of an Intel Xeon (AVX-512), 256 px,
+batch 1, CPU time, candidates taking turns:
 
 - The map becomes channels-last, then sequences by two permutes that move rows of d or 2·d channels whole, and back
   alike. One permute of six axes moves single numbers: 4 to 5 % of XXS in both runtimes, although it is fewer nodes.
 - Attention as ONNX's operator (opset 23) takes rows as they are: 3 transposes a layer less, and 2 to 3 % in ONNX
-  Runtime; nothing in OpenVINO.
+  Runtime; nothing in OpenVINO. `targets.onnx` says why it is not the default.
 """
 
 from __future__ import annotations

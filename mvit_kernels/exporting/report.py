@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,19 @@ class ExportReport(NamedTuple):
     contents: Contents
     differences: tuple[Difference, ...]  # empty where this machine has no runtime for the file
     agreement: Agreement | None = None  # of a classifier
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        rows = [{**row._asdict(), "relative": row.relative, "ok": row.ok} for row in self.differences]
+        return {
+            **self._asdict(),
+            "path": str(self.path),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "contents": {**self.contents._asdict(), "nodes": dict(self.contents.nodes)},
+            "differences": rows,
+            "agreement": None if self.agreement is None else self.agreement._asdict(),
+            "ok": self.ok,
+        }
 
     @property
     def ok(self) -> bool:

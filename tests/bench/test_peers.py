@@ -21,6 +21,7 @@ from mvit_kernels.verification import named_outputs
 from support import models
 
 RUNTIMES = ("onnxruntime", "openvino", "openvino_by_image")
+EXPORTED = ("onnxruntime_exported", "openvino_exported")
 
 
 class Tiny(nn.Module):
@@ -45,7 +46,7 @@ def tiny(batch: int = 3, dtype: torch.dtype = torch.float32, heads: int = 2) -> 
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", (*RUNTIMES, *EXPORTED))
 def test_a_runtime_computes_what_the_model_does(name, heads):
     subject = tiny(heads=heads)
     form = PEERS[name].build(subject)
@@ -63,10 +64,11 @@ def test_a_runtime_gets_the_plain_model():
     model = models.build("timm", "xxs")
     before = type(model.stages[2][1])
     subject = Subject(peers.accelerate(model), torch.rand(1, 3, 32, 32))
-    form = PEERS["onnxruntime"].build(subject)
     with torch.no_grad():
         expected = peers.eager(subject).model(subject.images)
-    torch.testing.assert_close(form.model(form.images), expected, rtol=1e-4, atol=1e-5)
+    for name in ("onnxruntime", "onnxruntime_exported"):
+        form = PEERS[name].build(subject)
+        torch.testing.assert_close(form.model(form.images), expected, rtol=1e-4, atol=1e-5)
     assert type(model.stages[2][1]) is not before
 
 
@@ -115,11 +117,12 @@ def test_a_dtype_that_a_runtime_has_not(name, dtype, says):
 @pytest.mark.parametrize("module", ["onnxruntime", "openvino", "onnxscript"])
 def test_an_absent_runtime_is_listed_with_what_installs_it(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(runtimes, "_openvino_core", runtimes._openvino_core.__wrapped__)  # not created yet
+    monkeypatch.setattr(runtimes, "openvino_core", runtimes.openvino_core.__wrapped__)  # not created yet
     name = "openvino" if module == "openvino" else "onnxruntime"
+    extra = "openvino" if module == "openvino" else "onnx"
     results = compare(tiny(), [name], seconds=0.1, warmup_seconds=0.0)
     assert results[0].timing is not None
-    assert results[1].note == f"absent: {module} is not installed: pip install 'mvit_kernels[peers]'"
+    assert results[1].note == f"absent: {module} is not installed: pip install 'mvit_kernels[{extra}]'"
 
 
 @pytest.mark.parametrize("runtime", [OnnxRuntime, OpenVino])
