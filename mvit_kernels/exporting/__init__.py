@@ -48,9 +48,9 @@ def export(
     """Write `model` to a file for another runtime, then run the file and compare it with the model.
 
     Example:
-        >>> print(mvit_kernels.export(model, "mobilevit_s.onnx"))                # ONNX Runtime, TensorRT
-        >>> print(mvit_kernels.export(model, "mobilevit_s.xml", sizes=256))      # OpenVINO
-        >>> print(mvit_kernels.export(model, "mobilevit_s.mlpackage", sizes=[224, 256]))  # Core ML
+        >>> report = mvit_kernels.export(model, "mobilevit_s.onnx", sizes=64)  # ".xml" is OpenVINO's, ".pt2" PyTorch's
+        >>> report.ok, report.contents.highest_rank
+        (True, 4)
 
     Batch norms are folded into their convolutions. The file takes float32 images (B, C, H, W) named ``images``, and
     returns the model's outputs in float32: ``output``, or ``logits`` of Hugging Face's classes, or ``logits`` and

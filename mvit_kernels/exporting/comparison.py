@@ -4,7 +4,7 @@
 Both are compared with the model in float64, as everywhere in this package (`mvit_kernels.verification`). A runtime may
 be `Target.slack` times as far from it as PyTorch is in the same dtype, and a rounding unit: others sum in another order
 and approximate exponentials, which is their choice, not an error of the file. ONNX Runtime, OpenVINO and
-``torch.export`` were measured at 0.5 to 1.7 times. A file that computes something else is off by thousands of times.
+``torch.export`` were measured at 0.3 to 3.8 times. A file that computes something else is off by thousands of times.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def at_hand(name: str) -> dict:
         return given | dict(weights=[layer, layer])
     if name == "MobileViTSSDLite":
         return given | dict(images=torch.rand(2, 3, 320, 320))
-    if name in ("accelerate", "restore", "report", "freeze", "verify", "use_backend"):
+    if name in ("accelerate", "restore", "report", "freeze", "export", "verify", "use_backend"):
         return given | dict(model=timm.create_model("mobilevit_xxs").eval())
     return given
 
@@ -84,7 +84,7 @@ def test_example(name, checkpoints, monkeypatch, capsys):
     monkeypatch.chdir(checkpoints)
     names = at_hand(name)
     examples = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(mvit_kernels, name)))
-    assert examples or name in ("AccelerationReport", "VerificationReport", "BackendError")
+    assert examples or name in ("AccelerationReport", "ExportReport", "VerificationReport", "BackendError")
     checker = doctest.OutputChecker()
     for example in examples:
         source, want = example.source, example.want

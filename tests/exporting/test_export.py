@@ -188,6 +188,17 @@ def test_half_precision(small, written, tmp_path, name, dtype):
     assert outputs["output"].dtype == torch.float32
 
 
+def test_aotinductor(tmp_path):
+    """Compiled with the weights laid out for oneDNN: the convolution and its activation are one call."""
+    torch.manual_seed(0)
+    layers = (ConvNormAct(3, 16, 3, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    model = models.sensible(nn.Sequential(*layers)).eval()
+    report = export(model, tmp_path / "a.pt2", target="aotinductor", sizes=64)
+    assert report.ok and report.agreement is not None
+    assert report.contents.nodes["mkldnn__convolution_pointwise"] == 1 and not report.contents.transposes
+    assert os.listdir(tmp_path) == ["a.pt2"]
+
+
 def test_without_photographs(small, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "sample_photos", list)
     report = export(small, tmp_path / "a.pt2", sizes=64, batch=2)

@@ -10,11 +10,11 @@ import inspect
 import pytest
 
 import mvit_kernels
-from mvit_kernels import backends, checkpoints, freezing, nn, ops, zoo
+from mvit_kernels import backends, checkpoints, exporting, freezing, nn, ops, zoo
 from mvit_kernels.training import sampler, sized
 from support import ROOT
 
-MODULES = (mvit_kernels, backends, checkpoints, freezing, nn, ops, zoo, sampler, sized)
+MODULES = (mvit_kernels, backends, checkpoints, exporting, freezing, nn, ops, zoo, sampler, sized)
 OTHERS = ("mvit_kernels.training.loop", "mvit_kernels.training.evaluation", "mvit_kernels.training.recipe")
 
 

@@ -16,6 +16,7 @@ from typing_extensions import assert_type
 import mvit_kernels
 from mvit_kernels import (
     AccelerationReport,
+    ExportReport,
     LayerDropout,
     MobileViT,
     MobileViTDeepLabV3,
@@ -24,6 +25,7 @@ from mvit_kernels import (
     TransformerLayerWeights,
     VerificationReport,
     accelerate,
+    export,
     freeze,
     load_checkpoint,
     report,
@@ -52,6 +54,8 @@ def models(images: Tensor) -> None:
     assert_type(report(model).blocks[0].reasons, tuple[str, ...])
     assert_type(verify(model, images, gradients=True), VerificationReport)
     assert_type(verify(model, images).ok, bool)
+    assert_type(export(model, "model.onnx", sizes=[224, (192, 256)], batch="dynamic"), ExportReport)
+    assert_type(export(model, Path("model.pt2"), sizes="dynamic", dtype=torch.float16).ok, bool)
     assert_type(accelerate(nn.Sequential(model)), nn.Sequential)
     assert_type(load("mobilevit_s", device="cpu"), nn.Module)
     assert_type(logits(model(images)), Tensor)
@@ -61,6 +65,8 @@ def models(images: Tensor) -> None:
     accelerate(model, backends="cpu")  # type: ignore[call-arg]
     freeze(model, dtype="bfloat16")  # type: ignore[arg-type]
     freeze(images)  # type: ignore[type-var]
+    export(model)  # type: ignore[call-arg]
+    export(model, "model.onnx", sizes="large")  # type: ignore[arg-type]
     verify(model)  # type: ignore[call-arg]
     load_checkpoint("weights.pth", model)  # type: ignore[type-var, arg-type]
     mvit_kernels.convert_state_dict(model.state_dict(), to="keras")  # type: ignore[arg-type]

@@ -78,14 +78,14 @@ class AOTInductor(Torch):
         return _by_name(aoti_load_package(str(path)), plan)
 
     def contents(self, path: Path) -> Contents:
-        """Calls of kernels and of PyTorch's operators in the program that was compiled."""
+        """Calls of PyTorch's operators, and of loops that were fused (cpp_fused), in the program that was compiled."""
         nodes: Counter[str] = Counter()
         with zipfile.ZipFile(path) as package:
             for name in package.namelist():
                 if name.endswith(".wrapper.cpp"):
                     text = package.read(name).decode()
                     nodes.update(re.findall(r"\baoti_torch_cpu_(\w+)\(", text))
-                    nodes.update(re.findall(r"^ +(cpp_\w+?)_\d+\(", text, re.MULTILINE))
+                    nodes.update(re.findall(r"^ +(cpp_fused)\w+\(", text, re.MULTILINE))
         return Contents(nodes, sum(nodes[kind] for kind in _PERMUTES))
 
 
