@@ -86,7 +86,7 @@ def export(
     plan = _plan(chosen, sizes, batch, dtype, opset)
     chosen.require()
 
-    network = _form(chosen.form)(model, plan)
+    network = _form(chosen.form)(model, plan, **chosen.form_options)
     plan, network = _traceable(network, plan, chosen)
     # In a folder beside `path`, so that what is written can be renamed, and nothing is left where it is wrong.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -175,7 +175,7 @@ def _pair(size: Size) -> tuple[int, int]:
     return sides
 
 
-def _form(name: str) -> Callable[[nn.Module, Plan], nn.Module]:
+def _form(name: str) -> Callable[..., nn.Module]:
     if name == "phone":
         from .phone import phone_form  # it and the plain form are loaded when they are used
 

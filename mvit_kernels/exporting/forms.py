@@ -79,18 +79,33 @@ class Mean(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """DeepLabv3's pyramid: of a `FrozenASPP`."""
+    """DeepLabv3's pyramid: of a `FrozenASPP`.
+
+    The mean's branch is the same at every position. Where the projection is 1×1, so is what the projection makes of it,
+    which is then added: without an ``expand``, with which litert_torch writes a file that LiteRT does not run.
+    """
 
     def __init__(self, frozen: FrozenASPP) -> None:
         super().__init__()
         self.branches = nn.ModuleList(map(Convolution, frozen.branches))
         self.pool, self.project = Convolution(frozen.pool), Convolution(frozen.project)
+        self.project_pool: nn.Conv2d | None = None
+        conv = self.project.conv
+        if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding == (0, 0):
+            width = frozen.pool.out_channels
+            rest = conv.in_channels - width
+            self.project_pool = nn.Conv2d(width, conv.out_channels, 1, bias=False, device="meta")
+            self.project_pool.weight = nn.Parameter(conv.weight[:, rest:].contiguous(), requires_grad=False)
+            conv.weight = nn.Parameter(conv.weight[:, :rest].contiguous(), requires_grad=False)
+            conv.in_channels = rest
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(x.mean((2, 3), keepdim=True))
         views = [branch(x) for branch in self.branches]
-        views.append(pooled.expand(-1, -1, *x.shape[2:]))
-        return self.project(torch.cat(views, dim=1))
+        if self.project_pool is not None:
+            y = self.project.conv(torch.cat(views, dim=1)) + self.project_pool(pooled)
+            return self.project.act(y)
+        return self.project(torch.cat((*views, pooled.expand(-1, -1, *x.shape[2:])), dim=1))
 
 
 class Block(nn.Module):

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,7 @@ class Target(abc.ABC):
     name: str  # as in ``export(target=name)``
     suffix: str  # of the path, such as ".onnx"
     form: str  # "plain" or "phone", see `mvit_kernels.exporting.forms`
+    form_options: Mapping[str, Any] = MappingProxyType({})  # of the form's function, such as `phone_form`
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     casts_network: bool = True
     attention: str = "products"  # how the plain form computes it, see `mvit_kernels.exporting.plain`
