@@ -90,6 +90,42 @@ def import_openvino() -> ModuleType:
     return _import("openvino", extra="openvino", through_torchvision=False)
 
 
+def import_coremltools() -> ModuleType:
+    """coremltools, or an ImportError that says what to install."""
+    return _import("coremltools", extra="coreml", through_torchvision=False)
+
+
+def import_pnnx() -> ModuleType:
+    """pnnx, which writes ncnn's files, or an ImportError that says what to install."""
+    return _import("pnnx", extra="ncnn", through_torchvision=False)
+
+
+def import_ncnn() -> ModuleType:
+    """ncnn, or an ImportError that says what to install."""
+    return _import("ncnn", extra="ncnn", through_torchvision=False)
+
+
+def import_litert_torch() -> ModuleType:
+    """litert_torch, which writes LiteRT's files, or an ImportError that says what to install."""
+    return _import("litert_torch", extra="litert", through_torchvision=False)
+
+
+def import_litert(module: str) -> ModuleType:
+    """A module of ai_edge_litert, such as "interpreter", or an ImportError that says what to install."""
+    return _import_below("ai_edge_litert", module, extra="litert")
+
+
+def import_executorch(module: str) -> ModuleType:
+    """A module of executorch, such as "runtime", or an ImportError that says what to install."""
+    return _import_below("executorch", module, extra="executorch")
+
+
+def _import_below(package: str, module: str, *, extra: str) -> ModuleType:
+    """A module of a package that is useless without it."""
+    _import(package, extra=extra, through_torchvision=False)
+    return _import(f"{package}.{module}", extra=extra, through_torchvision=False)
+
+
 def _import(name: str, *, extra: str, through_torchvision: bool) -> ModuleType:
     if sys.modules.get(name):
         return sys.modules[name]
