@@ -26,7 +26,7 @@ PY := $(abspath $(VENV))/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report docs \
+.PHONY: help demo examples test test-targets test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report docs \
 	lint format build wheel test-wheel setup setup-for-demo clean
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; needs a GPU'
 	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in Triton'"'"'s interpreter (minutes)'
 	@echo 'make test-emulated  the same on the CUDA kernels, their source run on the CPU (a minute)'
+	@echo 'make test-targets  the files that export writes for LiteRT and ExecuTorch, with libraries of 1.1 GB (minutes)'
 	@echo 'make test-elsewhere  the tests that measure errors, compared with a PyTorch that works as on other x86 machines (minutes)'
 	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
@@ -106,6 +107,19 @@ test-elsewhere: build
 	@for settings in '$(NO_AMX)' '$(AS_AVX2)' '$(AS_SSE)'; do echo "--- $$settings"; \
 	env $$settings TORCHINDUCTOR_CACHE_DIR="$$(mktemp -d)" $(PY) -m pytest -q $(IN_PARALLEL) \
 		$$(grep -rlE 'support.tolerance|support.checks|support.operator_tests|verify' tests --include='test_*.py' | grep -vE 'backends/(cuda|triton)|test_gpu') $(PYTEST_ARGS) || exit 1; done
+
+# Their libraries want other versions of some than the tests do: an environment of their own, before that of the tests.
+TARGETS := build/targets
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+test-targets: setup $(TARGETS)/.ready
+	@PYTHONPATH="$(CURDIR)" $(TARGETS)/bin/python -m pytest -q tests/gates/exported.py $(PYTEST_ARGS)
+
+$(TARGETS)/.ready: tests/gates/exported.txt
+	@$(PY) -m venv --clear $(TARGETS)
+	@$(PY) $(SITE_PACKAGES) >"$$($(TARGETS)/bin/python $(SITE_PACKAGES))/tests.pth"
+	@$(TARGETS)/bin/python -m pip install --no-compile -r tests/gates/exported.txt
+	@touch $@
 
 gate: setup
 	@cd tests && TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m gates.triton_gate
