@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .._utils.plain import copy_of
 from ..freezing import freeze
 from ..freezing.block import FrozenMobileViTBlock
-from ..freezing.classifier import as_library_class
+from ..freezing.whole import as_library_class
 from ..freezing.convolutions import replace
 from ..freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenMean, FrozenSequential
 from ..freezing.pyramid import FrozenASPP

@@ -23,12 +23,12 @@ from ..adapters._block import BlockParts, Refusal, layer_weights
 from ..adapters._swap import backend_of
 from ..ops import TransformerLayerWeights
 from .block import FrozenMobileViTBlock
-from .classifier import freeze_classifier
 from .convolutions import freeze_convolutions, freeze_inverted_residuals, freeze_means, replace
 from .folding import is_norm
 from .modules import Frozen, FrozenSequential
 from .network import Network
 from .pyramid import freeze_pyramids
+from .whole import freeze_whole
 
 logger = logging.getLogger("mvit_kernels")
 Model = TypeVar("Model", bound=nn.Module)
@@ -84,7 +84,8 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     CPU, in float32 and bfloat16, a chain of frozen layers is one native call with packed weights
     (`mvit_kernels.freezing.network`). On a GPU, in bfloat16 and float16, a block's transformer weights are packed for
     the CUDA kernel that runs it in one launch. The model's other modules (pooling, heads, ``features_only``, Hugging
-    Face's output classes) are kept.
+    Face's output classes) are kept, and a network that is known as a whole (classifiers, backbones and DeepLabv3 of all
+    five kinds) is one native call from the image to its result (`mvit_kernels.freezing.whole`).
 
     A layer that cannot be frozen is kept unchanged and listed in ``fast.freeze_report``. So is one that only looks
     foldable, such as a batch norm subclass with its own forward. Weights that pruning, weight norm or spectral norm
@@ -115,7 +116,11 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     check_model("freeze", model)
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"freeze: dtype is {dtype!r}; float32, bfloat16, float16 or float64 is wanted")
+    with torch.inference_mode(False):  # whose tensors do not count their changes; one call has to see the classifier's
+        return _freeze(model, dtype)
 
+
+def _freeze(model: Model, dtype: torch.dtype | None) -> Model:
     # In a holder, so that the model itself can be replaced where it is a block or a unit.
     holder = nn.Module()
     holder.model = copy_of(model).eval().requires_grad_(False)
@@ -148,7 +153,7 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     for module in holder.modules():
         if hasattr(module, "save_pretrained") and any(isinstance(part, Frozen) for part in module.modules()):
             module.save_pretrained = _refuse_save_pretrained
-    freeze_classifier(frozen)
+    freeze_whole(frozen)
     kept = set(holder.modules())
     unhooked = [name for module, name in names.items() if module not in kept and _has_state_dict_hooks(module)]
     report = FreezeReport(*map(tuple, (blocks, inverted_residuals, convolutions, left, composed, unhooked, pyramids)))

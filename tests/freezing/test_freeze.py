@@ -304,8 +304,12 @@ def test_freezing_in_inference_mode():
     model, images = models.build("huggingface"), example("huggingface")
     expected = run(mvit_kernels.freeze(model), images)
     with torch.inference_mode():
-        frozen = mvit_kernels.freeze(model)
-    assert torch.equal(run(frozen, images), expected)
+        frozen, of_inference_tensors = mvit_kernels.freeze(model), mvit_kernels.freeze(copy.deepcopy(model))
+    for each in (frozen, of_inference_tensors):
+        assert torch.equal(run(each, images), expected)
+        with torch.no_grad():
+            each.classifier.bias.add_(1)
+        torch.testing.assert_close(run(each, images), expected + 1)
 
 
 def test_an_empty_batch():

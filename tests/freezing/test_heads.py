@@ -20,7 +20,7 @@ from mvit_kernels.freezing.network import Network
 from mvit_kernels.freezing.pyramid import FrozenASPP
 from support import models
 from support.native import skip_without_a_compiler
-from support.networks import composed
+from support.networks import called, composed
 
 skip_without_a_compiler()
 
@@ -78,8 +78,7 @@ def test_every_layer_is_in_a_native_call(name, size):
     ours, truth = outputs(frozen, x), outputs(copy.deepcopy(model).double(), x.double())
     for mine, exact in zip(ours, truth, strict=True):
         assert (mine - exact).abs().max() <= 1e-5 * exact.abs().max()
-    called = [part for part in frozen.modules() if isinstance(getattr(part, "_network", None), Network)]
-    inside = {id(part) for outer in called for part in outer.modules()}
+    inside = {id(part) for outer in called(frozen) for part in outer.modules()}
     assert all(id(part) in inside for part in frozen.modules() if isinstance(part, (FrozenConv2d, FrozenMean)))
     alone = [part for part in frozen.modules() if isinstance(part, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU))]
     assert alone == []

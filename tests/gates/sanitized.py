@@ -72,9 +72,9 @@ def run_cases(isa: str) -> None:
     import mvit_kernels
     from mvit_kernels import backends
     from mvit_kernels.backends import cpu
-    from mvit_kernels.freezing.network import Network
     from support.cases import DIFFERENTIABLE, call, convert, evaluate, make
     from support.layouts import lay_out_all
+    from support.networks import called
 
     if cpu.instruction_set() != isa:
         sys.exit(cpu.BACKEND.unavailable("cpu")[0] if cpu.BACKEND.unavailable("cpu") else UNSUPPORTED)
@@ -100,7 +100,7 @@ def run_cases(isa: str) -> None:
             model = mvit_kernels.freeze(mvit_kernels.MobileViT("xxs").eval(), dtype=dtype)
             with torch.inference_mode():
                 model(torch.rand(2, 3, *size, dtype=dtype))
-            assert any(isinstance(vars(module).get("_network"), Network) for module in model.modules())
+            assert called(model)
     print(f"{isa}: frozen networks", flush=True)
 
 

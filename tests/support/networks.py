@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import mvit_kernels
 from mvit_kernels import TransformerLayerWeights
-from mvit_kernels.freezing import classifier, network
+from mvit_kernels.freezing import network, whole
 from mvit_kernels.freezing.block import FrozenMobileViTBlock
 from mvit_kernels.freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenSequential
 from mvit_kernels.freezing.pyramid import FrozenASPP
@@ -92,10 +92,12 @@ def native(module: Frozen, x: Tensor) -> Tensor:
 
 
 def called(model: nn.Module) -> list[nn.Module]:
-    """The frozen modules of a model that are native calls; of a classifier in one call, that."""
-    call = vars(model).get(classifier._CALL)
-    candidates = [*model.modules(), *([] if call is None or call.links is None else [call.links])]
-    return [part for part in candidates if isinstance(vars(part).get("_network"), network.Network)]
+    """The frozen modules of a model that are native calls; of a network in one call, that, and the
+    classifier, of which it has a copy."""
+    call = vars(model).get(whole._CALL)
+    candidates = [*model.modules(), *([] if call is None else [call.whole.links])]
+    found = [part for part in candidates if isinstance(vars(part).get("_network"), network.Network)]
+    return found if call is None or call.chain.classifier is None else [*found, call.chain.classifier]
 
 
 def composed(module: nn.Module, x: Tensor) -> Tensor:
