@@ -95,10 +95,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(model: nn.Module, labels: dict[int, str] | None, pretrained: bool) -> Mapping[int, str]:
-    """The labels that were given, or those of Hugging Face's weights, or none."""
+    """The labels that were given, or those that a model with published weights knows, or none."""
+    from ..freezing.description import known_labels
+
     if labels is not None:
         return labels
-    return getattr(getattr(model, "config", None), "id2label", {}) if pretrained else {}
+    return dict(enumerate(known_labels(model) or ())) if pretrained else {}
 
 
 def _probabilities(model: nn.Module, photos: Tensor, batch: int, device: str) -> Tensor:

@@ -126,6 +126,7 @@ def load_network(args: argparse.Namespace, task: str, library: str, method: str,
     import torch
 
     from .. import accelerate, freeze
+    from ..freezing.description import known_labels
     from ..training.saving import Described, describe
 
     described = describe(args.checkpoint) if args.checkpoint else Described()
@@ -153,8 +154,7 @@ def load_network(args: argparse.Namespace, task: str, library: str, method: str,
         )
     model = model.to(getattr(torch, args.dtype))
     if names is None and args.pretrained:
-        named = getattr(getattr(model, "config", None), "id2label", {})
-        names = [named[index] for index in sorted(named)] or None
+        names = known_labels(model)
     model = accelerate(model, backend=None if args.backend == "auto" else args.backend)
     bgr = bool(is_huggingface(args.model) and args.pretrained) if args.bgr is None else args.bgr
     mean = args.mean or (recipe.mean if recipe else (0.0, 0.0, 0.0))
