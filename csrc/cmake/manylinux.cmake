@@ -16,11 +16,8 @@ set(MVIT_MOVED_IN_GLIBC_2_34
     pthread_spin_lock pthread_spin_trylock pthread_spin_unlock
     sem_destroy sem_init sem_post sem_timedwait sem_trywait sem_wait shm_open shm_unlink)
 
-# mvit_link_for_manylinux(TARGET [LIBRARY…]): the LIBRARY names are those that TARGET needed before glibc 2.34
-function(mvit_link_for_manylinux target)
-  if(NOT "$ENV{MVIT_KERNELS_MANYLINUX}" STREQUAL "1")
-    return()
-  endif()
+# An archive, of which the linker takes what is asked for, and whose symbols are not exported.
+function(mvit_make_manylinux)
   set(first GLIBC_2.2.5)
   set(first_of_dlmopen GLIBC_2.3.4)
   if(CMAKE_SYSTEM_PROCESSOR STREQUAL "aarch64")
@@ -36,11 +33,20 @@ function(mvit_link_for_manylinux target)
     configure_file("${MVIT_ROOT}/csrc/manylinux/forward.cpp.in" "${CMAKE_BINARY_DIR}/manylinux/${name}.cpp" @ONLY)
     list(APPEND sources "${CMAKE_BINARY_DIR}/manylinux/${name}.cpp")
   endforeach()
-  # An archive, of which the linker takes what is asked for, and whose symbols are not exported.
   add_library(mvit_manylinux STATIC ${sources} "${MVIT_ROOT}/csrc/manylinux/libstdcxx.cpp"
                                     "${MVIT_ROOT}/csrc/manylinux/single_threaded.cpp")
   target_link_libraries(mvit_manylinux PRIVATE mvit_cxx)
   set_target_properties(mvit_manylinux PROPERTIES CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
+endfunction()
+
+# mvit_link_for_manylinux(TARGET [LIBRARY…]): the LIBRARY names are those that TARGET needed before glibc 2.34
+function(mvit_link_for_manylinux target)
+  if(NOT "$ENV{MVIT_KERNELS_MANYLINUX}" STREQUAL "1")
+    return()
+  endif()
+  if(NOT TARGET mvit_manylinux)
+    mvit_make_manylinux()
+  endif()
   # Where glibc is older than 2.34 these libraries have the symbols; newer ones have them too, empty.
   list(TRANSFORM ARGN PREPEND "-l:")
   target_link_libraries(${target} PRIVATE mvit_manylinux -Wl,--no-as-needed ${ARGN} -Wl,--as-needed)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Interface between the frozen network (network.cpp) and the dense-convolution kernels (convolution_kernel.cpp):
+// Interface between the frozen network (run_program.cpp) and the dense-convolution kernels (convolution_kernel.cpp):
 // shapes, arguments and the dispatch table. There is no public convolution operator.
 #pragma once
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Interface between the frozen network (network.cpp) and the kernels of a depthwise 3×3 convolution by itself
+// Interface between the frozen network (run_program.cpp) and the kernels of a depthwise 3×3 convolution by itself
 // (depthwise_convolution_kernel.cpp), as detection heads have it. Inside an inverted residual it is depthwise.h's.
 #pragma once
 

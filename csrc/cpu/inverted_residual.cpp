@@ -41,7 +41,7 @@ InvertedResidualShape shape_of(const Tensor& x, const Tensor& expand_weight, con
 // Number of strips of output rows per image, chosen so that all threads get the same amount of work; 1 when there are
 // enough images.
 int64_t strips_of_an_image(const InvertedResidualShape& shape, int64_t images) {
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = thread_count();
   if (images >= 4 * threads) return 1;
   const int64_t strips = threads / std::gcd(threads, images);
   return std::max<int64_t>(1, std::min(strips, shape.out_height() / 2));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Interface between the front end of inverted_residual (inverted_residual.cpp), the frozen network (network.cpp) and
+// Interface between the front end of inverted_residual (inverted_residual.cpp), the frozen network (run_program.cpp) and
 // the kernels (inverted_residual_kernel.cpp).
 #pragma once
 

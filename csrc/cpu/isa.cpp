@@ -97,24 +97,26 @@ int current_isa() {
 
 Bf16Products this_cpus_bf16_products() { return kBestFirst[current_isa()].bf16_products; }
 
-}  // namespace mvit
-
-// For Python (ctypes): name of the instruction set in use, of the one that serves what it has no kernels for, its vector
-// width in bytes and its Bf16Products. Empty strings and zeros if MVIT_KERNELS_CPU_ISA is invalid.
-#define MVIT_EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace {
-const mvit::InstructionSet& in_use() noexcept {
-  static constexpr mvit::InstructionSet none{"", "", 0, mvit::Bf16Products::none, nullptr, nullptr};
+const InstructionSet& in_use() noexcept {
+  static constexpr InstructionSet none{"", "", 0, Bf16Products::none, nullptr, nullptr};
   try {
-    return mvit::kBestFirst[mvit::current_isa()];
+    return kBestFirst[current_isa()];
   } catch (const std::exception&) {
     return none;
   }
 }
 }  // namespace
 
-MVIT_EXPORT const char* mvit_kernels_cpu_isa() noexcept { return in_use().name; }
-MVIT_EXPORT const char* mvit_kernels_cpu_plain_isa() noexcept { return in_use().plain_name; }
-MVIT_EXPORT int mvit_kernels_cpu_vector_bytes() noexcept { return in_use().vector_bytes; }
-MVIT_EXPORT int mvit_kernels_cpu_bf16_products() noexcept { return static_cast<int>(in_use().bf16_products); }
+const char* instruction_set_name() noexcept { return in_use().name; }
+
+}  // namespace mvit
+
+// For Python (ctypes): name of the instruction set in use, of the one that serves what it has no kernels for, its vector
+// width in bytes and its Bf16Products. Empty strings and zeros if MVIT_KERNELS_CPU_ISA is invalid.
+#define MVIT_EXPORT extern "C" __attribute__((visibility("default")))
+
+MVIT_EXPORT const char* mvit_kernels_cpu_isa() noexcept { return mvit::instruction_set_name(); }
+MVIT_EXPORT const char* mvit_kernels_cpu_plain_isa() noexcept { return mvit::in_use().plain_name; }
+MVIT_EXPORT int mvit_kernels_cpu_vector_bytes() noexcept { return mvit::in_use().vector_bytes; }
+MVIT_EXPORT int mvit_kernels_cpu_bf16_products() noexcept { return static_cast<int>(mvit::in_use().bf16_products); }

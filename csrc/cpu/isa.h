@@ -23,6 +23,9 @@ namespace mvit {
 // names an unknown set or one that this machine cannot run.
 int current_isa();
 
+// Its name, of those in CMakeLists.txt; "" where current_isa throws.
+const char* instruction_set_name() noexcept;
+
 // What a set has for products of bfloat16 pairs: nothing, vectors, or matrix tiles.
 enum class Bf16Products { none, pairs, tiles };
 

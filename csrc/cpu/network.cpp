@@ -1,221 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// network.cpu: runs a whole chain of frozen layers in one call. mvit_kernels/freezing/network.py writes the program and
-// explains what it saves.
-//
-// With at least as many images as threads, each thread takes whole images through all steps, in its own workspace,
-// which stays in its cache, without synchronisation. The remaining images are processed by all threads together, step
-// by step. Either way each result is computed in the same order of operations, so its bits do not depend on the number
-// of threads.
+// network.cpu and pack_network.cpu: a frozen network in one call, and the weights and program that it takes, made of
+// what mvit_kernels/freezing/network.py writes. The work is in run_program.cpp and pack_program.cpp.
 #include <cstring>
-#include <vector>
+#include <tuple>
 
-#include "convolution.h"
-#include "depthwise_convolution.h"
-#include "inverted_residual.h"
-#include "isa.h"
-#include "maps.h"
+#include "pack_program.h"
 #include "program.h"
-#include "scratch.h"
 #include "tensors.h"
-#include "transformer.h"
 
 namespace mvit {
 namespace {
 
-// Runs the program for one image.
-class Run {
- public:
-  Run(const Program& program, const Tensor& x, const Tensor& out, const char* weights, int64_t image, char* workspace,
-      bool alone)
-      : program_(program), x_(x), out_(out), weights_(weights), image_(image), workspace_(workspace), alone_(alone) {}
+Words words_of(const char* op, const Tensor& words) {
+  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Long && words.is_cpu() && words.dim() == 1 && words.is_contiguous(),
+                  op, ": the program must be one stretch of int64 on the CPU");
+  return {static_cast<const int64_t*>(words.const_data_ptr()), words.numel()};
+}
 
-  void operator()() const {
-    for (const Step& step : program_.steps) {
-      if (step.clears_border) clear_border(step);
-      switch (step.kind) {
-        case kCopy:
-          copy(step);
-          break;
-        case kConvolution:
-          convolution(step);
-          break;
-        case kDepthwiseConvolution:
-          depthwise_convolution(step);
-          break;
-        case kInvertedResidual:
-          inverted_residual(step);
-          break;
-        case kTransformer:
-          transformer(step);
-          break;
-        case kToWholePatches:
-        case kToSizeOf:
-          resize(step);
-          break;
-        case kMean:
-          mean(step);
-          break;
-      }
-    }
-  }
-
- private:
-  const Value& value(const Place& place) const { return program_.at(place.value); }
-
-  template <typename Body>
-  void share_out(int64_t items, double flops_per_item, const Body& body) const {
-    if (alone_) return body(0, items);
-    parallel_for(items, flops_per_item, body);
-  }
-
-  // The channels of a place at pixel (0, 0). The result has no image stride, since the image is selected here.
-  PlacedMap map(const Place& place) const {
-    if (place.value == program_.last()) return tensor_map(out_, 1, 2, 3, place.offset);
-    const Value& shape = value(place);
-    if (shape.storage == 0) return tensor_map(x_, 2, 3, 1, place.offset);
-    const Value& where = program_.at(shape.storage);
-    const std::size_t element = program_.element();
-    const int64_t column = shape.column_stride, row = (shape.width + 2 * shape.border) * column;
-    const int64_t first = shape.border * (row + column) + place.offset;
-    char* const data = workspace_ + where.offset + static_cast<std::size_t>(first) * element;
-    return {{data, 0, row, column, shape.channel_step}, 1, program_.pairs};
-  }
-
-  PlacedMap tensor_map(const Tensor& tensor, int64_t h, int64_t w, int64_t c, int64_t offset) const {
-    const bool bf16 = tensor.scalar_type() == ScalarType::BFloat16;
-    const int64_t first = image_ * tensor.stride(0) + offset * tensor.stride(c);
-    char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + first * (bf16 ? 2 : 4);
-    return {{data, 0, tensor.stride(h), tensor.stride(w)}, tensor.stride(c), bf16};
-  }
-
-  void clear_border(const Step& step) const {
-    const Value& target = value(step.target);
-    const std::size_t element = program_.element();
-    char* data = workspace_ + target.offset;
-    const std::size_t pixel = static_cast<std::size_t>(target.column_stride) * element;
-    const std::size_t side = static_cast<std::size_t>(target.border) * pixel;
-    const std::size_t row = static_cast<std::size_t>(target.width + 2 * target.border) * pixel;
-    const std::size_t band = static_cast<std::size_t>(target.border) * row;
-    std::memset(data, 0, band + side);
-    // The right border of a row and the left border of the next are adjacent.
-    for (int64_t h = 0; h + 1 < target.height; ++h)
-      std::memset(data + band + static_cast<std::size_t>(h + 1) * row - side, 0, 2 * side);
-    std::memset(data + band + static_cast<std::size_t>(target.height) * row - side, 0, side + band);
-  }
-
-  void copy(const Step& step) const { copy(step, map(step.source), map(step.target)); }
-
-  void copy(const Step& step, const PlacedMap& from, const PlacedMap& to) const {
-    const Value& target = value(step.target);
-    constexpr double ops = 16;  // cost of copying one element, in operations
-    share_out(target.height, ops * static_cast<double>(target.width * step.target.channels), [&](int64_t begin, int64_t end) {
-      copy_rows(from, step.source.channels, to, to.map.room(step.target.channels), target.width, begin, end);
-    });
-  }
-
-  void convolution(const Step& step) const {
-    ConvolutionArgs args{};
-    args.shape = convolution_shape(program_, step);
-    args.in = map(step.source).map;
-    args.out = map(step.target).map;
-    args.packed = weights_ + step.words[4];
-    const ConvolutionKernels& kernels = program_.convolution_kernels();
-    const int64_t units = kernels.units(args.shape);
-    const double flops = 2.0 * static_cast<double>(args.shape.out_height() * args.shape.out_width() *
-                                                   args.shape.out_channels * args.shape.in_channels *
-                                                   args.shape.kernel * args.shape.kernel);
-    const std::size_t bytes = kernels.scratch_bytes(args.shape);
-    share_out(units, flops / static_cast<double>(units), [&](int64_t begin, int64_t end) {
-      const Scratch scratch(bytes);
-      kernels.run(args, 0, begin, end, scratch.data());
-    });
-  }
-
-  void depthwise_convolution(const Step& step) const {
-    DepthwiseConvolutionArgs args{};
-    args.shape = depthwise_convolution_shape(program_, step);
-    args.in = map(step.source).map;
-    args.out = map(step.target).map;
-    args.weights = reinterpret_cast<const float*>(weights_ + step.words[3]);
-    const double flops = 18.0 * static_cast<double>(args.shape.out_width() * args.shape.channels);
-    share_out(args.shape.out_height(), flops, [&](int64_t begin, int64_t end) {
-      program_.depthwise_convolution_kernels().run(args, begin, end);
-    });
-  }
-
-  void inverted_residual(const Step& step) const {
-    InvertedResidualArgs args{};
-    args.shape = inverted_residual_shape(program_, step);
-    args.in = map(step.source).map;
-    args.out = map(step.target).map;
-    args.packed = weights_ + step.words[4];
-    const InvertedResidualKernels& kernels = program_.inverted_residual_kernels();
-    const std::size_t bytes = kernels.scratch_bytes(args.shape);
-    const double flops = 2.0 * static_cast<double>(args.shape.out_width() * args.shape.hidden *
-                                                   (args.shape.in_channels + args.shape.out_channels + 9));
-    share_out(args.shape.out_height(), flops, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(bytes);
-      kernels.run(args, 0, begin, end, scratch.data());
-    });
-  }
-
-  void transformer(const Step& step) const {
-    const int64_t* w = step.words;
-    TransformerArgs args{};
-    args.shape = transformer_shape(program_, step);
-    args.in = map(step.source).map;
-    args.out = map(step.target).map;
-    const auto vector = [&](int64_t at) { return at < 0 ? nullptr : reinterpret_cast<const float*>(weights_ + at); };
-    args.final_norm_weight = vector(w[7]);
-    args.final_norm_bias = vector(w[8]);
-    std::vector<TransformerLayer> layers;
-    const int64_t* const end = w + kTransformerWords + kLayerWords * args.shape.layers;
-    for (const int64_t* at = w + kTransformerWords; at < end; at += kLayerWords)
-      layers.push_back({vector(at[0]), vector(at[1]), weights_ + at[2], vector(at[3]), weights_ + at[4], vector(at[5]),
-                        vector(at[6]), vector(at[7]), weights_ + at[8], vector(at[9]), weights_ + at[10],
-                        vector(at[11])});
-    args.layers = layers.data();
-    run_transformer(program_.transformer_kernels(), args, alone_);
-  }
-
-  void resize(const Step& step) const {
-    const Value &source = value(step.source), &target = value(step.target);
-    if (step.renames) return;
-    if (source.height == target.height && source.width == target.width) return copy(step);
-    PlacedMap from = map(step.source);
-    const PlacedMap to = map(step.target);
-    if (source.height == 1 && source.width == 1) {  // one pixel for all, bit by bit
-      from.map.row_stride = from.map.column_stride = 0;
-      return copy(step, from, to);
-    }
-    share_out(target.height, 64.0 * static_cast<double>(target.width * step.target.channels),
-              [&](int64_t begin, int64_t end) {
-                resize_rows(from, source.height, source.width, to, target.height, target.width, step.target.channels,
-                            to.map.room(step.target.channels), begin, end);
-              });
-  }
-
-  void mean(const Step& step) const {
-    const Value& source = value(step.source);
-    const PlacedMap from = map(step.source), to = map(step.target);
-    share_out(step.source.channels, 4.0 * static_cast<double>(source.height * source.width),
-              [&](int64_t begin, int64_t end) { mean_channels(from, source.height, source.width, to, begin, end); });
-    const int64_t channels = step.target.channels;
-    zero_channels(to, channels, to.map.room(channels));
-  }
-
-  const Program& program_;
-  const Tensor& x_;
-  const Tensor& out_;
-  const char* weights_;
-  int64_t image_;
-  char* workspace_;
-  bool alone_;
-};
+Bytes bytes_of(const char* op, const Tensor& bytes) {
+  STD_TORCH_CHECK(bytes.scalar_type() == ScalarType::Byte && bytes.is_cpu() && bytes.dim() == 1 && bytes.is_contiguous() &&
+                      reinterpret_cast<uintptr_t>(bytes.const_data_ptr()) % 64 == 0,
+                  op, ": the weights must be one stretch of bytes on the CPU, at a multiple of 64");
+  return {static_cast<const char*>(bytes.const_data_ptr()), static_cast<std::size_t>(bytes.numel())};
+}
 
 Tensor network(const Tensor& x, const Tensor& weights, const Tensor& program_tensor, int64_t out_channels,
                int64_t halvings) {
-  Program program = parse_program(program_tensor);
+  Program program = parse_program(words_of("network", program_tensor));
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(1) == program.values[0].channels && x.numel() > 0,
                   "network: x must be a (B, ", program.values[0].channels, ", H, W) map on the CPU, and not empty");
   const ScalarType type = x.scalar_type();
@@ -223,34 +34,39 @@ Tensor network(const Tensor& x, const Tensor& weights, const Tensor& program_ten
                   "network: x must be of float32 or bfloat16");
   STD_TORCH_CHECK(!program.pairs || type == ScalarType::BFloat16,
                   "network: the weights were packed for products of bfloat16 pairs");
-  lay_out(program, x);
-  check_weights(program, weights);
+  const bool bf16 = type == ScalarType::BFloat16;
+  const Images images{const_cast<void*>(x.const_data_ptr()), bf16, x.size(0), x.size(1), x.size(2), x.size(3),
+                      x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  const Bytes bytes = bytes_of("network", weights);
+  lay_out(program, images);
+  check_weights(program, bytes);
   const Value& last = program.values.back();
   STD_TORCH_CHECK(halvings >= 0 && halvings < 32 && last.channels == out_channels &&
                       last.height == ((x.size(2) - 1) >> halvings) + 1 && last.width == ((x.size(3) - 1) >> halvings) + 1,
                   "network: the program makes ", last.channels, " x ", last.height, " x ", last.width,
                   " of x, which are not ", out_channels, " channels of a map halved ", halvings, " times");
   const Tensor out = new_empty(x, {x.size(0), last.height, last.width, last.channels}, type);
-  const char* bytes = static_cast<const char*>(weights.const_data_ptr());
-
-  const int64_t images = x.size(0), threads = torch::stable::get_num_threads();
-  const int64_t whole = threads == 1 ? images : images / threads * threads;
-  const auto run = [&](int64_t begin, int64_t end, bool alone) {
-    const FlushSubnormals flush;  // not by parallel_for where a thread is alone with an image
-    const Scratch workspace(program.workspace, ScratchUse::network);
-    for (int64_t image = begin; image < end; ++image) Run(program, x, out, bytes, image, workspace.data(), alone)();
-  };
-  if (threads == 1) {
-    run(0, images, true);
-  } else {
-    if (whole > 0)
-      torch::stable::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) { run(begin, end, true); });
-    run(whole, images, false);
-  }
+  run_program(program, images,
+              {out.mutable_data_ptr(), bf16, out.size(0), out.size(3), out.size(1), out.size(2), out.stride(0),
+               out.stride(3), out.stride(1), out.stride(2)},
+              bytes.data);
   return out;
+}
+
+std::tuple<Tensor, Tensor> pack_network(const Tensor& program, const Tensor& weights) {
+  const PackedProgram packed(words_of("pack_network", program), bytes_of("pack_network", weights));
+  const auto& words = packed.words();
+  const Tensor packed_program = new_empty(program, {static_cast<int64_t>(words.size())}, ScalarType::Long);
+  std::memcpy(packed_program.mutable_data_ptr(), words.data(), words.size() * sizeof(int64_t));
+  const Tensor packed_weights = new_empty(weights, {static_cast<int64_t>(packed.bytes())}, ScalarType::Byte);
+  packed.write_weights(static_cast<char*>(packed_weights.mutable_data_ptr()));
+  return {packed_program, packed_weights};
 }
 
 }  // namespace
 }  // namespace mvit
 
-STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) { m.impl("network.cpu", TORCH_BOX(&mvit::network)); }
+STABLE_TORCH_LIBRARY_IMPL(mvit_kernels, CPU, m) {
+  m.impl("network.cpu", TORCH_BOX(&mvit::network));
+  m.impl("pack_network.cpu", TORCH_BOX(&mvit::pack_network));
+}

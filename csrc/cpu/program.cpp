@@ -17,9 +17,14 @@ constexpr int64_t kStepWords = 8;  // length, kind, source and target
 // taps does not overflow.
 constexpr int64_t kMost = int64_t{1} << 24;
 constexpr int64_t kMostSide = int64_t{1} << 31;
+constexpr int64_t kMostPatch = 1024;  // pixels of a patch's side, to which maps are resized
 constexpr double kMostBytes = 0x1p44;  // per map
 
 bool is_size(int64_t n) { return n > 0 && n <= kMost; }
+
+bool is_patch(int64_t height, int64_t width) {
+  return height > 0 && height <= kMostPatch && width > 0 && width <= kMostPatch;
+}
 
 int64_t round_up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -38,16 +43,6 @@ bool takes_whole_maps(const Program& program, const Step& step) {
 bool overlap(const Place& a, const Place& b) {
   return a.offset < b.offset + b.channels && b.offset < a.offset + a.channels;
 }
-
-// Raises an error that names the offending step.
-struct StepCheck {
-  int64_t index;
-  const Step& step;
-
-  void operator()(bool holds, const char* what) const {
-    STD_TORCH_CHECK(holds, "network: step ", index, " of the program, of kind ", static_cast<int64_t>(step.kind), ", ", what);
-  }
-};
 
 // Whether `more`, the number of words after those common to all steps, is what a step of this kind has.
 bool has_its_words(const Step& step, int64_t more) {
@@ -102,7 +97,7 @@ void check_step(const Program& program, const Step& step, const StepCheck& requi
               "has a residual of another shape");
       break;
     case kTransformer:
-      require(is_size(w[0]) && is_size(w[1]) && w[1] % w[0] == 0 && is_size(w[2]) && is_size(w[4]) && is_size(w[5]),
+      require(is_size(w[0]) && is_size(w[1]) && w[1] % w[0] == 0 && is_size(w[2]) && is_patch(w[4], w[5]),
               "has heads, widths or a patch that there are not");
       require(!program.pairs || (even && w[1] / w[0] % 2 == 0 && w[2] % 2 == 0), "has pairs of an odd width");
       require(step.source.channels == step.target.channels, "has two widths");
@@ -110,7 +105,7 @@ void check_step(const Program& program, const Step& step, const StepCheck& requi
     case kToWholePatches:
     case kToSizeOf:
       require(step.source.channels == step.target.channels, "resizes to another number of channels");
-      if (step.kind == kToWholePatches) require(is_size(w[0]) && is_size(w[1]), "has no patch");
+      if (step.kind == kToWholePatches) require(is_patch(w[0], w[1]), "has no patch, or one too large");
       if (step.kind == kToSizeOf) require(w[0] >= 0 && w[0] <= program.last(), "takes the size of what there is not");
       break;
   }
@@ -177,26 +172,24 @@ TransformerShape transformer_shape(const Program& program, const Step& step) {
   return shape;
 }
 
-Program parse_program(const Tensor& words) {
-  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Long && words.is_cpu() && words.dim() == 1 && words.is_contiguous(),
-                  "network: the program must be one stretch of int64 on the CPU");
-  const auto* word = static_cast<const int64_t*>(words.const_data_ptr());
-  const int64_t* const end = word + words.numel();
-  STD_TORCH_CHECK(words.numel() > 4 && word[0] == kVersion, "network: this is no program of version ", kVersion);
+Program parse_program(Words words) {
+  const int64_t* word = words.data;
+  const int64_t* const end = word + words.count;
+  MVIT_CHECK(words.count > 4 && word[0] == kVersion, "network: this is no program of version ", kVersion);
   Program program;
-  STD_TORCH_CHECK(word[1] >= 0 && word[1] <= static_cast<int64_t>(Bf16Products::tiles),
+  MVIT_CHECK(word[1] >= 0 && word[1] <= static_cast<int64_t>(Bf16Products::tiles),
                   "network: the program is for products of a kind ", word[1], " that there is not");
   const auto products = static_cast<Bf16Products>(word[1]);
   program.pairs = products != Bf16Products::none;
   program.tiles = products == Bf16Products::tiles;
-  STD_TORCH_CHECK(!program.pairs || products == this_cpus_bf16_products(),
+  MVIT_CHECK(!program.pairs || products == this_cpus_bf16_products(),
                   "network: the weights were packed for products of bfloat16 pairs that are not this processor's");
   const int64_t values = word[2], steps = word[3];
   word += 4;
-  STD_TORCH_CHECK(values > 1 && values <= (end - word) / 2, "network: the program ends before its steps");
+  MVIT_CHECK(values > 1 && values <= (end - word) / 2, "network: the program ends before its steps");
   program.values.reserve(static_cast<std::size_t>(values));
   for (int64_t i = 0; i < values; ++i, word += 2) {
-    STD_TORCH_CHECK(is_size(word[0]) && word[1] >= 0 && word[1] <= kMost && (word[1] == 0 || (i > 0 && i + 1 < values)),
+    MVIT_CHECK(is_size(word[0]) && word[1] >= 0 && word[1] <= kMost && (word[1] == 0 || (i > 0 && i + 1 < values)),
                     "network: value ", i, " of the program has ", word[0], " channels and a border of ", word[1]);
     Value value{word[0], word[1]};
     if (program.tiles && i > 0 && i + 1 < values) {
@@ -206,39 +199,39 @@ Program parse_program(const Tensor& words) {
     program.values.push_back(value);
   }
   const auto place = [&](const int64_t* p) {
-    STD_TORCH_CHECK(p[0] >= 0 && p[0] < values && p[1] >= 0 && p[2] > 0 && p[1] <= kMost && p[2] <= kMost &&
+    MVIT_CHECK(p[0] >= 0 && p[0] < values && p[1] >= 0 && p[2] > 0 && p[1] <= kMost && p[2] <= kMost &&
                         p[1] + p[2] <= program.at(p[0]).channels,
                     "network: a step of the program reads or writes what there is not");
-    STD_TORCH_CHECK(p[1] % program.at(p[0]).channel_step == 0,
+    MVIT_CHECK(p[1] % program.at(p[0]).channel_step == 0,
                     "network: a step of the program reads or writes channels that begin inside a tile's");
     return Place{p[0], p[1], p[2]};
   };
-  STD_TORCH_CHECK(steps > 0 && steps <= (end - word) / kStepWords, "network: the program ends in the middle of a step");
+  MVIT_CHECK(steps > 0 && steps <= (end - word) / kStepWords, "network: the program ends in the middle of a step");
   program.steps.reserve(static_cast<std::size_t>(steps));
   for (int64_t i = 0; i < steps; ++i) {
-    STD_TORCH_CHECK(end - word >= kStepWords && word[0] >= kStepWords && word[0] <= end - word,
+    MVIT_CHECK(end - word >= kStepWords && word[0] >= kStepWords && word[0] <= end - word,
                     "network: the program ends in the middle of a step");
     const Step step{static_cast<Kind>(word[1]), place(word + 2), place(word + 5), word + kStepWords, false, false};
-    STD_TORCH_CHECK(has_its_words(step, word[0] - kStepWords), "network: step ", i, " of the program is of kind ", word[1],
+    MVIT_CHECK(has_its_words(step, word[0] - kStepWords), "network: step ", i, " of the program is of kind ", word[1],
                     " and has not the words of one");
     check_step(program, step, {i, step});
     program.steps.push_back(step);
     word += word[0];
   }
-  STD_TORCH_CHECK(word == end, "network: the program goes on after its steps");
+  MVIT_CHECK(word == end, "network: the program goes on after its steps");
   return program;
 }
 
-void lay_out(Program& program, const Tensor& x) {
+void lay_out(Program& program, const Images& x) {
   auto& values = program.values;
-  values[0].height = x.size(2);
-  values[0].width = x.size(3);
-  STD_TORCH_CHECK(values[0].height < kMostSide && values[0].width < kMostSide, "network: x is too large a map");
+  values[0].height = x.height;
+  values[0].width = x.width;
+  MVIT_CHECK(values[0].height < kMostSide && values[0].width < kMostSide, "network: x is too large a map");
   for (std::size_t i = 0; i < values.size(); ++i) values[i].storage = static_cast<int64_t>(i);
   const auto storage = [&](int64_t value) -> Value& { return program.at(program.at(value).storage); };
   // Whether x and the result have the dtype of the arithmetic. All kernels but copies and resizes require it.
-  const bool same_type = (x.scalar_type() == ScalarType::BFloat16) == program.pairs;
-  const bool has_rows = x.size(1) == 1 || x.stride(1) == 1;
+  const bool same_type = x.bf16 == program.pairs;
+  const bool has_rows = x.channels == 1 || x.channel_stride == 1;
   for (std::size_t i = 0; i < program.steps.size(); ++i) {
     Step& step = program.steps[i];
     const StepCheck require{static_cast<int64_t>(i), step};
@@ -293,7 +286,7 @@ void lay_out(Program& program, const Tensor& x) {
       value->last_step = now;
     }
   }
-  STD_TORCH_CHECK(values.back().height > 0, "network: no step of the program writes the result");
+  MVIT_CHECK(values.back().height > 0, "network: no step of the program writes the result");
 
   // First fit: the lowest offset that does not overlap any map that is alive at the same time.
   const std::size_t element = program.element();
@@ -315,11 +308,9 @@ void lay_out(Program& program, const Tensor& x) {
   }
 }
 
-void check_weights(const Program& program, const Tensor& weights) {
-  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Byte && weights.is_cpu() && weights.dim() == 1 &&
-                      weights.is_contiguous() && reinterpret_cast<uintptr_t>(weights.const_data_ptr()) % 64 == 0,
-                  "network: the weights must be one stretch of bytes on the CPU, at a multiple of 64");
-  const auto all = static_cast<std::size_t>(weights.numel());
+void check_weights(const Program& program, Bytes weights) {
+  MVIT_CHECK(reinterpret_cast<uintptr_t>(weights.data) % 64 == 0, "network: the weights must be at a multiple of 64");
+  const std::size_t all = weights.count;
   for (std::size_t i = 0; i < program.steps.size(); ++i) {
     const Step& step = program.steps[i];
     const int64_t* w = step.words;

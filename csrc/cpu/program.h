@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The program of a frozen network, which mvit_kernels/freezing/network.py writes as int64 words and network.cpp runs:
-// its parsed form, and the functions that check it and lay it out in memory.
+// The program of a frozen network: int64 words, which pack_program.cpp makes for this processor and run_program.cpp runs.
+// Here are its parsed form, and the functions that check it and lay it out in memory. Nothing of it needs torch.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 
 #include "convolution.h"
 #include "depthwise_convolution.h"
+#include "errors.h"
 #include "inverted_residual.h"
-#include "tensors.h"
 #include "transformer.h"
 
 namespace mvit {
@@ -86,14 +86,46 @@ TransformerShape transformer_shape(const Program& program, const Step& step);
 // or negative if the tensor is absent.
 constexpr int64_t kTransformerWords = 9, kLayerWords = 12, kQkvBias = 3;
 
+// Raises an error that names the offending step.
+struct StepCheck {
+  int64_t index;
+  const Step& step;
+
+  void operator()(bool holds, const char* what) const {
+    MVIT_CHECK(holds, "network: step ", index, " of the program, of kind ", static_cast<int64_t>(step.kind), ", ", what);
+  }
+};
+
+struct Words {
+  const int64_t* data;
+  int64_t count;
+};
+
+struct Bytes {
+  const char* data;
+  std::size_t count;
+};
+
+// A batch of maps, float32 or bfloat16, of any strides (in elements).
+struct Images {
+  void* data;
+  bool bf16;
+  int64_t count, channels, height, width;
+  int64_t image_stride, channel_stride, row_stride, column_stride;
+};
+
 // Parses `words`, which must outlive the result. Guarantees that no step reads or writes a value or channel that does
 // not exist; sizes are not checked here.
-Program parse_program(const Tensor& words);
+Program parse_program(Words words);
 
 // Computes the sizes of all values for the input x and their offsets in the workspace.
-void lay_out(Program& program, const Tensor& x);
+void lay_out(Program& program, const Images& x);
 
 // Checks that every step's weights lie within `weights`.
-void check_weights(const Program& program, const Tensor& weights);
+void check_weights(const Program& program, Bytes weights);
+
+// Runs the program, parsed and laid out for x, with weights that were checked. `out` has the sizes of the last value,
+// and x's dtype.
+void run_program(const Program& program, const Images& x, const Images& out, const char* weights);
 
 }  // namespace mvit

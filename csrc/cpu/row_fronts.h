@@ -197,7 +197,7 @@ template <typename Args>
 void run_backward(const RowBackward<Args>& kernels, const Args& args, double flops_of_a_row) {
   // Eight blocks per thread. With two, the accumulators of a 240 x 480 gradient travel to L3 and back more often (2 %
   // slower); 16 are no faster.
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = thread_count();
   const int64_t group = kernels.group_rows;
   const int64_t capacity = std::min(args.count, (8 * threads * kBlockRows + group - 1) / group * group);
   const std::size_t bytes = kernels.scratch_bytes(args);

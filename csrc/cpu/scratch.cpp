@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "tensors.h"
+#include "errors.h"
 
 namespace mvit {
 namespace {
@@ -41,7 +41,7 @@ struct Block {
     free();
     void* memory = nullptr;
     // Not operator new, which aborts under AddressSanitizer instead of throwing.
-    STD_TORCH_CHECK(posix_memalign(&memory, 64, bytes) == 0, "mvit_kernels: there is no memory for ", bytes,
+    MVIT_CHECK(posix_memalign(&memory, 64, bytes) == 0, "mvit_kernels: there is no memory for ", bytes,
                     " bytes that this call works in");
     data = static_cast<char*>(memory);
     size = bytes;

@@ -16,7 +16,7 @@ namespace mvit {
 
 // For the lifetime of this object the calling thread reads subnormal operands and rounds subnormal results to zero. The
 // destructor, hence also an exception, restores the whole control register, flags included. The setting belongs to a
-// thread: each one that runs a kernel needs its own object (`parallel_for` in tensors.h makes it). Only code behind a
+// thread: each one that runs a kernel needs its own object (`parallel_for` in parallel.h makes it). Only code behind a
 // call that the compiler cannot see into is affected for certain, as kernels are: they are called by pointer.
 class FlushSubnormals {
  public:

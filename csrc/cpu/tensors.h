@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parts of LibTorch's stable ABI (2.10) that the front ends use, and helpers on tensors and threads.
+// The parts of LibTorch's stable ABI (2.10) that the front ends use, and helpers on tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "subnormals.h"
+#include "parallel.h"
 
 namespace mvit {
 
@@ -39,19 +39,6 @@ inline int64_t product(const char* op, const char* of_what, std::initializer_lis
   for (const int64_t factor : factors)
     STD_TORCH_CHECK(!__builtin_mul_overflow(result, factor, &result), op, ": ", of_what, " are too many to be counted");
   return result;
-}
-
-// Calls body(begin, end) for parts of [0, items) on PyTorch's thread pool, so that torch.set_num_threads is respected.
-// On every thread subnormal numbers are zero inside (subnormals.h). A thread gets at least so many items that
-// flops_per_item × items >= 2^18 operations, about 2 µs of one core; for less, waking a thread does not pay.
-template <typename Body>
-void parallel_for(int64_t items, double flops_per_item, const Body& body) {
-  constexpr double worth_a_thread = 1 << 18;
-  const double grain = flops_per_item > 0 ? worth_a_thread / flops_per_item : 1;
-  torch::stable::parallel_for(0, items, grain < 1 ? 1 : static_cast<int64_t>(grain), [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
-    body(begin, end);
-  });
 }
 
 }  // namespace mvit

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Interface between the front end of transformer (transformer.cpp), the frozen network (network.cpp) and the kernels
+// Interface between the front end of transformer (transformer.cpp), the frozen network (run_program.cpp) and the kernels
 // (transformer_kernel.cpp).
 #pragma once
 
@@ -74,7 +74,7 @@ struct TransformerTable {
 
 MVIT_DECLARE_KERNELS(TransformerTable, transformer);
 
-// Runs the whole stack: on PyTorch's thread pool or, with on_this_thread_alone, on the calling thread.
+// Runs the whole stack: on all threads (parallel.h) or, with on_this_thread_alone, on the calling thread.
 void run_transformer(const TransformerKernels& kernels, const TransformerArgs& args, bool on_this_thread_alone);
 
 }  // namespace mvit

@@ -147,10 +147,8 @@ NATIVE_SCHEMAS = {
     "layer_norm_from_statistics.cpu": "(Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias) "
     "-> Tensor",
     "network.cpu": "(Tensor x, Tensor weights, Tensor program, int out_channels, int halvings) -> Tensor",
-    "pack_convolution.cpu": "(Tensor weight, Tensor bias) -> Tensor",
-    "pack_inverted_residual.cpu": "(Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
-    "Tensor project, Tensor project_bias) -> Tensor",
-    "pack_matrix.cpu": "(Tensor weight, int parts) -> Tensor",
+    # a network as mvit_kernels.freezing.network stores it, for any processor -> program and weights for this one
+    "pack_network.cpu": "(Tensor program, Tensor weights) -> (Tensor, Tensor)",
     # What `transformer.cuda` launches; mvit_kernels.backends.cuda.transformer packs the weights and makes the plan.
     "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "
     "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) "

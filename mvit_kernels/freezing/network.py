@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen modules as one native call: a program of steps with packed weights, run by ``csrc/cpu/network.cpp``.
+"""Frozen modules as one native call: a program of steps with packed weights, run by ``csrc/cpu/run_program.cpp``.
 
 Each frozen module *emits* its steps into a `Builder`: convolutions, inverted residuals, transformers, means and
-resizes. `Network` keeps the result for a module and calls it. Savings over one operator per layer: a core takes a
+resizes. The result, a `Stored` network, is the same for every processor: it is what a file holds
+(`mvit_kernels.freezing.saved`), and ``csrc/cpu/pack_program.cpp`` makes of it what this processor runs. `Network` keeps
+that for a module and calls it. Savings over one operator per layer: a core takes a
 whole image through all steps, so maps stay in its cache; the concatenation in a MobileViT block costs nothing, since
 two steps write into one map; nothing is allocated between layers; Python runs once.
 """
@@ -10,8 +12,8 @@ two steps write into one map; nothing is allocated between layers; Python runs o
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from operator import is_
 from typing import Any, NamedTuple, Protocol
 
@@ -27,13 +29,11 @@ from ..ops.flops import flop_formula, inverted_residual_flops, layer_flops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A program is a list of int64 words, which csrc/cpu/program.cpp parses: VERSION, `Builder.products`, the number of
-# values, the number of steps; channels and border of each value; then each step: its number of words, its
-# kind, source and target (two `Place`s), and its arguments. Value 0 is the input, the last value the output.
-VERSION = 2
+# The words of a stored program: csrc/cpu/pack_program.h.
+VERSION = 1
+STORED_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COPY, CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, TO_WHOLE_PATCHES, TO_SIZE_OF, DEPTHWISE_CONVOLUTION, MEAN = range(8)
 _ACTIVATIONS = {None: 0, "silu": 1, "relu": 2}
-_TILE = 32  # channels of a step of a product on matrix tiles: parts of a map start at multiples of it
 _ONE_PIXEL = 31  # halvings that leave one pixel of any map
 
 
@@ -61,18 +61,26 @@ class Link(Protocol):
         """Where the module wants its input; None for anywhere."""
 
 
+class Stored(NamedTuple):
+    """A network for any processor: its program and its weights, in PyTorch's own order."""
+
+    program: Tensor  # int64 words
+    weights: Tensor  # bytes; each tensor begins at a multiple of 64
+    dtype: torch.dtype  # of matrices, filters and maps; vectors are float32
+    out_channels: int
+    halvings: int  # how many times each side of the input is halved, rounding up
+
+
 class Builder:
     """Builds the program and the weights of a network step by step. The program does not depend on the maps' sizes.
 
     Args:
         in_channels: channels of the input.
-        products: how maps and matrices of bfloat16 are multiplied (`backends.cpu.bf16_products`): as pairs (1), as
-            pairs on matrix tiles (2); with 0 everything is float32.
+        dtype: of the weights: float32, bfloat16 or float16.
     """
 
-    def __init__(self, in_channels: int, products: int) -> None:
-        self.products, self.pairs, self.tiles = products, products > 0, products == 2
-        self.odd = False  # whether a channel count is odd, which products of pairs do not support
+    def __init__(self, in_channels: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.values = [(in_channels, 0)]  # (channels, border)
         self.halvings = [0]  # of each value: how many times the input's size was halved
         self.steps: list[list[int]] = []
@@ -87,15 +95,12 @@ class Builder:
         """A new map of `channels` channels, with a border of zeros `border` pixels wide."""
         self.values.append((channels, border))
         self.halvings.append(0)
-        self.odd |= bool(channels % 2)
         return Place(len(self.values) - 1, 0, channels)
 
     def side_by_side(self, *widths: int, border: int = 0) -> list[Place]:
         """The parts of a new map, which several steps write and one convolution reads."""
-        starts = [0]
-        for width in widths:
-            starts.append(starts[-1] + (-(-width // _TILE) * _TILE if self.tiles else width))
-        whole = self.value(starts[-2] + widths[-1], border)
+        starts = [0, *accumulate(widths)]
+        whole = self.value(starts[-1], border)
         self.parts[whole.value] = [
             whole._replace(offset=at, channels=width) for at, width in zip(starts, widths, strict=False)
         ]
@@ -118,37 +123,24 @@ class Builder:
 
     def convolution(self, conv: nn.Module, source: Place, target: Place | None) -> Place:
         """A dense `FrozenConv2d`, 1×1 or 3×3."""
-        out, width, kernel, _ = conv.weight.shape
-        weight = conv.weight.detach()
-        if source.channels != width:  # weights of zero for channels that the convolution does not have
-            parts = self.parts.get(source.value, [source._replace(channels=width)])
-            padded = weight.new_zeros(out, source.channels, kernel, kernel)
-            for part, of_part in zip(parts, weight.split([part.channels for part in parts], 1), strict=True):
-                padded[:, part.offset : part.offset + part.channels] = of_part
-            weight = padded
         return self._step(
             CONVOLUTION,
             source,
-            target or self.value(out),
-            kernel,
-            conv.stride[0],
-            conv.dilation[0],
-            _ACTIVATIONS[conv.activation],
-            self._add(_packer("convolution")(self._as_matrix(weight), conv.bias.detach().float())),
+            target or self.value(conv.weight.shape[0]),
+            conv.weight.shape[2],
+            *self._geometry(conv),
+            *self._convolution(conv),
             halve=conv.stride[0] == 2,
         )
 
     def depthwise_convolution(self, conv: nn.Module, source: Place, target: Place | None) -> Place:
-        """A depthwise 3×3 `FrozenConv2d`. Its weights are float32 in every arithmetic: nine taps, then the bias."""
-        taps = torch.cat((conv.weight.detach().flatten(1).T, conv.bias.detach()[None])).float()
+        """A depthwise 3×3 `FrozenConv2d`."""
         return self._step(
             DEPTHWISE_CONVOLUTION,
             source,
             target or self.value(source.channels),
-            conv.stride[0],
-            conv.dilation[0],
-            _ACTIVATIONS[conv.activation],
-            self._add(taps),
+            *self._geometry(conv),
+            *self._convolution(conv),
             halve=conv.stride[0] == 2,
         )
 
@@ -167,7 +159,6 @@ class Builder:
     def inverted_residual(self, block: nn.Module, source: Place, target: Place | None) -> Place:
         """A `FrozenInvertedResidual`."""
         expand, depthwise, project = block.expand, block.depthwise, block.project
-        self.odd |= bool(expand.weight.shape[0] % 2)
         return self._step(
             INVERTED_RESIDUAL,
             source,
@@ -176,15 +167,7 @@ class Builder:
             depthwise.stride[0],
             depthwise.dilation[0],
             int(block.residual),
-            self._add(
-                _packer("inverted_residual")(
-                    *(
-                        packed
-                        for conv in (expand, depthwise, project)
-                        for packed in (self._as_matrix(conv.weight), conv.bias.detach().float())
-                    )
-                )
-            ),
+            *(address for conv in (expand, depthwise, project) for address in self._convolution(conv)),
             halve=depthwise.stride[0] == 2,
         )
 
@@ -204,67 +187,52 @@ class Builder:
         inner, hidden = layers[0].proj_weight.shape[1], layers[0].fc1_weight.shape[0]
         if any(layer.proj_weight.shape[1] != inner or layer.fc1_weight.shape[0] != hidden for layer in layers):
             raise NotNative("its layers have different widths")
-        self.odd |= bool((inner // num_heads) % 2 or hidden % 2)
         whole = self._step(TO_WHOLE_PATCHES, source, self.value(d), ph, pw)
-        offsets: list[int] = []
-        for layer in layers:
-            for name, value in layer._asdict().items():
-                if value is None:
-                    offsets.append(-1)
-                elif value.dim() == 2:
-                    offsets.append(self._matrix(value, parts=3 if name == "qkv_weight" else 1))
-                else:
-                    offsets.append(self._vector(value))
-        norm = [-1, -1] if final_norm is None else [self._vector(value) for value in final_norm]
+        offsets = [self._tensor(value) for layer in layers for value in layer]
+        norm = [self._tensor(value) for value in final_norm or (None, None)]
         (eps_bits,) = struct.unpack("q", struct.pack("d", eps))
         self._step(TRANSFORMER, whole, whole, num_heads, inner, hidden, len(layers), ph, pw, eps_bits, *norm, *offsets)
         return self.resize(whole, source)
 
     # -- the result -----------------------------------------------------------------------------------------------
 
-    def program(self) -> Tensor:
-        """The program, int64."""
-        words = [VERSION, self.products, len(self.values), len(self.steps)]
-        words += [word for value in self.values for word in value]
+    def stored(self) -> Stored:
+        """The network as it stands, with the last value as its result."""
+        words = [VERSION, STORED_TYPES[self.dtype], len(self.values), len(self.steps)]
+        for value, (channels, border) in enumerate(self.values):
+            widths = [part.channels for part in self.parts.get(value, [])] or [channels]
+            words += [channels, border, len(widths), *widths]
         words += [word for step in self.steps for word in (len(step) + 1, *step)]
-        return torch.tensor(words, dtype=torch.int64, device="cpu")
-
-    def weights(self) -> Tensor:
-        """All weights in one tensor of bytes, each aligned to 64 bytes."""
-        stretch = torch.zeros(self._bytes, dtype=torch.uint8, device="cpu")
+        weights = torch.zeros(self._bytes, dtype=torch.uint8, device="cpu")
         at = 0
         for part in self._parts:
-            bytes_ = part.contiguous().flatten().view(torch.uint8)
-            stretch[at : at + bytes_.numel()] = bytes_
+            bytes_ = part.flatten().view(torch.uint8)
+            weights[at : at + bytes_.numel()] = bytes_
             at += _aligned(bytes_.numel())
-        return stretch
+        program = torch.tensor(words, dtype=torch.int64, device="cpu")
+        return Stored(program, weights, self.dtype, self.values[-1][0], self.halvings[-1])
 
     def _step(self, kind: int, source: Place, target: Place, *words: int, halve: bool = False) -> Place:
         self.halvings[target.value] = min(self.halvings[source.value] + halve, _ONE_PIXEL)
         self.steps.append([kind, *source, *target, *words])
         return target
 
-    def _add(self, part: Tensor) -> int:
+    @staticmethod
+    def _geometry(conv: nn.Module) -> tuple[int, int, int]:
+        return conv.stride[0], conv.dilation[0], _ACTIVATIONS[conv.activation]
+
+    def _convolution(self, conv: nn.Module) -> tuple[int, int]:
+        """Addresses of a `FrozenConv2d`'s weight and bias."""
+        return self._tensor(conv.weight), self._tensor(conv.bias)
+
+    def _tensor(self, values: Tensor | None) -> int:
+        """The address of a tensor: matrices and filters in the network's dtype, vectors in float32; -1 for none."""
+        if values is None:
+            return -1
         at = self._bytes
-        self._parts.append(part)
-        self._bytes += _aligned(part.numel() * part.element_size())
+        self._parts.append(values.detach().to(torch.float32 if values.dim() == 1 else self.dtype).contiguous())
+        self._bytes += _aligned(self._parts[-1].numel() * self._parts[-1].element_size())
         return at
-
-    def _vector(self, values: Tensor) -> int:
-        return self._add(values.detach().float())
-
-    def _matrix(self, values: Tensor, parts: int) -> int:
-        matrix = self._as_matrix(values)
-        return self._add(
-            matrix if self.odd else _packer("matrix")(matrix, parts)
-        )  # odd: it is built again, without pairs
-
-    def _as_matrix(self, values: Tensor) -> Tensor:
-        return values.detach().to(torch.bfloat16 if self.pairs else torch.float32).contiguous()
-
-
-def _packer(kind: str) -> Callable[..., Tensor]:
-    return getattr(torch.ops.mvit_kernels, f"pack_{kind}").cpu
 
 
 def _aligned(size: int) -> int:
@@ -289,14 +257,13 @@ class Network:
         if reasons:
             raise NotNative("; ".join(reasons))
         self.dtype = weight.dtype
-        # float16 is computed in float32 throughout, with weights packed as that, and rounded once, at the end.
-        self._of_maps = torch.float32 if self.dtype == torch.float16 else self.dtype
-        builder = _build(module, self.dtype, cpu.bf16_products() if self.dtype == torch.bfloat16 else 0)
-        self.program, self.weights = builder.program(), builder.weights()
-        self.out_channels, self.halvings = builder.values[-1][0], builder.halvings[-1]
+        builder = build(module, self.dtype)
+        stored = builder.stored()
+        self.program, self.weights = torch.ops.mvit_kernels.pack_network.cpu(stored.program, stored.weights)
+        self.out_channels, self.halvings = stored.out_channels, stored.halvings
         self.takes = builder.takes
         self._taken: dict[Any, bool] = {}
-        self.reads_rows = builder.steps[0][0] != COPY
+        self.reads_rows = reads_rows(self.program)
         # Inner modules, whose hooks it would skip, and the tensors that were packed, whose changes invalidate it.
         self._inner = [part for part in module.modules() if part is not module]
         self._buffers = [part._buffers for part in module.modules() if part._buffers]
@@ -332,11 +299,22 @@ class Network:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) of any memory format to (B, C', H', W'), channels-last, in the weights' dtype."""
-        x = x.to(self.dtype).to(self._of_maps)  # the first rounds images as the weights are, if at all
-        if self.reads_rows:
-            x = x.contiguous(memory_format=torch.channels_last)
-        rows = torch.ops.mvit_kernels.network.cpu(x, self.weights, self.program, self.out_channels, self.halvings)
-        return rows.to(self.dtype).permute(0, 3, 1, 2)
+        result = self.out_channels, self.halvings
+        return call_packed(x, self.dtype, self.program, self.weights, *result, self.reads_rows)
+
+
+def call_packed(
+    x: Tensor, dtype: torch.dtype, program: Tensor, weights: Tensor, out_channels: int, halvings: int, rows: bool
+) -> Tensor:
+    """`Network.__call__` of a packed program. float16 is computed in float32 throughout, and rounded at both ends.
+    `rows`: whether the program reads the channels of x in place."""
+    x = x.to(dtype)  # rounds images as the weights are, if at all
+    if dtype == torch.float16:
+        x = x.float()
+    if rows:
+        x = x.contiguous(memory_format=torch.channels_last)
+    made = torch.ops.mvit_kernels.network.cpu(x, weights, program, out_channels, halvings)
+    return made.to(dtype).permute(0, 3, 1, 2)
 
 
 @flop_formula("network", get_raw=True)
@@ -415,24 +393,17 @@ def links_of(module: nn.Module) -> list[Link]:
     return [module]
 
 
-def _build(module: nn.Module, dtype: torch.dtype, products: int) -> Builder:
+def build(module: nn.Module, dtype: torch.dtype) -> Builder:
+    """The builder with all steps of a frozen module, whose weights have `dtype`."""
     links = links_of(module)
     if not links:
         raise NotNative("it is empty")
-    converts = dtype == torch.bfloat16 and not products  # float32 inside, bfloat16 at both ends
-    builder = Builder(links[0].in_channels, products)
-    place = links[0].place(builder)
-    if place is None:
-        builder.odd |= bool(links[0].in_channels % 2)
-        if converts or builder.tiles:  # which do not read the rows of x in place
-            place = builder.value(links[0].in_channels)
-    elif products and place == (place.value, 0, builder.values[place.value][0]) and place.channels % 2:
-        # An image has three channels: add a fourth of zeros, with zero weights.
-        place = place._replace(channels=place.channels + 1)
-        builder.values[place.value] = (place.channels, builder.values[place.value][1])
-        builder.odd = False
-    image = Place(0, 0, links[0].in_channels)
-    end = builder.chain(links, image if place is None else builder.copy(image, place))
-    if converts:
-        builder.copy(end, builder.value(end.channels))
-    return _build(module, dtype, products=0) if products and builder.odd else builder
+    builder = Builder(links[0].in_channels, dtype)
+    place, image = links[0].place(builder), Place(0, 0, links[0].in_channels)
+    builder.chain(links, image if place is None else builder.copy(image, place))
+    return builder
+
+
+def reads_rows(program: Tensor) -> bool:
+    """Whether a packed program reads the channels of its input in place, which must then be adjacent."""
+    return bool(program[4 + 2 * int(program[2]) + 1] != COPY)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mvit_kernels.backends import cpu
 from mvit_kernels.backends.library import NATIVE_SCHEMAS, SCHEMAS
 from mvit_kernels.freezing.network import (
     CONVOLUTION,
@@ -244,52 +243,6 @@ def test_network_is_what_its_fake_says(size, dtype):
     native(module, x)
     network = module._network
     torch.library.opcheck(call, (x, network.weights, network.program, network.out_channels, network.halvings))
-
-
-def packable(out: int, width: int, kernel: int, hidden: int, dtype: torch.dtype) -> tuple[tuple, tuple]:
-    """The arguments of both packing operators."""
-    draw = Draw(out)
-    matrices = draw(hidden, width, 1, 1), draw(hidden, 1, 3, 3), draw(out, hidden)
-    inverted = [part for m in matrices for part in (m.to(dtype), draw(m.shape[0]))]
-    return (draw(out, width, kernel, kernel).to(dtype), draw(out)), tuple(inverted)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_are_what_their_fakes_say(dtype):
-    if dtype == torch.bfloat16 and not cpu.multiplies_bf16_pairs():
-        pytest.skip("this processor multiplies no pairs of bfloat16")
-    assert cpu.vector_lanes() in (4, 8, 16)
-    pack = torch.ops.mvit_kernels
-    for out, width, kernel, hidden in ((1, 1, 1, 1), (17, 5, 3, 33), (64, 32, 3, 128), (5, 3, 1, 16), (31, 48, 3, 7)):
-        convolution, inverted = packable(out, width, kernel, hidden, dtype)
-        torch.library.opcheck(pack.pack_convolution.cpu, convolution)
-        torch.library.opcheck(pack.pack_inverted_residual.cpu, inverted)
-        for parts in (1, 3):
-            torch.library.opcheck(pack.pack_matrix.cpu, (Draw(out)(parts * out, 2 * width).to(dtype), parts))
-
-
-def test_what_cannot_be_packed():
-    (weight, bias), inverted = packable(8, 4, 3, 16, torch.float32)
-    pack = torch.ops.mvit_kernels
-    wrong = [(weight[0], bias), (weight[..., :2], bias), (weight[:0], bias[:0]), (weight.mT, bias), (weight, bias[:7])]
-    wrong += [(weight.double(), bias), (weight, bias.double()), (weight, bias[:, None]), (weight.cfloat(), bias)]
-    for arguments in wrong:
-        with pytest.raises(RuntimeError, match="pack_convolution: "):
-            pack.pack_convolution.cpu(*arguments)
-    for at, value in enumerate(inverted):
-        for other in (
-            value[:-1].clone(),
-            value.double(),
-            value[:0],
-            value.new_zeros(()),
-            value.repeat_interleave(2, -1),
-        ):
-            with pytest.raises(RuntimeError, match="pack_inverted_residual: "):
-                pack.pack_inverted_residual.cpu(*inverted[:at], other, *inverted[at + 1 :])
-    matrix = weight.flatten(1)
-    for arguments in ((matrix[0], 1), (matrix.mT, 1), (matrix[:0], 1), (matrix.double(), 1), (matrix, 3), (matrix, 0)):
-        with pytest.raises(RuntimeError, match="pack_matrix: "):
-            pack.pack_matrix.cpu(*arguments)
 
 
 def test_every_raw_operator_has_a_fake():

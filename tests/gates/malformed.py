@@ -20,13 +20,14 @@ import signal
 import struct
 import sys
 import time
+from dataclasses import replace
 from math import inf, nan
 from typing import Any
 
 import torch
 
 from mvit_kernels.backends import cpu
-from support.malformed_arguments import DTYPES, LAYOUTS, Call, T, Weights, Words, network
+from support.malformed_arguments import DTYPES, LAYOUTS, Call, T, Weights, Words, network_of
 from support.malformed_operators import HUGE, NATIVE, operators, well_formed
 
 SECONDS = 60  # a call may take
@@ -60,12 +61,13 @@ def changed(argument: Any, r: random.Random, others: list[Any]) -> Any:
     if isinstance(argument, Words):
         return _changed_words(argument, r)
     if isinstance(argument, Weights):
-        total = network(argument.base).weights.numel()
-        return Weights(
-            r.choice(("chain", "half", argument.base, argument.base)),
-            r.choice((None, 0, 1, 64, total - 1, total - 64, total // 2)),
-            r.choice(("uint8", "uint8", "uint8", "float32", "int64", "bool")),
-            r.choice(("contiguous", "contiguous", "strided", "offset", "two axes", "meta")),
+        total = network_of(argument).weights.numel()
+        return replace(
+            argument,
+            base=r.choice(("chain", "half", argument.base, argument.base)),
+            bytes_=r.choice((None, 0, 1, 64, total - 1, total - 64, total // 2)),
+            dtype=r.choice(("uint8", "uint8", "uint8", "float32", "int64", "bool")),
+            layout=r.choice(("contiguous", "contiguous", "strided", "offset", "two axes", "meta")),
         )
     if isinstance(argument, bool):
         return not argument
@@ -100,21 +102,21 @@ def _changed_tensor(t: T, r: random.Random, others: list[Any]) -> Any:
 
 
 def _changed_words(words: Words, r: random.Random) -> Words:
-    program = network(words.base).program.tolist()
-    steps, at = [], 4 + 2 * program[2]
+    program = network_of(words).program.tolist()
+    steps, at = [], words.steps_at()
     for _ in range(program[3]):
         steps.append((at, at + program[at]))
         at += program[at]
     way, replaced = r.random(), dict(words.replaced)
     if way < 0.7:
         for _ in range(r.choice((1, 1, 2, 4))):
-            begin, end = r.choice((*steps, (0, 4), (4, 4 + 2 * program[2])))
+            begin, end = r.choice((*steps, (0, 4), (4, words.steps_at())))
             word = r.randrange(begin, end)
             value = (program[word] + 1, program[word] - 1, program[word] + 2, -program[word], 2 * program[word])
             usual = r.choice((r.randrange(-2, 40), r.choice(program), 64 * r.randrange(10**4)))
             replaced[word] = r.choice((*value, usual, usual, r.choice(INTEGERS)))
         replaced = {word: (value + 2**63) % 2**64 - 2**63 for word, value in replaced.items()}
-        return Words(words.base, tuple(replaced.items()), words.keep)
+        return replace(words, replaced=tuple(replaced.items()))
     keep = list(range(len(program)))
     if way < 0.8:
         keep = keep[: r.randrange(len(keep))]
@@ -127,9 +129,13 @@ def _changed_words(words: Words, r: random.Random) -> Words:
     elif way < 0.95:
         r.shuffle(keep)
     else:
-        return Words(r.choice(("chain", "half")), words.replaced, words.keep, r.choice(("int32", "float64", "int64")),
-                     r.choice(("strided", "offset", "two axes", "meta", "contiguous")))  # fmt: skip
-    return Words(words.base, tuple(replaced.items()), tuple(keep))
+        return replace(
+            words,
+            base=r.choice(("chain", "half")),
+            dtype=r.choice(("int32", "float64", "int64")),
+            layout=r.choice(("strided", "offset", "two axes", "meta", "contiguous")),
+        )
+    return replace(words, replaced=tuple(replaced.items()), keep=tuple(keep))
 
 
 def _changed_list(values: list[Any], r: random.Random, others: list[Any]) -> Any:

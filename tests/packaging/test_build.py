@@ -73,8 +73,13 @@ def test_objects_are_linked_from_the_lowest_instruction_set_to_the_highest(proje
     ninja_file = (project / "build" / "native" / "cpu" / "build.ninja").read_text()
     (objects,) = re.findall(r"^build libmvit_kernels_cpu\.so: \S+ ([^|]*)", ninja_file, re.MULTILINE)
     info = build_info(project / "mvit_kernels")["cpu"]
-    folders = [f"CMakeFiles/kernels_{isa}.dir/probe_kernel.cpp.o" for isa in ("portable", *info["isa"])]
-    assert objects.split() == ["CMakeFiles/fronts.dir/probe.cpp.o", *folders]
+    sets = ("portable", *info["isa"])
+    targets = [re.search(r"CMakeFiles/(\w+)\.dir/", name)[1] for name in objects.split()]
+    expected = [f"{kind}_{isa}" for isa in sets for kind in ("network_kernels", "kernels")]
+    assert list(dict.fromkeys(targets)) == ["fronts", "engine", *expected]
+    (objects,) = re.findall(r"^build libmvit_runtime\.so: \S+ ([^|]*)", ninja_file, re.MULTILINE)
+    targets = [re.search(r"CMakeFiles/(\w+)\.dir/", name)[1] for name in objects.split()]
+    assert list(dict.fromkeys(targets)) == ["runtime", "engine", *(f"network_kernels_{isa}" for isa in sets)]
     order = ["avx", "avx2", "avx512", "avx512bf16", "amx_emulated", "amx"]
     assert info["isa"] == [isa for isa in order if isa in info["isa"]]
     assert sorted(info["isa"] + info["isa_left_out"]) == sorted(order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,15 @@ def add_cmake(project: Path, library: str) -> Path:
 
 
 def add_probe(project: Path) -> None:
+    """Probes in place of the sources that CMake finds; those that it lists by name are empty."""
     folder = add_cmake(project, "cpu")
+    for listed in re.findall(
+        r"^set\((?:ENGINE|NETWORK_KERNELS) ([^)]*)\)", (folder / "CMakeLists.txt").read_text(), re.M
+    ):
+        for name in listed.split():
+            (folder / name).write_text("")
+    shutil.copytree(ROOT / "csrc" / "runtime", project / "csrc" / "runtime", ignore=shutil.ignore_patterns("*.cpp"))
+    (project / "csrc" / "runtime" / "probe.cpp").write_text("")
     (folder / "probe.cpp").write_text(PROBE)
     (folder / "probe_kernel.cpp").write_text(PROBE_KERNEL)
 

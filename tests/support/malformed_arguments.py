@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of raw operators as literals, for `gates.malformed`: specifications of a tensor, a network's program, its
-weights."""
+weights, packed or as they are stored."""
 
 from __future__ import annotations
 
@@ -73,16 +73,25 @@ _NOISE = torch.randn(LARGE, generator=torch.Generator().manual_seed(0)) * 0.3
 
 @dataclass(frozen=True, repr=False)
 class Words(Spec):
-    """The program of `network(base)` with some words replaced, reduced to those at `keep`, in that order."""
+    """The program of `network(base)`, or `stored(base)` if so asked, with some words replaced, reduced to those at
+    `keep`, in that order."""
 
     base: str
     replaced: tuple[tuple[int, int], ...] = ()
     keep: tuple[int, ...] | None = None
     dtype: str = "int64"
     layout: str = "contiguous"
+    stored: bool = False
+
+    def steps_at(self) -> int:
+        """Where the steps begin."""
+        program, at = network_of(self).program, 4
+        for _ in range(int(program[2])):
+            at += 3 + int(program[at + 2]) if self.stored else 2
+        return at
 
     def make(self) -> torch.Tensor:
-        words = network(self.base).program.clone()
+        words = network_of(self).program.clone()
         for at, word in self.replaced:
             words[at] = word
         if self.keep is not None:
@@ -92,15 +101,20 @@ class Words(Spec):
 
 @dataclass(frozen=True, repr=False)
 class Weights(Spec):
-    """The packed weights of `network(base)`, all or the first `bytes_` of them."""
+    """The weights of `network(base)`, or `stored(base)` if so asked, all or the first `bytes_` of them."""
 
     base: str
     bytes_: int | None = None
     dtype: str = "uint8"
     layout: str = "contiguous"
+    stored: bool = False
 
     def make(self) -> torch.Tensor:
-        return lay_out(network(self.base).weights[: self.bytes_].clone(), self.dtype, self.layout)
+        return lay_out(network_of(self).weights[: self.bytes_].clone(), self.dtype, self.layout)
+
+
+def network_of(spec: Words | Weights) -> Any:
+    return (stored if spec.stored else network)(spec.base)
 
 
 def lay_out(values: torch.Tensor, dtype: str, layout: str) -> torch.Tensor:
@@ -141,11 +155,26 @@ def network(base: str) -> Any:
     """A small frozen chain's native call: "chain" in float32, "half" in bfloat16 (in pairs where there are such)."""
     if base not in _networks:
         from mvit_kernels.freezing.network import Network
-        from support.networks import chain
 
-        module, _ = chain()
-        _networks[base] = Network(module.bfloat16() if base == "half" else module)
+        _networks[base] = Network(_module(base))
     return _networks[base]
 
 
+def stored(base: str) -> Any:
+    """The same, for any processor: what is packed."""
+    if base not in _stored:
+        from mvit_kernels.freezing.network import build
+
+        _stored[base] = build(_module(base), torch.bfloat16 if base == "half" else torch.float32).stored()
+    return _stored[base]
+
+
+def _module(base: str) -> Any:
+    from support.networks import chain
+
+    module, _ = chain()
+    return module.bfloat16() if base == "half" else module
+
+
 _networks: dict[str, Any] = {}
+_stored: dict[str, Any] = {}

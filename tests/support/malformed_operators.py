@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from mvit_kernels.backends import cpu, reference  # noqa: F401  (its raw operators)
+from mvit_kernels.backends import reference  # noqa: F401  (its raw operators)
 from mvit_kernels.backends.library import SCHEMAS
 from support.malformed_arguments import Call, T, Weights, Words, network
 
@@ -172,20 +172,9 @@ def _inverted_residual(s, dtype):
     return t(s(1, 2), s(1, 4, 7), s(1, 5, 6), c), *weights, stride, s(1, 1, 2, 3), residual
 
 
-def _pack_convolution(s, dtype):
-    out, width, kernel = s(1, 8, 33), s(1, 4, 17), s(1, 3)
-    return T((out, width, kernel, kernel), dtype), T((out,))
-
-
-def _pack_inverted_residual(s, dtype):
-    c, hidden, out = s(1, 4, 17), s(1, 8, 33), s(1, 5, 16)
-    weights = T((hidden, c), dtype), T((hidden, 1, 3, 3), dtype), T((out, hidden), dtype)
-    return weights[0], T((hidden,)), weights[1], T((hidden,)), weights[2], T((out,))
-
-
-def _pack_matrix(s, dtype):
-    parts = s(1, 3)
-    return T((parts * s(1, 8, 17), s(2, 6, 34)), dtype), parts
+def _pack_network(s, dtype):
+    base = "half" if dtype == "bfloat16" else "chain"
+    return Words(base, stored=True), Weights(base, stored=True)
 
 
 def _network(s, dtype):
@@ -201,9 +190,7 @@ def network_sizes(base: str) -> tuple[int, int]:
 FRONTS = {name[1:]: value for name, value in list(globals().items()) if name[1:] in SCHEMAS}
 NATIVE = {
     "network": _network,
-    "pack_convolution": _pack_convolution,
-    "pack_inverted_residual": _pack_inverted_residual,
-    "pack_matrix": _pack_matrix,
+    "pack_network": _pack_network,
 }
 
 
@@ -220,8 +207,6 @@ def _has_kernel(name: str) -> bool:
 
 
 def dtypes_of(operator: str, backend: str) -> tuple[str, ...]:
-    if operator in NATIVE and not cpu.multiplies_bf16_pairs() and operator != "network":
-        return ("float32",)
     if operator in (*NATIVE, "transformer", "inverted_residual") and backend == "cpu":
         return ("float32", "bfloat16")
     return ("bfloat16", "float16") if backend == "cuda" else ("float32", "bfloat16", "float64")

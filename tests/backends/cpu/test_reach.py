@@ -167,12 +167,13 @@ def test_kernels_resize():
     """A pixel of weight 0 is not read: three columns become four and then three again, and the four rows stay as they
     are."""
     library.load("cpu")
-    builder = Builder(2, products=0)
+    builder = Builder(2, torch.float32)
     source = builder.copy(Place(0, 0, 2), builder.value(2))
     resized = builder._step(TO_WHOLE_PATCHES, source, builder.value(2), 4, 4)
     back = builder._step(TO_SIZE_OF, resized, builder.value(2), source.value)
     builder.copy(back, builder.value(2))
-    program, weights = builder.program(), torch.zeros(64, dtype=torch.uint8)
+    stored = builder.stored()
+    program, weights = torch.ops.mvit_kernels.pack_network.cpu(stored.program, stored.weights)
     x, reach = Draw(1)(1, 2, 4, 3), torch.zeros(1, 4, 3, 2, dtype=torch.bool)
     reach[:, 2, :, 1] = True
     check(lambda x: torch.ops.mvit_kernels.network.cpu(x, weights, program, 2, 0), x, (0, 1, 2, 1), reach, "resize")

@@ -9,7 +9,10 @@ if(NOT MVIT_MACHINE_DEFERRED)
 else()
   set_target_properties(mvit_kernels_cpu PROPERTIES EXCLUDE_FROM_ALL ON) # there is no torch of that machine to link
   target_include_directories(fronts BEFORE PRIVATE "${MVIT_MACHINE}")
-  target_compile_options(fronts PRIVATE -O0) # a quarter of the compiler's time otherwise; kernels as they are
+  set_target_properties(mvit_runtime PROPERTIES EXCLUDE_FROM_ALL ON)
+  foreach(objects fronts engine) # a quarter of the compiler's time otherwise; kernels as they are
+    target_compile_options(${objects} PRIVATE -O0)
+  endforeach()
   add_executable(machine "${MVIT_MACHINE}/main.cpp" ${OBJECTS})
   target_include_directories(machine PRIVATE "${MVIT_MACHINE}")
   target_link_libraries(machine PRIVATE mvit_cxx)
