@@ -77,6 +77,8 @@ SANITIZE = os.environ.get("MVIT_KERNELS_SANITIZE", "") == "1"
 BUILD_FOLDER = Path("build", "sanitized" if SANITIZE else "native")
 POLICIES = ("auto", "require", "skip")
 LIBRARIES = {"cpu": "C++", "cuda": "CUDA"}
+# What comes with a library: built in its folder, or a file of the sources.
+WITH = {"cpu": ("libmvit_runtime.so", "csrc/runtime/mvit_runtime.h")}
 # A change of any of these reconfigures the library from scratch; CMake would keep the values that it found first.
 COMMON_SETTINGS = ("CXX", "MVIT_KERNELS_MANYLINUX", "CMAKE_TOOLCHAIN_FILE")
 SETTINGS = {
@@ -179,6 +181,13 @@ def wanted_libraries() -> list[str]:
     return named or list(LIBRARIES)
 
 
+def install(built: Path, installed: Path) -> None:
+    """Copy a file unless it is there already; atomically, since a process that has the old one mapped keeps it."""
+    if not installed.exists() or installed.read_bytes() != built.read_bytes():
+        shutil.copy2(built, installed.with_suffix(".new"))
+        os.replace(installed.with_suffix(".new"), installed)
+
+
 def build_library(name: str, destination: Path, for_tests: bool) -> dict[str, object]:
     """Build one library into `destination` and return its entry in build_info.json."""
     if not Path("csrc", name, "CMakeLists.txt").exists():
@@ -192,12 +201,10 @@ def build_library(name: str, destination: Path, for_tests: bool) -> dict[str, ob
     with locked(folder):
         info = configure(name, folder, cmake, ninja, for_tests)
         compile_library(folder, ninja)
-        built, installed = folder / target, destination / target
-        if not installed.exists() or installed.read_bytes() != built.read_bytes():
-            # Replaced atomically: a process that has the old library mapped keeps it.
-            shutil.copy2(built, installed.with_suffix(".new"))
-            os.replace(installed.with_suffix(".new"), installed)
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(built.stat().st_mtime))
+        install(folder / target, destination / target)
+        for file in map(Path, WITH.get(name, ())):
+            install(file if file.exists() else folder / file, destination / file.name)
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime((folder / target).stat().st_mtime))
     return {"built": True, "library": target, "time": when, **info}
 
 
@@ -224,7 +231,8 @@ def build_libraries(destination: Path, policy: str, for_tests: bool) -> bool:
         except (NothingToBuild, CannotBuild) as why:
             failed |= isinstance(why, CannotBuild)
             info[name] = {"built": False, "reason": str(why)}
-            (destination / f"libmvit_kernels_{name}.so").unlink(missing_ok=True)
+            for file in (f"libmvit_kernels_{name}.so", *WITH.get(name, ())):
+                (destination / Path(file).name).unlink(missing_ok=True)
             print(f"mvit_kernels: the {name} library is not built: {why}")
     sources = {"version": metadata.version(), "commit": metadata.commit()}
     info = {name: {**entry, **sources} for name, entry in info.items()}

@@ -27,6 +27,8 @@ _EXPORTS = {
     "freeze": "freezing",
     "export": "exporting",
     "ExportReport": "exporting",
+    "load": "freezing.saved",
+    "SavedNetwork": "freezing.saved",
     "verify": "verification",
     "VerificationReport": "verification",
     "load_checkpoint": "checkpoints",
@@ -69,6 +71,8 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers, which cannot re
     from .exporting import ExportReport as ExportReport
     from .exporting import export as export
     from .freezing import freeze as freeze
+    from .freezing.saved import SavedNetwork as SavedNetwork
+    from .freezing.saved import load as load
     from .nn import MobileViT as MobileViT
     from .nn import MobileViTDeepLabV3 as MobileViTDeepLabV3
     from .nn import MobileViTSSDLite as MobileViTSSDLite

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import mvit_kernels
@@ -24,13 +25,18 @@ printed = subprocess.run([command, "info", "--json"], stdout=subprocess.PIPE, te
 info = json.loads(printed)
 assert info["backends"]["cpu"]["reasons_against"] == [], info["backends"]["cpu"]
 libraries = sorted(file.name for file in INSTALLED.glob("mvit_kernels/lib/*.so"))
-assert "libmvit_kernels_cpu.so" in libraries
+assert {"libmvit_kernels_cpu.so", "libmvit_runtime.so"} <= set(libraries)
 for name, entry in info["libraries"].items():
     assert entry["built"] == (f"libmvit_kernels_{name}.so" in libraries), entry
     assert entry["version"] == mvit_kernels.__version__ and entry["commit"], entry
 if "libmvit_kernels_cuda.so" in libraries:
     reasons = "; ".join(info["backends"]["cuda"]["reasons_against"])
     assert "does not load" not in reasons and "not built" not in reasons, reasons
+
+from mvit_kernels import runtime  # noqa: E402
+
+assert runtime.version() == mvit_kernels.__version__ and runtime.header_path().exists()
+assert "torch" not in sys.modules, "the runtime without PyTorch loads torch"
 
 import torch  # noqa: E402
 
@@ -52,6 +58,10 @@ with torch.inference_mode():
         blocks = model(x)
     torch.testing.assert_close(blocks, usual, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(frozen(x), usual, rtol=1e-3, atol=1e-4)
+    with tempfile.TemporaryDirectory() as folder:
+        frozen.save(Path(folder, "xxs.mvit"))
+        network = runtime.Network(Path(folder, "xxs.mvit"))
+    assert torch.equal(torch.from_numpy(network(x.numpy())), frozen(x)), "the runtime gives other bits"
 for verified in (
     mvit_kernels.verify(model, x),
     mvit_kernels.verify(model, x, gradients=True),
@@ -62,5 +72,6 @@ isa = info["machine"]["kernels_instruction_set"]
 commit = info["libraries"]["cpu"]["commit"]
 print(
     f"seen: mvit_kernels {mvit_kernels.__version__} at {commit}, {', '.join(libraries)} ({isa}); Python "
-    f"{sys.version.partition(' ')[0]}, torch {torch.__version__}: info, accelerate, freeze, verify (3 ways) are right"
+    f"{sys.version.partition(' ')[0]}, torch {torch.__version__}: info, accelerate, freeze, verify (3 ways), "
+    "the runtime are right"
 )

@@ -28,6 +28,7 @@ from .folding import is_norm
 from .modules import Frozen, FrozenSequential
 from .network import Network
 from .pyramid import freeze_pyramids
+from .saved import Saver
 from .whole import freeze_whole
 
 logger = logging.getLogger("mvit_kernels")
@@ -158,6 +159,8 @@ def _freeze(model: Model, dtype: torch.dtype | None) -> Model:
     unhooked = [name for module, name in names.items() if module not in kept and _has_state_dict_hooks(module)]
     report = FreezeReport(*map(tuple, (blocks, inverted_residuals, convolutions, left, composed, unhooked, pyramids)))
     frozen.freeze_report = report
+    if not hasattr(type(frozen), "save"):
+        frozen.save = Saver(frozen)
     logger.info("freeze: %s", report)
     return frozen
 

@@ -38,7 +38,7 @@ def describe(model: nn.Module, *, labels: Sequence[str] | None = None, processor
     ========================  =======================================================================================
     ``kind``                  "timm", "huggingface", "kornia", "cvnets" or "own"
     ``architecture``          timm's name of the model; else "mobilevit_xxs" and so on, by the transformers' widths,
-                              with "deeplabv3_" before it for segmentation
+                              with ``"deeplabv3_"`` before it for segmentation
     ``num_classes``           of logits; 0 for a backbone
     ``labels``                names of the classes in order: those that were given, Hugging Face's ``config.id2label``,
                               timm's configuration; of ImageNet-1k for timm's weights of it

@@ -148,7 +148,7 @@ class _Call(NamedTuple):
 def as_library_class(model: nn.Module) -> nn.Module:
     """`model` itself, which `freeze_whole` may have made one call, with the class that it had before."""
     if type(model) in _classes.values():
-        model.__class__ = type(model)._mvit_original
+        model.__class__ = type(model)._mvit_library_class
         model.__dict__.pop(_CALL, None)
     return model
 
@@ -174,7 +174,7 @@ def _in_one_call(original: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
         return _rebuild, (original,), {key: value for key, value in self.__dict__.items() if key != _CALL}
 
-    namespace = {"forward": forward, "__reduce_ex__": reduce, "_mvit_original": original}
+    namespace = {"forward": forward, "__reduce_ex__": reduce, "_mvit_library_class": original}
     namespace |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     _classes[original] = type(original.__name__, (original,), namespace)
     return _classes[original]

@@ -75,7 +75,9 @@ def checkpoints(tmp_path_factory) -> Path:
     """A folder with the files that the examples read."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for file, classes in {"mobilevit_xxs.pth": 1000, "mobilevit_xxs21.pth": 21}.items():
-        torch.save(MobileViT("xxs", num_classes=classes).state_dict(), folder / file)
+        model = MobileViT("xxs", num_classes=classes).eval()
+        torch.save(model.state_dict(), folder / file)
+    mvit_kernels.freeze(model).save(folder / "s.mvit", labels=[str(label) for label in range(classes)])
     return folder
 
 

@@ -46,6 +46,16 @@ def test_malformed_calls_under_the_sanitizers(variables, isa):
     assert "10000 calls of cpu" in done.stdout and " 0 ended the process" in done.stdout
 
 
+@pytest.mark.parametrize("isa", ["", "portable"])
+def test_damaged_files_under_the_sanitizers(variables, isa):
+    options = variables["ASAN_OPTIONS"] + ":max_allocation_size_mb=1024"
+    limited = {**variables, "ASAN_OPTIONS": options, "MVIT_KERNELS_CPU_ISA": isa}
+    command = [sys.executable, "-m", "gates.damaged_files", "--count", "10000"]
+    done = subprocess.run(command, env=limited, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-8000:]
+    assert "10000 damaged files" in done.stdout
+
+
 def test_the_sanitizers_see_a_write_behind_a_tensor(variables):
     """The sanitizers are at work: the library built for them stops a process that writes one float too far."""
     code = "import ctypes, torch, mvit_kernels.backends.cpu as c; assert c.instruction_set(); x = torch.empty(5); "

@@ -14,6 +14,7 @@ from support import ROOT
 
 # From the bottom to the top; each may import those before it.
 LAYERS = (
+    "runtime",  # without PyTorch
     "_utils",
     "dropout",
     "backends",

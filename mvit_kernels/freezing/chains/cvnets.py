@@ -78,4 +78,4 @@ class _Chained(nn.Module):
 
 def _original(cls: type[nn.Module]) -> type[nn.Module]:
     """The library's class, of one that `mvit_kernels.freezing.whole` put in its place."""
-    return getattr(cls, "_mvit_original", cls)
+    return getattr(cls, "_mvit_library_class", cls)

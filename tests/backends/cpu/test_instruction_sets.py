@@ -35,7 +35,7 @@ OWN_TESTS = [
     HERE / f"test_{name}.py"
     for name in ("backend", "rows", "exactness", "reach", "stack", "subnormals", "instruction_sets")
 ]
-NETWORK_TESTS = [TESTS / "freezing" / "test_network.py"]
+NETWORK_TESTS = [TESTS / "freezing" / f"test_{name}.py" for name in ("network", "network_file")]
 # What Python code decides, and no kernel: whether an operator is registered, and its graph; how a library's model
 # becomes a network, of which our own model's, equal to all others', stays.
 SAME_ON_ALL = ("test_registration", "test_graph", "throughout and not own")
