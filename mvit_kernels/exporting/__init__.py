@@ -191,8 +191,13 @@ def _traceable(network: nn.Module, plan: Plan, target: Target) -> tuple[Plan, nn
     plan = plan._replace(channels=first.in_channels)
     dtype = plan.dtype if target.casts_network else torch.float32
     network = cast_floats(network, dtype)
-    with torch.no_grad():
-        plan = plan._replace(outputs=output_names(network(plan.example().to(dtype))))
+    try:
+        with torch.no_grad():
+            plan = plan._replace(outputs=output_names(network(plan.example().to(dtype))))
+    except RuntimeError as error:  # such as Kornia's, whose blocks take whole patches alone
+        raise ValueError(
+            f"export: the model does not take images {_images(plan)}; give other sizes: {error}"
+        ) from error
     return plan, FlatOutputs(network, dtype).eval()
 
 

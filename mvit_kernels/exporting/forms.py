@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from .._utils.plain import copy_of
 from ..freezing import freeze
 from ..freezing.block import FrozenMobileViTBlock
-from ..freezing.whole import as_library_class
 from ..freezing.convolutions import replace
 from ..freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenMean, FrozenSequential
 from ..freezing.pyramid import FrozenASPP
+from ..freezing.whole import as_library_class
 from .plan import Plan
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -153,6 +153,12 @@ def test_a_file_of_not_a_number_is_not_left(small, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
+def test_not_a_number_in_one_batch_is_the_worst():
+    rows = [comparison.Difference("photos", "output", error, 1.0, 1.0, 9.0) for error in (2.0, float("nan"), 3.0)]
+    assert comparison._worst(rows) is rows[1] and not rows[1].ok
+    assert comparison._worst(rows[::2]) is rows[2]
+
+
 def test_a_failure_while_writing_leaves_nothing(small, tmp_path, monkeypatch):
     target = type(target_named("torch"))
 
@@ -196,6 +202,15 @@ def test_aotinductor(tmp_path):
     report = export(model, tmp_path / "a.pt2", target="aotinductor", sizes=64)
     assert report.ok and report.agreement is not None
     assert report.contents.nodes["mkldnn__convolution_pointwise"] == 1 and not report.contents.transposes
+    assert os.listdir(tmp_path) == ["a.pt2"]
+
+
+def test_kornia_takes_whole_patches_alone(tmp_path):
+    model = models.build("kornia")
+    report = export(model, tmp_path / "a.pt2", sizes="dynamic")
+    assert report.ok and report.differences[-1].inputs == "4 random 320x384"
+    with pytest.raises(ValueError, match="the model does not take images 1 × 3 × 96x96; give other sizes: shape"):
+        export(model, tmp_path / "b.pt2", sizes=96, batch=1)
     assert os.listdir(tmp_path) == ["a.pt2"]
 
 
