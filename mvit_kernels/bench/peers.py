@@ -5,24 +5,27 @@ Example:
     >>> form = PEERS["frozen"].build(Subject(model, images))
     >>> form.model(form.images)
 
-Other runtimes (ONNX Runtime, OpenVINO) are in `mvit_kernels.bench.runtimes`. They are optional: building a form whose
-library is not installed raises an ImportError that says what to install.
+Other runtimes (ONNX Runtime, OpenVINO, those of phones) are in `mvit_kernels.bench.runtimes`. They are optional:
+building a form whose library is not installed raises an ImportError that says what to install.
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import runtime
 from ..adapters import accelerate, restore
 from ..freezing import freeze
 from ..verification import named_outputs
 from .recipe import recipe_step
-from .runtimes import OnnxRuntime, OpenVino
+from .runtimes import ExportedFile, OnnxRuntime, OpenVino
 
 CHECKED_PIXELS = 64 * 256**2  # of a recipe's batch: S in float64 then takes some 20 GB, by arithmetic
 
@@ -103,6 +106,19 @@ def _frozen(subject: Subject) -> Form:
     )
 
 
+def _from_file(subject: Subject) -> Form:
+    """The frozen model in `mvit_kernels.runtime`, without PyTorch. It takes and gives float32 arrays, whatever it
+    computes in; the images are rounded to `dtype` first, so that all candidates see the same values."""
+    if subject.images.device.type != "cpu":
+        raise ValueError("the runtime without PyTorch is a peer on the CPU only")
+    model, images = _frozen(subject)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network.mvit")
+        model.save(path)
+        network = runtime.Network(path, threads=torch.get_num_threads())
+    return Form(lambda x: torch.from_numpy(network(x.numpy())), images.float().contiguous())
+
+
 def _compiled(build: Callable[[Subject], Form], **options: Any) -> Callable[[Subject], Form]:
     def compiled(subject: Subject) -> Form:
         model, images = build(subject)
@@ -124,11 +140,20 @@ def _runtime(runtime: Callable[..., Any], **options: Any) -> Callable[[Subject],
     return built
 
 
+# Targets of `mvit_kernels.export` whose runtimes are for phones, and the runtimes
+PHONES = {"ncnn": "ncnn", "litert": "LiteRT", "executorch": "ExecuTorch"}
+
 PEERS: dict[str, Peer] = {
     "eager": Peer("eager PyTorch, NCHW", eager),
     "channels_last": Peer("eager PyTorch, channels-last", channels_last),
     "accelerated": Peer("channels-last, mvit_kernels.accelerate", _accelerated, ours=True),
     "frozen": Peer("mvit_kernels.freeze", _frozen, inference_only=True, ours=True),
+    "runtime": Peer(
+        "the frozen model from its file, in mvit_kernels.runtime, without PyTorch",
+        _from_file,
+        inference_only=True,
+        ours=True,
+    ),
     "compile": Peer("torch.compile", _compiled(eager), lazy=True),
     "compile_channels_last": Peer("torch.compile, channels-last", _compiled(channels_last), lazy=True),
     "compile_reduce_overhead": Peer(
@@ -161,6 +186,15 @@ PEERS: dict[str, Peer] = {
     "openvino_exported": Peer(
         "OpenVINO on what mvit_kernels.export writes", _runtime(OpenVino, plain=True), inference_only=True, ours=True
     ),
+    **{
+        target: Peer(
+            f"{name} on what mvit_kernels.export writes",
+            _runtime(ExportedFile, target=target),
+            inference_only=True,
+            ours=True,
+        )
+        for target, name in PHONES.items()
+    },
     "openvino_by_image": Peer(
         "OpenVINO, one stream per thread, one request per image", _runtime(OpenVino, by_image=True), inference_only=True
     ),

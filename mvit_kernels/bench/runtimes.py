@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models in ONNX Runtime and OpenVINO, as peers on the CPU: built from a plain model, called with a torch tensor.
+"""Models in other runtimes, as peers on the CPU: built from a plain model, called with a torch tensor.
 
 Example:
     >>> fast = OpenVino(model, images, dtype=torch.bfloat16, threads=2)
     >>> logits = fast(images)
 
-Both run the ONNX graph that PyTorch's exporter makes of the model, with the shapes of the example; or, if `plain`, what
-`mvit_kernels.export` makes of it. Images are passed
-and results returned as numpy views, so that only the runtime's own work is timed. A result is the runtime's memory and
-valid until its next call: copy what you want to keep.
+`OnnxRuntime` and `OpenVino` run the ONNX graph that PyTorch's exporter makes of the model, with the shapes of the
+example; or, if `plain`, what `mvit_kernels.export` makes of it. Images are passed and results returned as numpy views,
+so that only the runtime's own work is timed. A result is the runtime's memory and valid until its next call: copy what
+you want to keep. `ExportedFile` runs the file that `mvit_kernels.export` writes for any other target.
 """
 
 from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._utils.third_party import import_onnxruntime
+from ..exporting import export as export_file
 from ..exporting.plain import plain_form
 from ..exporting.plan import FlatOutputs, Plan, output_names
+from ..exporting.targets import target_named
 from ..exporting.targets.onnx import onnx_program
 from ..exporting.targets.openvino import openvino_core, openvino_model
 from ..verification import named_outputs
@@ -129,6 +135,41 @@ class OpenVino:
         return _structured(self._names, [np.concatenate(part) for part in zip(*parts, strict=True)])
 
 
+class ExportedFile:
+    """`model` in the file that `mvit_kernels.export` writes for `target`, in float32 on PyTorch's number of threads of
+    the CPU (ExecuTorch takes as many as there are processors).
+
+    Raises:
+        ImportError: a library of the target is not installed.
+        ValueError: another dtype than float32, images on another device, or no runtime of the target on this machine.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, *, dtype: torch.dtype, threads: int, target: str) -> None:
+        chosen = target_named(target)
+        _check(images, dtype, (torch.float32,), chosen.name)
+        chosen.require()
+        _, plan, self._names = _network(model, images, plain=False)
+        self._folder = tempfile.TemporaryDirectory()  # runtimes may read the file again, or have it mapped
+        path = Path(self._folder.name, f"network{chosen.suffix}")
+        export_file(model, path, target=target, sizes=[plan.sizes[0]], batch=plan.batch)
+        run = chosen.load(path, plan)
+        if run is None:
+            raise ValueError(f"{chosen.name} has no runtime on this machine")
+        self._run = run
+
+    def __call__(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        return _structured(self._names, list(self._run(images).values()))
+
+
+def is_installed(target: str) -> bool:
+    """Whether the libraries of a target of `mvit_kernels.export` are installed."""
+    try:
+        target_named(target).require()
+    except ImportError:
+        return False
+    return True
+
+
 def _check(images: Tensor, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...], runtime: str) -> None:
     if images.device.type != "cpu":
         raise ValueError(f"{runtime} is a peer on the CPU only, and the images are on {images.device}")
@@ -137,9 +178,9 @@ def _check(images: Tensor, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...], 
         raise ValueError(f"{runtime} computes in {known} on the CPU, not in {str(dtype).removeprefix('torch.')}")
 
 
-def _structured(names: list[str], arrays: list[np.ndarray]) -> Tensor | dict[str, Tensor]:
+def _structured(names: list[str], arrays: Sequence[np.ndarray | Tensor]) -> Tensor | dict[str, Tensor]:
     """The results in a form for which `named_outputs` gives the names of the model's own outputs."""
-    tensors = [torch.from_numpy(array) for array in arrays]
+    tensors = [torch.from_numpy(array) if isinstance(array, np.ndarray) else array for array in arrays]
     if names == ["output"]:
         return tensors[0]
     return {name.removeprefix("output."): tensor for name, tensor in zip(names, tensors, strict=True)}

@@ -122,9 +122,10 @@ def _add_measuring(what: argparse._ArgumentGroup) -> None:
         default=None,
         help="the candidates; eager is always included "
         f"(default: {measuring.DEFAULT_PEERS}, without frozen in training). "
-        "Known are eager, channels_last, accelerated, frozen, compile, compile_channels_last, "
+        "Known are eager, channels_last, accelerated, frozen, runtime, compile, compile_channels_last, "
         "compile_reduce_overhead, compile_max_autotune, "
-        "compile_freezing, compile_accelerated, onnxruntime, openvino, openvino_by_image, or all; "
+        "compile_freezing, compile_accelerated, onnxruntime, openvino, onnxruntime_exported, openvino_exported, "
+        "openvino_by_image, ncnn, litert, executorch, or all; "
         "of an operator those that its table shows, by default all",
     )
     what.add_argument("--train", action="store_true", help="measure forward and backward instead of inference")

@@ -87,13 +87,18 @@ def test_the_papers_protocol(monkeypatch):
     monkeypatch.setattr(networks, "MOBILE_NAMES", tuple(networks_))
     monkeypatch.setattr(networks, "MOBILE_RUNS", 4)
     monkeypatch.setitem(networks.CHEAP, "cpu", ("eager", "frozen"))
+    monkeypatch.setattr(networks, "MOBILE_MORE", ("runtime",))
+    monkeypatch.setattr(networks, "is_installed", lambda target: target == "ncnn")
     tight = context()
     tight.end = tight.clock() + 1  # no time for compiling
     rows = networks._measure_mobile(tight)
     assert [(one["subject"], one["candidate"]) for one in rows] == [
         ("mobilenetv2_100", "eager"),
+        ("mobilenetv2_100", "ncnn"),
         ("mobilevit_xxs", "eager"),
         ("mobilevit_xxs", "frozen"),
+        ("mobilevit_xxs", "runtime"),
+        ("mobilevit_xxs", "ncnn"),
     ]
     base = rows[0]["median_ms"]
     for one in rows:

@@ -29,9 +29,10 @@ from ...zoo import load, randomise
 from ..ceilings import Work
 from ..comparison import compare, measure, prepare
 from ..origin import environment
-from ..peers import PEERS, Form, Subject, call_of
+from ..peers import PEERS, PHONES, Form, Subject, call_of
 from ..recipe import CLASSIFIER_DROPOUT, DROPOUT
 from ..results import Row, row
+from ..runtimes import is_installed
 from ..tables import Result, csv_rows
 from . import operators
 from ._case import Case, Context
@@ -52,6 +53,7 @@ USUALLY = {"cpu": 40.0, "cuda": 40.0}  # seconds that compiling a network usuall
 MEMORY_SECONDS = 40.0  # per peer: remaining time below which peak memory is not measured
 MOBILE_RUNS = 100
 MOBILE_BASELINE, MOBILE_PX = "mobilenetv2_100", 224
+MOBILE_MORE = ("runtime", "onnxruntime_exported", "openvino_exported")  # on the CPU, and the runtimes of phones
 MOBILE_NAMES = (MOBILE_BASELINE, "mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
 
 
@@ -314,7 +316,7 @@ def _measure_mobile(context: Context) -> list[Row]:
         for name in MOBILE_NAMES:
             context.progress(f"  {name}")
             subjects[name] = subject = _mobile_subject(name, context.device)._replace(backend=context.backend)
-            peers = [p for p in CHEAP[context.device] if name != MOBILE_BASELINE or not PEERS[p].ours]
+            peers = _mobile_peers(name, context.device)
             peers += COMPILED[context.device][:1] if compiled else ()
             found, built = prepare(subject, peers, build_seconds=max(2 * USUALLY[context.device], 60.0))
             for peer, result in found.items():
@@ -334,6 +336,16 @@ def _measure_mobile(context: Context) -> list[Row]:
         about: dict[str, Any] = {"work": work_of(subject), "ceilings": context.ceilings(torch.float32)}
         rows += csv_rows(mine, subject, name, origin, suite=context.suite, **about)
     return rows
+
+
+def _mobile_peers(name: str, device: str) -> list[str]:
+    """Every form of a model, and every runtime that is installed; of MobileNetV2 what others make of it."""
+    peers = list(CHEAP[device])
+    if device == "cpu":
+        peers += MOBILE_MORE
+    if name == MOBILE_BASELINE:
+        peers = [peer for peer in peers if not PEERS[peer].ours]
+    return peers + [peer for peer in PHONES if device == "cpu" and is_installed(peer)]
 
 
 def _mobile_subject(name: str, device: str) -> Subject:
