@@ -147,7 +147,7 @@ NATIVE_SCHEMAS = {
     "layer_norm_from_statistics.cpu": "(Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias) "
     "-> Tensor",
     "network.cpu": "(Tensor x, Tensor weights, Tensor program, int out_channels, int halvings) -> Tensor",
-    # a network as mvit_kernels.freezing.network stores it, for any processor -> program and weights for this one
+    # a network as mvit_kernels.freezing.program stores it, for any processor -> program and weights for this one
     "pack_network.cpu": "(Tensor program, Tensor weights) -> (Tensor, Tensor)",
     # What `transformer.cuda` launches; mvit_kernels.backends.cuda.transformer packs the weights and makes the plan.
     "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "

@@ -15,7 +15,7 @@ from ..backends import Serving
 from ..ops import TransformerLayerWeights, transformer_on_map
 from ..ops.serving import transformer_serving
 from .modules import Frozen
-from .network import Builder, NotNative, Place, links_of
+from .program import Builder, NotNative, Place, links_of
 
 
 class FrozenMobileViTBlock(FrozenBlock, Frozen):

@@ -24,7 +24,8 @@ from ..backends import reference
 from ..ops import inverted_residual
 from ..ops._checks import DTYPES
 from ..ops.inverted_residual import inverted_residual_call
-from .network import Builder, Network, NotNative, Place, hooks_inside, links_of, network_allowed
+from .network import Network, hooks_inside, network_allowed
+from .program import Builder, NotNative, Place, links_of
 
 _ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
 

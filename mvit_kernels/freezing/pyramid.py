@@ -12,7 +12,7 @@ from .._utils.plain import does_nothing, is_global_mean, is_own
 from .convolutions import FURTHER, UNFOLDED, replace
 from .folding import hooked
 from .modules import Frozen, FrozenConv2d
-from .network import Builder, Place
+from .program import Builder, Place
 
 
 class _Branches(Frozen, nn.ModuleList):

@@ -26,7 +26,8 @@ from .._utils.files import write_bytes
 from ..backends import cpu
 from ..backends.library import raw
 from .description import describe
-from .network import STORED_TYPES, NotNative, Stored, build, call_packed, reads_rows
+from .network import call_packed, reads_rows
+from .program import STORED_TYPES, NotNative, Stored, build
 from .whole import whole_network
 
 MAGIC, FORMAT = b"\x89MVIT\r\n\x1a", 1

@@ -28,7 +28,8 @@ from .._utils.transforms import channels_last
 from .chains import Chain, calls_of, chain_of
 from .chains._chain import is_linear
 from .modules import Frozen, FrozenConv2d, FrozenMean, FrozenSequential
-from .network import Network, NotNative, hooked, network_allowed
+from .network import Network, hooked, network_allowed
+from .program import NotNative
 
 _CALL = "_mvit_call"  # key in the model's __dict__
 _END = (object(),)

@@ -16,7 +16,7 @@ import mvit_kernels
 from mvit_kernels import MobileViTSSDLite
 from mvit_kernels.freezing import chains, network
 from mvit_kernels.freezing.modules import FrozenSequential
-from mvit_kernels.freezing.network import NotNative
+from mvit_kernels.freezing.program import NotNative
 from mvit_kernels.freezing.whole import WholeNetwork, whole_network
 from support import models
 from support.native import skip_without_a_compiler

@@ -10,7 +10,7 @@ import torch
 
 from mvit_kernels import runtime
 from mvit_kernels.freezing import saved
-from mvit_kernels.freezing.network import build
+from mvit_kernels.freezing.program import build
 from support.native import skip_without_a_compiler
 from support.networks import Draw, FrozenSequential, chain, native
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mvit_kernels.backends.library import NATIVE_SCHEMAS, SCHEMAS
-from mvit_kernels.freezing.network import (
+from mvit_kernels.freezing.network import Network
+from mvit_kernels.freezing.program import (
     CONVOLUTION,
     COPY,
     DEPTHWISE_CONVOLUTION,
@@ -16,7 +17,6 @@ from mvit_kernels.freezing.network import (
     TO_SIZE_OF,
     TO_WHOLE_PATCHES,
     TRANSFORMER,
-    Network,
 )
 from support.native import skip_without_a_compiler
 from support.networks import Draw, chain, native

@@ -6,14 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mvit_kernels.freezing.network import (
+from mvit_kernels.freezing.network import Network
+from mvit_kernels.freezing.program import (
     CONVOLUTION,
     COPY,
     DEPTHWISE_CONVOLUTION,
     INVERTED_RESIDUAL,
     TO_SIZE_OF,
     TRANSFORMER,
-    Network,
     Stored,
     build,
 )

@@ -91,7 +91,7 @@ def whole_files() -> list[bytes]:
     import torch
 
     from mvit_kernels.freezing import saved
-    from mvit_kernels.freezing.network import build
+    from mvit_kernels.freezing.program import build
     from support.networks import chain
 
     facts = {"labels": ["cat", "dog"], "preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}}

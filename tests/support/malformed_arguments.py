@@ -163,7 +163,7 @@ def network(base: str) -> Any:
 def stored(base: str) -> Any:
     """The same, for any processor: what is packed."""
     if base not in _stored:
-        from mvit_kernels.freezing.network import build
+        from mvit_kernels.freezing.program import build
 
         _stored[base] = build(_module(base), torch.bfloat16 if base == "half" else torch.float32).stored()
     return _stored[base]

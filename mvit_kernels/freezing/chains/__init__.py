@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..network import NotNative
+from ..program import NotNative
 from . import cvnets, huggingface, kornia, own, timm
 from ._chain import ONE_TENSOR, Calls, Chain
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..._utils.plain import does_nothing, is_own, is_plain
 from ..modules import Frozen
-from ..network import NotNative
+from ..program import NotNative
 
 
 class Calls(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._utils.plain import alike, copy_of, does_nothing, is_plain
-from ..network import NotNative
+from ..program import NotNative
 from ._chain import Chain, frozen, idle, is_linear
 
 _CHILDREN = ("conv_1", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5", "conv_1x1_exp", "classifier")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._utils.plain import does_nothing, is_own
-from ..network import NotNative
+from ..program import NotNative
 from ._chain import Calls, Chain, frozen, idle
 
 _OUTPUTS = {  # class of the model -> class of its output, in the model's own module

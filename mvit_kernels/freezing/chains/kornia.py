@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..._utils.plain import is_own
-from ..network import NotNative
+from ..program import NotNative
 from ._chain import Chain, frozen
 
 # The order in which its forward calls them.

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..._utils.plain import does_nothing, is_global_mean, is_own, is_plain
-from ..network import NotNative
+from ..program import NotNative
 from ._chain import Chain, frozen, idle
 
 

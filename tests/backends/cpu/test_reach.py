@@ -18,7 +18,7 @@ from torch import Tensor
 import mvit_kernels
 from mvit_kernels.backends import library
 from mvit_kernels.freezing.modules import FrozenSequential
-from mvit_kernels.freezing.network import TO_SIZE_OF, TO_WHOLE_PATCHES, Builder, Place
+from mvit_kernels.freezing.program import TO_SIZE_OF, TO_WHOLE_PATCHES, Builder, Place
 from support.cases import call, convert, make
 from support.native import skip_without_a_compiler
 from support.networks import Draw, composed, native
