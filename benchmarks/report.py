@@ -137,19 +137,25 @@ def _cell(table: Table, name: str) -> str:
 
 
 def mobile(found: list[Table]) -> list[str]:
-    """A sentence on the paper's protocol: the fastest form of each network."""
+    """A table of the paper's protocol: milliseconds of every form and runtime, the fastest of each network in bold."""
     if not found:
         return []
-    parts = []
-    for table in found:
-        best = table.best(table.lines)
-        if best is not None:
-            name = NETWORKS.get(table.any["subject"], table.any["subject"])
-            parts.append(f"{name} at {table.any['size']} px {milliseconds(table.ms(best))} ms ({NAMES[best]})")
-    return [
-        f"By the paper's protocol (100 calls at batch 1 in float32), each in its fastest form: {', '.join(parts)}.",
+    names = [name for name in NAMES if any(table.ms(name) for table in found)]
+    names.sort(key=lambda name: -sum(table.ms(name) is not None for table in found))  # of all networks first
+    heads = [f"{NETWORKS.get(t.any['subject'], t.any['subject'])}, {t.any['size']} px" for t in found]
+    best = [table.best(names) for table in found]
+    lines = [
+        "### The paper's protocol",
+        "",
+        "100 calls at batch 1 in float32, all taking turns; milliseconds, medians.",
         "",
     ]
+    lines += [f"| | {' | '.join(heads)} |", "|---" * (len(found) + 1) + "|"]
+    for name in names:
+        cells = ["" if table.ms(name) is None else milliseconds(table.ms(name)) for table in found]
+        cells = [f"**{cell}**" if name == one else cell for cell, one in zip(cells, best, strict=True)]
+        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def boundary(folder: Path) -> list[str]:

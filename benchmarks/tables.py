@@ -10,7 +10,12 @@ from typing import NamedTuple
 
 from mvit_kernels.bench import results
 
-OURS = {"accelerated": "accelerated", "frozen": "frozen", "compile_accelerated": "accelerated, compiled"}
+OURS = {
+    "accelerated": "accelerated",
+    "frozen": "frozen",
+    "runtime": "frozen, without PyTorch",
+    "compile_accelerated": "accelerated, compiled",
+}
 OTHERS = {
     "eager": "eager",
     "channels_last": "channels-last",
@@ -22,6 +27,11 @@ OTHERS = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "openvino_by_image": "OpenVINO by image",
+    "onnxruntime_exported": "ONNX Runtime, our export",
+    "openvino_exported": "OpenVINO, our export",
+    "ncnn": "ncnn, our export",
+    "litert": "LiteRT, our export",
+    "executorch": "ExecuTorch, our export",
 }
 NAMES = OTHERS | OURS
 NETWORKS = {"mobilevit_s": "S", "mobilevit_xs": "XS", "mobilevit_xxs": "XXS", "mobilenetv2_100": "MobileNetV2"}
