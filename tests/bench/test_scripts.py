@@ -44,6 +44,19 @@ def test_exactness_writes_a_row_a_result(script, tmp_path, monkeypatch, capsys):
         assert float(one["error"]) < 20 * unit and 0 < float(one["ratio"]) < 3, one
 
 
+def test_startup_times_both_ways(script, monkeypatch, capsys):
+    startup = script("startup")
+    if startup.mvit_kernels.backends.unavailable("cpu", "cpu"):
+        pytest.skip(startup.mvit_kernels.backends.unavailable("cpu", "cpu")[0])
+    monkeypatch.setattr(sys, "argv", ["startup.py", "--model", "xxs", "--dtype", "bfloat16", "--runs", "1"])
+    startup.main()
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("MobileViT-XXS in bfloat16, 2.")
+    for line, kind in zip(lines, ("NumPy alone", "PyTorch"), strict=True):
+        parts = [float(word) for word in line.removeprefix(kind).split()]
+        assert line.startswith(kind) and parts[4] == pytest.approx(sum(parts[:3]), abs=0.3)
+
+
 def test_regressions_check_and_time_the_cpu_path(script):
     regressions = script("regressions")
     timed = []
