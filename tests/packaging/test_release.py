@@ -230,6 +230,7 @@ def test_libraries_keep_to_torchs_stable_abi() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     audited = {Path(found["path"]).name: found["torch"] for found in json.loads(done.stdout)["bundled_libs"]}
     assert set(audited) == {file.name for file in LIBRARY_DIRECTORY.glob("*.so")}
+    assert not audited.pop("libmvit_runtime.so")["uses_torch"]
     for facts in audited.values():
         assert facts["uses_torch"] and facts["stable"] and facts["min_torch_version"] == "2.10.0"
 

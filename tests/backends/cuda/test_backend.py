@@ -324,7 +324,7 @@ def test_a_frozen_model(emulated, monkeypatch):
     fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)
     assert len(transformer._packed) == before + 3
     images = torch.rand(1, 3, 64, 64)
-    for module in ("classifier", "modules"):  # the CPU's own ways to run it
+    for module in ("whole", "modules"):  # the CPU's own ways to run it
         monkeypatch.setattr(f"mvit_kernels.freezing.{module}.network_allowed", lambda x: False)
     with torch.inference_mode():
         logits = fast(images.bfloat16())
