@@ -207,11 +207,9 @@ def test_aotinductor(tmp_path):
 
 def test_kornia_takes_whole_patches_alone(tmp_path):
     model = models.build("kornia")
-    report = export(model, tmp_path / "a.pt2", sizes="dynamic")
-    assert report.ok and report.differences[-1].inputs == "4 random 320x384"
     with pytest.raises(ValueError, match="the model does not take images 1 × 3 × 96x96; give other sizes: shape"):
         export(model, tmp_path / "b.pt2", sizes=96, batch=1)
-    assert os.listdir(tmp_path) == ["a.pt2"]
+    assert not os.listdir(tmp_path)
 
 
 def test_without_photographs(small, tmp_path, monkeypatch):

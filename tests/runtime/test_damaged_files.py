@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ten thousand damaged files; `make sanitize` reads them under AddressSanitizer (tests/gates/under_sanitizers.py)."""
+"""Damaged files; `make sanitize` reads ten thousand under AddressSanitizer (tests/gates/under_sanitizers.py)."""
 
 import os
 import re
@@ -14,10 +14,10 @@ skip_without_a_compiler()
 
 def test_damaged_files_end_no_process():
     path = os.pathsep.join(filter(None, (str(ROOT), str(TESTS), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "gates.damaged_files", "--count", "10000"]
+    command = [sys.executable, "-m", "gates.damaged_files", "--count", "4000"]
     run = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600, cwd=TESTS
     )
     assert run.returncode == 0, run.stdout[-200:] + run.stderr[-4000:]
-    told = re.search(r"10000 damaged files: (\d+) refused, (\d+) refused when called, (\d+) run", run.stdout)
-    assert told and all(int(count) > 50 for count in told.groups()), run.stdout[-200:]
+    told = re.search(r"4000 damaged files: (\d+) refused, (\d+) refused when called, (\d+) run", run.stdout)
+    assert told and all(int(count) > 20 for count in told.groups()), run.stdout[-200:]
