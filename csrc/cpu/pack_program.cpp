@@ -14,12 +14,8 @@
 namespace mvit {
 namespace {
 
-constexpr int64_t kMost = int64_t{1} << 24;  // as in program.cpp
-constexpr int64_t kTile = 32;                // channels at whose multiples parts begin on matrix tiles
-constexpr int64_t kVersion = 2;              // of the program made here, as in program.cpp
-constexpr int64_t kStepWords = 8;
+constexpr int64_t kTile = 32;  // channels at whose multiples parts begin on matrix tiles
 
-bool is_size(int64_t n) { return n > 0 && n <= kMost; }
 std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct StoredValue {
@@ -383,7 +379,7 @@ class Packing {
     if (copies_x_) steps_.insert(steps_.begin(), made(kCopy, whole(0), whole(1), {}));
     if (converts()) steps_.push_back(made(kCopy, whole(values_.size() - 2), whole(values_.size() - 1), {}));
     auto& words = result_.words_;
-    words = {kVersion, static_cast<int64_t>(products_), static_cast<int64_t>(values_.size()),
+    words = {kProgramVersion, static_cast<int64_t>(products_), static_cast<int64_t>(values_.size()),
              static_cast<int64_t>(steps_.size())};
     for (const auto& value : values_) words.insert(words.end(), value.begin(), value.end());
     for (const auto& step : steps_) words.insert(words.end(), step.begin(), step.end());

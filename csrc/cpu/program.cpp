@@ -11,16 +11,9 @@
 namespace mvit {
 namespace {
 
-constexpr int64_t kVersion = 2;
-constexpr int64_t kStepWords = 8;  // length, kind, source and target
-// Upper bound of channels, hidden units, borders, dilations and patch sides: the product of two of them and nine kernel
-// taps does not overflow.
-constexpr int64_t kMost = int64_t{1} << 24;
 constexpr int64_t kMostSide = int64_t{1} << 31;
 constexpr int64_t kMostPatch = 1024;  // pixels of a patch's side, to which maps are resized
 constexpr double kMostBytes = 0x1p44;  // per map
-
-bool is_size(int64_t n) { return n > 0 && n <= kMost; }
 
 bool is_patch(int64_t height, int64_t width) {
   return height > 0 && height <= kMostPatch && width > 0 && width <= kMostPatch;
@@ -175,7 +168,8 @@ TransformerShape transformer_shape(const Program& program, const Step& step) {
 Program parse_program(Words words) {
   const int64_t* word = words.data;
   const int64_t* const end = word + words.count;
-  MVIT_CHECK(words.count > 4 && word[0] == kVersion, "network: this is no program of version ", kVersion);
+  MVIT_CHECK(words.count > 4 && word[0] == kProgramVersion, "network: this is no program of version ",
+             kProgramVersion);
   Program program;
   MVIT_CHECK(word[1] >= 0 && word[1] <= static_cast<int64_t>(Bf16Products::tiles),
                   "network: the program is for products of a kind ", word[1], " that there is not");

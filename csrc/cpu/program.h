@@ -26,6 +26,14 @@ enum Kind : int64_t {
   kMean,
 };
 
+constexpr int64_t kProgramVersion = 2;
+constexpr int64_t kStepWords = 8;  // of every step: length, kind, source and target
+
+// Upper bound of channels, hidden units, borders and dilations: the product of two of them and nine kernel taps does not
+// overflow.
+constexpr int64_t kMost = int64_t{1} << 24;
+inline bool is_size(int64_t n) { return n > 0 && n <= kMost; }
+
 struct Value {
   int64_t channels, border;
   int64_t column_stride = channels, channel_step = 1;  // in the workspace, as in Map
