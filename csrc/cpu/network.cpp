@@ -46,10 +46,9 @@ Tensor network(const Tensor& x, const Tensor& weights, const Tensor& program_ten
                   "network: the program makes ", last.channels, " x ", last.height, " x ", last.width,
                   " of x, which are not ", out_channels, " channels of a map halved ", halvings, " times");
   const Tensor out = new_empty(x, {x.size(0), last.height, last.width, last.channels}, type);
-  run_program(program, images,
-              {out.mutable_data_ptr(), bf16, out.size(0), out.size(3), out.size(1), out.size(2), out.stride(0),
-               out.stride(3), out.stride(1), out.stride(2)},
-              bytes.data);
+  const Images result{out.mutable_data_ptr(), bf16,          out.size(0),   out.size(3),   out.size(1),
+                      out.size(2),            out.stride(0), out.stride(3), out.stride(1), out.stride(2)};
+  with_team([&] { run_program(program, images, result, bytes.data); });
   return out;
 }
 

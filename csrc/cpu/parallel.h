@@ -12,8 +12,16 @@ namespace mvit {
 // How many threads run_parts may use.
 int64_t thread_count();
 
-// Calls body(context, begin, end) for parts of [0, items), of `grain` items or more, on the threads there are.
+// Calls body(begin, end, context) for parts of [0, items), of `grain` items or more, at most one a thread.
 void run_parts(int64_t items, int64_t grain, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+// Calls body(begin, end, context) for parts of [0, items) which are so long that each is worth being waited for: a team
+// takes one item after another, as each member comes to it.
+void run_each(int64_t items, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+// Calls body(context) while PyTorch's threads are a team (team.h) for what it runs. For network.cpp: the runtime's
+// networks have threads of their own.
+void with_team(void (*body)(void* context), void* context);
 
 template <typename Body>
 void run_parts(int64_t items, int64_t grain, const Body& body) {
@@ -21,6 +29,19 @@ void run_parts(int64_t items, int64_t grain, const Body& body) {
       items, grain,
       [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+template <typename Body>
+void run_each(int64_t items, const Body& body) {
+  run_each(
+      items, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+template <typename Body>
+void with_team(const Body& body) {
+  with_team([](void* context) { (*static_cast<const Body*>(context))(); },
+            const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 // Calls body(begin, end) for parts of [0, items). On every thread subnormal numbers are zero inside (subnormals.h). A

@@ -221,7 +221,7 @@ void run_program(const Program& program, const Images& x, const Images& out, con
     for (int64_t image = begin; image < end; ++image) Run(program, x, out, weights, image, workspace.data(), alone)();
   };
   if (threads == 1) return run(0, images, true);
-  if (whole > 0) run_parts(whole, 1, [&](int64_t begin, int64_t end) { run(begin, end, true); });
+  if (whole > 0) run_each(whole, [&](int64_t begin, int64_t end) { run(begin, end, true); });
   run(whole, images, false);
 }
 

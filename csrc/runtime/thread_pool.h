@@ -2,14 +2,15 @@
 // The threads of a network: they sleep between runs, and wait actively for the next piece of work within one.
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
+
+#include "../cpu/team.h"
 
 namespace mvit {
 
@@ -26,7 +27,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return static_cast<int>(team_.members()); }
 
   // While an object of this lives, run_parts (../cpu/parallel.h) on this thread uses the pool's threads, if no other
   // thread has them; else only this one. Results do not depend on it.
@@ -37,36 +38,25 @@ class ThreadPool {
 
    private:
     ThreadPool* pool_;
+    std::optional<Team::Lead> lead_;
   };
-
-  // Calls body(context, begin, end) for parts of [0, items), `share` long; returns when all are done.
-  void run(int64_t items, int64_t share, void (*body)(int64_t, int64_t, void*), void* context);
 
  private:
   explicit ThreadPool(int threads);
   ~ThreadPool();
 
   bool is_of_another_process() const;
-  void work();
-  void take_parts();
+  void set_awake(bool awake);
+  void work(int index);
 
   const int process_;  // that made it
+  Team team_;
   std::vector<std::thread> workers_;
   std::mutex user_;  // held by the thread that uses the pool
 
   std::mutex mutex_;
   std::condition_variable wake_;
   bool awake_ = false, ends_ = false;  // under mutex_
-
-  // The current piece of work. A worker takes part in it when it sees a new `work_`.
-  std::atomic<bool> in_use_{false};
-  std::atomic<int64_t> work_{0}, next_{0};
-  std::atomic<int> busy_{0};  // workers that are not done with it
-  int64_t items_ = 0, share_ = 1;
-  void (*body_)(int64_t, int64_t, void*) = nullptr;
-  void* context_ = nullptr;
-  std::mutex error_mutex_;
-  std::exception_ptr error_;
 };
 
 }  // namespace mvit
