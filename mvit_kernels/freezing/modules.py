@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import backends
 from .._utils.transforms import channels_last, obstacle
@@ -24,6 +25,7 @@ from ..backends import reference
 from ..ops import inverted_residual
 from ..ops._checks import DTYPES
 from ..ops.inverted_residual import inverted_residual_call
+from . import changes
 from .network import Network, hooks_inside, network_allowed
 from .program import Builder, NotNative, Place, links_of
 
@@ -43,6 +45,7 @@ class Frozen(nn.Module):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.__dict__["_buffers"] = changes.NotedDict(self._buffers)
         self.training = False
 
     def train(self, mode: bool = True) -> Frozen:
@@ -97,8 +100,18 @@ class Frozen(nn.Module):
     def _changed(self) -> None:
         self.generation += 1
         self._network = None
+        changes.note()
 
-    # Weights are packed again after a move, a load, a copy, unpickling, and a change of an inner module.
+    # Weights are packed again after a move, a load, a copy, unpickling, and a change of an inner module. A hook is
+    # noted too, since a native call around this module would skip it.
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        changes.note()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        changes.note()
+        return super().register_forward_pre_hook(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._changed()
@@ -122,7 +135,11 @@ class Frozen(nn.Module):
         super().add_module(name, module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_network": None}
+        return {**self.__dict__, "_network": None, "_buffers": dict(self._buffers)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_buffers"] = changes.NotedDict(self._buffers)
 
 
 class FrozenSequential(Frozen, nn.Sequential):

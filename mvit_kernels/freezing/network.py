@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from .. import backends
 from .._utils.transforms import obstacle
 from ..backends import cpu
+from ..backends.library import raw
 from ..ops.flops import flop_formula, inverted_residual_flops, layer_flops
+from . import changes
 from .program import (
     CONVOLUTION,
     COPY,
@@ -56,27 +58,38 @@ class Network:
         self.dtype = weight.dtype
         builder = build(module, self.dtype)
         stored = builder.stored()
-        self.program, self.weights = torch.ops.mvit_kernels.pack_network.cpu(stored.program, stored.weights)
+        self.program, self.weights = raw("pack_network", "cpu")(stored.program, stored.weights)
         self.out_channels, self.halvings = stored.out_channels, stored.halvings
         self.takes = builder.takes
         self._taken: dict[Any, bool] = {}
         self.reads_rows = reads_rows(self.program)
         # Inner modules, whose hooks it would skip, and the tensors that were packed, whose changes invalidate it.
         self._inner = [part for part in module.modules() if part is not module]
+        self._others = [part for part in self._inner if not hasattr(part, "generation")]  # these note no change
         self._buffers = [part._buffers for part in module.modules() if part._buffers]
         self._packed_from = tuple(chain.from_iterable(map(dict.values, self._buffers)))
         self._generations = [(part, part.generation) for part in module.modules() if hasattr(part, "generation")]
+        self._seen: object = None  # the last change before everything was looked at
 
     def is_stale(self) -> bool:
         """Whether something inside has changed since it was built."""
-        return any(part.generation != generation for part, generation in self._generations)
+        return self._seen is not changes.last and any(
+            part.generation != generation for part, generation in self._generations
+        )
+
+    def _has_packed_weights(self) -> bool:
+        return all(map(is_, chain.from_iterable(map(dict.values, self._buffers)), self._packed_from))
 
     def serves(self, x: Tensor) -> bool:
         """Whether no hook would be skipped, the weights are the packed ones (``torch.func.functional_call`` substitutes
         others), and every block accepts its map (Kornia raises for maps that are not whole patches)."""
-        if hooked(self._inner):
-            return False
-        if not all(map(is_, chain.from_iterable(map(dict.values, self._buffers)), self._packed_from)):
+        if self._seen is not changes.last:
+            now = changes.last
+            if self.is_stale() or hooked(self._inner) or not self._has_packed_weights():
+                return False
+            if not any(part._buffers for part in self._others):
+                self._seen = now
+        elif hooked(self._others):
             return False
         if not self.takes:
             return True
@@ -94,24 +107,32 @@ class Network:
             )
         return taken
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) of any memory format to (B, C', H', W'), channels-last, in the weights' dtype."""
+    def rows(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) of any memory format to contiguous (B, H', W', C'), in the weights' dtype."""
         result = self.out_channels, self.halvings
         return call_packed(x, self.dtype, self.program, self.weights, *result, self.reads_rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) of any memory format to (B, C', H', W'), channels-last, in the weights' dtype."""
+        return self.rows(x).permute(0, 3, 1, 2)
+
+
+_call_network = raw("network", "cpu")  # looking it up takes 2 µs
 
 
 def call_packed(
     x: Tensor, dtype: torch.dtype, program: Tensor, weights: Tensor, out_channels: int, halvings: int, rows: bool
 ) -> Tensor:
-    """`Network.__call__` of a packed program. float16 is computed in float32 throughout, and rounded at both ends.
+    """`Network.rows` of a packed program. float16 is computed in float32 throughout, and rounded at both ends.
     `rows`: whether the program reads the channels of x in place."""
-    x = x.to(dtype)  # rounds images as the weights are, if at all
-    if dtype == torch.float16:
+    if x.dtype is not dtype:
+        x = x.to(dtype)  # rounds images as the weights are, if at all
+    if dtype is torch.float16:
         x = x.float()
     if rows:
         x = x.contiguous(memory_format=torch.channels_last)
-    made = torch.ops.mvit_kernels.network.cpu(x, weights, program, out_channels, halvings)
-    return made.to(dtype).permute(0, 3, 1, 2)
+    made = _call_network(x, weights, program, out_channels, halvings)
+    return made if made.dtype is dtype else made.to(dtype)
 
 
 @flop_formula("network", get_raw=True)
@@ -155,14 +176,14 @@ def network_allowed(x: object) -> bool:
     """Whether a native network may be called with `x` now: inference on the CPU, not under tracing or a transform."""
     return (
         isinstance(x, Tensor)
-        and x.device.type == "cpu"
-        and x.dim() == 4
+        and x.is_cpu
+        and x.ndim == 4
         and x.numel() > 0
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and x.requires_grad)
         and backends.requested() in (None, "cpu")
         and not obstacle((x,))
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
     )
 
 

@@ -204,7 +204,7 @@ class SavedNetwork(nn.Module):
         rows = call_packed(x, self.dtype, self._program, self._weights, *self._result, self._reads_rows)
         if self._vector:
             return rows.flatten(1)[:, : self._channels].contiguous()
-        return rows[:, : self._channels]
+        return rows.permute(0, 3, 1, 2)[:, : self._channels]
 
     def train(self, mode: bool = True) -> SavedNetwork:
         """Stay in evaluation mode; raises RuntimeError if `mode` is True."""

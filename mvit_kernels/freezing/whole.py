@@ -14,6 +14,7 @@ What each library's network computes is in `mvit_kernels.freezing.chains`.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from itertools import chain
 from operator import eq, is_
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from .._utils.arguments import check_model
 from .._utils.plain import tensor_reason
 from .._utils.text import some
 from .._utils.transforms import channels_last
+from . import changes
 from .chains import Chain, calls_of, chain_of
 from .chains._chain import is_linear
 from .modules import Frozen, FrozenConv2d, FrozenMean, FrozenSequential
@@ -117,11 +119,13 @@ def freeze_whole(model: nn.Module) -> None:
     model.__dict__[_CALL] = call
 
 
-class _Call(NamedTuple):
+@dataclass(slots=True)
+class _Call:
     """A model's native call, and everything that it was built from."""
 
     whole: WholeNetwork | NotNative
     network: Network | NotNative
+    first: Frozen | None  # module of the chain
     chain: Chain | None
     owners: tuple[dict[str, Any], ...]  # the `_modules`, `_parameters` and `_buffers` that were read
     values: tuple[Any, ...]
@@ -129,14 +133,31 @@ class _Call(NamedTuple):
     weights: tuple[Tensor, ...]  # the classifier's; a user may change these in place
     versions: tuple[tuple[int, int], ...]
     generations: tuple[tuple[Frozen, int], ...]
+    seen: object = None  # the last change of anything frozen before all generations were looked at
 
     def is_current(self) -> bool:
+        if self.seen is not changes.last:
+            now = changes.last
+            if any(part.generation != generation for part, generation in self.generations):
+                return False
+            self.seen = now
         return (
             all(map(is_, chain(chain.from_iterable(map(dict.values, self.owners)), _END), self.values))
-            and all(part.generation == generation for part, generation in self.generations)
             and _versions(self.weights) == self.versions
             and (self.chain is None or all(map(eq, _facts(self.chain), self.facts)))
         )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = self.network.rows(x)
+        if self.whole.vector and rows.shape[3] == self.whole.channels:
+            return rows.view(rows.shape[0], rows.shape[3])
+        return self.whole.result(rows.permute(0, 3, 1, 2))
+
+    def check(self, x: Tensor) -> None:
+        """Raise what the library's forward, or the first frozen module, raises of such an image."""
+        for check in self.chain.checks:
+            check(x)
+        self.first._check(x)
 
     def skips_nothing(self, model: nn.Module) -> bool:
         """Whether the modules that the call goes past would do nothing now: no hook, no dropout, no patched forward."""
@@ -166,10 +187,9 @@ def _in_one_call(original: type[nn.Module]) -> type[nn.Module]:
             call = _current(self)
             network, whole = call.network, call.whole
             if isinstance(network, Network) and isinstance(whole, WholeNetwork) and call.skips_nothing(self):
-                for check in (*call.chain.checks, whole.links[0]._check):
-                    check(x)
+                call.check(x)
                 if network.serves(x):
-                    return calls.output(self, kwargs, whole.result(network(x)))
+                    return calls.output(self, kwargs, call(x))
         return original.forward(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
@@ -224,6 +244,7 @@ def _call_of(model: nn.Module) -> _Call:
     return _Call(
         whole,
         network,
+        whole.links[0] if isinstance(whole, WholeNetwork) else None,
         known,
         tuple(owners),
         tuple(chain(chain.from_iterable(map(dict.values, owners)), _END)),
