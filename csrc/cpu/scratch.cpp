@@ -50,7 +50,7 @@ struct Block {
 };
 
 struct Blocks {
-  Block of_use[4];
+  Block of_use[5];
   int64_t pieces = 0;  // pieces of work so far
 };
 

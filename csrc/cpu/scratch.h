@@ -7,9 +7,9 @@
 namespace mvit {
 
 // one_thread: one piece of work on one thread. shared: allocated by the thread that distributes work, for data that all
-// threads share meanwhile. weights: packed weights of a call, which outlive several of both, as does network:
-// a network's workspace.
-enum class ScratchUse { one_thread, shared, weights, network };
+// threads share meanwhile. The others outlive several of both. call: an operator's packed weights, or images as a network
+// reads them. network: its workspace. result: of a network, before it is converted.
+enum class ScratchUse { one_thread, shared, call, network, result };
 
 // `bytes` bytes of the calling thread's memory for the lifetime of this object: aligned to a cache line, contents
 // undefined. A thread can hold one of each use at a time. Throws if the allocation fails.

@@ -124,7 +124,7 @@ Tensor transformer(const Tensor& x_argument, std::vector<Tensor> weights, std::o
   if (kernels.pack == nullptr) {
     run_transformer(kernels, args, false);
   } else {
-    const Scratch packed(packed_bytes(kernels, shape), ScratchUse::weights);
+    const Scratch packed(packed_bytes(kernels, shape), ScratchUse::call);
     pack(kernels, shape, layers, packed.data());
     run_transformer(kernels, args, false);
   }

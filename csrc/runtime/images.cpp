@@ -60,15 +60,15 @@ void fill(const Images& to, const Strides& from, const Value& value) {
 }  // namespace
 
 Images read_images(const mvit_images& given, const NetworkFile& file, int64_t channels, bool wants_rows,
-                   std::unique_ptr<char[]>& memory) {
+                   std::optional<Scratch>& memory) {
   Strides from = strides_of(given.layout, channels, given.height, given.width);
   const bool bf16 = file.type == StoredType::bfloat16;
   if (given.type == MVIT_FLOAT32 && file.type == StoredType::float32 && (from.channel == 1 || !wants_rows))
     return {const_cast<void*>(given.data), false, given.batch, channels, given.height, given.width,
             from.image, from.channel, from.row, from.column};
   const Strides to = strides_of(MVIT_NHWC, channels, given.height, given.width);
-  memory = std::make_unique_for_overwrite<char[]>(static_cast<std::size_t>(given.batch * to.image) * (bf16 ? 2 : 4));
-  const Images images{memory.get(), bf16, given.batch, channels, given.height, given.width,
+  memory.emplace(static_cast<std::size_t>(given.batch * to.image) * (bf16 ? 2 : 4), ScratchUse::call);
+  const Images images{memory->data(), bf16, given.batch, channels, given.height, given.width,
                       to.image, to.channel, to.row, to.column};
   const auto convert = [&](const auto& value) {
     bf16 ? fill<uint16_t>(images, from, value) : fill<float>(images, from, value);
