@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Direct dense convolution, 1×1 and 3×3. The rows of the left operand are input pixels, read in place through one
-// kernel tap after another; the right operand is the packed weights, (taps · in_channels) × columns. No im2col, and no
-// edge cases: the input map carries its zero padding as a border. Taps that see nothing but border are left out, which
-// is 40 % of the work where a dilation is half the map's side.
+// Direct dense convolution, 1×1 and 3×3 (but for those of winograd.h). The rows of the left operand are input pixels, read
+// in place through one kernel tap after another; the right operand is the packed weights, (taps · in_channels) ×
+// columns. No im2col, and no edge cases: the input map carries its zero padding as a border. Taps that see nothing but
+// border are left out, which is 40 % of the work where a dilation is half the map's side.
 #include "convolution_taps.h"
 #include "panels.h"
+#if !defined(MVIT_BF16_PAIRS)
+#include "winograd.h"
+#endif
 #if defined(MVIT_TILES)
 #include "tile_convolution.h"
 #endif
@@ -200,13 +203,31 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
   });
 }
 
+#if !defined(MVIT_BF16_PAIRS)
+// In float32: by Winograd's algorithm where that is faster, else directly.
+inline std::size_t packed_bytes(const ConvolutionShape& shape) {
+  return takes_winograd(shape) ? packed_winograd_bytes(shape) : packed_convolution_bytes<Plain<float>>(shape);
+}
+
+inline void pack(const ConvolutionShape& shape, const void* weight, const float* bias, void* memory) {
+  (takes_winograd(shape) ? pack_winograd : pack_convolution<Plain<float>>)(shape, weight, bias, memory);
+}
+
+inline int64_t units(const ConvolutionShape& shape) {
+  return takes_winograd(shape) ? winograd_units(shape) : convolution_units(shape);
+}
+
+inline std::size_t scratch_bytes(const ConvolutionShape& shape) {
+  return takes_winograd(shape) ? winograd_scratch_bytes(shape) : convolution_scratch_bytes(shape);
+}
+
+inline void run(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t end, void* scratch) {
+  (takes_winograd(args.shape) ? convolve_by_winograd : convolve<Plain<float>>)(args, image, begin, end, scratch);
+}
+#endif
+
 }  // namespace MVIT_ISA
 
-#define MVIT_CONVOLUTION_KERNELS(P)                                                                           \
-  {                                                                                                           \
-    MVIT_ISA::packed_convolution_bytes<MVIT_ISA::P>, MVIT_ISA::pack_convolution<MVIT_ISA::P>,                 \
-        MVIT_ISA::convolution_units, MVIT_ISA::convolution_scratch_bytes, MVIT_ISA::convolve<MVIT_ISA::P> \
-  }
 #if defined(MVIT_TILES)
 #define MVIT_PAIRS_OF_CONVOLUTION                                                               \
   {                                                                                             \
@@ -214,11 +235,15 @@ void convolve(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t
         MVIT_ISA::tile_convolution_units, MVIT_ISA::tile_convolution_scratch_bytes, MVIT_ISA::convolve_on_tiles \
   }
 #else
-#define MVIT_PAIRS_OF_CONVOLUTION MVIT_CONVOLUTION_KERNELS(Bf16Pairs)
+#define MVIT_PAIRS_OF_CONVOLUTION                                                                                 \
+  {                                                                                                               \
+    MVIT_ISA::packed_convolution_bytes<MVIT_ISA::Bf16Pairs>, MVIT_ISA::pack_convolution<MVIT_ISA::Bf16Pairs>,     \
+        MVIT_ISA::convolution_units, MVIT_ISA::convolution_scratch_bytes, MVIT_ISA::convolve<MVIT_ISA::Bf16Pairs> \
+  }
 #endif
 
 extern const ConvolutionTable MVIT_TABLE(convolution) = {
-    MVIT_PLAIN_ENTRY(MVIT_CONVOLUTION_KERNELS(Plain<float>)),
+    MVIT_PLAIN_ENTRY({MVIT_ISA::packed_bytes, MVIT_ISA::pack, MVIT_ISA::units, MVIT_ISA::scratch_bytes, MVIT_ISA::run}),
     MVIT_PAIRS_ENTRY(MVIT_PAIRS_OF_CONVOLUTION),
 };
 

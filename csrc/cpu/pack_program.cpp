@@ -237,7 +237,7 @@ class Packing {
     const int64_t wide = placed(step.source).channels;
     const ConvolutionTable& table = MVIT_KERNELS_FOR(convolution, pairs());
     const ConvolutionKernels* kernels = pairs() ? &table.pairs : &table.single;
-    const ConvolutionShape shape{1, 1, wide, out, kernel, 1, 1, Activation::none};
+    const ConvolutionShape shape{1, 1, wide, out, kernel, w[1], w[2], Activation::none};
     const StoredType type = stored_.type, wanted = operands();
     if (wide == in)
       return add(kernels->packed_bytes(shape), [=](char* to) {

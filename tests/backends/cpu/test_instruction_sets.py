@@ -33,7 +33,7 @@ OPERATORS = (
 OPERATORS_TESTS = [TESTS / "ops" / f"test_{name}.py" for name in OPERATORS]
 OWN_TESTS = [
     HERE / f"test_{name}.py"
-    for name in ("backend", "rows", "exactness", "reach", "stack", "subnormals", "instruction_sets")
+    for name in ("backend", "rows", "exactness", "reach", "stack", "subnormals", "winograd", "instruction_sets")
 ]
 NETWORK_TESTS = [TESTS / "freezing" / f"test_{name}.py" for name in ("network", "network_file")]
 # What Python code decides, and no kernel: whether an operator is registered, and its graph; how a library's model
