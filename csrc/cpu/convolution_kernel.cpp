@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Direct dense convolution, 1×1 and 3×3 (but for those of winograd.h). The rows of the left operand are input pixels, read
-// in place through one kernel tap after another; the right operand is the packed weights, (taps · in_channels) ×
+// Direct dense convolution, 1×1 and 3×3 (but for those of winograd.h). The rows of the left operand are input pixels,
+// read in place through one kernel tap after another; the right operand is the packed weights, (taps · in_channels) ×
 // columns. No im2col, and no edge cases: the input map carries its zero padding as a border. Taps that see nothing but
 // border are left out, which is 40 % of the work where a dilation is half the map's side.
 #include "convolution_taps.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dense 3×3 convolution of stride 1 in float32 by Winograd's minimal filtering F(2×2, 3×3): 16 products instead of 36 for
-// a tile of 2 × 2 pixels (Winograd 1980; Lavin & Gray 2016, arXiv 1509.09308).
+// Dense 3×3 convolution of stride 1 in float32 by Winograd's minimal filtering F(2×2, 3×3): 16 products for a tile of
+// 2 × 2 pixels instead of 36 (Winograd 1980; Lavin & Gray 2016, arXiv 1509.09308).
 //
 // With Y a tile of the result, D the 4 × 4 pixels that it sees, and g the filter from one input to one output channel,
 //   Y = Aᵀ [(G g Gᵀ) ∘ (Bᵀ D B)] A,
@@ -20,8 +20,8 @@ namespace MVIT_ISA {
 
 constexpr int kPoints = 16, kOutputSide = 2, kInputSide = 4;  // points; pixels of a tile's side, and of what it sees
 
-// By what is known when weights are packed. With 24 channels either way the direct form is nearly as fast on AVX-512, with
-// 16 faster on AVX2: the transforms take as long as the products they save.
+// By what is known when weights are packed. With 24 channels either way the direct form is nearly as fast on AVX-512,
+// with 16 it is faster on AVX2: the transforms take as long as the products they save.
 MVIT_INLINE bool takes_winograd(const ConvolutionShape& shape) {
   return shape.kernel == 3 && shape.stride == 1 && shape.dilation == 1 && shape.in_channels >= 32 &&
          shape.out_channels >= 32;
@@ -74,12 +74,12 @@ struct WinogradTiles {
     group = smaller(fit > kTileRows ? fit : kTileRows, rows * columns);
   }
 
-  // Floats from one point to the next of a group with `width` values a tile. A cache line apart, for 16 points at powers
-  // of two meet in one set of L1: the transform of the input then takes 1.3 times as long.
+  // Floats from one point to the next of a group with `width` values a tile. One cache line more than they are: 16
+  // points at powers of two meet in one set of L1, and the transform of the input takes 1.3 times as long.
   MVIT_INLINE int64_t point(int64_t width) const { return group * width + 64 / static_cast<int64_t>(sizeof(float)); }
 
-  // On a Xeon with 2 MB of L2 twice as much is 3 % slower, and a quarter of it half as fast at 320 channels: weights, which
-  // come from L2 or L3, are then read once for 8 tiles.
+  // On a Xeon with 2 MB of L2 twice as much takes 1.03 times as long, and a quarter of it up to 1.4 times at 256 and
+  // 320 channels: weights, which come from L2 or L3, are then read once for 8 tiles.
   static constexpr int64_t kGroupBytes = 512 << 10;
 };
 
@@ -136,7 +136,7 @@ struct WinogradConvolution {
         tiles(shape),
         scratch(shape, memory) {}
 
-  // Bᵀ D B of the tiles [begin, end), to scratch.inputs. The right and lower borders stand for what is beyond them, too.
+  // Bᵀ D B of the tiles [begin, end), to scratch.inputs. Right and lower border stand for what is beyond them, too.
   void transform(int64_t begin, int64_t end) const {
     constexpr int size = Vec<float>::size;
     const float* const first = static_cast<const float*>(in.data) + image * in.image_stride;
@@ -253,7 +253,8 @@ struct WinogradConvolution {
   }
 };
 
-inline void convolve_by_winograd(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t end, void* scratch) {
+inline void convolve_by_winograd(const ConvolutionArgs& args, int64_t image, int64_t begin, int64_t end,
+                                 void* scratch) {
   WinogradConvolution(args, image, scratch).run(begin, end);
 }
 
