@@ -182,6 +182,13 @@ class TileProducts {
     } else {
       for (; k < steps && pieces.left >= 2 * M * N; ++k) multiply_step<M, 8>(a, b, k, pieces);
     }
+    for (; k + 4 <= steps; k += 4) {
+      multiply_step<M, 0>(a, b, k, pieces);
+      multiply_step<M, 0>(a, b, k + 1, pieces);
+      multiply_step<M, 0>(a, b, k + 2, pieces);
+      multiply_step<M, 0>(a, b, k + 3, pieces);
+      keep_vector_units_awake();
+    }
     for (; k < steps; ++k) multiply_step<M, 0>(a, b, k, pieces);
   }
 
