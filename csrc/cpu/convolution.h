@@ -30,9 +30,9 @@ struct ConvolutionArgs {
   const void* packed;
 };
 
-// Work is divided into units: column panels × output rows, with the rows of one panel consecutive. There are many rows,
-// or, for small maps with many channels, many panels. A unit's result does not depend on which units run in the same
-// call.
+// Work is divided into units: column panels × output rows, with the rows of one panel consecutive; on matrix tiles whole rows
+// where the map is large. There are many rows, or, for small maps with many channels, many panels. A unit's result does not
+// depend on which units run in the same call.
 struct ConvolutionKernels {
   // Size of packed weights and bias; align the buffer to 64 bytes.
   std::size_t (*packed_bytes)(const ConvolutionShape&);

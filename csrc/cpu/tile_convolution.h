@@ -57,8 +57,16 @@ inline void pack_tile_convolution(const ConvolutionShape& shape, const void* wei
   pack_bias(packed.bias, bias, shape.out_channels);
 }
 
+// Work is shared out by rows of all columns where the map is larger than the weights: threads then read what they wrote in
+// the step before, and no thread reads the whole map. Where the weights are larger, by panels first, so that no thread reads
+// all of them.
+inline bool shared_by_rows(const ConvolutionShape& shape) {
+  return shape.in_height * shape.in_width >= shape.out_channels * shape.kernel * shape.kernel;
+}
+
 inline int64_t tile_convolution_units(const ConvolutionShape& shape) {
-  return round_up(shape.out_channels, kBlockSide) / kBlockSide * shape.out_height();
+  const int64_t panels = shared_by_rows(shape) ? 1 : round_up(shape.out_channels, kBlockSide) / kBlockSide;
+  return panels * shape.out_height();
 }
 
 struct TileConvolutionScratch {
@@ -196,12 +204,18 @@ struct TileConvolution {
     panel<N, Activation::none>(column, begin, end);
   }
 
+  void panels(int64_t column, int64_t columns, int64_t begin, int64_t end) {
+    for (; column < columns; column += kBlockSide)
+      with_tile_columns(column, shape.out_channels,
+                        [&](auto tiles, int64_t first) { panel<decltype(tiles)::value>(first, begin, end); });
+  }
+
   void run(int64_t begin, int64_t end) {
     const int64_t rows = shape.out_height();
+    if (shared_by_rows(shape)) return panels(0, shape.out_channels, begin, end);
     for (int64_t at = begin; at < end;) {
-      const int64_t first = at % rows, last = smaller(rows, first + end - at);
-      with_tile_columns(at / rows * kBlockSide, shape.out_channels,
-                        [&](auto tiles, int64_t column) { panel<decltype(tiles)::value>(column, first, last); });
+      const int64_t first = at % rows, last = smaller(rows, first + end - at), column = at / rows * kBlockSide;
+      panels(column, column + kBlockSide, first, last);
       at += last - first;
     }
   }
