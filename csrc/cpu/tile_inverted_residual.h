@@ -3,18 +3,19 @@
 // depthwise one in float32. On tiles, too, it could be done (as products with diagonal matrices), but that takes 3.5 to
 // 4.0 ns for 16 results with SiLU instead of 3.2, and a ring in bfloat16 adds its own rounding errors.
 //
-// The buffer holds 32 to 128 pixels, of one row, or of several if rows are shorter. More than 32 are projected faster: the
-// depthwise convolution reads the ring through L1, so each projection finds its weights in L2.
+// The buffer holds 32 to 256 pixels, of one row, or of up to eight if rows are shorter. Many are projected faster: the
+// depthwise convolution reads the ring through L1, so each projection finds its weights in L2, and the tile unit, asleep
+// after 0.5 µs of other work, takes another 0.5 µs to wake up.
 #pragma once
 
-#include "depthwise.h"
 #include "inverted_residual.h"
+#include "tile_depthwise.h"
 #include "tile_pixels.h"
 
 namespace mvit {
 namespace MVIT_ISA {
 
-constexpr int64_t kBlockPixels = kBlockSide, kMostPixels = 4 * kBlockPixels;
+constexpr int64_t kBlockPixels = kBlockSide, kMostPixels = 8 * kBlockPixels;
 // Pixels of the buffer: as many as 32 KB hold.
 MVIT_INLINE int64_t buffer_pixels(int64_t hidden) {
   if (hidden == 0) return kBlockPixels;
@@ -23,13 +24,14 @@ MVIT_INLINE int64_t buffer_pixels(int64_t hidden) {
 }
 
 struct PackedTileInvertedResidual {
-  int64_t hidden, in_steps, hidden_steps;  // hidden: padded to whole steps
+  int64_t blocks, hidden, in_steps, hidden_steps;  // blocks: of one vector of channels; hidden: padded to whole steps
   bfloat16 *expand, *project;
   float* depthwise;  // [block of one vector][tap][channel]
   float *expand_bias, *depthwise_bias, *project_bias;
   std::size_t end;
 
   PackedTileInvertedResidual(const InvertedResidualShape& shape, const void* memory) {
+    blocks = round_up(shape.hidden, Vec<float>::size) / Vec<float>::size;
     hidden = round_up(shape.hidden, kTileDepth);
     in_steps = round_up(shape.in_channels, kTileDepth) / kTileDepth;
     hidden_steps = hidden / kTileDepth;
@@ -91,7 +93,7 @@ struct TileInvertedResidualScratch {
     constexpr int64_t size = Vec<float>::size;
     const int64_t hidden = round_up(shape.hidden, kTileDepth);
     pixels = buffer_pixels(hidden);
-    group = smaller(8, kBlockPixels / smaller(kBlockPixels, shape.out_width()));
+    group = smaller(8, pixels / smaller(pixels, shape.out_width()));
     ring_rows = (group - 1) * shape.stride + 2 * shape.dilation + 1;
     block_size = (shape.in_width + 2 * shape.dilation + 1) * size;  // the last position is that of no pixel
     row_size = hidden / size * block_size;
@@ -112,16 +114,17 @@ inline std::size_t tile_inverted_residual_scratch_bytes(const InvertedResidualSh
 }
 
 // ring = SiLU(results), one vector of channels a block
+template <int N>
 struct WriteExpanded {
   char* ring;
   const int64_t* places;
   int64_t block_bytes;
 
   MVIT_INLINE void advance(int rows) { places += rows; }
-  MVIT_INLINE void operator()(Vec<float> (&tile)[kPieceRows][2], int row) const {
+  MVIT_INLINE void operator()(Vec<float> (&tile)[kPieceRows][N], int row) const {
     for (int r = 0; r < kPieceRows; ++r)
-      for (int n = 0; n < 2; ++n)
-        store(reinterpret_cast<float*>(ring + places[row + r] + n * block_bytes), silu_for<Bf16Pairs>(tile[r][n]));
+      for (int n = 0; n < N; ++n)
+        store(reinterpret_cast<float*>(ring + places[row + r] + n * block_bytes), silu_beside_tiles(tile[r][n]));
   }
 };
 
@@ -158,6 +161,7 @@ struct WriteProjected {
 struct ProjectedPixels {
   char* out;
   const char* in;
+  int64_t count = -1;
   int64_t places[kMostPixels], in_places[kMostPixels];
 };
 
@@ -194,35 +198,50 @@ struct TileInvertedResidual {
       zero(begin + side + shape.in_width * size, side);
     }
     zero(scratch.zeros, scratch.block_size);
+    const int64_t filtered = packed.blocks * size;
+    for (int64_t i = 0; i < scratch.pixels && filtered < packed.hidden; ++i)
+      zero(scratch.buffer + i * packed.hidden + filtered, packed.hidden - filtered);
     if (!reads_in_place) zero(scratch.row, round_up(shape.in_width, kTile) * scratch.row_ld);
   }
 
-  // Expands input rows [begin, end) into the ring; if `copied`, the only one of them is in scratch.row.
-  void expand(int64_t begin, int64_t end, bool copied) const {
+  // Expands input rows [begin, end) into the ring, channels [column, column_end), N blocks at a time; if `copied`, the only
+  // one of these rows is in scratch.row.
+  template <int N>
+  void expand(int64_t begin, int64_t end, bool copied, int64_t column, int64_t column_end) const {
     const int64_t row_bytes = copied ? 0 : 2 * args.in.row_stride;
     const int64_t pixel_bytes = 2 * (copied ? scratch.row_ld : args.in.column_stride);
     const char* const rows = reinterpret_cast<const char*>(copied ? scratch.row : in);
     constexpr int64_t position = size * static_cast<int64_t>(sizeof(float));
     const int64_t block_bytes = scratch.block_size * static_cast<int64_t>(sizeof(float));
     const TiledRows tiled(shape.in_width, kTile);
-    TileProducts<2, WriteExpanded> products(*static_cast<TileResults<2>*>(scratch.results));
+    TileProducts<N, WriteExpanded<N>> products(*static_cast<TileResults<N>*>(scratch.results));
     RowPlaces places(tiled.rows, tiled.present, position);
-    for (int64_t column = 0; column < packed.hidden; column += kBlockSide) {
+    const int64_t first_slot = begin % scratch.ring_rows;  // a division a block would take a tenth of its time
+    for (; column < column_end; column += N * kTile) {
+      float* const ring_column = scratch.ring + column / size * scratch.block_size;
       const TileOperand b = weights_from(packed.expand, column, packed.in_steps);
       const StartAt bias{packed.expand_bias + column, 0};
       in_tile_blocks(tiled, begin, end, [&](auto tiles, int64_t y, int64_t x, int64_t next_y, int64_t next_x) {
         constexpr int M = decltype(tiles)::value;
         const auto at = [&](int64_t row, int64_t pixel) {
-          return reinterpret_cast<char*>(ring_row(row) + column / size * scratch.block_size) + (shape.dilation + pixel) * position;
+          const int64_t slot = first_slot + row - begin, wrapped = slot < scratch.ring_rows ? slot : slot - scratch.ring_rows;
+          float* const in_ring = ring_column + wrapped * scratch.row_size;
+          return reinterpret_cast<char*>(in_ring) + (shape.dilation + pixel) * position;
         };
         char* const to = at(y, x);
         const TileOperand a{rows + y * row_bytes + x * pixel_bytes, (next_y - y) * row_bytes + (next_x - x) * pixel_bytes,
                             2 * kTileDepth, pixel_bytes};
         const int64_t* const to_rows = places.of(at(next_y, next_x) - to, at(y, shape.in_width + shape.dilation) - to);
-        products.block<M>(a, b, packed.in_steps, bias, {to, to_rows, block_bytes}, M * kTile);
+        products.template block<M>(a, b, packed.in_steps, bias, {to, to_rows, block_bytes}, M * kTile);
       });
     }
     products.finish();
+  }
+
+  void expand(int64_t begin, int64_t end, bool copied) const {
+    const int64_t pairs_end = packed.blocks / 2 * kBlockSide;
+    expand<2>(begin, end, copied, 0, pairs_end);
+    expand<1>(begin, end, copied, pairs_end, packed.blocks * size);
   }
 
   void expand(int64_t begin, int64_t end) const {
@@ -246,24 +265,14 @@ struct TileInvertedResidual {
     for (int i = 0; i < 3; ++i) {
       const int64_t at = y * shape.stride + (i - 1) * shape.dilation;
       const bool inside = at >= 0 && at < shape.in_height;
-      row[i] = inside ? ring_row(at) : scratch.zeros;
+      row[i] = (inside ? ring_row(at) : scratch.zeros) + x * shape.stride * size;
       step[i] = inside ? scratch.block_size : 0;
     }
-    for (int64_t c = 0; c < packed.hidden; c += size) {
-      const Depthwise<Plain<float>>::Filter<kStride, kDilation> weights(packed.depthwise + c * 9, shape.stride,
-                                                                        shape.dilation);
-      const Vec<float> bias = load(packed.depthwise_bias + c);
-      const auto pixels = [&](auto n, int64_t i) {
-        Vec<float> sum[decltype(n)::value];
-        for (auto& s : sum) s = bias;
-        weights.add(sum, row, x + i);
-        for (int p = 0; p < decltype(n)::value; ++p)
-          store_first(buffer + (i + p) * packed.hidden + c, silu_for<Bf16Pairs>(sum[p]), size);
-      };
-      int64_t i = 0;
-      for (; i + 4 <= count; i += 4) pixels(std::integral_constant<int, 4>{}, i);
-      for (; i < count; ++i) pixels(std::integral_constant<int, 1>{}, i);
-      for (int j = 0; j < 3; ++j) row[j] += step[j];
+    for (int64_t c = 0; c < packed.blocks * size; c += size) {
+      const TileDepthwise<kStride, kDilation> depthwise(packed.depthwise + c * 9, packed.depthwise_bias + c, shape.stride,
+                                                        shape.dilation);
+      depthwise.run(row, count, buffer + c, packed.hidden);
+      for (int i = 0; i < 3; ++i) row[i] += step[i];
     }
   }
 
@@ -290,23 +299,29 @@ struct TileInvertedResidual {
                           2 * kTileDepth, hidden_bytes};
       const WriteProjected<N, kResidual> write{to.out + 2 * column, to.places + i,    channels,
                                                to.in + 2 * column,  to.in_places + i, in_channels};
-      if (count - i > kTile)
-        products.template block<2>(a, b, packed.hidden_steps, bias, write, kBlockPixels);
+      const int present = static_cast<int>(smaller(count - i, kBlockPixels));
+      if (present > kTile)
+        products.template block<2>(a, b, packed.hidden_steps, bias, write, present);
       else
-        products.template block<1>(a, b, packed.hidden_steps, bias, write, kTile);
+        products.template block<1>(a, b, packed.hidden_steps, bias, write, present);
     }
     products.finish();
   }
 
-  void project(int64_t y, int64_t x, int64_t count) const {
-    ProjectedPixels to;
+  void project(int64_t y, int64_t x, int64_t count, ProjectedPixels& to) const {
     to.out = reinterpret_cast<char*>(out + y * args.out.row_stride + x * args.out.column_stride);
     to.in = reinterpret_cast<const char*>(in + y * args.in.row_stride + x * args.in.column_stride);
-    const int64_t whole = round_up(count, kTile);
-    for (int64_t i = 0, row = 0, pixel = 0; i < whole; ++i) {
-      to.places[i] = i < count ? 2 * (row * args.out.row_stride + pixel * args.out.column_stride) : scratch.nowhere - to.out;
-      to.in_places[i] = i < count ? 2 * (row * args.in.row_stride + pixel * args.in.column_stride) : scratch.nowhere - to.in;
-      if (x + ++pixel == shape.out_width()) ++row, pixel = 0;
+    if (to.count != count) {  // usually the first time alone
+      to.count = count;
+      for (int64_t i = 0, row = 0, pixel = 0; i < count; ++i) {
+        to.places[i] = 2 * (row * args.out.row_stride + pixel * args.out.column_stride);
+        to.in_places[i] = 2 * (row * args.in.row_stride + pixel * args.in.column_stride);
+        if (++pixel == shape.out_width()) ++row, pixel = 0;
+      }
+    }
+    for (int64_t i = count; i < round_up(count, kPieceRows); ++i) {
+      to.places[i] = scratch.nowhere - to.out;
+      to.in_places[i] = scratch.nowhere - to.in;
     }
     for (int64_t column = 0; column < shape.out_channels; column += kBlockSide)
       with_tile_columns(column, shape.out_channels, [&](auto tiles, int64_t) {
@@ -321,6 +336,7 @@ struct TileInvertedResidual {
   void run(int64_t begin, int64_t end) const {
     const Tiles configured;
     clear();
+    ProjectedPixels projected;
     const int64_t first = begin * shape.stride - shape.dilation, width = shape.out_width();
     int64_t next = first > 0 ? first : 0;
     for (int64_t y = begin; y < end; y += scratch.group) {
@@ -330,13 +346,13 @@ struct TileInvertedResidual {
       next = needed > next ? needed : next;
       if (scratch.group > 1) {
         for (int64_t i = 0; i < rows; ++i) filter_any(y + i, 0, width, scratch.buffer + i * width * packed.hidden);
-        project(y, 0, rows * width);
+        project(y, 0, rows * width, projected);
         continue;
       }
       for (int64_t x = 0; x < width; x += scratch.pixels) {
         const int64_t count = smaller(scratch.pixels, width - x);
         filter_any(y, x, count, scratch.buffer);
-        project(y, x, count);
+        project(y, x, count, projected);
       }
     }
   }
