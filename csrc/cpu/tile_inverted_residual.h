@@ -149,7 +149,9 @@ struct WriteProjected {
         look_at(reinterpret_cast<const bfloat16*>(from), __builtin_popcount(in_channels));
         for (int n = 0; n < N; ++n) {
           const __m256i half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(in_channels >> n * kTile), from + n * 32);
-          tile[r][n] = tile[r][n] + Vec<float>(NativeFloat(__builtin_convertvector(NativeHalfBits(half), NativeBits) << 16));
+          // GCC 12 would convert halves and join them.
+          const auto bits = NativeBits(_mm512_maskz_cvtepu16_epi32(-1, half)) << 16;
+          tile[r][n] = tile[r][n] + Vec<float>(NativeFloat(bits));
         }
       }
       store_channels(out + places[row + r], tile[r], channels);
