@@ -4,7 +4,8 @@
 // and values start a block of 32 keys with every sequence.
 #pragma once
 
-#include "attention_tiles.h"
+#include "careful_attention_tiles.h"
+#include "tile_layer_norm.h"
 #include "transformer_units.h"
 
 namespace mvit {
@@ -12,6 +13,12 @@ namespace MVIT_ISA {
 
 // For epilogues: a call for every two rows costs more than most of them. (GCC inlines up to a size.)
 #define MVIT_INLINE_LAMBDA __attribute__((always_inline))
+
+struct NoPiece {
+  MVIT_INLINE void advance(int) {}
+  template <typename Tile>
+  MVIT_INLINE void operator()(Tile&, int) const {}
+};
 
 // Pair rows that hold the queries of a block. The last head's last step may reach beyond the last pair.
 MVIT_INLINE int64_t query_rows(const TransformerShape& shape) {
@@ -22,7 +29,7 @@ struct TileUnit {
   float* rows;      // [block][round_up(width, 16)][kLanes]: the residual stream
   bf16x2* query;    // [block][query_rows][kLanes], scaled by log2(e) / sqrt(head_dim)
   bfloat16* key;    // [head][step of 32 dims][lane of the unit][32]: zero after a head's last dim
-  bfloat16* value;  // [sequence][block of 32 tokens][value_rows][32]: zero after the last token
+  bfloat16* value;  // [sequence][block of 32 tokens][head][value_rows_of(head_dim)][32]: zero after the last token
   int64_t rows_size, query_size, key_step_size, value_rows, value_block_size, value_size;  // elements
   std::size_t end;
 
@@ -31,7 +38,7 @@ struct TileUnit {
     rows_size = stream_size(shape);
     query_size = query_rows(shape) * kLanes;
     key_step_size = blocks * kLanes * kTileDepth;
-    value_rows = (shape.heads - 1) * shape.head_dim + tiles_of(shape.head_dim) * kTile;  // whole tiles of the last head
+    value_rows = shape.heads * value_rows_of(shape.head_dim);
     value_block_size = value_rows * kTileDepth;
     value_size = steps_of(shape.tokens()) * value_block_size;
     rows = static_cast<float*>(memory);
@@ -57,9 +64,10 @@ struct TileScratch {
     panel = static_cast<float*>(memory);
     attention_scratch.scores = panel + stream_size(shape);
     attention_scratch.out = attention_scratch.scores + keys * kLanes;
-    attention_scratch.numerators =
-        reinterpret_cast<bf16x2*>(attention_scratch.out + tiles_of(shape.head_dim) * kTile * kLanes);
-    key = attention_scratch.numerators + keys / 2 * kLanes;
+    attention_scratch.numerators[0] =
+        reinterpret_cast<bf16x2*>(attention_scratch.out + value_rows_of(shape.head_dim) * kLanes);
+    attention_scratch.numerators[1] = attention_scratch.numerators[0] + keys / 2 * kLanes;
+    key = attention_scratch.numerators[1] + keys / 2 * kLanes;
     normalised = key + query_rows(shape) * kLanes;
     attention = normalised + P::rows_in_memory(shape.width) * kLanes;
     hidden = attention + P::rows_in_memory(shape.inner()) * kLanes;
@@ -80,13 +88,22 @@ struct ValueLanes {
   }
 };
 
-// What no step writes but products read: queries after a block's last pair, values after a sequence's last 16 lanes.
+// What no step writes but products read: queries after a block's last pair, ones and zeros after a head's values, and
+// values after a sequence's last 16 lanes.
 MVIT_INLINE void clear_operands(const TransformerShape& shape, int64_t sequences, int64_t block, const TileUnit& unit) {
   const int64_t pairs = shape.inner() / 2;
   std::memset(static_cast<void*>(unit.query + block * unit.query_size + pairs * kLanes), 0,
               sizeof(bf16x2) * static_cast<std::size_t>(unit.query_size - pairs * kLanes));
   for (int64_t lane = 0; lane < used_lanes(shape, sequences, block); lane += kTile) {
     const ValueLanes lanes(shape, unit, block * kLanes + lane);
+    bfloat16 ones[kTile] = {};
+    for (int64_t i = 0; i < lanes.count; ++i) ones[i] = {0x3f80};
+    const int64_t rows = value_rows_of(shape.head_dim);
+    for (int64_t head = 0; head < shape.heads; ++head) {
+      bfloat16* row = lanes.first + (head * rows + shape.head_dim) * kTileDepth;
+      std::memcpy(row, ones, sizeof ones);
+      for (int64_t i = shape.head_dim + 1; i < rows; ++i) std::memset(static_cast<void*>(row += kTileDepth), 0, sizeof ones);
+    }
     if (lanes.token % kTileDepth != 0 || lanes.token + kTile < shape.tokens()) continue;
     for (int64_t row = 0; row < unit.value_rows; ++row)
       std::memset(static_cast<void*>(lanes.first + row * kTileDepth + kTile), 0, sizeof(bfloat16) * kTile);
@@ -117,6 +134,28 @@ MVIT_INLINE void store_keys(const TransformerShape& shape, const TileUnit& unit,
       }
 }
 
+// SiLU of a piece as silu_for, all its vectors through each operation together: the multiplier, which tile instructions
+// leave one port (attention_tiles.h), does not wait for results then.
+template <int R, int V>
+MVIT_INLINE void silu_in_step(Vec<float> (&tile)[R][V]) {
+  Vec<float> x[R][V], p[R][V];
+  map_tile(x, [&](Vec<float>, int r, int v) { return tile[r][v] * Vec<float>(-1.44269504f); });
+  map_tile(p, [&](Vec<float>, int r, int v) {
+    return Vec<float>(_mm512_maskz_reduce_ps(-1, x[r][v].native, _MM_FROUND_TO_NEG_INF));
+  });
+  Vec<float> rest[R][V];
+  map_tile(rest, [&](Vec<float>, int r, int v) { return p[r][v]; });
+  map_tile(p, [&](Vec<float>, int r, int v) { return fma(Vec<float>(0.07802452f), rest[r][v], Vec<float>(0.22606716f)); });
+  map_tile(p, [&](Vec<float>, int r, int v) { return fma(p[r][v], rest[r][v], Vec<float>(0.69583354f)); });
+  map_tile(p, [&](Vec<float>, int r, int v) { return fma(p[r][v], rest[r][v], Vec<float>(0.99992522f)); });
+  map_tile(p, [&](Vec<float>, int r, int v) {
+    return Vec<float>(_mm512_maskz_scalef_ps(-1, p[r][v].native, x[r][v].native));
+  });
+  map_tile(p, [&](Vec<float>, int r, int v) { return Vec<float>(1.0f) + p[r][v]; });
+  map_tile(p, [&](Vec<float>, int r, int v) { return Vec<float>(_mm512_maskz_rcp14_ps(-1, p[r][v].native)); });
+  map_tile(tile, [&](Vec<float> y, int r, int v) { return y * p[r][v]; });
+}
+
 MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLayer& layer, int64_t sequences,
                              int64_t block, const TileUnit& unit, const TileScratch& scratch) {
   using P = Bf16Pairs;
@@ -126,9 +165,8 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
   const auto* weight = static_cast<const bfloat16*>(layer.qkv_weight);
   const auto weight_of = [&](int64_t part) { return weight + part * packed_weights_size<P>(inner, width); };
   const auto bias_of = [&](int64_t part) { return layer.qkv_bias == nullptr ? nullptr : layer.qkv_bias + part * inner; };
-  layer_norm<P>(scratch.normalised, unit.rows + block * unit.rows_size, width, layer.norm1_weight, layer.norm1_bias,
-                shape.eps, lanes);
-  clear_padding<P>(scratch.normalised, width);
+  normalise(scratch.normalised, unit.rows + block * unit.rows_size, width, layer.norm1_weight, layer.norm1_bias,
+            shape.eps, layer.proj_bias, lanes);
   const Vec<float> scale(static_cast<float>(1.44269504088896340736 / __builtin_sqrt(static_cast<double>(shape.head_dim))));
   product<P>(weight_of(0), ld, scratch.normalised, inner, width, lanes,
              [bias = bias_of(0), scale, to = unit.query + block * unit.query_size](
@@ -146,17 +184,46 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
   const ValueLanes lower(shape, unit, block * kLanes);
   const ValueLanes upper = lanes > kTile ? ValueLanes(shape, unit, block * kLanes + kTile) : lower;
   product<P>(weight_of(2), ld, scratch.normalised, inner, width, lanes,
-             [bias = bias_of(2), to0 = lower.first, to1 = upper.first,
+             [bias = bias_of(2), to0 = lower.first, to1 = upper.first, 
+              reciprocal = static_cast<uint32_t>((1u << 20) / shape.head_dim + 1),
+              padding = static_cast<uint32_t>(value_rows_of(shape.head_dim) - shape.head_dim),
               present0 = static_cast<__mmask16>((1u << lower.count) - 1),
               present1 = static_cast<__mmask16>((1u << upper.count) - 1)](
                  auto& tile, int64_t row, int64_t) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
+               const int64_t to = row + (static_cast<uint32_t>(row) * reciprocal >> 20) * padding;
                map_tile(tile, [&](Vec<float> x, int r, int v) {
                  const __m256i values = (__m256i)_mm512_maskz_cvtneps_pbh(v == 0 ? present0 : present1, x.native);
-                 std::memcpy((v == 0 ? to0 : to1) + (row + r) * kTileDepth, &values, sizeof values);
+                 std::memcpy((v == 0 ? to0 : to1) + (to + r) * kTileDepth, &values, sizeof values);
                  return x;
                });
              });
+}
+
+// rows += W · panel, without an epilogue: the tiles start with what is there. (normalise adds the biases.)
+template <int N>
+__attribute__((noinline)) void add_product_of(const bfloat16* weights, const bf16x2* panel, int64_t n, int64_t channels,
+                                              float* rows) {
+  TileResults<N> unused;
+  TileProducts<N, NoPiece> products(unused);
+  const int64_t ld = weight_ld<Bf16Pairs>(channels), steps = steps_of(channels);
+  const TileOperand b{reinterpret_cast<const char*>(panel), 64, kTile * kPanelRowBytes, kPanelRowBytes};
+  for (int64_t row = 0; row < n; row += kBlockSide) {
+    const TileOperand a{reinterpret_cast<const char*>(weights + row * ld), 2 * kTile * ld, kTileBytes, 64};
+    float* const to = rows + row * kLanes;
+    if (n - row > kTile)
+      products.template block_to<2>(a, b, steps, StartAt{to, kPanelRowBytes}, to, kLanes);
+    else
+      products.template block_to<1>(a, b, steps, StartAt{to, kPanelRowBytes}, to, kLanes);
+  }
+}
+
+MVIT_INLINE void add_product(const bfloat16* weights, const bf16x2* panel, int64_t n, int64_t channels, int64_t lanes,
+                             float* rows) {
+  if (lanes > kTile)
+    add_product_of<2>(weights, panel, n, channels, rows);
+  else
+    add_product_of<1>(weights, panel, n, channels, rows);
 }
 
 MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const TransformerLayer& layer, int64_t sequences,
@@ -175,32 +242,24 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
                              unit.key_step_size,
                              unit.value_block_size,
                              scratch.attention + lane};
-    if (count > kTile)
-      attend_on_tiles<2>(args, scratch.attention_scratch);
-    else
-      attend_on_tiles<1>(args, scratch.attention_scratch);
+    uint32_t careful = count > kTile ? attend_on_tiles<2>(args, scratch.attention_scratch)
+                                     : attend_on_tiles<1>(args, scratch.attention_scratch);
+    if (count < kLanes) careful &= (1u << count) - 1;
+    if (careful != 0) attend_again(args, careful, scratch.attention_scratch);
   });
   clear_padding<P>(scratch.attention, inner);
-  const auto add_to_rows = [&](const float* bias) {
-    return [bias, rows](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
-      add_bias(tile, bias, row);
-      add_to_panel(rows, row, lane, tile);
-    };
-  };
-  product<P>(static_cast<const bfloat16*>(layer.proj_weight), weight_ld<P>(inner), scratch.attention, width, inner,
-             lanes, add_to_rows(layer.proj_bias));
-  layer_norm<P>(scratch.normalised, rows, width, layer.norm2_weight, layer.norm2_bias, shape.eps, lanes);
-  clear_padding<P>(scratch.normalised, width);
+  add_product(static_cast<const bfloat16*>(layer.proj_weight), scratch.attention, width, inner, lanes, rows);
+  normalise(scratch.normalised, rows, width, layer.norm2_weight, layer.norm2_bias, shape.eps, layer.fc2_bias,
+            lanes);
   product<P>(static_cast<const bfloat16*>(layer.fc1_weight), weight_ld<P>(width), scratch.normalised, hidden, width,
              lanes,
              [bias = layer.fc1_bias, to = scratch.hidden](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
-               map_tile(tile, [](Vec<float> x, int, int) { return silu_for<P>(x); });
+               silu_in_step(tile);
                store_operand(to, kLanes, row, lane, kLanes - lane, tile);
              });
   clear_padding<P>(scratch.hidden, hidden);
-  product<P>(static_cast<const bfloat16*>(layer.fc2_weight), weight_ld<P>(hidden), scratch.hidden, width, hidden, lanes,
-             add_to_rows(layer.fc2_bias));
+  add_product(static_cast<const bfloat16*>(layer.fc2_weight), scratch.hidden, width, hidden, lanes, rows);
 }
 
 // As step of transformer_kernel.cpp.
