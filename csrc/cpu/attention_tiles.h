@@ -286,7 +286,8 @@ MVIT_INLINE uint32_t attend_on_tiles(const AttentionArgs& args, const AttentionS
     if (unit + 1 < units) multiply(unit + 1, numerators);
     numerators.run(numerators.left);
     if (groups % 2 != 0)
-      std::memset(static_cast<void*>(to + groups * kTile / 2 * kLanes), 0, static_cast<std::size_t>(kTile / 2 * kPanelRowBytes));
+      std::memset(static_cast<void*>(to + groups * kTile / 2 * kLanes), 0,
+                  static_cast<std::size_t>(kTile / 2 * kPanelRowBytes));
     // Only now is surely in memory what was stored from tiles.
     if (unit > 0 && unit % parts == 0) write_out(unit / parts - 1);
   }

@@ -31,7 +31,7 @@ __attribute__((noinline)) inline void attend_carefully(const AttentionArgs& args
       }
       if (begin > 0) {
         const Vec<float> factor = exp2(before - highest);
-        for (int64_t row = 0; row < rows; ++row) store(scratch.out + row * kLanes, load(scratch.out + row * kLanes) * factor);
+        for (float* row = scratch.out; row < scratch.out + rows * kLanes; row += kLanes) store(row, load(row) * factor);
       }
       weigh_values<1>({args.value + begin / kTileDepth * args.value_block_size + head * rows * kTileDepth,
                        args.value_block_size, scratch.numerators[0], blocks, begin == 0},

@@ -16,7 +16,7 @@ MVIT_INLINE void normalise_lanes(bf16x2* operand, float* panel, int64_t channels
   constexpr int kRows = 4;  // at once: an addition takes four cycles
   const Vec<float> count(static_cast<float>(channels));
   const auto row = [&](int64_t c, int v) { return load(panel + c * kLanes + v * kTile); };
-  // sums[i] += term(vector c of the lanes, vector of the lanes) over all channels
+  // total[v] = add(… add(add(0, a channel, v), another, v) …), in chains of every fourth channel.
   const auto sum_up = [&](auto& total, const auto& add) {
     Vec<float> sums[kRows][V];
     for (auto& of_row : sums)

@@ -100,9 +100,10 @@ MVIT_INLINE void clear_operands(const TransformerShape& shape, int64_t sequences
     for (int64_t i = 0; i < lanes.count; ++i) ones[i] = {0x3f80};
     const int64_t rows = value_rows_of(shape.head_dim);
     for (int64_t head = 0; head < shape.heads; ++head) {
-      bfloat16* row = lanes.first + (head * rows + shape.head_dim) * kTileDepth;
-      std::memcpy(row, ones, sizeof ones);
-      for (int64_t i = shape.head_dim + 1; i < rows; ++i) std::memset(static_cast<void*>(row += kTileDepth), 0, sizeof ones);
+      bfloat16* const first = lanes.first + head * rows * kTileDepth;
+      std::memcpy(first + shape.head_dim * kTileDepth, ones, sizeof ones);
+      for (int64_t i = shape.head_dim + 1; i < rows; ++i)
+        std::memset(static_cast<void*>(first + i * kTileDepth), 0, sizeof ones);
     }
     if (lanes.token % kTileDepth != 0 || lanes.token + kTile < shape.tokens()) continue;
     for (int64_t row = 0; row < unit.value_rows; ++row)
@@ -132,28 +133,6 @@ MVIT_INLINE void store_keys(const TransformerShape& shape, const TileUnit& unit,
 #pragma GCC unroll 16
         for (int i = 0; i < kTile; ++i) store(to + i * kTile, row[i]);
       }
-}
-
-// SiLU of a piece as silu_for, all its vectors through each operation together: the multiplier, which tile instructions
-// leave one port (attention_tiles.h), does not wait for results then.
-template <int R, int V>
-MVIT_INLINE void silu_in_step(Vec<float> (&tile)[R][V]) {
-  Vec<float> x[R][V], p[R][V];
-  map_tile(x, [&](Vec<float>, int r, int v) { return tile[r][v] * Vec<float>(-1.44269504f); });
-  map_tile(p, [&](Vec<float>, int r, int v) {
-    return Vec<float>(_mm512_maskz_reduce_ps(-1, x[r][v].native, _MM_FROUND_TO_NEG_INF));
-  });
-  Vec<float> rest[R][V];
-  map_tile(rest, [&](Vec<float>, int r, int v) { return p[r][v]; });
-  map_tile(p, [&](Vec<float>, int r, int v) { return fma(Vec<float>(0.07802452f), rest[r][v], Vec<float>(0.22606716f)); });
-  map_tile(p, [&](Vec<float>, int r, int v) { return fma(p[r][v], rest[r][v], Vec<float>(0.69583354f)); });
-  map_tile(p, [&](Vec<float>, int r, int v) { return fma(p[r][v], rest[r][v], Vec<float>(0.99992522f)); });
-  map_tile(p, [&](Vec<float>, int r, int v) {
-    return Vec<float>(_mm512_maskz_scalef_ps(-1, p[r][v].native, x[r][v].native));
-  });
-  map_tile(p, [&](Vec<float>, int r, int v) { return Vec<float>(1.0f) + p[r][v]; });
-  map_tile(p, [&](Vec<float>, int r, int v) { return Vec<float>(_mm512_maskz_rcp14_ps(-1, p[r][v].native)); });
-  map_tile(tile, [&](Vec<float> y, int r, int v) { return y * p[r][v]; });
 }
 
 MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLayer& layer, int64_t sequences,
@@ -255,7 +234,7 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
              lanes,
              [bias = layer.fc1_bias, to = scratch.hidden](auto& tile, int64_t row, int64_t lane) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
-               silu_in_step(tile);
+               map_tile(tile, [](Vec<float> x, int, int) { return silu_for<P>(x); });
                store_operand(to, kLanes, row, lane, kLanes - lane, tile);
              });
   clear_padding<P>(scratch.hidden, hidden);
