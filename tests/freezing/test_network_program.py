@@ -97,7 +97,7 @@ WRONG = [
     (TRANSFORMER, WORDS, (0, 5, *HUGE), "has heads"),
     (TRANSFORMER, WORDS + 1, (0, *HUGE), "has heads"),
     (TRANSFORMER, WORDS + 2, (0, *HUGE), "has heads"),
-    (TRANSFORMER, WORDS + 2, (4096,), "has weights where there are none"),
+    (TRANSFORMER, WORDS + 2, (2**16,), "has weights where there are none"),
     (TRANSFORMER, WORDS + 3, (0, 1, 3, *HUGE), "has not the words"),
     (TRANSFORMER, WORDS + 4, (0, *HUGE), "has heads"),
     (TRANSFORMER, WORDS + 5, (7,), "does not divide into patches"),
