@@ -166,6 +166,21 @@ def test_leaves_nothing_behind(path, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("path", PATHS)
+def test_channels_that_are_padding(path, dtype):
+    """40 hidden channels are 64 on matrix tiles, and nothing computes the last 16: what a call of 64 channels left there
+    must not show."""
+    narrow, settings = make(OP, dict(shape=(1, 9, 20, 16), hidden=40, out=24))
+    narrow = convert(narrow, getattr(torch, dtype))
+    before = call(OP, narrow, settings, path)
+    assert before.isfinite().all()
+    wide, wide_settings = make(OP, dict(shape=(1, 9, 20, 16), hidden=64, out=24))
+    wide = convert(wide, getattr(torch, dtype))
+    assert call(OP, {**wide, "x": wide["x"] * torch.nan}, wide_settings, path).isnan().all()
+    assert torch.equal(call(OP, narrow, settings, path), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("path", PATHS)
 def test_large_values(path, dtype):
     """SiLU of large values is 0 or the value itself, far beyond the range of its exponential (-1e30 divided by the
     largest finite e^x is -3e-9)."""
