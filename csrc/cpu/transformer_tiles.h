@@ -163,14 +163,15 @@ MVIT_INLINE void project_qkv(const TransformerShape& shape, const TransformerLay
   const ValueLanes lower(shape, unit, block * kLanes);
   const ValueLanes upper = lanes > kTile ? ValueLanes(shape, unit, block * kLanes + kTile) : lower;
   product<P>(weight_of(2), ld, scratch.normalised, inner, width, lanes,
-             [bias = bias_of(2), to0 = lower.first, to1 = upper.first, 
-              reciprocal = static_cast<uint32_t>((1u << 20) / shape.head_dim + 1),
-              padding = static_cast<uint32_t>(value_rows_of(shape.head_dim) - shape.head_dim),
+             [bias = bias_of(2), to0 = lower.first, to1 = upper.first,
+              // row / head_dim is row · reciprocal >> 40, exactly as long as inner · head_dim < 2^40
+              reciprocal = (uint64_t{1} << 40) / static_cast<uint64_t>(shape.head_dim) + 1,
+              padding = value_rows_of(shape.head_dim) - shape.head_dim,
               present0 = static_cast<__mmask16>((1u << lower.count) - 1),
               present1 = static_cast<__mmask16>((1u << upper.count) - 1)](
                  auto& tile, int64_t row, int64_t) MVIT_INLINE_LAMBDA {
                add_bias(tile, bias, row);
-               const int64_t to = row + (static_cast<uint32_t>(row) * reciprocal >> 20) * padding;
+               const int64_t to = row + static_cast<int64_t>(static_cast<uint64_t>(row) * reciprocal >> 40) * padding;
                map_tile(tile, [&](Vec<float> x, int r, int v) {
                  const __m256i values = (__m256i)_mm512_maskz_cvtneps_pbh(v == 0 ? present0 : present1, x.native);
                  std::memcpy((v == 0 ? to0 : to1) + (to + r) * kTileDepth, &values, sizeof values);

@@ -269,7 +269,7 @@ def test_the_same_bits_for_any_number_of_threads_and_any_batch(batch, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", [8, 40])
 def test_convolutions_that_threads_share_by_rows_and_by_panels(side, dtype):
-    """Enough work for every thread: maps that are larger than the weights are shared out otherwise than smaller ones."""
+    """Enough work for every thread: maps larger than the weights are shared out otherwise than smaller ones."""
     draw = Draw(0)
     module = FrozenSequential(draw.conv(32, 96, 1), draw.conv(96, 160, 3), draw.conv(160, 96, 1)).to(dtype)
     x = draw(1, 32, side, side).to(dtype)

@@ -167,8 +167,8 @@ def test_leaves_nothing_behind(path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("path", PATHS)
 def test_channels_that_are_padding(path, dtype):
-    """40 hidden channels are 64 on matrix tiles, and nothing computes the last 16: what a call of 64 channels left there
-    must not show."""
+    """40 hidden channels are 64 on matrix tiles, and nothing computes the last 16: what a call of 64 channels left
+    there must not show."""
     narrow, settings = make(OP, dict(shape=(1, 9, 20, 16), hidden=40, out=24))
     narrow = convert(narrow, getattr(torch, dtype))
     before = call(OP, narrow, settings, path)

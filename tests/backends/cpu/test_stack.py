@@ -82,3 +82,9 @@ def test_kernels_poison_stays_in_its_sequence(size, dtype, poison):
         x[image, -1, -1, 3] = poison
         changed = (call(OP, {**tensors, "x": x}, settings, "cpu") != clean).flatten(1).any(1)
         assert changed.tolist() == [i == image for i in range(4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_wide_heads(dtype):
+    """Many dims in all: where a head's values are follows from the row by a multiplication."""
+    check(OP, dict(shape=(1, 2, 2, 24), heads=10, head_dim=512, patch=(1, 1), layers=1), dtype=dtype, path="cpu")
