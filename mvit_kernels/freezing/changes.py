@@ -8,55 +8,40 @@ modules tell of their changes here, and only after one is everything looked at a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 last = object()  # another one after each change
 
 
 def note() -> None:
-    """Some frozen module changes. (A new object each time: two threads cannot count to the same number.)"""
+    """Some frozen module has changed: called after the change, so that whoever looks in between looks again. (A new
+    object each time: two threads cannot count to the same number.)"""
     global last
     last = object()
+
+
+def _noted(method: Callable[..., Any]) -> Any:
+    @functools.wraps(method)
+    def change(self: dict, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            note()
+
+    return change
 
 
 class NotedDict(dict):
     """A dict whose changes are noted: the buffers of a frozen module, which ``torch.func.functional_call`` and others
     replace in their dict, past ``__setattr__``."""
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
-        note()
-
-    def __delitem__(self, key: Any) -> None:
-        super().__delitem__(key)
-        note()
-
-    def __ior__(self, other: Any) -> NotedDict:
-        self.update(other)
-        return self
-
-    def clear(self) -> None:
-        super().clear()
-        note()
-
-    def pop(self, *args: Any) -> Any:
-        try:
-            return super().pop(*args)
-        finally:
-            note()
-
-    def popitem(self) -> tuple[Any, Any]:
-        try:
-            return super().popitem()
-        finally:
-            note()
-
-    def setdefault(self, *args: Any) -> Any:
-        try:
-            return super().setdefault(*args)
-        finally:
-            note()
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        super().update(*args, **kwargs)
-        note()
+    __setitem__ = _noted(dict.__setitem__)
+    __delitem__ = _noted(dict.__delitem__)
+    __ior__ = _noted(dict.__ior__)
+    clear = _noted(dict.clear)
+    pop = _noted(dict.pop)
+    popitem = _noted(dict.popitem)
+    setdefault = _noted(dict.setdefault)
+    update = _noted(dict.update)

@@ -106,12 +106,14 @@ class Frozen(nn.Module):
     # noted too, since a native call around this module would skip it.
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        handle = super().register_forward_hook(*args, **kwargs)
         changes.note()
-        return super().register_forward_hook(*args, **kwargs)
+        return handle
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        handle = super().register_forward_pre_hook(*args, **kwargs)
         changes.note()
-        return super().register_forward_pre_hook(*args, **kwargs)
+        return handle
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._changed()
