@@ -31,9 +31,10 @@ from support import TESTS
 torch.set_num_threads(1)  # while modules are imported, and in their fixtures
 
 if triton.target.INTERPRETED:  # the Triton backend serves CPU tensors, and is a path of the operators' tests
-    from support import interpreter
+    from support import bounds, interpreter
 
     interpreter.repair()
+    bounds.check_bounds()
 
 if os.environ.get("MVIT_KERNELS_EMULATED") == "1":  # the CUDA backend serves CPU tensors, and is a path as well
     from support import emulated  # noqa: F401

@@ -7,7 +7,8 @@ Example:
 
 The operators plan their launches for meta tensors of every shape that a model of the zoo has; each distinct plan is
 compiled for each architecture, as its launch would compile it. A row has registers per thread, bytes of stack (where
-spills go), shared memory, and which tensor-core instructions were emitted.
+spills go), shared memory, and which tensor-core instructions were emitted. The machine code for 9.0, whose products are
+asynchronous, is also searched for mistakes of the assembler (`gates.machine_code`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from gates import table
+from gates import machine_code, table
 from support import TESTS
 
 TABLE = TESTS / "data" / "triton_gate.csv"
@@ -152,6 +153,10 @@ def build(launch, arch: int) -> dict[str, object]:
     compiled = compiled_for(launch, arch)
     ptx = compiled.asm["ptx"]
     kinds = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
+    if arch == 90:
+        code = machine_code.disassembled(compiled.asm["cubin"])
+        wrong = machine_code.undefined_registers(code) or machine_code.overwritten_operands(code)
+        assert not wrong, f"{launch.plan.kernel.fn.__name__} on sm_{arch}, {tile(launch)}: {wrong}"
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -13,7 +13,7 @@ import importlib.util
 
 from .. import gpu
 from ..contract import Backend
-from . import target
+from . import assembler, target
 from .operators import SUPPORTS
 
 
@@ -29,7 +29,10 @@ class TritonBackend(Backend):
         if device_type != self.device_type:
             where = "Triton's interpreter serves CPU tensors" if target.INTERPRETED else "it is for NVIDIA GPUs"
             return [f"{where}, and the tensors are on {device_type}"]
-        why = ("" if target.INTERPRETED else gpu.no_gpu()) or _load()
+        if target.INTERPRETED:
+            why = _load()
+        else:
+            why = gpu.no_gpu() or _load() or assembler.problem()
         return [why] if why else []
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ..library import LIBRARY
+from . import assembler
 from .target import DEVICE_TYPE, DTYPES, INTERPRETED
 
 # For every launch. Triton 3.9 warns if it is not given, and its default is about to change.
@@ -88,14 +89,16 @@ class Plan:
         aligned = not addresses & 15
         compiled = self._compiled.get(device) if aligned else None
         if compiled is None or _profiled():
-            compiled = self.kernel[grid](
-                *tensors,
-                *scalars,
-                *self.constants,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
-                enable_fp_fusion=FP_FUSION,
-            )
+            with assembler.sound(_architecture(device)) as options:
+                compiled = self.kernel[grid](
+                    *tensors,
+                    *scalars,
+                    *self.constants,
+                    num_warps=self.num_warps,
+                    num_stages=self.num_stages,
+                    enable_fp_fusion=FP_FUSION,
+                    **options,
+                )
             if aligned:
                 self._compiled[device] = compiled
             return

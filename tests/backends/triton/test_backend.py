@@ -5,6 +5,7 @@ What the compiler makes of the kernels is tested in test_compile.py. On a GPU th
 ``triton``.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_the_kernels_are_not_imported_before_they_are_needed():
     code = "import sys, mvit_kernels; mvit_kernels.patch_attention\n"
     code += "print(*sorted(m.rpartition('.')[2] for m in sys.modules if m.startswith('mvit_kernels.backends.triton.')))"
     done = python(code)
-    assert done.stdout == "operators target\n", done.stderr
+    assert done.stdout == "assembler operators target\n", done.stderr
 
 
 def test_without_triton():
@@ -163,6 +164,7 @@ def launch(monkeypatch):
     active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(module, "_profiled", lambda: False)
+    monkeypatch.setattr(module, "_architecture", lambda device: 80)
     return module
 
 
@@ -179,6 +181,22 @@ def test_a_kernel_is_looked_up_once(launch):
         (rows, 2, 1, "stream of -1", "function", "metadata", None, None, None, x, None, rows, 0.5, 64, "tf32")
         for rows in (6, 7)
     ]
+
+
+def test_kernels_for_hopper_are_assembled_soundly(launch, monkeypatch):
+    """`assembler.sound` is entered for the compilation, and its options reach the launch."""
+    entered = []
+
+    @contextlib.contextmanager
+    def sound(architecture):
+        entered.append(architecture)
+        yield dict(ptx_options="--warn-on-spills")
+
+    monkeypatch.setattr(launch, "_architecture", lambda device: 90)
+    monkeypatch.setattr(launch.assembler, "sound", sound)
+    kernel = Kernel()
+    launch.Plan(kernel, (), num_warps=4, num_stages=2)((1,), (torch.zeros(8),))
+    assert entered == [90] and kernel.slow[0][2]["ptx_options"] == "--warn-on-spills"
 
 
 def test_unaligned_pointers_never_take_the_aligned_kernel(launch):
@@ -248,7 +266,7 @@ def test_kinds_of_calls_share_no_plan():
 # ------------------------------------------------------------------------------------------------------ the interpreter
 
 
-@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_sums.py"])
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_sums.py", "interpreted_bounds.py"])
 def test_in_the_interpreter(file):
     """Each in a process of its own."""
     pytest.importorskip("triton", reason="Triton is not installed")

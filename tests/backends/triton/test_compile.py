@@ -91,6 +91,7 @@ AGAIN = [
     *((120, 240, name, "") for name in ("_mlp", "_normed_product")),
     (120, 240, "_norm_backward", "DROP=1"),
     *((90, 240, name, "") for name in ("short.forward", "short.backward")),
+    (90, 192, "patch_attention._forward", ""),
     (90, 64, "_sum_parts", ""),
 ]
 

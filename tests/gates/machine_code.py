@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes of the assembler that show in machine code alone: registers that are read and never written, and operands of
+an asynchronous product that change before it has read them.
+
+Example:
+    >>> undefined_registers(disassembled(compiled.asm["cubin"]))
+    {'UR21': 'UIADD3 UR4, UP0, UR21, 0x20, URZ'}
+
+The first is what ptxas of CUDA 12.8 makes of an attention kernel (`mvit_kernels.backends.triton.assembler`): an H200
+answered with illegal memory accesses, sometimes. The second is what NVIDIA's release notes of CUDA 13.3 say of older
+versions. Neither shows in PTX, in Triton's interpreter or in emulation, and memcheck only sees what happens to fault.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_LINE = re.compile(
+    r"^\s+/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?(?P<guard>U?P\w+)\s+)?(?P<op>[\w.]+)(?:\s+(?P<rest>.*?))?\s*;"
+)
+_REGISTER = re.compile(r"(?<![\w.])(U?[RP])(\d+)(\.64)?")
+_DESCRIPTORS = re.compile(r"gdesc\[UR(\d+)\]")
+# Operations without a result; R2P has all predicates.
+_NO_RESULT = set(
+    "ST STG STS STSM STL LDGSTS RED BAR BRA EXIT CALL RET JMP BREAK BSSY BSYNC WARPGROUP WARPSYNC MEMBAR FENCE DEPBAR "
+    "LDGDEPBAR CCTL ERRBAR NANOSLEEP YIELD NOP R2P".split()
+)
+_TWO_PREDICATES = {"ISETP", "UISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UPLOP3"}
+
+
+class Instruction(NamedTuple):
+    """One instruction; `guard` is the predicate before it, "" without one."""
+
+    at: int
+    guard: str
+    op: str
+    operands: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op} {', '.join(self.operands)}"
+
+
+def disassembled(cubin: bytes) -> list[Instruction]:
+    """The instructions of a cubin, by the nvdisasm that Triton brings."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return list(parsed(subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout))
+
+
+def parsed(text: str) -> Iterator[Instruction]:
+    """The instructions of a disassembly."""
+    for line in text.splitlines():
+        found = _LINE.match(line)
+        if found:
+            operands = re.split(r",\s*(?![^\[]*\])", found["rest"]) if found["rest"] else []
+            yield Instruction(int(found["at"], 16), found["guard"] or "", found["op"], tuple(operands))
+
+
+def undefined_registers(code: Sequence[Instruction]) -> dict[str, str]:
+    """The registers and predicates that some instruction reads and none writes, with the first such instruction. (R1 is
+    the stack pointer.)"""
+    written = {name for one in code for name in _results(one)}
+    found: dict[str, str] = {}
+    for one in code:
+        for name in _sources(one):
+            if name not in written and name != "R1":
+                found.setdefault(name, str(one))
+    return found
+
+
+def overwritten_operands(code: Sequence[Instruction]) -> list[tuple[str, str]]:
+    """(product, instruction) where a register that a ``wgmma`` reads asynchronously is written before the next wait, in
+    the order of the code. Between the products of a group the accumulators are the tensor cores' own."""
+    found = []
+    pending: dict[str, Instruction] = {}  # registers that products before still read
+    for one in code:
+        if one.op.startswith("WARPGROUP.DEPBAR") or (one.op == "EXIT" and not one.guard):
+            pending.clear()
+        if pending:
+            found += [(str(pending[name]), str(one)) for name in sorted(pending.keys() & _results(one))]
+        if one.op.startswith("HGMMA") and re.fullmatch(r"R\d+", one.operands[1]):
+            first = int(one.operands[1][1:])
+            pending |= {f"R{first + k}": one for k in range(4)}
+    return found
+
+
+def _split(one: Instruction) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The operands that are results, and the others."""
+    base, operands = one.op.split(".")[0], one.operands
+    if base in _NO_RESULT or not operands:
+        return (), operands
+    results = 2 if base in _TWO_PREDICATES or base == "SHFL" else 1
+    if base in ("IADD3", "UIADD3", "LEA", "ULEA", "IMAD", "UIMAD", "LOP3", "ULOP3"):
+        # carries and "is not zero" are predicates before (LOP3) or behind the result
+        results += base.endswith("LOP3") and operands[0].lstrip("U").startswith("P")
+        while results < min(3, len(operands)) and re.fullmatch(r"U?P(\d+|T)", operands[results]):
+            results += 1
+    return operands[:results], operands[results:]
+
+
+def _width(one: Instruction) -> int:
+    """How many registers the result of an instruction has."""
+    base, *parts = one.op.split(".")
+    if base == "HGMMA":
+        return int(re.search(r"64x(\d+)x", one.op)[1]) // 2
+    if base == "LDSM":
+        return int(parts[-1]) if parts[-1] in "24" else 1
+    if base == "HMMA" or "128" in parts:
+        return 4
+    double = base in ("DADD", "DMUL", "DFMA", "F2F") or (base == "CS2R" and "32" not in parts)
+    return 2 if double or "WIDE" in parts or "64" in parts else 1
+
+
+def _results(one: Instruction) -> set[str]:
+    if one.op.startswith("R2P"):
+        return {f"P{k}" for k in range(7)}
+    names = set()
+    for operand in _split(one)[0]:
+        found = re.match(r"(U?[RP])(\d+)", operand)
+        if found:
+            width = _width(one) if found[1] in ("R", "UR") else 1
+            names |= {f"{found[1]}{int(found[2]) + k}" for k in range(width)}
+    return names
+
+
+def _sources(one: Instruction) -> Iterator[str]:
+    if one.guard and one.guard not in ("PT", "UPT"):
+        yield one.guard
+    for operand in _split(one)[1]:
+        descriptors = _DESCRIPTORS.search(operand)
+        if descriptors:
+            # Four uniform registers: the first operand's descriptor, unless that is in registers, and the second's.
+            of = range(4) if one.operands[1].startswith("gdesc") else range(2, 4)
+            yield from (f"UR{int(descriptors[1]) + k}" for k in of)
+            continue
+        for kind, number, double in _REGISTER.findall(operand):
+            several = 4 if one.op.startswith("HGMMA") and operand is one.operands[1] else 2 if double else 1
+            yield from (f"{kind}{int(number) + k}" for k in range(several))
