@@ -26,7 +26,7 @@ PY := $(abspath $(VENV))/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test test-targets test-elsewhere test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report docs \
+.PHONY: help demo examples test test-targets test-elsewhere test-oldest test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report docs \
 	lint format build wheel test-wheel setup setup-for-demo clean
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo 'make test-emulated  the same on the CUDA kernels, their source run on the CPU (a minute)'
 	@echo 'make test-targets  the files that export writes for LiteRT and ExecuTorch, with libraries of 1.1 GB (minutes)'
 	@echo 'make test-elsewhere  the tests that measure errors, compared with a PyTorch that works as on other x86 machines (minutes)'
+	@echo 'make test-oldest  csrc/ compiled with the headers of the oldest PyTorch that is supported (downloads 0.9 GB, twice)'
 	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
 	@echo 'make report   the README'"'"'s headline, docs/benchmarks.md and the plots from the committed results'
@@ -120,6 +121,9 @@ $(TARGETS)/.ready: tests/gates/exported.txt
 	@$(PY) $(SITE_PACKAGES) >"$$($(TARGETS)/bin/python $(SITE_PACKAGES))/tests.pth"
 	@$(TARGETS)/bin/python -m pip install --no-compile -r tests/gates/exported.txt
 	@touch $@
+
+test-oldest: setup
+	@$(PY) -m pytest -q tests/gates/oldest_torch.py tests/packaging/test_oldest_torch.py $(PYTEST_ARGS)
 
 gate: setup
 	@cd tests && TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m gates.triton_gate

@@ -24,7 +24,7 @@ inline Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t axes, 
   auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t layout = aoti_torch_layout_strided(), device = aoti_torch_device_type_cpu();
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_aten_new_empty(like.get(), sizes, axes, &dtype, &layout, &device, -1, nullptr, &result));
   return Tensor(result);
 }

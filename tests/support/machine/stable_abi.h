@@ -22,7 +22,7 @@
 
 #define STD_TORCH_CHECK(condition, ...) \
   ((condition) ? static_cast<void>(0) : throw std::runtime_error(::stand_in::text(__VA_ARGS__)))
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) STD_TORCH_CHECK((call) == 0, #call)
+#define TORCH_ERROR_CODE_CHECK(call) STD_TORCH_CHECK((call) == 0, #call)
 
 namespace stand_in {
 
