@@ -6,13 +6,14 @@ Example:
     ...     model(images)
 
 Each backend is a folder here whose ``BACKEND`` implements the contract of `mvit_kernels.backends.contract`. To add one,
-add its folder, its name in ``library.BACKENDS`` and its place in `PREFERENCE`. What rules out every backend but the
-reference (a PyTorch transform, a tensor subclass: `mvit_kernels._utils.transforms`) is the `obstacle` of the call.
+add its folder, its name in ``library.BACKENDS`` and its place in ``preference.PREFERENCE``. What rules out every
+backend but the reference (a PyTorch transform, a tensor subclass: `mvit_kernels._utils.transforms`) is the `obstacle`
+of the call.
 
 Precedence, highest first: ``backend=`` of the call (``accelerate(model, backend=…)`` sets it on the blocks);
 ``use_backend``; the environment variable ``MVIT_KERNELS_BACKEND`` (read when the package is imported); the automatic
-choice, which is the first backend in `PREFERENCE` with no reason against it. The choice depends on devices, dtypes and
-shapes alone, so that ``torch.compile`` folds it.
+choice, which is the first backend with no reason against it, in the order of `mvit_kernels.backends.preference`. The
+choice depends on devices, dtypes and shapes alone, so that ``torch.compile`` folds it.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ import torch
 from torch import Tensor
 
 from .._utils.text import some
-from . import cpu, cuda, reference, triton
+from . import cpu, cuda, preference, reference, triton
 from .building import PACKAGE
 from .contract import REGISTRY, Backend, Call, StackPlan, unavailable
 from .library import BACKENDS, TransformerLayerWeights
+from .preference import PREFERENCE
 
 __all__ = [
     "BACKENDS",
@@ -62,10 +64,6 @@ __all__ = [
 
 logger = logging.getLogger("mvit_kernels")
 
-# The order of the automatic choice, by device; plain PyTorch comes last everywhere. For single operators on a GPU this
-# is not fastest first: on an H200 all of them were faster in Triton than in CUDA C++, except the MLP at S stage 3
-# (docs/kernels/measured.md).
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 REGISTRY.update({room.BACKEND.name: room.BACKEND for room in (reference, cpu, triton, cuda)})
 
 
@@ -198,13 +196,15 @@ def explain(calls: Iterable[Call], requested: str | None = None) -> Serving:
     found: dict[str, None] = {}
     for call in calls:
         wanted = checked_name(requested or _override, call.operator)
-        candidates = PREFERENCE.get(call.device_type, ("reference",)) if wanted is None else (wanted,)
-        against = {name: reasons_against(name, call) for name in candidates}
-        served = next((name for name, reasons in against.items() if not reasons), None)
+        served, against = _first(call) if wanted is None else (None, {wanted: reasons_against(wanted, call)})
+        if wanted is not None and not against[wanted]:
+            served = wanted
         if served is not None:
             serving[served] = REGISTRY[served].variant(call.dtype)
         if served in (None, "reference"):
             found.update((f"{name}: {reason}", None) for name, reasons in against.items() for reason in reasons)
+            if wanted is None and (why := preference.measured(call)):
+                found[f"reference: {why}"] = None
             if wanted is None and call.device_type not in PREFERENCE:
                 found[f"no backend has kernels for {call.device_type}; move the model to the CPU or an NVIDIA GPU"] = (
                     None
@@ -295,9 +295,14 @@ def _plan_stack(stack: Call, attention: Call, dropout: bool, requested: str | No
     requested = checked_name(requested, stack.operator)
     if _exporting():
         return StackPlan.SEQUENCES
-    candidates = PREFERENCE.get(stack.device_type, ("reference",)) if requested is None else (requested,)
-    for backend in candidates:
-        plan = REGISTRY[backend].plan_stack(stack, attention, dropout) if backend in REGISTRY else None
+    # Whoever has the whole stack in one operator is asked first; it may want the stack divided nevertheless.
+    known = PREFERENCE.get(stack.device_type, ("reference",)) if requested is None else (requested,)
+    for backend in sorted(known, key=lambda name: name == "reference" or stack.operator not in operators(name)):
+        if requested is None and preference.excluded(backend, attention):
+            continue
+        others = [name for name in known if name not in (backend, "reference")]
+        alone = all(reasons_against(name, attention) or preference.excluded(name, attention) for name in others)
+        plan = REGISTRY[backend].plan_stack(stack, attention, dropout, alone) if backend in REGISTRY else None
         if plan is not None:
             break
     else:
@@ -340,14 +345,23 @@ def _choose(call: Call, requested: str | None) -> str:
                 "(by backend=, use_backend or MVIT_KERNELS_BACKEND), or change the call."
             )
         return requested
-    for backend in PREFERENCE.get(call.device_type, ("reference",)):
-        reasons = reasons_against(backend, call)
-        if not reasons:
-            return backend
-        if not torch.compiler.is_compiling():
+    served, against = _first(call)
+    if not torch.compiler.is_compiling():
+        for backend, reasons in against.items():
             for reason in reasons:
                 _log_once(f"{call.operator}: not on backend {backend!r}: {reason}")
-    return "reference"
+    return served
+
+
+def _first(call: Call) -> tuple[str, dict[str, list[str]]]:
+    """The backend of the automatic choice, and the reasons against each that comes before it."""
+    against: dict[str, list[str]] = {}
+    for backend in preference.order(call):
+        reasons = reasons_against(backend, call) + preference.excluded(backend, call)
+        if not reasons:
+            return backend, against
+        against[backend] = reasons
+    return "reference", against
 
 
 def _describe(call: Call) -> str:

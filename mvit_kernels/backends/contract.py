@@ -109,13 +109,14 @@ class Backend(ABC):
         """
         return raw(name, self.name)(*arguments)
 
-    def plan_stack(self, stack: Call, attention: Call, dropout: bool) -> StackPlan | None:
+    def plan_stack(self, stack: Call, attention: Call, dropout: bool, alone: bool) -> StackPlan | None:
         """How it wants a stack of layers divided; None if it serves no part of it.
 
         Args:
             stack: the call of ``transformer`` for the whole stack.
             attention: the call of ``patch_attention`` in one of its layers.
             dropout: whether dropout or drop-path is live, which ``transformer`` does not have.
+            alone: whether no other backend's kernels would serve the pieces: it was asked for by name, or they cannot.
         """
         if not dropout and not self.reasons_against(stack):
             return StackPlan.WHOLE

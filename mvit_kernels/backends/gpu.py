@@ -27,6 +27,14 @@ def no_gpu() -> str:
     return ""
 
 
+def capabilities() -> tuple[tuple[int, int], ...]:
+    """The compute capabilities of the GPUs here, each once; none without a GPU."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return ()
+    found = (torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    return tuple(dict.fromkeys(found))
+
+
 class Limits(NamedTuple):
     """What launches are planned for: the smallest values among the GPUs here."""
 

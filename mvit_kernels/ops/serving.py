@@ -20,6 +20,8 @@ from .transformer import stack_call
 from .transformer_layer import layer_call
 
 PATCHES = 8  # a side of the map that is asked about: a stage's usual 16 to 256 tokens a sequence are served alike
+# Of such maps. On a GPU a few are served operator by operator, and many in one launch (`backends.preference.STACKS`).
+IMAGES = {"cuda": (1, 256)}
 
 
 def transformer_serving(
@@ -34,7 +36,7 @@ def transformer_serving(
     training: bool,
     backend: str | None = None,
 ) -> Serving:
-    """The backends that serve a stack of layers on a map of 8 × 8 patches, in inference and then in training.
+    """The backends that serve a stack of layers on maps of 8 × 8 patches, in inference and then in training.
 
     Args:
         width: channels of a row.
@@ -49,12 +51,13 @@ def transformer_serving(
     """
     dtype = checks.autocast_dtype_on(device.type, dtype) or dtype
     (ph, pw), rows = patch_size, functools.partial(torch.empty, dtype=dtype, device="meta")
-    x = rows(1, PATCHES * ph, PATCHES * pw, width)
+    maps = [rows(images, PATCHES * ph, PATCHES * pw, width) for images in IMAGES.get(device.type, (1,))]
     layers = [_layer(rows, width, *each) for each in widths]
     norm = (rows(width), rows(width)) if final_norm else None
     calls = [
         call
         for needs_grad in ((False, True) if training else (False,))
+        for x in maps
         for call in _calls(x, layers, norm, num_heads, patch_size, device.type, needs_grad, backend)
     ]
     return backends.explain(calls, backend)

@@ -57,7 +57,7 @@ def test_the_cpu_serves_every_dtype(dtype):
 @pytest.mark.parametrize(
     ("dtype", "inference", "training"),
     [
-        (torch.bfloat16, ("cuda",), ("cuda", "triton")),  # the kernels of CUDA C++ for a whole stack have no gradient
+        (torch.bfloat16, ("triton", "cuda"), ("triton", "cuda")),  # single operators of few images, and one launch
         (torch.float32, ("triton",), ("triton",)),
         (torch.float64, ("reference",), ("reference",)),
     ],
@@ -71,6 +71,9 @@ def test_a_gpu(monkeypatch, dtype, inference, training):
     told = serving(**gpu, training=True)
     assert told.backends == training
     assert any("float64" in reason for reason in told.reasons) == bool(told.reasons) == (dtype == torch.float64)
+    monkeypatch.setattr("mvit_kernels.ops.serving.IMAGES", {"cuda": (256,)})
+    many = ("cuda",) if dtype == torch.bfloat16 else inference  # in one launch, which has no gradient
+    assert serving(**gpu, training=False).backends == many
 
 
 def test_autocast_decides_the_dtype():

@@ -21,9 +21,7 @@ def test_the_oldest_torch_is_the_same_everywhere():
 
 def test_the_sources_use_only_what_it_has():
     newer = {name: files for name, files in used().items() if name not in HAS}
-    assert not newer, (
-        f"torch {OLDEST} is not known to have this; `make test-oldest` tells whether it has, and writes {LIST.name}: {newer}"
-    )
+    assert not newer, f"not known to be in torch {OLDEST}; `make test-oldest` tells, and writes {LIST.name}: {newer}"
 
 
 def test_the_list_has_nothing_else():

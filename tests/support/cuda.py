@@ -29,7 +29,8 @@ def run(
 
 @contextlib.contextmanager
 def serving_cpu_tensors(monkeypatch) -> Iterator[list[tuple]]:
-    """Inside, the CUDA backend is the first choice for CPU tensors; gives the shape and plan of each launch."""
+    """Inside, the CUDA backend is the first choice for CPU tensors, and takes every stack in one launch that it can,
+    whether or not that would pay on a GPU; gives the shape and plan of each launch."""
     load_operators("transformer")
     launches = []
 
@@ -40,6 +41,7 @@ def serving_cpu_tensors(monkeypatch) -> Iterator[list[tuple]]:
     plan_of = transformer.plan_of
     monkeypatch.setattr(transformer, "plan_of", plan)
     monkeypatch.setattr(cuda.BACKEND, "unavailable", lambda device_type: [])
+    monkeypatch.setattr(cuda, "one_launch_pays", lambda *sizes, alone: True)
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("cuda", "reference"))
     monkeypatch.setattr(backends, "_choices", {})
     library = torch.library.Library("mvit_kernels", "FRAGMENT")

@@ -14,8 +14,9 @@ import importlib
 from .. import gpu
 from ..contract import Backend, Call, StackPlan
 from ..library import flatten, load, loaded_paths
+from ..preference import one_launch_pays
 from .operators import DTYPES, HEADS, SUPPORTS
-from .plans import is_compiled, one_launch_pays
+from .plans import is_compiled
 
 
 class CudaBackend(Backend):
@@ -33,12 +34,13 @@ class CudaBackend(Backend):
         why = gpu.no_gpu() or _load()
         return [why] if why else []
 
-    def plan_stack(self, stack: Call, attention: Call, dropout: bool) -> StackPlan | None:
+    def plan_stack(self, stack: Call, attention: Call, dropout: bool, alone: bool) -> StackPlan | None:
         whole = not dropout and not self.reasons_against(stack)
-        if whole and _one_launch_pays(stack):
+        if whole and _one_launch_pays(stack, alone):
             return StackPlan.WHOLE
         if not self.reasons_against(attention):
-            # Inference runs single operators. In training, a fused layer of another backend keeps fewer activations.
+            # Inference runs single operators, each on the backend that has it fastest. In training, a fused layer of
+            # another backend keeps fewer activations.
             return StackPlan.LAYERS if stack.needs_grad else StackPlan.OPERATORS
         return StackPlan.WHOLE if whole else None
 
@@ -51,11 +53,12 @@ class CudaBackend(Backend):
             packed_weights(flatten(layers, zeros=False), final_norm, num_heads, dtype)
 
 
-def _one_launch_pays(stack: Call) -> bool:
-    """Whether a stack is faster in one launch than operator by operator, both in CUDA C++."""
+def _one_launch_pays(stack: Call, alone: bool) -> bool:
+    """Whether a stack is faster in one launch than operator by operator."""
     images, height, width, _ = stack.shape
     ph, pw = stack.fact("patch_size")
-    return one_launch_pays(height // ph * (width // pw), images * ph * pw, gpu.limits().multiprocessors)
+    tokens, sequences = height // ph * (width // pw), images * ph * pw
+    return one_launch_pays(tokens, sequences, gpu.limits().multiprocessors, alone=alone)
 
 
 @functools.cache

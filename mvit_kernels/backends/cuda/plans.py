@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How launches are cut, and when one launch is used for a stack: literal tables, and what follows from shape and GPU.
+"""How launches are cut: literal tables, and what follows from shape and GPU.
 
-The numbers come from arithmetic (instruction counts, shared memory, bytes). An H200 has been used since; what it
-confirms and contradicts is in docs/kernels/measured.md.
+The numbers come from arithmetic (instruction counts, shared memory, bytes). Whether one launch is used for a stack at
+all is decided by measurements: `mvit_kernels.backends.preference`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,6 @@ MOST_WARPS = 8  # in a block, at up to 255 registers a thread
 # Warps of 32 rows read weights from shared memory half as often as warps of 16, and up to this width registers suffice.
 WIDEST_FOR_32_ROWS = 192
 HIDDEN_CHUNK = 32
-
-# (most tokens of a sequence, sequences per multiprocessor from which one launch beats one operator at a time). A block
-# has a multiprocessor to itself: on Hopper two layers of 256 tokens of width 144 take some 110 µs, for 1 image as for
-# 33, where eight launches take 35 µs for one image and 2.6 µs for each more. Shorter sequences take less time than the
-# launches. That is arithmetic. An H200 confirms it at batch 256; at batch 1 one launch loses, which the first row's 0.0
-# does not expect (docs/kernels/measured.md).
-ONE_LAUNCH_FROM = ((32, 0.0), (128, 0.1), (256, 0.5))
 
 
 class Layout:
@@ -107,14 +100,3 @@ def plan_transformer(
         )
     # Not so many sequences a block that multiprocessors are left idle.
     return TransformerPlan(tiles, max(1, min(most, -(-sequences // processors))))
-
-
-def one_launch_pays(tokens: int, sequences: int, processors: int) -> bool:
-    """Whether a stack is faster in one launch than operator by operator (`ONE_LAUNCH_FROM`).
-
-    Args:
-        tokens: of a sequence.
-        sequences: of the call.
-        processors: multiprocessors of the GPU.
-    """
-    return any(tokens <= most and sequences >= least * processors for most, least in ONE_LAUNCH_FROM)

@@ -70,7 +70,7 @@ class ReferenceBackend(Backend):
     def reasons_against(self, call: Call) -> list[str]:
         return []
 
-    def plan_stack(self, stack: Call, attention: Call, dropout: bool) -> StackPlan:
+    def plan_stack(self, stack: Call, attention: Call, dropout: bool, alone: bool) -> StackPlan:
         # No strides describe a patch-position sequence to PyTorch's attention: every layer would need a gather.
         return StackPlan.SEQUENCES
 

@@ -209,11 +209,6 @@ def test_every_plan_is_a_launch(d, shared):
                 assert plan.sequences_of_a_block == 1 or (plan.sequences_of_a_block - 1) * 132 < many
 
 
-def test_one_launch_where_it_pays():
-    assert not plans.one_launch_pays(256, 4, 132) and plans.one_launch_pays(256, 132, 132)
-    assert plans.one_launch_pays(16, 4, 132) and not plans.one_launch_pays(257, 10_000, 132)
-
-
 # ----------------------------------------------------------------------------------------------- the backend as a whole
 
 
