@@ -100,6 +100,18 @@ struct TransformerMap {
   int64_t image, row, column;
 };
 
+// w / n, rounded down, for 0 ≤ w < kMostWarps and 0 < n ≤ kMostWarps: the host divides, once a launch, and the kernel
+// multiplies, where a division would be some twenty instructions in every head of every layer.
+constexpr int inverse_of(int n) { return (64 + n - 1) / n; }
+constexpr int divide(int w, int inverse) { return w * inverse >> 6; }
+constexpr bool divides_rightly() {
+  for (int n = 1; n <= kMostWarps; ++n)
+    for (int w = 0; w < kMostWarps; ++w)
+      if (divide(w, inverse_of(n)) != w / n) return false;
+  return true;
+}
+static_assert(divides_rightly());
+
 struct TransformerArgs {
   TransformerMap in, out;  // both aligned to 16 bytes
   const unsigned char* weights;
@@ -108,12 +120,19 @@ struct TransformerArgs {
   int patch_columns;              // patches per row of the map
   int tokens;                     // per sequence: patches per image
   int padded_tokens;              // rounded up to the rows of a warp
+  int warps_of_a_sequence;        // 1 to kMostWarps
+  int inverse_warps;              // inverse_of(warps_of_a_sequence)
   int sequences_of_a_block;
   int layers;
   int hidden_chunks;
   int warps;
   bool final_norm;
   float eps;
+
+  // The first warp of the sequence that `warp` works on.
+  constexpr int first_warp_of_a_sequence(int warp) const {
+    return divide(warp, inverse_warps) * warps_of_a_sequence;
+  }
 
   unsigned blocks() const {
     return static_cast<unsigned>((sequences + sequences_of_a_block - 1) / sequences_of_a_block);
@@ -139,6 +158,8 @@ inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t ima
   args.patch_columns = static_cast<int>(width / patch_width);
   args.tokens = static_cast<int>(tokens);
   args.padded_tokens = static_cast<int>(padded);
+  args.warps_of_a_sequence = static_cast<int>(padded / rows);
+  args.inverse_warps = inverse_of(args.warps_of_a_sequence);
   args.sequences_of_a_block = static_cast<int>(plan.sequences_of_a_block);
   args.layers = static_cast<int>(layers);
   args.hidden_chunks = static_cast<int>((hidden + kHiddenChunk - 1) / kHiddenChunk);

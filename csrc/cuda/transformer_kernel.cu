@@ -58,18 +58,20 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
   static constexpr int HEAD = layout.head() / 8;  // tiles of 8 columns per head
   // Tiles of hidden units computed at once: at width 192 the registers suffice for only two.
   static constexpr int UNITS = M == 2 && TILES > 9 ? 2 : 4;
+  // Tiles of x in a turn of fc1's loop. At width 192 with four, two accumulators are spilled in every chunk (sm_90).
+  static constexpr int FC1_GROUP = UNITS == 2 ? 6 : group_of(TILES);
 
   Ring<layout.slot()> ring;
 
   // ------------------------------------------------------------------------------------------------ products with x
 
   // d += x · W' over COUNT tiles of x, starting at `first`: N tiles of eight columns, out of STEP in the weights.
-  template <int COUNT, int STEP, int N>
+  template <int COUNT, int STEP, int GROUP = group_of(COUNT), int N>
   MVIT_DEVICE void multiply_rows(float (&d)[M][N][4], int first, Shared weights) const {
     MVIT_ROLLED
-    for (int group = 0; group < COUNT; group += group_of(COUNT))
+    for (int group = 0; group < COUNT; group += GROUP)
       MVIT_UNROLL
-      for (int k = group; k < group + group_of(COUNT); ++k) {
+      for (int k = group; k < group + GROUP; ++k) {
         uint32_t a[M][4], b[N][2];
         MVIT_UNROLL
         for (int m = 0; m < M; ++m) {
@@ -165,7 +167,7 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
     constexpr float slack = 8;
     const int lane = lane_index();
     // The first tile of this warp's sequence.
-    Shared tiles = tiles_from(warp_index() * ROWS / args.padded_tokens * args.padded_tokens / 16);
+    Shared tiles = tiles_from(args.first_warp_of_a_sequence(warp_index()) * M);
     float o[M][HEAD][4] = {}, reference[M][2] = {}, sum[M][2] = {};
     MVIT_ROLLED
     for (int step = 0; step < args.tokens; step += ROWS, tiles += M * layout.tile_bytes()) {
@@ -359,9 +361,10 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
     const int bytes_of_next = layer + 1 < args.layers ? layout.head_chunk() : 0;
     statistics();
     float y[M][2 * TILES][4];
+    const float* const fc2_bias = vector(layer);
     MVIT_UNROLL
     for (int n = 0; n < 2 * TILES; ++n) {
-      const Floats2 two = vector_part(vector(layer), n / 2, n % 2);
+      const Floats2 two = vector_part(fc2_bias, n / 2, n % 2);
       MVIT_UNROLL
       for (int m = 0; m < M; ++m) y[m][n][0] = y[m][n][2] = two.x, y[m][n][1] = y[m][n][3] = two.y;
     }
@@ -373,7 +376,7 @@ struct Transformer : TransformerRows<T, WIDTH, HEAD_DIM, M> {
       MVIT_UNROLL
       for (int first = 0; first < 4; first += UNITS) {
         float u[M][UNITS][4] = {};
-        multiply_rows<TILES, 4>(u, 0, fc1 + first * kFragmentBytes);
+        multiply_rows<TILES, 4, FC1_GROUP>(u, 0, fc1 + first * kFragmentBytes);
         normalise(u, fc2 + (TILES * 4 * kFragmentBytes + first * 64));
         MVIT_UNROLL
         for (int m = 0; m < M; ++m)

@@ -91,17 +91,19 @@ struct TransformerRows {
 
   MVIT_DEVICE void write_rows() const {
     if (args.final_norm) statistics();
+    const float* const weight = vector(args.layers);
+    const float* const bias = vector(args.layers + 1);
     MVIT_UNROLL
     for (int m = 0; m < M; ++m) {
       char* const to[2] = {find_row(m, 0, args.out), find_row(m, 1, args.out)};
       MVIT_ROLLED
-      for (int pair = 0; pair < TILES / 2; ++pair) write_part<2>(m, 2 * pair, to);
-      if constexpr (TILES % 2 == 1) write_part<1>(m, TILES - 1, to);
+      for (int pair = 0; pair < TILES / 2; ++pair) write_part<2>(m, 2 * pair, to, weight, bias);
+      if constexpr (TILES % 2 == 1) write_part<1>(m, TILES - 1, to, weight, bias);
     }
   }
 
   template <int COUNT>
-  MVIT_DEVICE void write_part(int m, int tile, char* const (&to)[2]) const {
+  MVIT_DEVICE void write_part(int m, int tile, char* const (&to)[2], const float* weight, const float* bias) const {
     const auto left = load_shared<Words4>(row_tile(m, tile));
     Words4 right{};
     if constexpr (COUNT == 2) right = load_shared<Words4>(row_tile(m, tile + 1));
@@ -109,13 +111,12 @@ struct TransformerRows {
     if (args.final_norm)
       MVIT_UNROLL
       for (int i = 0; i < 2 * COUNT; ++i) {
-        const Floats2 weight = vector_part(vector(args.layers), tile, i);
-        const Floats2 bias = vector_part(vector(args.layers + 1), tile, i);
+        const Floats2 scale = vector_part(weight, tile, i), shift = vector_part(bias, tile, i);
         MVIT_UNROLL
         for (int half = 0; half < 2; ++half) {
           const auto norm = load_shared<Floats2>(norm_of(m, half));
-          y[half][i] = pack<T>((unpack_low<T>(y[half][i]) - norm.x) * norm.y * weight.x + bias.x,
-                               (unpack_high<T>(y[half][i]) - norm.x) * norm.y * weight.y + bias.y);
+          y[half][i] = pack<T>((unpack_low<T>(y[half][i]) - norm.x) * norm.y * scale.x + shift.x,
+                               (unpack_high<T>(y[half][i]) - norm.x) * norm.y * scale.y + shift.y);
         }
       }
     MVIT_UNROLL
@@ -130,9 +131,12 @@ struct TransformerRows {
   }
 
   // The float32 vectors after the layers' matrices: fc2's bias per layer, then weight and bias of the final LayerNorm.
+  //
+  // Of the layout only constants: kv_parts() and proj_parts() find their divisors by loops, which would run on the GPU
+  // wherever one of the arguments is known at run time only. On an H200 they took a third to a half of the kernel.
   MVIT_DEVICE const float* vector(int index) const {
-    constexpr TransformerLayout sizes = layout;  // the static member has no definition in device code
-    const unsigned char* vectors = args.weights + args.layers * sizes.layer_bytes(args.hidden_chunks);
+    constexpr int64_t attention_bytes = layout.layer_bytes(0), mlp_bytes = layout.mlp_chunk();
+    const unsigned char* vectors = args.weights + args.layers * (attention_bytes + args.hidden_chunks * mlp_bytes);
     return reinterpret_cast<const float*>(vectors) + index * layout.padded();
   }
 

@@ -5,8 +5,8 @@ Example:
     $ python -m gates.cuda_gate          # compiles all, and writes tests/data/cuda_gate.csv (minutes)
     $ python -m gates.cuda_gate --arch 90 --only transformer --dry
 
-A row has registers a thread, bytes of stack (where spills go), static shared memory, and how many tensor-core
-instructions the listing has.
+A row has registers a thread, bytes of stack (where spills go), static shared memory, how many tensor-core instructions
+the listing has, and how many integer divisions and accesses to the stack its loops have.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gates import table
+from gates import sass, table
 from support import ROOT
 from support.cuda_sources import Source, cuda_sources
 
 TABLE = ROOT / "tests" / "data" / "cuda_gate.csv"
 BUILT = ROOT / "build" / "cuda_gate"
 ARCHITECTURES = (80, 90, 100, 120)
-COLUMNS = ("kernel", "arch", "registers", "stack", "shared", "mma", "nvcc")
+COLUMNS = ("kernel", "arch", "registers", "stack", "shared", "mma", "divisions", "spilled", "nvcc")
 FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr"
 
 
@@ -60,26 +60,25 @@ def usage(file: Path, arch: int) -> dict[str, dict[str, int]]:
     return found
 
 
-def products(file: Path, arch: int, symbol: str | None = None) -> dict[str, int]:
-    """Tensor-core instructions in the listing of each kernel, or of one."""
+def listed(file: Path, arch: int, symbol: str | None = None) -> dict[str, dict[str, int]]:
+    """Of each kernel's listing, or of one's: tensor-core instructions, and what its loops should not have."""
     command = [tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", *(["-fun", symbol] if symbol else []), str(file)]
-    found: dict[str, int] = {}
-    name = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for line in process.stdout:
-            if "Function :" in line:
-                name = line.split()[-1]
-                found[name] = 0
-            elif "HMMA" in line:
-                found[name] += 1
-    return found
+        return {
+            name: {
+                "mma": sum("HMMA" in each.name for each in code),
+                "divisions": sass.in_loops(code, lambda each: each.divides),
+                "spilled": sass.in_loops(code, lambda each: each.spills),
+            }
+            for name, code in sass.functions(process.stdout)
+        }
 
 
 def rows(file: Path, arch: int, nvcc: str) -> list[dict[str, object]]:
     """The table's rows of a library or cubin."""
-    used, counted = usage(file, arch), products(file, arch)
+    used, counted = usage(file, arch), listed(file, arch)
     return [
-        {"kernel": name, "arch": arch, **used[symbol], "mma": counted[symbol], "nvcc": nvcc}
+        {"kernel": name, "arch": arch, **used[symbol], **counted[symbol], "nvcc": nvcc}
         for symbol, name in zip(used, readable(list(used)), strict=True)
     ]
 
