@@ -164,11 +164,14 @@ def watching(target: int | None = None) -> Iterator[list[Launch]]:
 def kind_of(dtype: torch.dtype) -> str:
     """The kind of tiles for a dtype: "half"; for float32 "tf32" if PyTorch's precision setting allows it, else "ieee".
 
+    PyTorch has two settings, `torch.set_float32_matmul_precision` and `torch.backends…fp32_precision`. The latter tells
+    what either asks for; the former's getter raises once the latter was set.
+
     Raises:
         TypeError: there are no kernels for the dtype.
     """
     if dtype == torch.float32:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     if dtype not in DTYPES:
         raise TypeError(f"mvit_kernels: {dtype} has no Triton kernels; float32, bfloat16 and float16 have")
     return "half"

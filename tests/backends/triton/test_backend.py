@@ -263,6 +263,42 @@ def test_kinds_of_calls_share_no_plan():
     assert "ieee" in others[2].constants and "tf32" in others[3].constants
 
 
+@pytest.fixture
+def default_precision():
+    yield
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    "legacy, everywhere, of_products, kind",
+    [
+        (None, None, None, "ieee"),
+        ("high", None, None, "tf32"),
+        ("medium", None, None, "tf32"),
+        ("highest", None, None, "ieee"),
+        (None, None, "tf32", "tf32"),  # since here PyTorch's older getter raises
+        (None, None, "ieee", "ieee"),
+        (None, "tf32", None, "tf32"),
+        (None, "tf32", "ieee", "ieee"),
+        ("high", None, "ieee", "ieee"),
+        ("highest", "tf32", "tf32", "tf32"),
+    ],
+)
+def test_float32_follows_both_settings_of_pytorch(default_precision, legacy, everywhere, of_products, kind):
+    """Whichever was used, and both in one program: the last that concerns products counts, and nothing raises."""
+    kind_of = pytest.importorskip("mvit_kernels.backends.triton._launch", reason="Triton is not installed").kind_of
+    if legacy is not None:
+        torch.set_float32_matmul_precision(legacy)
+    if everywhere is not None:
+        torch.backends.fp32_precision = everywhere
+    if of_products is not None:
+        torch.backends.cuda.matmul.fp32_precision = of_products
+    assert kind_of(torch.float32) == kind
+    assert kind_of(torch.bfloat16) == kind_of(torch.float16) == "half"
+
+
 # ------------------------------------------------------------------------------------------------------ the interpreter
 
 
