@@ -217,6 +217,32 @@ def test_tag(tag: str, changelog: str, told: str, tmp_path: Path, monkeypatch: p
         check_tag.main()
 
 
+@pytest.mark.parametrize(
+    "codes, expected",
+    [
+        ("sm_80 sm_90 sm_100 sm_103 sm_120", "8.0;9.0+PTX;10.0;12.0"),
+        ("sm_80 sm_90 sm_100", "8.0;9.0+PTX;10.0"),
+        ("sm_80 sm_90", None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("by", ["CUDA_HOME", "PATH"])
+def test_wheels_have_code_for_the_gpus_that_nvcc_knows(tmp_path: Path, monkeypatch, codes, expected, by) -> None:
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(wheel, "NVCC", "/nowhere/nvcc")
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv(by, str(tmp_path if by == "CUDA_HOME" else tmp_path / "bin"))
+    if codes:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.write_text(f"#!/bin/sh\n[ $1 = --list-gpu-code ] && echo {codes}\n")
+        nvcc.chmod(0o755)
+    found = wheel.cuda_architectures()
+    assert found == ({} if expected is None else {"TORCH_CUDA_ARCH_LIST": expected})
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert wheel.cuda_architectures() == {}
+
+
 # -- The libraries -----------------------------------------------------------------------------------------------------
 
 
