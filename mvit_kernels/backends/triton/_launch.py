@@ -32,12 +32,17 @@ FP_FUSION = True
 
 
 class Launch(NamedTuple):
-    """What `watching` records of a launch."""
+    """A launch that is prepared, or that `watching` recorded."""
 
     plan: Plan
     grid: tuple[int, ...]
     tensors: tuple[Tensor | None, ...]
     scalars: tuple[int | float, ...]
+
+    def run(self) -> None:
+        """Launch it, on the current stream of the tensors' device; nothing where there is nothing to compute."""
+        if 0 not in self.grid:
+            self.plan(self.grid, self.tensors, self.scalars)
 
 
 _watcher: list[Launch] | None = None

@@ -302,7 +302,10 @@ def test_float32_follows_both_settings_of_pytorch(default_precision, legacy, eve
 # ------------------------------------------------------------------------------------------------------ the interpreter
 
 
-@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_sums.py", "interpreted_bounds.py"])
+INTERPRETED = ("interpreted.py", "interpreted_sums.py", "interpreted_bounds.py", "interpreted_convolutions.py")
+
+
+@pytest.mark.parametrize("file", INTERPRETED)
 def test_in_the_interpreter(file):
     """Each in a process of its own."""
     pytest.importorskip("triton", reason="Triton is not installed")
