@@ -92,7 +92,7 @@ test-interpreted: setup
 		tests/gates/interpreted_convolutions.py \
 		tests/ops/test_equal_rows.py tests/ops/test_leaves.py tests/ops/test_linear_residual.py tests/ops/test_layer_norm_linear.py \
 		tests/ops/test_layer_norm_mlp.py tests/ops/test_patch_attention.py tests/ops/test_layer_norm.py \
-		tests/ops/test_transformer_layer.py tests/backends/test_gpu.py -k "triton or interpreted or gpu" $(PYTEST_ARGS)
+		tests/ops/test_transformer_layer.py tests/ops/test_inverted_residual.py tests/backends/test_gpu.py -k "triton or interpreted or gpu" $(PYTEST_ARGS)
 
 test-emulated: setup
 	@MVIT_KERNELS_EMULATED=1 $(PY) -m pytest -q tests/ops/test_linear_residual.py tests/ops/test_layer_norm_linear.py \

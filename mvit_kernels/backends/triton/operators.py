@@ -72,6 +72,17 @@ def _transformer_layer(call: Call) -> list[str]:
     return reasons
 
 
+def _inverted_residual(call: Call) -> list[str]:
+    reasons = _dtype(call) + _features(call, "hidden_features") + _features(call, "out_features")
+    if not call.fact("dense_rows"):
+        reasons.append("the channels of x are not adjacent in memory; call .contiguous() first")
+    if call.shape[0] * call.shape[1] * call.shape[2] > MAX_ROWS:
+        reasons.append(f"x has more than {MAX_ROWS} pixels; split the batch")
+    if call.shape[-1] == 0:
+        reasons.append("x has no channels; at least 1 is wanted")
+    return reasons
+
+
 SUPPORTS: dict[str, Predicate] = {
     "layer_norm": _norm_rows,
     "layer_norm_linear": _layer_norm_linear,
@@ -79,4 +90,5 @@ SUPPORTS: dict[str, Predicate] = {
     "linear_residual": _linear_residual,
     "layer_norm_mlp": _layer_norm_mlp,
     "transformer_layer": _transformer_layer,
+    "inverted_residual": _inverted_residual,
 }

@@ -27,6 +27,9 @@ FACTS = {
     "transformer_layer": dict(
         num_heads=2, head_dim=12, hidden_features=48, patch_size=(2, 2), contiguous=True, inner_dropout=False
     ),
+    "inverted_residual": dict(
+        hidden_features=48, out_features=24, stride=1, dilation=1, residual=True, dense_rows=True
+    ),
 }
 
 
@@ -61,6 +64,10 @@ REFUSED = [
     ("transformer_layer", dict(shape=(1, 4, 4, 513)), "rows of 513 are too wide"),
     ("transformer_layer", dict(contiguous=False), "x is not contiguous"),
     ("transformer_layer", dict(head_dim=257), "heads of 257 are too wide"),
+    ("inverted_residual", dict(dense_rows=False), "channels of x are not adjacent"),
+    ("inverted_residual", dict(hidden_features=0), "hidden_features is 0; at least 1"),
+    ("inverted_residual", dict(shape=(2**15, 256, 256, 24)), "more than 2147483647 pixels; split the batch"),
+    ("inverted_residual", dict(shape=(1, 2, 2, 0)), "x has no channels"),
     ("transformer_layer", dict(inner_dropout=True), "dropout on attention weights or after SiLU is active"),
 ]
 
