@@ -197,17 +197,30 @@ def _filter(weight, k, columns, inside, N, WN: tl.constexpr, CHECK_K: tl.constex
         return tl.load(pointers)
 
 
-# By kind: (pixels, most columns, most channels a step, warps, stages), from the largest tiles down. The first row that
-# gives every SM a program is taken, else the last: a map of 8 × 8 of one image is one tile of 64 pixels.
+# By kind, for 1×1 and for larger filters: (pixels, most columns, most channels a step, what a step costs, warps,
+# stages), from the largest tiles down. The first row that gives every SM a program is taken, else the last: a map of
+# 8 × 8 of one image is four tiles of 16 pixels. A step's barriers cost about as much as 16 more channels; with few
+# programs nothing hides them, and long steps are better even where they are padded.
+# 1×1 convolutions are bound by memory: tiles of 64 pixels, of which five are under way on an SM. In larger filters a
+# tile's weights are up to 900 KB, read from the second cache, and serve 128 pixels.
 _TILES = {
-    "half": (
-        (128, 160, 64, 8, 3),
-        (64, 64, 64, 4, 3),
-        (32, 32, 128, 4, 3),
-        (16, 32, 128, 2, 3),
+    ("half", False): (
+        (64, 160, 64, 16, 4, 3),
+        (64, 64, 64, 16, 4, 3),
+        (32, 32, 128, 64, 4, 4),
+        (16, 32, 128, 64, 2, 4),
     ),
-    "tf32": ((64, 64, 32, 4, 3), (32, 32, 32, 4, 3), (16, 16, 32, 2, 3)),
-    "ieee": ((32, 32, 16, 4, 2), (16, 16, 16, 2, 2)),  # FFMA: all operands of a tile go through registers
+    ("half", True): (
+        (128, 160, 64, 16, 8, 3),
+        (64, 64, 64, 16, 4, 4),
+        (32, 32, 128, 64, 4, 4),
+        (16, 32, 128, 64, 2, 4),
+    ),
+    ("tf32", False): ((64, 64, 32, 16, 4, 3), (32, 32, 32, 16, 4, 3), (16, 16, 64, 64, 2, 3)),
+    ("tf32", True): ((64, 64, 32, 16, 4, 3), (32, 32, 32, 16, 4, 3), (16, 16, 64, 64, 2, 3)),
+    # FFMA: all operands of a tile go through registers; sums are of steps, and longer ones would be less exact
+    ("ieee", False): ((32, 32, 16, 16, 4, 2), (16, 16, 16, 16, 2, 2)),
+    ("ieee", True): ((32, 32, 16, 16, 4, 2), (16, 16, 16, 16, 2, 2)),
 }
 _PROGRAMS = 132  # the SMs of an H100 or H200; an A100 has 108
 _STEM_TAPS = 64  # at most so many columns, of which fewer than half are padding, are loaded element by element
@@ -234,33 +247,35 @@ def columns_of(N: int, most: int) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=4096)
-def step_of(C: int, most: int) -> int:
-    """Channels a step: a step's barrier costs about as much as 16 channels.
+def step_of(C: int, most: int, cost: int) -> int:
+    """Channels a step, a power of two from 16 to `most`: the fewest computed, padding and `cost` for each step
+    included.
 
     Example:
-        >>> step_of(144, 64), step_of(80, 64), step_of(64, 64), step_of(24, 64)
-        (64, 32, 64, 32)
+        >>> step_of(144, 64, 16), step_of(80, 64, 16), step_of(64, 64, 16), step_of(320, 128, 64)
+        (32, 32, 64, 128)
     """
     sizes = [size for size in (16, 32, 64, 128) if size <= most]
-    return max(sizes, key=lambda size: (-ceil_div(C, size) * (size + 16), size))
+    return min(sizes, key=lambda size: (ceil_div(C, size) * (size + cost), size))
 
 
-def tile_of(kind: str, pixels: int, N: int) -> tuple[int, int, int, int, int, int, int]:
-    """(pixels, most channels a step, first part, second part, tiles of columns, warps, stages) for this many pixels
-    and output channels."""
-    for row in _TILES[kind]:
-        BM, most = row[:2]
+def tile_of(kind: str, kernel: int, pixels: int, C: int, N: int) -> tuple[int, int, int, int, int, int, int]:
+    """(pixels, channels a step, first part and second part of columns, tiles of columns, warps, stages) for this many
+    pixels, and C channels in and N out."""
+    for BM, most, step, cost, warps, stages in _TILES[kind, kernel > 1]:
         N0, N1, tiles = columns_of(N, most)
+        tile = BM, step_of(C, step, cost), N0, N1, tiles, warps, stages
         if ceil_div(pixels, BM) * tiles >= _PROGRAMS:
             break
-    return BM, row[2], N0, N1, tiles, *row[3:]
+    return tile
 
 
 @lru_cache(maxsize=4096)
 def _plan(key, arch, kind, tile, geometry, activation):
-    BM, step, N0, N1, tiles, warps, stages = tile
+    BM, BK, N0, N1, tiles, warps, stages = tile
     C, stem, kernel = geometry[0], geometry[-1], geometry[2]
-    BK = next_power_of_2(max(kernel * kernel * C, 16)) if stem else step_of(C, step)
+    if stem:
+        BK = next_power_of_2(max(kernel * kernel * C, 16))
     constants = (*geometry, BM, BK, N0, N1, tiles, "ieee" if kind == "ieee" else "tf32", activation)
     return Plan(_convolution, constants, num_warps=warps, num_stages=stages)
 
@@ -326,7 +341,7 @@ def launch(
         check_map(NAME, "residual", residual)
 
     kind, pixels = kind_of(weight.dtype), B * shape[1] * shape[2]
-    tile = tile_of(kind, pixels, N)
+    tile = tile_of(kind, kernel, pixels, C, N)
     is_flat = kernel == 1 and stride == 1 and not stem and flat(x, out, residual)
     vector = vector_of(None if stem else x, residual, out)
     wide = is_wide(tile[0], x, out, residual)

@@ -116,9 +116,9 @@ def _plan(key, arch, geometry, rows, groups, warps, activation):
 
 
 def packed(weight: Tensor) -> Tensor:
-    """The weight (C, 1, 3, 3) with the channels of a tap adjacent in memory, so that 16 bytes of it can be loaded at
-    once."""
-    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    """The weight (C, 1, 3, 3) in float32 with the channels of a tap adjacent in memory: 16 bytes of it can be loaded at
+    once, and it is not converted by every thread."""
+    return weight.float().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
 def launch(
@@ -140,7 +140,7 @@ def launch(
 
     Args:
         x: (B, H, W, C) float32, bfloat16 or float16, channels adjacent and other strides free.
-        weight: (C, 1, 3, 3) with any strides; those of `packed` are read fastest.
+        weight: (C, 1, 3, 3) of any dtype and strides; that of `packed` is read fastest.
         bias: (C,), of any dtype, or None.
         out: (B, ceil(H / stride), ceil(W / stride), C), channels adjacent; written.
         stride: of both axes, at least 1.
