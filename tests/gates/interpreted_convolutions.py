@@ -201,3 +201,55 @@ def test_resize(shape, size, dtype, view):
         for rows in (x, x.double())
     )
     assert_close_as_pytorch("resize", out, usual, truth)
+
+
+# --------------------------------------------------------------------------------------------------- what is not finite
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu", None])
+@pytest.mark.parametrize("kind", ["1×1", "3×3", "stem", "depthwise"])
+def test_what_is_not_finite_reaches_what_it_reaches_in_pytorch(kind, activation):
+    """NaN and infinities reach the pixels under whose filter they lie and no other: neither through padded channels,
+    nor from beside the map."""
+    channels = {"stem": 3, "depthwise": 24}.get(kind, 40)
+    out, module = (24, depthwise_convolution) if kind == "depthwise" else (20, convolution)
+    weight, bias = parameters(out, 1 if kind == "depthwise" else channels, 1 if kind == "1×1" else 3, "float32")
+    x, _ = draw(2, 6, 7, channels, dtype="float32", view="inner")
+    x[0, 0, 0, 1], x[0, 5, 6, 2], x[1, 3, 3, 0] = float("nan"), float("inf"), -float("inf")
+    y = torch.empty(2, 6, 7, out)
+    more = (None,) if module is convolution else ()
+    module.launch(x, module.packed(weight), bias, *more, y, activation=activation).run()
+    truth = convolved(x.double(), weight.double(), bias.double(), None, 1, 1, activation)
+    assert truth.isnan().any() and not truth.isnan().all()
+    assert torch.equal(y.isnan(), truth.isnan())
+    assert torch.equal(y.isinf(), truth.isinf()) and torch.equal(y[y.isinf()].double(), truth[y.isinf()])
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_silu_of_large_values():
+    values = torch.tensor([-1e30, -200.0, -89.0, -45.0, -44.0, -20.0, -1.0, 0.0, 1.0, 89.0, 1e30])
+    x = values.repeat_interleave(16).view(1, 1, -1, 16).clone()
+    y = torch.empty_like(x)
+    convolution.launch(x, convolution.packed(torch.eye(16)[:, :, None, None]), None, None, y, activation="silu").run()
+    torch.testing.assert_close(y.double(), F.silu(x.double()), rtol=1e-6, atol=1e-17)
+
+
+# ------------------------------------------------------------------------------------------------ offsets over 31 bits
+
+
+@pytest.mark.parametrize("case", [DENSE[4], DENSE[10], STEM[0]], ids=str)
+def test_convolution_with_wide_offsets(case, monkeypatch):
+    monkeypatch.setattr(convolution, "is_wide", lambda *given: True)
+    run_dense(case)
+
+
+@pytest.mark.parametrize("module", [depthwise_convolution, mean, resize], ids=lambda module: module.NAME)
+def test_others_with_wide_offsets(module, monkeypatch):
+    monkeypatch.setattr(module, "is_wide", lambda *given: True)
+    if module is depthwise_convolution:
+        test_depthwise_convolution(DEPTHWISE[1], 1, monkeypatch)
+    elif module is mean:
+        test_mean((3, 7, 5, 24), "float16", "channels")
+        test_mean((2, 9, 13, 17), "float32", "inner")
+    else:
+        test_resize((1, 8, 8, 40), (7, 5), "float16", "channels")

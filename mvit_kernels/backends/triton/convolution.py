@@ -134,15 +134,18 @@ def _convolution(
 
     sums = zero_parts(BM, N0, N1)
     if STEM:
+        # Taps × pixels, so that the threads of a warp are neighbouring pixels, which lie together in every layout, and
+        # a thread has one pixel and taps that are known when it is compiled: half of the instructions.
         TAPS: tl.constexpr = KERNEL * KERNEL * C
         k = tl.arange(0, BK)
         tap = k // C
         kh, kw = tap // KERNEL, tap % KERNEL
-        ih = top[:, None] + (kh * DILATION)[None, :]
-        iw = left[:, None] + (kw * DILATION)[None, :]
-        inside = (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W) & (kept[:, None] & (k < TAPS)[None, :])
+        ih = top[None, :] + (kh * DILATION)[:, None]
+        iw = left[None, :] + (kw * DILATION)[:, None]
+        inside = kept[None, :] & (k < TAPS)[:, None] & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         k_steps = kh * DILATION * XH + kw * DILATION * XW + (k - tap * C) * XC
-        a = tl.load(x + x_steps[:, None] + k_steps[None, :], mask=inside, other=0.0).to(weight.dtype.element_ty)
+        taps = tl.load(x + k_steps[:, None] + x_steps[None, :], mask=inside, other=0.0)
+        a = tl.trans(taps.to(weight.dtype.element_ty))
         w_steps = kh * WH + kw * WW + (k - tap * C)
         w = _filter(weight, w_steps, columns0, k < TAPS, N, WN, True, N % (N0 + N1) != 0)
         sums_new = (_rows.add_product(a, w, sums[0], PRECISION),)
@@ -206,23 +209,25 @@ def _filter(weight, k, columns, inside, N, WN: tl.constexpr, CHECK_K: tl.constex
 _TILES = {
     ("half", False): (
         (64, 160, 64, 16, 4, 3),
-        (64, 64, 64, 16, 4, 3),
+        (64, 80, 64, 16, 4, 3),
         (32, 32, 128, 64, 4, 4),
         (16, 32, 128, 64, 2, 4),
     ),
     ("half", True): (
         (128, 160, 64, 16, 8, 3),
-        (64, 64, 64, 16, 4, 4),
+        (64, 80, 64, 16, 4, 4),
         (32, 32, 128, 64, 4, 4),
         (16, 32, 128, 64, 2, 4),
     ),
-    ("tf32", False): ((64, 64, 32, 16, 4, 3), (32, 32, 32, 16, 4, 3), (16, 16, 64, 64, 2, 3)),
-    ("tf32", True): ((64, 64, 32, 16, 4, 3), (32, 32, 32, 16, 4, 3), (16, 16, 64, 64, 2, 3)),
+    ("tf32", False): ((64, 80, 32, 16, 4, 3), (32, 32, 32, 16, 4, 3), (16, 16, 64, 64, 2, 3)),
+    ("tf32", True): ((64, 80, 32, 16, 4, 3), (32, 32, 32, 16, 4, 3), (16, 16, 64, 64, 2, 3)),
     # FFMA: all operands of a tile go through registers; sums are of steps, and longer ones would be less exact
     ("ieee", False): ((32, 32, 16, 16, 4, 2), (16, 16, 16, 16, 2, 2)),
     ("ieee", True): ((32, 32, 16, 16, 4, 2), (16, 16, 16, 16, 2, 2)),
 }
 _PROGRAMS = 132  # the SMs of an H100 or H200; an A100 has 108
+# Of the stem, by kind: pixels (a thread has one), most columns, warps.
+_STEM_TILES = {"half": (128, 64, 4), "tf32": (128, 64, 4), "ieee": (32, 32, 1)}
 _STEM_TAPS = 64  # at most so many columns, of which fewer than half are padding, are loaded element by element
 
 
@@ -259,9 +264,14 @@ def step_of(C: int, most: int, cost: int) -> int:
     return min(sizes, key=lambda size: (ceil_div(C, size) * (size + cost), size))
 
 
-def tile_of(kind: str, kernel: int, pixels: int, C: int, N: int) -> tuple[int, int, int, int, int, int, int]:
+def tile_of(
+    kind: str, kernel: int, stem: bool, pixels: int, C: int, N: int
+) -> tuple[int, int, int, int, int, int, int]:
     """(pixels, channels a step, first part and second part of columns, tiles of columns, warps, stages) for this many
     pixels, and C channels in and N out."""
+    if stem:
+        BM, most, warps = _STEM_TILES[kind]
+        return BM, next_power_of_2(max(kernel * kernel * C, 16)), *columns_of(N, most), warps, 1
     for BM, most, step, cost, warps, stages in _TILES[kind, kernel > 1]:
         N0, N1, tiles = columns_of(N, most)
         tile = BM, step_of(C, step, cost), N0, N1, tiles, warps, stages
@@ -273,9 +283,6 @@ def tile_of(kind: str, kernel: int, pixels: int, C: int, N: int) -> tuple[int, i
 @lru_cache(maxsize=4096)
 def _plan(key, arch, kind, tile, geometry, activation):
     BM, BK, N0, N1, tiles, warps, stages = tile
-    C, stem, kernel = geometry[0], geometry[-1], geometry[2]
-    if stem:
-        BK = next_power_of_2(max(kernel * kernel * C, 16))
     constants = (*geometry, BM, BK, N0, N1, tiles, "ieee" if kind == "ieee" else "tf32", activation)
     return Plan(_convolution, constants, num_warps=warps, num_stages=stages)
 
@@ -319,6 +326,7 @@ def launch(
         ValueError: shapes do not fit, channels are not adjacent, or the activation is unknown.
         TypeError: there are no kernels for the dtype.
     """
+    check_map(NAME, "x", x, adjacent=False)
     N, C, kernel, width = weight.shape
     B, H, W, channels = x.shape
     stem = kernel * width * C <= _STEM_TAPS and C < 8 and (kernel > 1 or x.stride(3) != 1)
@@ -341,7 +349,7 @@ def launch(
         check_map(NAME, "residual", residual)
 
     kind, pixels = kind_of(weight.dtype), B * shape[1] * shape[2]
-    tile = tile_of(kind, kernel, pixels, C, N)
+    tile = tile_of(kind, kernel, stem, pixels, C, N)
     is_flat = kernel == 1 and stride == 1 and not stem and flat(x, out, residual)
     vector = vector_of(None if stem else x, residual, out)
     wide = is_wide(tile[0], x, out, residual)
