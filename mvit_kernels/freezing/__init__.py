@@ -26,7 +26,7 @@ from .block import FrozenMobileViTBlock
 from .convolutions import freeze_convolutions, freeze_inverted_residuals, freeze_means, replace
 from .folding import is_norm
 from .modules import Frozen, FrozenSequential
-from .network import Network
+from .native import Native
 from .pyramid import freeze_pyramids
 from .saved import Saver
 from .whole import freeze_whole
@@ -42,7 +42,7 @@ class FreezeReport(NamedTuple):
     inverted_residuals: tuple[str, ...]
     convolutions: tuple[str, ...]  # every frozen convolution, including those inside blocks and inverted residuals
     left: tuple[tuple[str, str], ...]  # modules that were not frozen, and why
-    composed: tuple[tuple[str, str], ...] = ()  # frozen modules that run part by part on the CPU, and why
+    composed: tuple[tuple[str, str], ...] = ()  # frozen modules that run part by part, and why
     unhooked: tuple[str, ...] = ()  # modules that lost their state-dict hooks; other hooks are kept
     pyramids: tuple[str, ...] = ()  # DeepLabv3's, around five of the frozen convolutions
 
@@ -293,15 +293,16 @@ def _join_sequentials(holder: nn.Module) -> None:
 
 
 def _pack(module: nn.Module, name: str, seen: set[nn.Module]) -> list[tuple[str, str]]:
-    """Build the native calls of all frozen CPU modules below `module`; return (name, reason) where there is none."""
+    """Build the native calls of all frozen modules below `module`, on the CPU or GPUs; return (name, reason) where there
+    is none."""
     if module in seen:
         return []
     seen.add(module)
     if isinstance(module, Frozen):
-        if any(value.device.type != "cpu" for value in module.buffers()):
+        if any(value.device.type not in ("cpu", "cuda") for value in module.buffers()):
             return []
         network = module.native()
-        if isinstance(network, Network):
+        if isinstance(network, Native):
             return []
         if not isinstance(module, FrozenSequential):
             return [(name, str(network))]

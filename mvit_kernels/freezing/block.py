@@ -102,7 +102,7 @@ class FrozenMobileViTBlock(FrozenBlock, Frozen):
         return builder.side_by_side(*widths, border=border)[0 if self.input_first else 1]
 
     def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
-        if self.backend not in (None, "auto", "cpu"):
+        if self.backend not in (None, "auto", *builder.backends):
             raise NotNative(f"backend {self.backend!r} was requested")
         if self.takes is not None:
             builder.takes.append((self, source.channels, builder.halvings[source.value]))

@@ -5,8 +5,9 @@ inside.
 Their weights are buffers, and they stay in evaluation mode: ``train()`` raises, since a folded batch norm cannot be
 trained.
 
-On the CPU each module, with everything inside it, runs as one native call (`mvit_kernels.freezing.network`). Where that
-is not possible (other devices and dtypes, tracing, a required gradient, hooks inside) it is composed of its parts.
+Each module, with everything inside it, runs as one native call (`mvit_kernels.freezing.native`): of C++ on the CPU, of
+prepared launches on a GPU. Where that is not possible (other devices and dtypes, tracing, a required gradient, hooks
+inside) it is composed of its parts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..ops import inverted_residual
 from ..ops._checks import DTYPES
 from ..ops.inverted_residual import inverted_residual_call
 from . import changes
-from .network import Network, hooks_inside, network_allowed
+from .native import Native, hooks_inside, kind_for, kind_on
 from .program import Builder, NotNative, Place, links_of
 
 _ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
@@ -41,7 +42,7 @@ class Frozen(nn.Module):
     """
 
     generation = 0  # incremented by every change that makes packed weights stale
-    _network: Network | NotNative | None = None
+    _network: Native | NotNative | None = None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -65,9 +66,10 @@ class Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        if network_allowed(x):
-            network = self.native()
-            if isinstance(network, Network) and network.serves(x):
+        kind = kind_for(x)
+        if kind is not None:
+            network = self.native(kind)
+            if isinstance(network, Native) and network.serves(x):
                 return network(x)
         return self.composed(x)
 
@@ -83,14 +85,23 @@ class Frozen(nn.Module):
                 "mean and standard deviation"
             )
 
-    def native(self) -> Network | NotNative:
-        """The native call for the current state, or the reason why there is none."""
+    def native(self, kind: type[Native] | None = None) -> Native | NotNative:
+        """The native call for the current state, or the reason why there is none.
+
+        Args:
+            kind: of the call; None for that of the device of the weights.
+        """
         network = self._network
-        if network is None or (isinstance(network, Network) and network.is_stale()):
+        if kind is None:
+            weight = next(iter(self.buffers()), None)
+            kind = kind_on("cpu" if weight is None else weight.device.type)
+        stale = isinstance(network, Native) and (type(network) is not kind or network.is_stale())
+        if network is None or stale or (isinstance(network, NotNative) and network.kind is not kind):
             try:
-                network = Network(self)
+                network = kind(self)
             except NotNative as reason:
                 network = reason
+                network.kind = kind
             self._network = network
         return network
 
@@ -335,7 +346,7 @@ class FrozenMean(Frozen):
         super().__init__()
         self.in_channels = in_channels
 
-    def native(self) -> NotNative:
+    def native(self, kind: type[Native] | None = None) -> NotNative:
         return NotNative("it only takes the mean of a map")
 
     def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:

@@ -9,7 +9,7 @@ resizes. The result, a `Stored` network, is what a file holds (`mvit_kernels.fre
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -29,6 +29,8 @@ _ONE_PIXEL = 31  # halvings that leave one pixel of any map
 
 class NotNative(Exception):
     """Raised with the reason why a frozen module cannot be part of a network."""
+
+    kind: type | None = None  # of the native call that there is not
 
 
 class Place(NamedTuple):
@@ -61,22 +63,35 @@ class Stored(NamedTuple):
     halvings: int  # how many times each side of the input is halved, rounding up
 
 
+class Stack(NamedTuple):
+    """The transformer of a step, with the module's own weights."""
+
+    layers: Sequence[TransformerLayerWeights]
+    final_norm: Sequence[Tensor] | None
+    num_heads: int
+    patch_size: tuple[int, int]
+    eps: float
+
+
 class Builder:
     """Builds the program and the weights of a network step by step. The program does not depend on the maps' sizes.
 
     Args:
         in_channels: channels of the input.
         dtype: of the weights: float32, bfloat16 or float16.
+        backends: those that a block may ask for by name.
     """
 
-    def __init__(self, in_channels: int, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, in_channels: int, dtype: torch.dtype, backends: Sequence[str] = ("cpu",)) -> None:
+        self.dtype, self.backends = dtype, backends
         self.values = [(in_channels, 0)]  # (channels, border)
         self.halvings = [0]  # of each value: how many times the input's size was halved
         self.steps: list[list[int]] = []
         self.parts: dict[int, list[Place]] = {}  # of the values that `side_by_side` made
         self.takes: list[tuple[Link, int, int]] = []  # blocks that must accept a map: (block, its channels, halvings)
+        self.stacks: dict[int, Stack] = {}  # the transformer of each step that is one
         self._parts: list[Tensor] = []
+        self._addresses: dict[int, int] = {}  # -> the index of the part there
         self._bytes = 0
 
     # -- called by frozen modules ---------------------------------------------------------------------------------
@@ -181,8 +196,13 @@ class Builder:
         offsets = [self._tensor(value) for layer in layers for value in layer]
         norm = [self._tensor(value) for value in final_norm or (None, None)]
         (eps_bits,) = struct.unpack("q", struct.pack("d", eps))
+        self.stacks[len(self.steps)] = Stack(layers, final_norm, num_heads, patch_size, eps)
         self._step(TRANSFORMER, whole, whole, num_heads, inner, hidden, len(layers), ph, pw, eps_bits, *norm, *offsets)
         return self.resize(whole, source)
+
+    def tensor(self, address: int) -> Tensor:
+        """The tensor at `address`, which a step has: contiguous, on its own device; see `_tensor`."""
+        return self._parts[self._addresses[address]]
 
     # -- the result -----------------------------------------------------------------------------------------------
 
@@ -220,6 +240,7 @@ class Builder:
         if values is None:
             return -1
         at = self._bytes
+        self._addresses[at] = len(self._parts)
         self._parts.append(values.detach().to(torch.float32 if values.dim() == 1 else self.dtype).contiguous())
         self._bytes += _aligned(self._parts[-1].numel() * self._parts[-1].element_size())
         return at
@@ -227,6 +248,28 @@ class Builder:
 
 def _aligned(size: int) -> int:
     return -(-size // 64) * 64
+
+
+def target_size(
+    kind: int, words: Sequence[int], source: tuple[int, int], sizes: Mapping[int, tuple[int, int]]
+) -> tuple[int, int]:
+    """The (height, width) of the map that a step writes.
+
+    Args:
+        kind: of the step.
+        words: those behind its places, stored or packed.
+        source: the size of the map that it reads.
+        sizes: of the values so far.
+    """
+    height, width = source
+    if kind in (CONVOLUTION, INVERTED_RESIDUAL, DEPTHWISE_CONVOLUTION):
+        stride = words[0 if kind == DEPTHWISE_CONVOLUTION else 1]
+        return (height - 1) // stride + 1, (width - 1) // stride + 1
+    if kind == TO_WHOLE_PATCHES:
+        return -(-height // words[0]) * words[0], -(-width // words[1]) * words[1]
+    if kind == TO_SIZE_OF:
+        return sizes[words[0]]
+    return (1, 1) if kind == MEAN else source
 
 
 def links_of(module: nn.Module) -> list[Link]:
@@ -242,12 +285,12 @@ def links_of(module: nn.Module) -> list[Link]:
     return [module]
 
 
-def build(module: nn.Module, dtype: torch.dtype) -> Builder:
-    """The builder with all steps of a frozen module, whose weights have `dtype`."""
+def build(module: nn.Module, dtype: torch.dtype, backends: Sequence[str] = ("cpu",)) -> Builder:
+    """The builder with all steps of a frozen module, whose weights have `dtype` (see `Builder`)."""
     links = links_of(module)
     if not links:
         raise NotNative("it is empty")
-    builder = Builder(links[0].in_channels, dtype)
+    builder = Builder(links[0].in_channels, dtype, backends)
     place, image = links[0].place(builder), Place(0, 0, links[0].in_channels)
     builder.chain(links, image if place is None else builder.copy(image, place))
     return builder

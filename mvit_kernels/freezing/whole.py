@@ -30,7 +30,7 @@ from . import changes
 from .chains import Chain, calls_of, chain_of
 from .chains._chain import is_linear
 from .modules import Frozen, FrozenConv2d, FrozenMean, FrozenSequential
-from .network import Network, hooked, network_allowed
+from .native import Native, hooked, kind_for, kind_on
 from .program import NotNative
 
 _CALL = "_mvit_call"  # key in the model's __dict__
@@ -96,8 +96,9 @@ def whole_network(model: nn.Module) -> WholeNetwork:
     watched = [name or kind for name, part in model.named_modules() if name and hooked([part])]
     if watched:
         raise NotNative(f"{kind}: hooks, which would not be called: {some(watched)}; remove them")
-    call = _current(model) if type(model) in _classes.values() else _call_of(model)
-    if isinstance(call.whole, WholeNetwork) and isinstance(call.network, Network):
+    kind = kind_on("cpu")
+    call = _current(model, kind) if type(model) in _classes.values() else _call_of(model, kind)
+    if isinstance(call.whole, WholeNetwork) and isinstance(call.network, Native):
         return call.whole
     reasons = [str(call.whole if isinstance(call.whole, NotNative) else call.network)]
     report = getattr(model, "freeze_report", None)
@@ -109,8 +110,9 @@ def freeze_whole(model: nn.Module) -> None:
     """Make one native call of `model` if it is a network that is known and everything in it is frozen."""
     if isinstance(model, Frozen):
         return  # one call already
-    call = _call_of(model)
-    if not isinstance(call.network, Network):
+    devices = {value.device.type for value in (*model.parameters(), *model.buffers())}
+    call = _call_of(model, kind_on("cuda" if devices == {"cuda"} else "cpu"))
+    if not isinstance(call.network, Native):
         return
     for module in model.modules():
         if isinstance(module, Frozen):
@@ -123,8 +125,9 @@ def freeze_whole(model: nn.Module) -> None:
 class _Call:
     """A model's native call, and everything that it was built from."""
 
+    kind: type[Native]
     whole: WholeNetwork | NotNative
-    network: Network | NotNative
+    network: Native | NotNative
     first: Frozen | None  # module of the chain
     chain: Chain | None
     owners: tuple[dict[str, Any], ...]  # the `_modules`, `_parameters` and `_buffers` that were read
@@ -183,10 +186,11 @@ def _in_one_call(original: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = calls.image(self, args, kwargs)
-        if network_allowed(x):
-            call = _current(self)
+        kind = kind_for(x)
+        if kind is not None:
+            call = _current(self, kind)
             network, whole = call.network, call.whole
-            if isinstance(network, Network) and isinstance(whole, WholeNetwork) and call.skips_nothing(self):
+            if isinstance(network, Native) and isinstance(whole, WholeNetwork) and call.skips_nothing(self):
                 call.check(x)
                 if network.serves(x):
                     return calls.output(self, kwargs, call(x))
@@ -207,28 +211,31 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _current(model: nn.Module) -> _Call:
+def _current(model: nn.Module, kind: type[Native]) -> _Call:
     """The native call for the model as it is now."""
     call = model.__dict__.get(_CALL)
-    if call is None or not call.is_current():
-        call = model.__dict__[_CALL] = _call_of(model)
+    if call is None or call.kind is not kind or not call.is_current():
+        call = model.__dict__[_CALL] = _call_of(model, kind)
     return call
 
 
-def _call_of(model: nn.Module) -> _Call:
+def _call_of(model: nn.Module, kind: type[Native]) -> _Call:
     known: Chain | None = None
     whole: WholeNetwork | NotNative
-    network: Network | NotNative
+    network: Native | NotNative
     try:
-        if any(value.device.type != "cpu" for value in (*model.parameters(), *model.buffers())):
-            raise NotNative("its weights are not on the CPU")
+        where = kind.place_of_weights()
+        if len(devices := {value.device for value in (*model.parameters(), *model.buffers())}) > 1:
+            raise NotNative(f"its weights are on several devices: {some(sorted(map(str, devices)))}")
+        if any(device.type != where for device in devices):
+            raise NotNative(f"its weights are not on {'the CPU' if where == 'cpu' else 'a GPU'}")
         if isinstance(model, Frozen):
             whole = WholeNetwork(_joined(model), 0, vector=False, logits=False)
         else:
             known = chain_of(model)
             whole = _whole(known)
-        network = whole.links.native()
-        if isinstance(network, Network):
+        network = whole.links.native(kind)
+        if isinstance(network, Native):
             whole = whole._replace(channels=whole.channels or network.out_channels)
     except NotNative as reason:
         whole = network = reason
@@ -242,6 +249,7 @@ def _call_of(model: nn.Module) -> _Call:
         whole = network = NotNative("its classifier's weights are inference tensors, which do not count their changes")
         weights = ()
     return _Call(
+        kind,
         whole,
         network,
         whole.links[0] if isinstance(whole, WholeNetwork) else None,

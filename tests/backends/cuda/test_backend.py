@@ -320,7 +320,7 @@ def test_a_frozen_model(emulated, monkeypatch):
     assert len(transformer._packed) == before + 3
     images = torch.rand(1, 3, 64, 64)
     for module in ("whole", "modules"):  # the CPU's own ways to run it
-        monkeypatch.setattr(f"mvit_kernels.freezing.{module}.network_allowed", lambda x: False)
+        monkeypatch.setattr(f"mvit_kernels.freezing.{module}.kind_for", lambda x: None)
     with torch.inference_mode():
         logits = fast(images.bfloat16())
     with torch.inference_mode(), mvit_kernels.use_backend("reference"):
