@@ -293,8 +293,8 @@ def _join_sequentials(holder: nn.Module) -> None:
 
 
 def _pack(module: nn.Module, name: str, seen: set[nn.Module]) -> list[tuple[str, str]]:
-    """Build the native calls of all frozen modules below `module`, on the CPU or GPUs; return (name, reason) where there
-    is none."""
+    """Build the native calls of all frozen modules below `module`, on CPU or GPU; return (name, reason) where there is
+    none."""
     if module in seen:
         return []
     seen.add(module)

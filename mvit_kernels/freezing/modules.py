@@ -27,7 +27,7 @@ from ..ops import inverted_residual
 from ..ops._checks import DTYPES
 from ..ops.inverted_residual import inverted_residual_call
 from . import changes
-from .native import Native, hooks_inside, kind_for, kind_on
+from .native import Native, hooks_inside, is_current, kind_for, kind_of
 from .program import Builder, NotNative, Place, links_of
 
 _ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
@@ -86,23 +86,15 @@ class Frozen(nn.Module):
             )
 
     def native(self, kind: type[Native] | None = None) -> Native | NotNative:
-        """The native call for the current state, or the reason why there is none.
-
-        Args:
-            kind: of the call; None for that of the device of the weights.
-        """
-        network = self._network
-        if kind is None:
-            weight = next(iter(self.buffers()), None)
-            kind = kind_on("cpu" if weight is None else weight.device.type)
-        stale = isinstance(network, Native) and (type(network) is not kind or network.is_stale())
-        if network is None or stale or (isinstance(network, NotNative) and network.kind is not kind):
+        """The native call of `kind` (None: that of the weights' device) for the current state, or the reason why there
+        is none."""
+        network, kind = self._network, kind or kind_of(self)
+        if not is_current(network, kind):
             try:
                 network = kind(self)
             except NotNative as reason:
-                network = reason
-                network.kind = kind
-            self._network = network
+                network = reason.about_kind(kind)
+            self._network = network if isinstance(network, Native) or network.lasts else None
         return network
 
     def place(self, builder: Builder) -> Place | None:

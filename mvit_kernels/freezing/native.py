@@ -74,7 +74,7 @@ class Native(ABC):
 
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) of any memory format, which `serves`, to contiguous (B, H', W', C'), in the weights' dtype."""
+        """Map (B, C, H, W), which it `serves`, of any format to contiguous (B, H', W', C'), in the weights' dtype."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) of any memory format to (B, C', H', W'), channels-last, in the weights' dtype."""
@@ -147,11 +147,24 @@ def kind_on(device_type: str) -> type[Native]:
     return _kind(device_type == "cuda" or interpreted)
 
 
+def kind_of(module: nn.Module) -> type[Native]:
+    """The kind of native call where the module's weights are."""
+    weight = next(iter(module.buffers()), None)
+    return kind_on("cpu" if weight is None else weight.device.type)
+
+
 @functools.cache
 def _kind(launched: bool) -> type[Native]:
     """Imported when it is used: both are built on this module."""
     module = importlib.import_module(f"{__package__}.{'launched' if launched else 'network'}")
     return module.LaunchedNetwork if launched else module.Network
+
+
+def is_current(network: Native | NotNative | None, kind: type[Native]) -> bool:
+    """Whether `network`, or the reason why there is none, still answers for calls of `kind`."""
+    if isinstance(network, Native):
+        return type(network) is kind and not network.is_stale()
+    return network is not None and network.about == (kind, backends.requested())
 
 
 def hooks_inside(module: nn.Module) -> bool:

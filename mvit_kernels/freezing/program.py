@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from .._utils.plain import does_nothing, is_plain
 from ..backends.library import TransformerLayerWeights
 
@@ -30,7 +31,13 @@ _ONE_PIXEL = 31  # halvings that leave one pixel of any map
 class NotNative(Exception):
     """Raised with the reason why a frozen module cannot be part of a network."""
 
-    kind: type | None = None  # of the native call that there is not
+    about: object = None  # the kind of native call that there is not, and the backend asked for
+    lasts = True  # until the module changes
+
+    def about_kind(self, kind: type) -> NotNative:
+        """The reason, noted to be one against calls of `kind` with the backend that is asked for now."""
+        self.about = kind, backends.requested()
+        return self
 
 
 class Place(NamedTuple):
@@ -83,7 +90,7 @@ class Builder:
     """
 
     def __init__(self, in_channels: int, dtype: torch.dtype, backends: Sequence[str] = ("cpu",)) -> None:
-        self.dtype, self.backends = dtype, backends
+        self.dtype, self.backends = dtype, tuple(backends)
         self.values = [(in_channels, 0)]  # (channels, border)
         self.halvings = [0]  # of each value: how many times the input's size was halved
         self.steps: list[list[int]] = []
@@ -203,6 +210,11 @@ class Builder:
     def tensor(self, address: int) -> Tensor:
         """The tensor at `address`, which a step has: contiguous, on its own device; see `_tensor`."""
         return self._parts[self._addresses[address]]
+
+    def drop_tensors(self) -> None:
+        """Let go of the tensors, of which some are copies: for whoever has packed them and keeps the steps."""
+        self._parts.clear()
+        self._addresses.clear()
 
     # -- the result -----------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from . import changes
 from .chains import Chain, calls_of, chain_of
 from .chains._chain import is_linear
 from .modules import Frozen, FrozenConv2d, FrozenMean, FrozenSequential
-from .native import Native, hooked, kind_for, kind_on
+from .native import Native, hooked, is_current, kind_for, kind_on
 from .program import NotNative
 
 _CALL = "_mvit_call"  # key in the model's __dict__
@@ -125,7 +125,6 @@ def freeze_whole(model: nn.Module) -> None:
 class _Call:
     """A model's native call, and everything that it was built from."""
 
-    kind: type[Native]
     whole: WholeNetwork | NotNative
     network: Native | NotNative
     first: Frozen | None  # module of the chain
@@ -214,8 +213,10 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
 def _current(model: nn.Module, kind: type[Native]) -> _Call:
     """The native call for the model as it is now."""
     call = model.__dict__.get(_CALL)
-    if call is None or call.kind is not kind or not call.is_current():
-        call = model.__dict__[_CALL] = _call_of(model, kind)
+    if call is None or not is_current(call.network, kind) or not call.is_current():
+        call = _call_of(model, kind)
+        if isinstance(call.network, Native) or call.network.lasts:
+            model.__dict__[_CALL] = call
     return call
 
 
@@ -238,7 +239,7 @@ def _call_of(model: nn.Module, kind: type[Native]) -> _Call:
         if isinstance(network, Native):
             whole = whole._replace(channels=whole.channels or network.out_channels)
     except NotNative as reason:
-        whole = network = reason
+        whole = network = reason.about_kind(kind)
     owned = [model, *known.passed] if known is not None else _outside(model)
     owners = [module._modules for module in owned if isinstance(module._modules, dict)]  # not a ScriptModule's
     weights: tuple[Tensor, ...] = ()
@@ -246,10 +247,10 @@ def _call_of(model: nn.Module, kind: type[Native]) -> _Call:
         owners += [known.classifier._parameters, known.classifier._buffers]
         weights = tuple(value for owner in owners[-2:] for value in owner.values() if _is_plain(value))
     if any(value.is_inference() for value in weights):
-        whole = network = NotNative("its classifier's weights are inference tensors, which do not count their changes")
+        reason = NotNative("its classifier's weights are inference tensors, which do not count their changes")
+        whole = network = reason.about_kind(kind)
         weights = ()
     return _Call(
-        kind,
         whole,
         network,
         whole.links[0] if isinstance(whole, WholeNetwork) else None,

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import gpu
-from ..library import LIBRARY, TransformerLayerWeights
+from ..library import LIBRARY, TransformerLayerWeights, flatten
 from .packing import VERSION, pack_transformer
 from .plans import plan_transformer
 
@@ -135,18 +135,41 @@ def forward(
     Raises:
         RuntimeError: there is no plan for these shapes on this GPU.
     """
+    final_norm = None if final_norm_weight is None or final_norm_bias is None else (final_norm_weight, final_norm_bias)
+    return _prepared(x, weights, final_norm, num_heads, patch_size, eps)(x)
+
+
+def prepared(
+    x: Tensor,
+    layers: Sequence[TransformerLayerWeights],
+    final_norm: tuple[Tensor, Tensor] | None,
+    num_heads: int,
+    patch_size: Sequence[int],
+    eps: float,
+) -> Callable[[Tensor], Tensor]:
+    """The call of a stack for maps of x's shape and dtype, planned and with its weights packed: it goes on with the
+    weights that there are now.
+
+    Args:
+        x: (B, H, W, d); its values are not looked at.
+        layers, final_norm, num_heads, patch_size, eps: as in `mvit_kernels.transformer`.
+
+    Raises:
+        RuntimeError: there is no plan for these shapes on this GPU.
+    """
+    return _prepared(x, flatten(layers, zeros=False), final_norm, num_heads, patch_size, eps)
+
+
+def _prepared(x, weights, final_norm, num_heads, patch_size, eps) -> Callable[[Tensor], Tensor]:
     images, height, width, d = x.shape
     ph, pw = patch_size
     head_dim, hidden = weights[4].shape[1] // num_heads, weights[8].shape[0]
     plan = plan_of(d, head_dim, height // ph * (width // pw), images * ph * pw, *gpu.limits())
     if isinstance(plan, str):
         raise RuntimeError(f"transformer.cuda: {plan}")
-    final_norm = None if final_norm_weight is None or final_norm_bias is None else (final_norm_weight, final_norm_bias)
     packed = packed_weights(weights, final_norm, num_heads, x.dtype)
-    layers = len(weights) // _FIELDS
-    return torch.ops.mvit_kernels.transformer_packed.cuda(
-        x, packed, VERSION, layers, head_dim, hidden, final_norm is not None, patch_size, eps, *plan
-    )
+    settings = (VERSION, len(weights) // _FIELDS, head_dim, hidden, final_norm is not None, patch_size, eps, *plan)
+    return lambda rows: torch.ops.mvit_kernels.transformer_packed.cuda(rows, packed, *settings)
 
 
 LIBRARY.impl("transformer.cuda", forward, "CUDA")

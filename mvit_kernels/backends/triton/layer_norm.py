@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import _rows
-from ._launch import Plan, ceil_div, chunked, dense, register
+from ._launch import Launch, Plan, ceil_div, chunked, dense, register
 from ._weight_gradients import add_columns
 
 OP = "layer_norm"
@@ -129,15 +129,20 @@ def _plan(kernel, device, dtype, norm_dtype, K):
     return Plan(kernel, (K, BM, *chunked(K, widest)), num_warps=warps, num_stages=1), BM
 
 
+def launch(x, norm_weight, norm_bias, out, mean, rstd, eps) -> Launch:
+    """Prepare ``out = LN(x)`` with its `mean` and `rstd`, of contiguous tensors; `out` may be x itself."""
+    plan, BM = _plan(_forward, x.get_device(), x.dtype, norm_weight.dtype, x.shape[-1])
+    rows = mean.numel()
+    return Launch(plan, (ceil_div(rows, BM),), (x, norm_weight, norm_bias, out, mean, rstd), (rows, eps))
+
+
 @register(OP)
 def forward(x, norm_weight, norm_bias, eps):
     x, norm_weight, norm_bias = dense(x, norm_weight, norm_bias)
     out = torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    if rows := mean.numel():
-        plan, BM = _plan(_forward, x.get_device(), x.dtype, norm_weight.dtype, x.shape[-1])
-        plan((ceil_div(rows, BM),), (x, norm_weight, norm_bias, out, mean, rstd), (rows, eps))
+    launch(x, norm_weight, norm_bias, out, mean, rstd, eps).run()
     return out, mean, rstd
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import _rows
-from ._launch import Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
+from ._launch import Launch, Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
 from ._row_gradients import norm_backward
 from ._weight_gradients import Norm, Product, weight_gradients
 
@@ -111,10 +111,12 @@ def _plan(device, dtype, norm_dtype, kind, arch, K, N, bias, activation, backwar
     return Plan(_normed_product, constants, num_warps=warps, num_stages=stages), BM, ceil_div(N, BN)
 
 
-def _launch(x, norm_weight, norm_bias, weight, bias, grad_out, out, mean, rstd, eps, activation) -> None:
+def launch(
+    x, norm_weight, norm_bias, weight, bias, out, mean, rstd, eps, activation: str = "", grad_out=None
+) -> Launch:
+    """Prepare ``out = act(LN(x) Wᵀ + b)`` with its `mean` and `rstd` of contiguous tensors; or, given `grad_out` and
+    these two, the gradient before the activation."""
     (N, K), rows = weight.shape, mean.numel()
-    if not rows:
-        return
     plan, BM, tiles = _plan(
         x.get_device(),
         x.dtype,
@@ -128,8 +130,9 @@ def _launch(x, norm_weight, norm_bias, weight, bias, grad_out, out, mean, rstd, 
         grad_out is not None,
     )
     blocks = ceil_div(rows, BM)
-    shares = min(tiles, max(_PROGRAMS // blocks, 1))
-    plan((blocks, shares), (x, norm_weight, norm_bias, weight, bias, grad_out, out, mean, rstd), (rows, eps))
+    shares = min(tiles, max(_PROGRAMS // max(blocks, 1), 1))
+    tensors = (x, norm_weight, norm_bias, weight, bias, grad_out, out, mean, rstd)
+    return Launch(plan, (blocks, shares), tensors, (rows, eps))
 
 
 @register(OP)
@@ -138,7 +141,7 @@ def forward(x, norm_weight, norm_bias, weight, bias, eps, activation):
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    _launch(x, norm_weight, norm_bias, weight, bias, None, out, mean, rstd, eps, activation)
+    launch(x, norm_weight, norm_bias, weight, bias, out, mean, rstd, eps, activation).run()
     return out, mean, rstd
 
 
@@ -147,7 +150,7 @@ def backward(grad_out, x, mean, rstd, norm_weight, norm_bias, weight, bias, acti
     grad, x, norm_weight, norm_bias, weight, bias = dense(grad_out, x, norm_weight, norm_bias, weight, bias)
     if activation:
         before = torch.empty_like(grad)
-        _launch(x, norm_weight, norm_bias, weight, bias, grad, before, mean, rstd, 0.0, activation)
+        launch(x, norm_weight, norm_bias, weight, bias, before, mean, rstd, 0.0, activation, grad).run()
         grad = before
     grad_x = torch.empty_like(x)
     norm_backward(grad, weight, x, mean, rstd, norm_weight, None, grad_x)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import _rows
 from ._dropout import NOTHING, Dropped, element_factor, row_factor
-from ._launch import Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
+from ._launch import Launch, Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
 from ._row_gradients import norm_backward
 from ._weight_gradients import Norm, Product, weight_gradients
 
@@ -185,6 +185,16 @@ def _key(x, norm_weight, fc1_weight):
     return x.get_device(), x.dtype, norm_weight.dtype, kind_of(x.dtype), architecture(x), *reversed(fc1_weight.shape)
 
 
+def launch(
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, mean, rstd, eps, drop: Dropped = NOTHING
+) -> Launch:
+    """Prepare ``out = x + fc2(silu(fc1(LN(x))))`` with its `mean` and `rstd`, of contiguous tensors."""
+    plan, BM = _plan(*_key(x, norm_weight, fc1_weight), drop.constants)
+    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, drop.seed, out, mean, rstd)
+    rows = mean.numel()
+    return Launch(plan, (ceil_div(rows, BM),), tensors, (rows, eps, *drop.scalars))
+
+
 @register(OP)
 def forward(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, drop: Dropped = NOTHING):
     inputs = dense(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -192,9 +202,7 @@ def forward(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bia
     out = torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    if rows := mean.numel():
-        plan, BM = _plan(*_key(x, norm_weight, fc1_weight), drop.constants)
-        plan((ceil_div(rows, BM),), (*inputs, drop.seed, out, mean, rstd), (rows, eps, *drop.scalars))
+    launch(*inputs, out, mean, rstd, eps, drop).run()
     return out, mean, rstd
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import _rows
 from ._dropout import NOTHING, Dropped, element_factor, row_factor
-from ._launch import Plan, architecture, ceil_div, chunked, dense, kind_of, register
+from ._launch import Launch, Plan, architecture, ceil_div, chunked, dense, kind_of, register
 from ._weight_gradients import Product, weight_gradients
 
 OP = "linear_residual"
@@ -92,8 +92,8 @@ def _plan(device, dtype, kind, arch, K, N, transposed, few_rows, bias, residual,
     return Plan(_product, constants, num_warps=warps, num_stages=stages), BM, NB * NC
 
 
-def product(x, weight, bias, residual, out, rows, *, transposed, drop: Dropped = NOTHING):
-    """out = x · weight, or x · weightᵀ if `transposed`, (+ bias), dropped, (+ residual); of contiguous rows.
+def product(x, weight, bias, residual, out, rows, *, transposed, drop: Dropped = NOTHING) -> Launch:
+    """Prepare out = x · weight, or x · weightᵀ if `transposed`, (+ bias), dropped, (+ residual); of contiguous rows.
 
     Args:
         x: (..., K).
@@ -101,7 +101,7 @@ def product(x, weight, bias, residual, out, rows, *, transposed, drop: Dropped =
         bias: (N,), or None.
         residual: (..., N), or None.
         out: (..., N), written.
-        rows: their number, at least 1.
+        rows: their number.
         transposed: see above.
         drop: what is dropped before the residual is added.
     """
@@ -120,15 +120,19 @@ def product(x, weight, bias, residual, out, rows, *, transposed, drop: Dropped =
         drop.constants,
     )
     grid = (ceil_div(rows, BM), ceil_div(N, columns))
-    plan(grid, (x, weight, bias, residual, drop.seed, out), (rows, *drop.scalars))
+    return Launch(plan, grid, (x, weight, bias, residual, drop.seed, out), (rows, *drop.scalars))
+
+
+def launch(x, weight, bias, residual, out, drop: Dropped = NOTHING) -> Launch:
+    """Prepare ``out = residual + x Wᵀ + b`` of contiguous tensors."""
+    return product(x, weight, bias, residual, out, out.numel() // weight.shape[0], transposed=True, drop=drop)
 
 
 @register(OP)
 def forward(x, weight, bias, residual, drop: Dropped = NOTHING):
     x, weight, bias, residual = dense(x, weight, bias, residual)
     out = torch.empty_like(residual)
-    if out.numel():
-        product(x, weight, bias, residual, out, out.numel() // weight.shape[0], transposed=True, drop=drop)
+    launch(x, weight, bias, residual, out, drop).run()
     return out
 
 
@@ -136,7 +140,6 @@ def forward(x, weight, bias, residual, drop: Dropped = NOTHING):
 def backward(grad_out, x, weight):
     grad_out, x, weight = dense(grad_out, x, weight)
     grad_x, rows = torch.empty_like(x), x.numel() // x.shape[-1]
-    if rows:
-        product(grad_out, weight, None, None, grad_x, rows, transposed=False)
+    product(grad_out, weight, None, None, grad_x, rows, transposed=False).run()
     (grads,) = weight_gradients(rows, Product(grad_out, x, weight))
     return grad_x, *grads.of_linear

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import patch_attention_short as short
-from ._launch import Plan, architecture, ceil_div, dense, kind_of, next_power_of_2, register
+from ._launch import Launch, Plan, architecture, ceil_div, dense, kind_of, next_power_of_2, register
 from ._parts import (
     Geometry,
     geometry,
@@ -317,6 +317,20 @@ def _key(qkv, where: Geometry):
     return qkv.get_device(), qkv.dtype, kind_of(qkv.dtype), architecture(qkv), where
 
 
+def launch(qkv, out, logsumexp, num_heads, patch_size, scale) -> Launch:
+    """Prepare the attention of qkv (B, H, W, 3·inner), channels adjacent and no side 0, into contiguous `out` and
+    `logsumexp`."""
+    PH, PW = patch_size
+    where = geometry(qkv, num_heads, PH, PW)
+    key, sequences = _key(qkv, where), qkv.shape[0] * PH * PW
+    tensors, scalars = (qkv, out, logsumexp), (scale,)
+    if plan := short.plan(short.forward, *key):
+        return Launch(plan, (sequences,), tensors, scalars)
+    strands = sequences * num_heads
+    plan, blocks = _plan(*key, strands * where.NH * where.NW >= _MANY)
+    return Launch(plan, (strands, blocks), tensors, scalars)
+
+
 @register(OP)
 def forward(qkv, num_heads, patch_size, scale):
     if qkv.stride(-1) != 1:
@@ -325,15 +339,7 @@ def forward(qkv, num_heads, patch_size, scale):
     out = qkv.new_empty((B, H, W, channels // 3))
     logsumexp = qkv.new_empty((B, PH * PW, num_heads, (H // PH) * (W // PW)), dtype=torch.float32)
     if out.numel():
-        where = geometry(qkv, num_heads, PH, PW)
-        key, sequences = _key(qkv, where), B * PH * PW
-        tensors, scalars = (qkv, out, logsumexp), (scale,)
-        if plan := short.plan(short.forward, *key):
-            plan((sequences,), tensors, scalars)
-        else:
-            strands = sequences * num_heads
-            plan, blocks = _plan(*key, strands * logsumexp.shape[-1] >= _MANY)
-            plan((strands, blocks), tensors, scalars)
+        launch(qkv, out, logsumexp, num_heads, patch_size, scale).run()
     return out, logsumexp
 
 

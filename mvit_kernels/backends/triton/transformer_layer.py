@@ -102,7 +102,7 @@ def backward(
     grad_proj = norm_backward(grad_hidden, fc1_weight, middle, mean2, rstd2, norm2_weight, grad_out, grad_middle, drop)
     grad_attended = torch.empty_like(attended)
     if rows:
-        linear_residual.product(grad_proj, proj_weight, None, None, grad_attended, rows, transposed=False)
+        linear_residual.product(grad_proj, proj_weight, None, None, grad_attended, rows, transposed=False).run()
     qkv, _, _ = layer_norm_linear.forward(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps, "")
     grad_qkv = patch_attention.backward(grad_attended, qkv, attended, logsumexp, num_heads, patch_size, scale)
     grad_x = torch.empty_like(x)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A list of launches that is made once and run many times, in other memory each time.
+
+Example:
+    >>> memory = Memory([image, arena, result])
+    >>> steps = [prepare(convolution.launch(memory.view(...), …), memory), …]      # once for each input shape
+    >>> run(steps, Memory([image, torch.empty_like(arena), torch.empty_like(result)]))
+
+A network of forty launches has some hundred tensor arguments. Making views of them, choosing plans and asking each for
+its address takes 5 to 10 µs a launch. Here all that is done once: a prepared launch holds the compiled kernel and, for
+each tensor, the address of a weight or an offset into one of the few stretches of memory that a call has. Then a launch
+is a list copied, some additions, and the compiled kernel's own ``run``, which takes addresses as well as tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _launch
+from ._launch import Launch
+
+FEWEST_BYTES = 16  # to which the memory of every call is aligned, as that of the first one is
+
+
+class Memory:
+    """What the launches of one call read and write: some stretches of memory, to which steps may add more.
+
+    Args:
+        tensors: one for each stretch, on one device.
+    """
+
+    __slots__ = ("tensors", "addresses")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors: list[Tensor | None] = list(tensors)
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+
+    def add(self, tensor: Tensor) -> None:
+        """Append a stretch, which lives as long as this memory does."""
+        self.tensors.append(tensor)
+        self.addresses.append(tensor.data_ptr())
+
+    def find(self, tensor: Tensor) -> Source | None:
+        """Where `tensor` lies in here; None if it does not, as a weight."""
+        address = tensor.data_ptr()
+        for index, (stretch, start) in enumerate(zip(self.tensors, self.addresses, strict=True)):
+            if stretch is not None and start <= address < start + _bytes_from(stretch):
+                form = tensor.dtype, tuple(tensor.shape), tensor.stride()
+                return Source(index, address - start, *form)
+        return None
+
+
+def _bytes_from(tensor: Tensor) -> int:
+    """Bytes from the tensor's first element to the end of its storage."""
+    return tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+
+
+class Source(NamedTuple):
+    """A tensor in a `Memory`: which stretch, how many bytes from its beginning, and the tensor's form."""
+
+    stretch: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def view(self, memory: Memory) -> Tensor:
+        """The tensor itself."""
+        stretch = memory.tensors[self.stretch]
+        first = stretch.storage_offset() * stretch.element_size() + self.offset
+        view = torch.empty(0, dtype=self.dtype, device=stretch.device)
+        return view.set_(stretch.untyped_storage(), first // view.element_size(), self.shape, self.stride)
+
+
+class Step(Protocol):
+    """One thing that a call does, in order."""
+
+    def run(self, memory: Memory, stream: int) -> None:
+        """Do it on `stream`, the current one, by the quick path."""
+
+    def run_slowly(self, memory: Memory) -> None:
+        """Do it with tensors, as the first call and the interpreter want it."""
+
+
+class PreparedLaunch:
+    """A launch of a Triton kernel. The first run, with `run_slowly`, finds the compiled kernel."""
+
+    __slots__ = ("launch", "_arguments", "_places", "_sources", "_compiled", "_function")
+
+    def __init__(self, launch: Launch, memory: Memory) -> None:
+        plan, grid, tensors, scalars = launch
+        found = [None if tensor is None else memory.find(tensor) for tensor in tensors]
+        self._sources = [(at, source) for at, source in enumerate(found) if source is not None]
+        # Tensors of the first call are let go; weights are kept, as they may be copies that the launch was given.
+        kept = [None if source is not None else tensor for source, tensor in zip(found, tensors, strict=True)]
+        self.launch = Launch(plan, (*grid, 1, 1)[:3], tuple(kept), scalars)
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in kept]
+        self._arguments = [*addresses, *scalars, *plan.constants]
+        self._places = [(at, source.stretch, source.offset) for at, source in self._sources]
+        self._compiled: Any = None
+        self._function: Callable[..., None] | None = None
+
+    def run(self, memory: Memory, stream: int) -> None:
+        if self._function is None:
+            return self.run_slowly(memory)
+        arguments, addresses = self._arguments.copy(), memory.addresses
+        for at, stretch, offset in self._places:
+            arguments[at] = addresses[stretch] + offset
+        compiled = self._compiled
+        # Without launch metadata and hooks, which only profilers use: see `run`.
+        metadata = compiled.packed_metadata
+        self._function(*self.launch.grid, stream, compiled.function, metadata, None, None, None, *arguments)
+        return None
+
+    def run_slowly(self, memory: Memory) -> None:
+        plan, grid, tensors, scalars = self.launch
+        arguments = list(tensors)
+        for at, source in self._sources:
+            arguments[at] = source.view(memory)
+        options = {}
+        if not _launch.INTERPRETED:
+            options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=_launch.FP_FUSION)
+        compiled = plan.kernel[grid](*arguments, *scalars, *plan.constants, **options)
+        if not _launch.INTERPRETED:
+            self._compiled, self._function = compiled, compiled.run
+
+
+class PreparedCall:
+    """A call of a PyTorch operator that returns a tensor, which becomes a stretch of the memory.
+
+    Args:
+        function: of the tensors at `sources`; it returns a tensor, or None if it wrote one of them.
+        sources: what it takes.
+    """
+
+    __slots__ = ("function", "sources")
+
+    def __init__(self, function: Callable[..., Tensor | None], sources: Sequence[Source]) -> None:
+        self.function, self.sources = function, tuple(sources)
+
+    def run(self, memory: Memory, stream: int) -> None:
+        self.run_slowly(memory)
+
+    def run_slowly(self, memory: Memory) -> None:
+        made = self.function(*(source.view(memory) for source in self.sources))
+        if made is not None:
+            memory.add(made)
+
+
+class Release:
+    """Let go of a stretch that a `PreparedCall` made, which later allocations on the stream may use."""
+
+    __slots__ = ("stretch",)
+
+    def __init__(self, stretch: int) -> None:
+        self.stretch = stretch
+
+    def run(self, memory: Memory, stream: int) -> None:
+        memory.tensors[self.stretch] = None
+
+    def run_slowly(self, memory: Memory) -> None:
+        memory.tensors[self.stretch] = None
+
+
+def run(steps: Sequence[Step], memory: Memory) -> None:
+    """Run the steps in order on the current stream of the memory's device.
+
+    Args:
+        steps: prepared on this device, in memory of the same alignment (`FEWEST_BYTES`).
+        memory: as many stretches as the steps were prepared in, of at least their sizes.
+    """
+    if _launch.INTERPRETED:
+        for step in steps:
+            step.run_slowly(memory)
+        return
+    device = memory.tensors[0].get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(steps, memory)
+        return
+    if _launch._profiled():  # a profiler's hooks are called by Triton's own launch alone
+        for step in steps:
+            step.run_slowly(memory)
+        return
+    stream = _launch.driver.active.get_current_stream(device)
+    for step in steps:
+        step.run(memory, stream)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each operation of a `Lowering` launches: the Triton launch for views of what it reads and then writes, or the
+call of a PyTorch operator.
+
+The kernels are imported when a network is prepared: they load Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..backends.library import TransformerLayerWeights, raw
+
+if TYPE_CHECKING:
+    from ..backends.triton._launch import Launch
+
+
+def convolution(
+    weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None, x: Tensor, out: Tensor
+) -> Launch:
+    return convolution_residual(weight, bias, stride, dilation, activation, x, None, out)
+
+
+def convolution_residual(
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    dilation: int,
+    activation: str | None,
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+) -> Launch:
+    from ..backends.triton import convolution
+
+    options = dict(stride=stride, dilation=dilation, activation=activation)
+    return convolution.launch(x, weight, bias, residual, out, **options)
+
+
+def depthwise_convolution(
+    weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None, x: Tensor, out: Tensor
+) -> Launch:
+    from ..backends.triton import depthwise_convolution
+
+    options = dict(stride=stride, dilation=dilation, activation=activation)
+    return depthwise_convolution.launch(x, weight, bias, out, **options)
+
+
+def mean(x: Tensor, out: Tensor) -> Launch:
+    from ..backends.triton import mean
+
+    return mean.launch(x, out)
+
+
+def resize(x: Tensor, out: Tensor) -> Launch:
+    from ..backends.triton import resize
+
+    return resize.launch(x, out)
+
+
+def layer_norm_linear(
+    layer: TransformerLayerWeights, eps: float, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor
+) -> Launch:
+    from ..backends.triton import layer_norm_linear
+
+    weights = layer.norm1_weight, layer.norm1_bias, layer.qkv_weight, layer.qkv_bias
+    return layer_norm_linear.launch(x, *weights, out, mean, rstd, eps)
+
+
+def patch_attention(
+    heads: int, patch: tuple[int, int], scale: float, qkv: Tensor, out: Tensor, logsumexp: Tensor
+) -> Launch:
+    from ..backends.triton import patch_attention
+
+    return patch_attention.launch(qkv, out, logsumexp, heads, patch, scale)
+
+
+def linear_residual(layer: TransformerLayerWeights, x: Tensor, residual: Tensor, out: Tensor) -> Launch:
+    from ..backends.triton import linear_residual
+
+    return linear_residual.launch(x, layer.proj_weight, layer.proj_bias, residual, out)
+
+
+def layer_norm_mlp(
+    layer: TransformerLayerWeights, eps: float, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor
+) -> Launch:
+    from ..backends.triton import layer_norm_mlp
+
+    return layer_norm_mlp.launch(x, *layer[6:], out, mean, rstd, eps)
+
+
+def layer_norm(
+    weights: tuple[Tensor, Tensor], eps: float, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor
+) -> Launch:
+    from ..backends.triton import layer_norm
+
+    return layer_norm.launch(x, *weights, out, mean, rstd, eps)
+
+
+# Calls
+
+
+def copy(x: Tensor, out: Tensor) -> None:
+    out.copy_(x)
+
+
+def inverted_residual(
+    backend: str, weights: Sequence[Tensor], stride: int, dilation: int, residual: bool, x: Tensor
+) -> Tensor:
+    return raw("inverted_residual", backend)(x, *weights, stride, dilation, residual)
+
+
+def transformer(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return call(x)
