@@ -25,6 +25,7 @@ _EXPORTS = {
     "report": "adapters",
     "AccelerationReport": "adapters",
     "freeze": "freezing",
+    "CudaGraphs": "freezing",
     "export": "exporting",
     "ExportReport": "exporting",
     "load": "freezing.saved",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers, which cannot re
     from .dropout import LayerDropout as LayerDropout
     from .exporting import ExportReport as ExportReport
     from .exporting import export as export
+    from .freezing import CudaGraphs as CudaGraphs
     from .freezing import freeze as freeze
     from .freezing.saved import SavedNetwork as SavedNetwork
     from .freezing.saved import load as load

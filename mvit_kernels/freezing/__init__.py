@@ -22,9 +22,11 @@ from ..adapters import adapter_of, restore
 from ..adapters._block import BlockParts, Refusal, layer_weights
 from ..adapters._swap import backend_of
 from ..ops import TransformerLayerWeights
+from . import graphs
 from .block import FrozenMobileViTBlock
 from .convolutions import freeze_convolutions, freeze_inverted_residuals, freeze_means, replace
 from .folding import is_norm
+from .graphs import CudaGraphs
 from .modules import Frozen, FrozenSequential
 from .native import Native
 from .pyramid import freeze_pyramids
@@ -71,20 +73,22 @@ def _counted(modules: Iterable[tuple[str, str]], one: str, several: str, what: s
     ]
 
 
-def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
+def freeze(model: Model, *, dtype: torch.dtype | None = None, cuda_graph: bool | int | CudaGraphs = False) -> Model:
     """Make a fast inference-only copy of `model`; `model` itself is not changed.
 
     Example:
         >>> fast = mvit_kernels.freeze(model)                        # any of the five kinds of MobileViT
         >>> fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)  # half the bytes, twice the rate on bf16 units
+        >>> fast = mvit_kernels.freeze(model.cuda(), dtype=torch.bfloat16, cuda_graph=True)  # for small batches
         >>> with torch.inference_mode():
         ...     logits = fast(images)
 
     Batch norms are folded into their convolutions (in float64), SiLU, ReLU and residual additions are fused as
     epilogues, and everything runs channels-last inside, whatever the memory format of the input. On the
     CPU, in float32 and bfloat16, a chain of frozen layers is one native call with packed weights
-    (`mvit_kernels.freezing.network`). On a GPU, in bfloat16 and float16, a block's transformer weights are packed for
-    the CUDA kernel that runs it in one launch. The model's other modules (pooling, heads, ``features_only``, Hugging
+    (`mvit_kernels.freezing.network`). On a GPU, in bfloat16 and float16, it is one list of launches, prepared once for
+    each input shape (`mvit_kernels.freezing.launched`), and a block's transformer weights are packed for the CUDA
+    kernel that runs it in one launch. The model's other modules (pooling, heads, ``features_only``, Hugging
     Face's output classes) are kept, and a network that is known as a whole (classifiers, backbones and DeepLabv3 of all
     five kinds) is one native call from the image to its result (`mvit_kernels.freezing.whole`).
 
@@ -99,29 +103,40 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     ``torch.save(fast, path)``, or save its ``state_dict()`` (safetensors works) and load that into a model frozen in
     the same way. ``save_pretrained`` raises, because ``from_pretrained`` could not read the result.
 
+    With `cuda_graph` each native call on a GPU is captured as a CUDA graph when an input shape comes first, and
+    replayed for the next ones (`mvit_kernels.freezing.graphs`). Results are ordinary new tensors, and calls from
+    several threads and streams are safe. Inside a capture of yours the launches become part of your graph. The buffers
+    belong to the model: copies and pickles have none, and changes of weights and ``to`` drop them.
+
     Args:
         model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. The frozen copy's
             ``state_dict`` has other keys, so load checkpoints before freezing.
         dtype: float32, bfloat16, float16 or float64. All weights of these four dtypes are cast to it, inputs are cast
             on entry, and outputs have it. None keeps the model's dtypes.
+        cuda_graph: True keeps the graphs of 8 input shapes, a number those of so many, `CudaGraphs` says more. It wants
+            a model that is on a GPU, in bfloat16 or float16.
 
     Returns:
         A new model in evaluation mode, without parameters that require a gradient, of the model's class (unless that is
         one of a block). Its ``train()`` raises RuntimeError.
 
     Raises:
-        TypeError: `model` is not an ``nn.Module``, or `dtype` is none of the four.
+        TypeError: `model` is not an ``nn.Module``, `dtype` is none of the four, or `cuda_graph` is none of those.
         ValueError: a convolution, a batch norm or a MobileViT block has values that are not finite, or a batch norm has
-            a negative running variance.
+            a negative running variance; or `cuda_graph` is asked for a model that is not on a GPU, or of which nothing
+            is a native call.
     """
     check_model("freeze", model)
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"freeze: dtype is {dtype!r}; float32, bfloat16, float16 or float64 is wanted")
+    options = graphs.checked(cuda_graph)
+    if options is not None:
+        graphs.check_device({value.device for value in (*model.parameters(), *model.buffers())})
     with torch.inference_mode(False):  # whose tensors do not count their changes; one call has to see the classifier's
-        return _freeze(model, dtype)
+        return _freeze(model, dtype, options)
 
 
-def _freeze(model: Model, dtype: torch.dtype | None) -> Model:
+def _freeze(model: Model, dtype: torch.dtype | None, options: CudaGraphs | None) -> Model:
     # In a holder, so that the model itself can be replaced where it is a block or a unit.
     holder = nn.Module()
     holder.model = copy_of(model).eval().requires_grad_(False)
@@ -143,7 +158,15 @@ def _freeze(model: Model, dtype: torch.dtype | None) -> Model:
     holder.eval()
 
     frozen = holder.model
+    for module in holder.modules():
+        if isinstance(module, Frozen):
+            module.cuda_graph = options
     composed = [(_name_in_model(name), reason) for name, reason in _pack(holder, "", set())]
+    if options is not None and not any(isinstance(getattr(m, "_network", None), Native) for m in holder.modules()):
+        raise ValueError(
+            f"freeze: cuda_graph is for native calls, and there is none: "
+            f"{some((f'{name}: {reason}' for name, reason in (*left, *composed)), joint='; ') or 'nothing is frozen'}"
+        )
     frozen_blocks = [module for module in holder.modules() if isinstance(module, FrozenMobileViTBlock)]
     for block in frozen_blocks:
         block.pack()

@@ -9,7 +9,7 @@ the launches: as PyTorch's own passes they took half of frozen MobileViT-S on an
 one reads, so that a concatenation costs nothing; and Python runs once a launch, with addresses that were computed
 before (`mvit_kernels.backends.triton.prepared`). A call allocates its result and one arena for all maps, in which maps
 that do not live at the same time share memory. So it needs no state but the weights: any number of threads and streams
-may call it at once.
+may call it at once. ``freeze(cuda_graph=…)`` makes a CUDA graph of the list (`mvit_kernels.freezing.graphs`).
 
 With ``TRITON_INTERPRET=1`` and ``use_backend("triton")`` it runs in Triton's interpreter, on CPU tensors.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..backends import triton
 from ..backends.library import TransformerLayerWeights
+from .graphs import CudaGraphs, Graphs
 from .lowering import IMAGE, Lowering, StackWeights
 from .native import DTYPES, Native
 from .program import CONVOLUTION, DEPTHWISE_CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, Builder, NotNative, Place
@@ -43,6 +44,7 @@ class LaunchedNetwork(Native):
         return triton.target.DEVICE_TYPE
 
     def _check(self, module: nn.Module) -> None:
+        self._options: CudaGraphs | None = getattr(module, "cuda_graph", None)
         if any(value.device != self.device for value in module.buffers()):
             raise NotNative("its weights are on several devices")
         reasons = triton.BACKEND.unavailable(triton.target.DEVICE_TYPE)
@@ -69,6 +71,7 @@ class LaunchedNetwork(Native):
         self._lowered: dict[Any, Lowering | NotNative] = {}
         self._prepared: dict[Any, list[Any]] = {}
         self._lock = threading.Lock()
+        self._graphs = None if self._options is None else Graphs(self, self._options)
         self.lowering(1, (256, 256))  # whether there are launches for all steps is to be known now
 
     def _is_wanted(self) -> bool:
@@ -100,6 +103,9 @@ class LaunchedNetwork(Native):
         return known
 
     def rows(self, x: Tensor) -> Tensor:
+        replayed = None if self._graphs is None else self._graphs(x)
+        if replayed is not None:
+            return replayed
         lowering = self.lowering(x.shape[0], (x.shape[2], x.shape[3]))
         image = self.image(x, lowering)
         result = torch.empty(lowering.result, dtype=self.dtype, device=self.device)

@@ -201,7 +201,8 @@ class Lowering:
         rows = self._stand_in(source)
         x = rows.permute(0, 3, 1, 2)
         call = inverted_residual_call(rows, whole[0], whole[4], (x,), stride, dilation, residual)
-        return backends.choose(call) if backends.serves("inverted_residual", call) else None
+        served = backends.choose(call) if backends.serves("inverted_residual", call) else None
+        return served if served == "cuda" else None  # Triton's operator is three launches and their allocations
 
     def _transformer(self, source: Place, target: Place, weights: StackWeights) -> None:
         stack = weights.stack

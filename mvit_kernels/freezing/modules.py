@@ -27,6 +27,7 @@ from ..ops import inverted_residual
 from ..ops._checks import DTYPES
 from ..ops.inverted_residual import inverted_residual_call
 from . import changes
+from .graphs import CudaGraphs
 from .native import Native, hooks_inside, is_current, kind_for, kind_of
 from .program import Builder, NotNative, Place, links_of
 
@@ -42,6 +43,7 @@ class Frozen(nn.Module):
     """
 
     generation = 0  # incremented by every change that makes packed weights stale
+    cuda_graph: CudaGraphs | None = None  # of its native call on a GPU
     _network: Native | NotNative | None = None
 
     def __init__(self, *args: Any) -> None:
@@ -179,6 +181,7 @@ class FrozenSequential(Frozen, nn.Sequential):
         runs = self._runs if self._runs is not None else {}
         if (begin, end) not in runs:
             runs[begin, end] = FrozenSequential(*list(self)[begin:end])
+            runs[begin, end].cuda_graph = self.cuda_graph
             self._runs = runs
         return runs[begin, end]
 

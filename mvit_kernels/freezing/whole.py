@@ -235,6 +235,7 @@ def _call_of(model: nn.Module, kind: type[Native]) -> _Call:
         else:
             known = chain_of(model)
             whole = _whole(known)
+        whole.links.cuda_graph = next(part.cuda_graph for part in model.modules() if isinstance(part, Frozen))
         network = whole.links.native(kind)
         if isinstance(network, Native):
             whole = whole._replace(channels=whole.channels or network.out_channels)

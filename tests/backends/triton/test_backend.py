@@ -309,10 +309,10 @@ def test_float32_follows_both_settings_of_pytorch(default_precision, legacy, eve
 # ------------------------------------------------------------------------------------------------------ the interpreter
 
 
-INTERPRETED = ("interpreted.py", "interpreted_sums.py", "interpreted_bounds.py", "interpreted_convolutions.py")
+IN_THE_INTERPRETER = [f"interpreted{kind}.py" for kind in ("", "_sums", "_bounds", "_convolutions", "_networks")]
 
 
-@pytest.mark.parametrize("file", INTERPRETED)
+@pytest.mark.parametrize("file", IN_THE_INTERPRETER)
 def test_in_the_interpreter(file):
     """Each in a process of its own."""
     pytest.importorskip("triton", reason="Triton is not installed")

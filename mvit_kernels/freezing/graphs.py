@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A native call on a GPU as a CUDA graph for each input shape: ``freeze(model, cuda_graph=True)``.
+
+Forty launches take some 100 µs of Python, and as long on the GPU at batch 1: a graph launches them at once. It always
+reads and writes the same memory, so `Graphs` owns an image, an arena and a result for each shape that it keeps: a call
+copies its images in, replays, and copies the result out into a tensor of its own. Calls of one shape take turns:
+those of other threads wait to enqueue theirs, and those of other streams wait, on the GPU, for the copy out.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._utils.text import some
+from .._utils.transforms import is_channels_last
+
+if TYPE_CHECKING:
+    from .launched import LaunchedNetwork
+
+SHAPES = 8  # that `cuda_graph=True` keeps
+MORE = ("replace", "run")
+
+
+class CudaGraphs(NamedTuple):
+    """How many CUDA graphs ``freeze(model, cuda_graph=…)`` keeps, and what becomes of further input shapes.
+
+    Example:
+        >>> fast = mvit_kernels.freeze(model, cuda_graph=mvit_kernels.CudaGraphs(shapes=4, more="run"))
+
+    Each shape has buffers of its own on the GPU, which the model owns: the image, the result, and the arena of all maps
+    between (for MobileViT-S in bfloat16 at 256 pixels, 4 MB an image).
+
+    Args:
+        shapes: at most so many input shapes, at least 1, have a graph. Each is captured at its first call.
+        more: "replace" captures a further shape too, in place of the one that was used longest ago; "run" runs further
+            shapes without a graph, which suits calls of many shapes: a capture takes milliseconds.
+    """
+
+    shapes: int = SHAPES
+    more: str = "replace"
+
+
+def checked(cuda_graph: bool | int | CudaGraphs) -> CudaGraphs | None:
+    """What ``freeze`` was given, as `CudaGraphs`; None for no graphs.
+
+    Raises:
+        TypeError, ValueError: it is not what `freeze` takes.
+    """
+    if isinstance(cuda_graph, bool) or cuda_graph is None:
+        return CudaGraphs() if cuda_graph else None
+    graphs = CudaGraphs(cuda_graph) if isinstance(cuda_graph, int) else cuda_graph
+    if not isinstance(graphs, CudaGraphs) or isinstance(graphs.shapes, bool) or not isinstance(graphs.shapes, int):
+        raise TypeError(
+            f"freeze: cuda_graph is {cuda_graph!r}; True, a number of input shapes or a CudaGraphs is wanted"
+        )
+    if graphs.shapes < 1:
+        raise ValueError(f"freeze: cuda_graph keeps {graphs.shapes} input shapes; at least 1 is wanted")
+    if graphs.more not in MORE:
+        raise ValueError(f"freeze: cuda_graph has more={graphs.more!r}; 'replace' or 'run' is wanted")
+    return graphs
+
+
+def check_device(devices: set[torch.device]) -> None:
+    """Raise ValueError unless a model's tensors, on `devices`, are on GPUs."""
+    if {device.type for device in devices} != {runtime.device_type}:
+        where = some(sorted(map(str, devices))) or "nowhere"
+        raise ValueError(
+            f"freeze: cuda_graph is for models on a GPU, and this one is {'on ' if devices else ''}{where}; move it "
+            "with .to('cuda') first"
+        )
+
+
+class Runtime:
+    """The calls of ``torch.cuda`` that graphs take; tests put another in its place, which replays on the CPU."""
+
+    device_type = "cuda"
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream is being captured, by someone else."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def capture(self, call: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """Run `call` once as usual, which loads its kernels, then capture it; return the replay, on the current
+        stream."""
+        with torch.cuda.device(device):
+            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(current)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(aside):
+                call()
+                # Not torch.cuda.graph: it synchronises the device and empties the allocator's cache, which in another
+                # thread's capture is an error. For the same reason only what this thread does can disturb the capture.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    call()
+                finally:
+                    graph.capture_end()
+            current.wait_stream(aside)
+        return graph.replay
+
+    def event(self) -> Any:
+        """An event on the GPU, with ``record()``, ``wait()`` and ``synchronize()``."""
+        return torch.cuda.Event()
+
+
+runtime: Runtime = Runtime()
+
+
+class _Captured:
+    """The graph of one shape and its memory."""
+
+    def __init__(self, network: LaunchedNetwork, x: Tensor) -> None:
+        lowering = network.lowering(x.shape[0], (x.shape[2], x.shape[3]))
+        with torch.inference_mode(False), torch.no_grad():  # whose tensors later calls could not write
+            form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+            self.image = torch.empty(x.shape, dtype=network.dtype, device=x.device, memory_format=form)
+            self.result = result = torch.empty(lowering.result, dtype=network.dtype, device=x.device)
+            arena = torch.empty(lowering.arena, dtype=torch.uint8, device=x.device)
+            self.image.copy_(x)
+            rows = network.image(self.image, lowering)
+            self.done, self.lock = runtime.event(), threading.Lock()
+            self.replay = runtime.capture(lambda: network.run(rows, result, arena), x.device)
+        self._memory = rows, arena  # which the graph reads and writes
+        self.done.record()
+        # The memory must not be given to others while a replay still uses it.
+        weakref.finalize(self, self.done.synchronize).atexit = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self.lock, torch.no_grad():
+            self.done.wait()
+            self.image.copy_(x)
+            self.replay()
+            result = self.result.clone()
+            self.done.record()
+        return result
+
+
+class Graphs:
+    """The graphs of one native call, by the shape of its input.
+
+    Args:
+        network: the native call; it owns this, and is not owned.
+        options: how many, and what else.
+    """
+
+    def __init__(self, network: LaunchedNetwork, options: CudaGraphs) -> None:
+        self._network = weakref.ref(network)
+        self.options = options
+        self._captured: OrderedDict[Any, _Captured] = OrderedDict()  # the one used longest ago first
+        self._lock = threading.Lock()
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The native call's rows for `x`, from a graph; None if it is to run as usual: for a shape beyond those that
+        are kept, or while a graph of someone else is being captured, which the launches then become part of."""
+        if runtime.is_capturing():
+            return None
+        key = tuple(x.shape), torch.get_float32_matmul_precision()
+        with self._lock:
+            captured = self._captured.get(key)
+            if captured is None:
+                if len(self._captured) >= self.options.shapes and self.options.more == "run":
+                    return None
+                network = self._network()
+                assert network is not None, "its owner calls it"
+                while len(self._captured) >= self.options.shapes:  # first, so that the new one may have its memory
+                    self._captured.popitem(last=False)
+                captured = self._captured[key] = _Captured(network, x)
+            else:
+                self._captured.move_to_end(key)
+        return captured(x)
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The input shapes that have a graph, the one used longest ago first."""
+        return [shape for shape, _ in self._captured]

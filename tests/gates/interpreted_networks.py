@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen networks as prepared launches, run in Triton's interpreter on CPU tensors; see interpreted.py:
+
+TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted_networks.py
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import mvit_kernels
+from mvit_kernels import backends
+from mvit_kernels.backends import StackPlan, triton
+from mvit_kernels.backends.library import flatten, raw
+from mvit_kernels.backends.triton.target import INTERPRETED
+from mvit_kernels.freezing import arena, graphs, lowering, operations
+from mvit_kernels.freezing.launched import LaunchedNetwork
+from mvit_kernels.freezing.modules import FrozenSequential
+from mvit_kernels.freezing.native import kind_on
+from support import models
+from support.networks import Draw, chain, composed
+from support.tolerance import assert_close_as_pytorch
+
+assert INTERPRETED, "run it with TRITON_INTERPRET=1"
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def launched(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The module's result, which must come from prepared launches."""
+    with torch.inference_mode(), mvit_kernels.use_backend("triton"):
+        y = module(x)
+        assert isinstance(module._network, LaunchedNetwork), module._network
+        assert module._network.serves(x)
+    return y
+
+
+def judge(module: FrozenSequential, x: torch.Tensor, dtype: torch.dtype) -> LaunchedNetwork:
+    """Hold the launches to the module's composed form in `dtype`, by the errors of both against float64."""
+    module = copy.deepcopy(module).to(dtype)
+    truth = composed(copy.deepcopy(module).double(), x.to(dtype).double())
+    ours = launched(module, x)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert_close_as_pytorch("launches", ours, composed(module, x), truth)
+    return module._network
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("dtype, shape", [(torch.bfloat16, (2, 3, 17, 23)), (torch.float32, (1, 3, 16, 18))], ids=str)
+def test_a_chain_of_every_kind(dtype, shape):
+    module, draw = chain()
+    judge(module, draw(*shape), dtype)
+
+
+draw = Draw(1)
+SMALL = {
+    "block without norm, fusion and bias": lambda: [
+        draw.block(8, 16, layers=1, fusion=False, final_norm=False, qkv_bias=False)
+    ],
+    "block that joins the other way round": lambda: [draw.block(8, 16, layers=1, input_first=False, dilation=2)],
+    "patches that do not fit": lambda: [draw.conv(8, 8), draw.block(8, 16, layers=1, patch=(3, 2))],
+    "inverted residual, from the image": lambda: [
+        draw.inverted(8, 16, 8, dilation=2),
+        draw.inverted(8, 24, 12, stride=2),
+    ],
+    "depthwise, from the image": lambda: [draw.depthwise(8, stride=2, act="relu"), draw.conv(8, 20, act=False)],
+    "pyramid, from the image": lambda: [draw.pyramid(8, 8, 16)],
+    "one 1 x 1": lambda: [draw.conv(8, 12, act="relu")],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_chains(name):
+    judge(FrozenSequential(*SMALL[name]()), Draw(2)(1, 8, 7, 8), torch.float16)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded", "double"])
+@pytest.mark.parametrize("first", ["stem", "1 x 1"])
+def test_images_of_any_layout(first, layout):
+    """A stem reads them where they are; others get a channels-last copy."""
+    made = Draw(3)
+    module = FrozenSequential(made.conv(3, 16, 3, stride=2) if first == "stem" else made.conv(3, 16)).to(torch.bfloat16)
+    x = made(2, 3, 6, 8)
+    expected = launched(module, x)
+    x = {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "sliced": torch.cat((x, x), dim=3)[:, :, :, 8:],
+        "expanded": x[:1].expand(2, -1, -1, -1),
+        "double": x.double(),
+    }[layout]
+    y = launched(module, x)
+    assert torch.equal(y[:1], expected[:1]) and (layout == "expanded" or torch.equal(y, expected))
+
+
+@pytest.fixture(scope="module")
+def own():
+    """Our XXS in bfloat16, an image, and what launches made of it: in memory whose bytes were all set, so that every
+    float in it was NaN until it was written."""
+    run = LaunchedNetwork.run
+
+    def run_in_nan(self, image, result, arena):
+        arena.fill_(255)
+        result.fill_(torch.nan)
+        run(self, image, result, arena)
+
+    frozen, x = mvit_kernels.freeze(models.build("own"), dtype=torch.bfloat16), models.images(1, 64, 64)
+    with torch.inference_mode(), mvit_kernels.use_backend("triton"), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LaunchedNetwork, "run", run_in_nan)
+        logits = frozen(x)
+    return frozen, x, logits
+
+
+def whole(frozen: nn.Module) -> LaunchedNetwork:
+    network = vars(frozen)["_mvit_call"].network
+    assert isinstance(network, LaunchedNetwork), network
+    return network
+
+
+def test_a_model(own):
+    """From the image to the logits, in one call."""
+    frozen, x, logits = own
+    with torch.inference_mode(), mvit_kernels.use_backend("reference"):
+        usual = frozen(x)
+        truth = models.build("own").double()(x.bfloat16().double())
+    assert_close_as_pytorch("logits", logits, usual, truth)
+    whole(frozen)
+
+
+def test_a_model_of_timm():
+    model, x = models.build("timm"), models.images(1, 33, 33)
+    frozen = mvit_kernels.freeze(model, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        with mvit_kernels.use_backend("triton"):
+            logits = frozen(x)
+        whole(frozen)
+        with mvit_kernels.use_backend("reference"):
+            usual = frozen(x)
+        truth = model.double()(x.bfloat16().double())
+    assert_close_as_pytorch("logits", logits, usual, truth)
+
+
+# ----------------------------------------------------------------------------------------------- memory, launches
+
+
+def test_values_that_live_at_once_do_not_overlap(own):
+    with mvit_kernels.use_backend("triton"):
+        found = whole(own[0]).lowering(1, (64, 64))
+    lives = found.lives()
+    for one, at in found.offsets.items():
+        assert at % arena.ALIGNMENT == 0 and at + found.values[one].bytes <= found.arena
+        for other, there in found.offsets.items():
+            if one < other and lives[one][0] <= lives[other][1] and lives[other][0] <= lives[one][1]:
+                assert at + found.values[one].bytes <= there or there + found.values[other].bytes <= at
+
+
+@pytest.fixture
+def s():
+    frozen = mvit_kernels.freeze(models.build("own", "s"), dtype=torch.bfloat16)
+    with mvit_kernels.use_backend("triton"):
+        links = mvit_kernels.freezing.whole.whole_network(frozen).links
+        return links.native(kind_on("cpu"))
+
+
+def test_launches_of_s(s, monkeypatch):
+    """Stem, seven inverted residuals of three, three blocks of five (of which one is the stack), the last convolution,
+    the mean and the classifier; a stack operator by operator is four launches a layer and a norm."""
+    with mvit_kernels.use_backend("triton"):
+        by_operator = s.lowering(256, (256, 256)).operations
+        monkeypatch.setattr(backends, "plan_stack", lambda *a, **k: StackPlan.WHOLE)
+        monkeypatch.setattr(backends, "choose", lambda call: "cuda")
+        monkeypatch.setattr(lowering.Lowering, "_whole_transformer", lambda self, x, weights: None)
+        whole = lowering.Lowering(s._builder, s._weights, s.device, 256, (256, 256))
+    assert len(by_operator) == 1 + 7 * 3 + 3 * 4 + (2 + 4 + 3) * 4 + 3 + 3
+    assert len(whole.operations) == 1 + 7 * 3 + 3 * 5 + 3 <= 60
+    lives = whole.lives()
+    most = max(
+        sum(whole.values[value].bytes for value in whole.offsets if lives[value][0] <= at <= lives[value][1])
+        for at in range(len(whole.operations))
+    )
+    assert most <= whole.arena <= 1.15 * most < 6 * 2**20 * 256  # bytes: 6 MB an image
+
+
+def test_operators_that_return_their_result(monkeypatch):
+    """As the CUDA kernels of a whole stack and a whole inverted residual do: their tensors are memory of their own, and
+    let go when they were read last."""
+    made = Draw(4)
+    block = made.block(8, 16, layers=1, patch=(3, 2))
+    module = FrozenSequential(made.conv(3, 8, 3, stride=2), made.inverted(8, 16, 8), made.inverted(8, 16, 8), block)
+    x = made(2, 3, 13, 12)
+    expected = composed(module, x)
+
+    def stack(self, x, weights):
+        norm, of = weights.final_norm, weights.stack
+        return lambda rows: raw("transformer", "reference")(
+            rows, flatten(weights.layers), *norm, of.num_heads, of.patch_size, of.eps
+        )
+
+    monkeypatch.setattr(backends, "plan_stack", lambda *a, **k: StackPlan.WHOLE)
+    monkeypatch.setattr(backends, "choose", lambda call: "cuda")
+    monkeypatch.setattr(lowering.Lowering, "_whole_transformer", stack)
+    monkeypatch.setattr(backends, "serves", lambda operator, call: operator == "inverted_residual")
+    called = operations.inverted_residual
+    monkeypatch.setattr(operations, "inverted_residual", lambda backend, *rest: called("reference", *rest))
+    for _ in range(2):
+        torch.testing.assert_close(launched(module, x), expected, rtol=1e-4, atol=1e-4)
+    with mvit_kernels.use_backend("triton"):
+        names = [operation.name for operation in module._network.lowering(2, (13, 12)).operations]
+    # The second inverted residual writes a part of the map that the block's fusion reads, as no operator could.
+    assert [names.count(one) for one in ("inverted_residual", "depthwise_convolution", "transformer", "resize")] == [
+        1,
+        1,
+        1,
+        2,
+    ]
+    (steps,) = module._network._prepared.values()
+    assert [type(step).__name__ for step in steps].count("Release") == 2
+
+
+# ------------------------------------------------------------------------------------- what launches do not serve
+
+
+@pytest.fixture
+def pair():
+    made = Draw(5)
+    module = FrozenSequential(made.conv(3, 8, 3, stride=2), made.inverted(8, 16, 8)).to(torch.bfloat16)
+    return module, made(1, 3, 6, 6)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made, run = [], LaunchedNetwork.run
+    monkeypatch.setattr(LaunchedNetwork, "run", lambda self, *memory: made.append(self) or run(self, *memory))
+    return made
+
+
+def test_where_launches_may_not_be_called(pair, calls):
+    module, x = pair
+    with mvit_kernels.use_backend("triton"):
+        expected = module(x)
+        network = module._network
+        assert calls == [network]
+        module(x.clone().requires_grad_())
+        assert module(x[:0]).shape == (0, *expected.shape[1:])
+        with FlopCounterMode(display=False) as flops:
+            module(x)
+        assert flops.get_total_flops() > 0
+        with torch.autocast("cpu", torch.bfloat16):
+            module(x)
+        torch.func.functional_call(module, {"0.bias": module[0].bias + 1}, x)
+        handle = module[1].project.register_forward_hook(lambda *_: None)
+        module(x)
+        handle.remove()
+        assert calls.count(network) == 1  # parts by themselves may be others
+        assert torch.equal(module(x), expected) and calls.count(network) == 2
+    before = len(calls)
+    with mvit_kernels.use_backend("reference"):
+        module(x)
+    module(x)  # by the CPU's own
+    assert len(calls) == before
+
+
+def test_float32_is_asked_for(pair):
+    """On a GPU it is cuDNN's, unless Triton is asked for by name."""
+    module = pair[0].float()
+    with mvit_kernels.use_backend("triton"):
+        network = LaunchedNetwork(module)
+        assert network.serves(pair[1])
+    assert not network.serves(pair[1])
+    with pytest.raises(mvit_kernels.freezing.native.NotNative, match="left to cuDNN"):
+        LaunchedNetwork(module)
+
+
+def test_changes_are_seen(pair, calls):
+    module, x = pair
+    before = launched(module, x)
+    module.load_state_dict({name: value * 2 for name, value in module.state_dict().items()})
+    after = launched(module, x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, composed(module, x), rtol=0.05, atol=0.05)
+    assert torch.equal(launched(pickle.loads(pickle.dumps(module)), x), after)
+    assert len(calls) == 3
+
+
+def test_a_stack_that_no_kernel_takes():
+    made = Draw(6)
+    wide = triton.target.MAX_WIDTH + 16
+    module = FrozenSequential(made.conv(3, 8, 3, stride=2), made.block(8, wide, layers=1))
+    with mvit_kernels.use_backend("triton"):
+        reason = module.native(kind_on("cpu"))
+    assert "no kernels serve its transformer" in str(reason) and str(wide) in str(reason)
+
+
+# -------------------------------------------------------------------------------------------------------------- graphs
+
+
+class FakeRuntime(graphs.Runtime):
+    """Captures by keeping the call, and replays it."""
+
+    device_type = "cpu"
+
+    def __init__(self):
+        self.captured, self.replays, self.capturing = 0, 0, False
+
+    def is_capturing(self):
+        return self.capturing
+
+    def capture(self, call, device):
+        self.captured += 1
+        call()
+
+        def replay():
+            self.replays += 1
+            call()
+
+        return replay
+
+    def event(self):
+        class Event:
+            def record(self): ...
+            def wait(self): ...
+            def synchronize(self): ...
+
+        return Event()
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    fake = FakeRuntime()
+    monkeypatch.setattr(graphs, "runtime", fake)
+    return fake
+
+
+def test_a_frozen_model_with_graphs(runtime):
+    """The same bits as without; once captured for a shape and state of the weights; copies have no graphs."""
+    made = Draw(7)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 4, 1)).eval()
+    x, y = made(1, 3, 6, 6), made(2, 3, 6, 6)
+    with mvit_kernels.use_backend("triton"), torch.inference_mode():
+        plain = mvit_kernels.freeze(model, dtype=torch.bfloat16)
+        fast = mvit_kernels.freeze(model, dtype=torch.bfloat16, cuda_graph=2)
+        first = fast(x)
+        assert torch.equal(first, plain(x)) and (runtime.captured, runtime.replays) == (1, 1)
+        assert torch.equal(fast(y), plain(y)) and torch.equal(fast(2 * x), plain(2 * x))
+        assert torch.equal(first, plain(x))  # later calls leave earlier results alone
+        assert (runtime.captured, runtime.replays) == (2, 3)
+        runtime.capturing = True
+        assert torch.equal(fast(x), first) and runtime.replays == 3  # part of the graph around it
+        runtime.capturing = False
+        again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+        assert torch.equal(again(x), first) and runtime.captured == 3
+        fast.load_state_dict({name: value * 2 for name, value in fast.state_dict().items()})
+        plain.load_state_dict(fast.state_dict())
+        assert torch.equal(fast(x), plain(x)) and not torch.equal(fast(x), first)
+        assert runtime.captured == 4
+
+
+def test_graphs_want_a_native_call(runtime):
+    with pytest.raises(ValueError, match="cuda_graph is for native calls, and there is none: .*kernel_size"):
+        mvit_kernels.freeze(nn.Conv2d(3, 8, 5), cuda_graph=True)
