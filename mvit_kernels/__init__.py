@@ -25,7 +25,7 @@ _EXPORTS = {
     "report": "adapters",
     "AccelerationReport": "adapters",
     "freeze": "freezing",
-    "CudaGraphs": "freezing",
+    "CudaGraphs": "freezing.graphs",
     "export": "exporting",
     "ExportReport": "exporting",
     "load": "freezing.saved",
@@ -71,8 +71,8 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers, which cannot re
     from .dropout import LayerDropout as LayerDropout
     from .exporting import ExportReport as ExportReport
     from .exporting import export as export
-    from .freezing import CudaGraphs as CudaGraphs
     from .freezing import freeze as freeze
+    from .freezing.graphs import CudaGraphs as CudaGraphs
     from .freezing.saved import SavedNetwork as SavedNetwork
     from .freezing.saved import load as load
     from .nn import MobileViT as MobileViT

@@ -191,3 +191,61 @@ def test_what_freeze_refuses(value, error, says):
 def test_a_model_must_be_on_a_gpu(model, where):
     with pytest.raises(ValueError, match=f"for models on a GPU, and this one is {where}; move it with .to"):
         mvit_kernels.freeze(model, cuda_graph=True)
+
+
+# ------------------------------------------------------------------------------------------ the calls of torch.cuda
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """What `Runtime` calls of torch.cuda, in order."""
+    log = []
+
+    class Stream:
+        def __init__(self, name="aside"):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self):
+            log.append(f"on {self.name}")
+
+        def __exit__(self, *_):
+            log.append(f"off {self.name}")
+
+    class Graph:
+        def capture_begin(self, capture_error_mode):
+            log.append(f"begin {capture_error_mode}")
+
+        def capture_end(self):
+            log.append("end")
+
+        def replay(self):
+            log.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: Stream(str(device)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    return log
+
+
+def test_a_capture(cuda):
+    """After a run that loads the kernels, on a stream of its own, and disturbed by no other thread."""
+    replay = graphs.Runtime().capture(lambda: cuda.append("call"), "cuda:1")
+    replay()
+    before = ["on cuda:1", "aside waits for current", "on aside", "call", "begin thread_local", "call", "end"]
+    assert cuda == [*before, "off aside", "current waits for aside", "off cuda:1", "replay"]
+
+
+def test_a_capture_that_fails_is_ended(cuda):
+    def call():
+        cuda.append("call")
+        if "begin thread_local" in cuda:
+            raise RuntimeError("operation not permitted")
+
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        graphs.Runtime().capture(call, "cuda:1")
+    assert cuda.count("end") == 1
