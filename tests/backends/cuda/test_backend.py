@@ -14,7 +14,7 @@ import torch
 import mvit_kernels
 from mvit_kernels import backends
 from mvit_kernels.backends import cuda, gpu, library
-from mvit_kernels.backends.cuda import packing, plans, transformer
+from mvit_kernels.backends.cuda import kept, packing, plans, transformer
 from mvit_kernels.nn import MobileViT
 from mvit_kernels.ops import transformer_on_map
 from mvit_kernels.ops.transformer import flatten, stack_call
@@ -88,53 +88,53 @@ def test_packing_wants_four_heads():
         packing.pack_transformer(*packable(), num_heads=5, dtype=torch.bfloat16)
 
 
-def kept(layers, final_norm, dtype=torch.bfloat16):
+def packed_of(layers, final_norm, dtype=torch.bfloat16):
     return transformer.packed_weights(flatten(layers, zeros=False), final_norm, 4, dtype)
 
 
 def test_packed_once_and_again_when_a_weight_changes():
     layers, final_norm = packable(qkv_bias=False)
-    first = kept(layers, final_norm)
-    assert kept(layers, final_norm) is first
-    assert kept(layers, final_norm, torch.float16) is not first
+    first = packed_of(layers, final_norm)
+    assert packed_of(layers, final_norm) is first
+    assert packed_of(layers, final_norm, torch.float16) is not first
     for changed in (layers[1].fc2_weight, layers[0].norm1_weight, final_norm[1]):
         before = first.clone()
         changed.add_(1)
-        again = kept(layers, final_norm)
+        again = packed_of(layers, final_norm)
         assert again is first and not torch.equal(first, before)  # in place: a captured graph reads it
         fresh = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
         assert torch.equal(again, fresh)
     other = [layers[0], layers[1]._replace(fc1_bias=layers[1].fc1_bias + 1)]
-    assert not torch.equal(kept(other, final_norm), first)
-    assert kept(other, None).numel() == first.numel()
-    assert not torch.equal(kept(other, None), kept(other, final_norm))
+    assert not torch.equal(packed_of(other, final_norm), first)
+    assert packed_of(other, None).numel() == first.numel()
+    assert not torch.equal(packed_of(other, None), packed_of(other, final_norm))
 
 
 def test_packed_in_inference_mode_and_changed_outside():
     layers, final_norm = packable()
     with torch.inference_mode():
-        first = kept(layers, final_norm)
+        first = packed_of(layers, final_norm)
     before = first.clone()
     layers[0].fc1_weight.mul_(2)
-    assert kept(layers, final_norm) is first and not torch.equal(first, before)
+    assert packed_of(layers, final_norm) is first and not torch.equal(first, before)
 
 
 def test_packed_weights_live_as_long_as_the_weights():
     layers, final_norm = packable()
-    before = len(transformer._packed)
-    kept(layers, final_norm)
-    assert len(transformer._packed) == before + 1
+    before = len(kept.packed)
+    packed_of(layers, final_norm)
+    assert len(kept.packed) == before + 1
     del layers, final_norm
     gc.collect()
-    assert len(transformer._packed) == before
+    assert len(kept.packed) == before
 
 
 def test_inference_tensors_do_not_tell_of_changes():
     with torch.inference_mode():
         layers, final_norm = packable()
-        first = kept(layers, final_norm)
+        first = packed_of(layers, final_norm)
         layers[0].fc1_weight.add_(1)
-        assert not torch.equal(kept(layers, final_norm), first)
+        assert not torch.equal(packed_of(layers, final_norm), first)
 
 
 # ------------------------------------------------------------------------------------------------------------ decisions
@@ -315,9 +315,9 @@ def test_a_frozen_model(emulated, monkeypatch):
     """Every block's stack in one launch, with weights that `freeze` packed."""
     torch.manual_seed(0)
     model = MobileViT("xxs", num_classes=10).eval()
-    before = len(transformer._packed)
+    before = len(kept.packed)
     fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)
-    assert len(transformer._packed) == before + 3
+    assert len(kept.packed) == before + 3
     images = torch.rand(1, 3, 64, 64)
     for module in ("whole", "modules"):  # the CPU's own ways to run it
         monkeypatch.setattr(f"mvit_kernels.freezing.{module}.kind_for", lambda x: None)
@@ -327,7 +327,7 @@ def test_a_frozen_model(emulated, monkeypatch):
         usual = model.bfloat16()(images.bfloat16())
         truth = model.double()(images.double())
     assert [launch[:3] for launch in emulated] == [(64, 16, 16), (80, 20, 4), (96, 24, 1)]
-    assert len(transformer._packed) == before + 3
+    assert len(kept.packed) == before + 3
     assert_close_as_pytorch("logits", logits, usual, truth)
 
 
