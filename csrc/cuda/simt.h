@@ -174,6 +174,9 @@ template <typename T>
 MVIT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <typename T>
 MVIT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]);
+// d = a · b + c, which saves copying c.
+template <typename T>
+MVIT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]);
 
 #define MVIT_MMA(T, NAME)                                                                                             \
   template <>                                                                                                         \
@@ -189,6 +192,14 @@ MVIT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[
                  ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"                                                  \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(b[0]));                                                                  \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  MVIT_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {       \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                               \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                                     \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
+                   "f"(c[3]));                                                                                        \
   }
 MVIT_MMA(Half, "f16")
 MVIT_MMA(BFloat16, "bf16")

@@ -153,6 +153,9 @@ NATIVE_SCHEMAS = {
     "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "
     "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) "
     "-> Tensor",
+    # What `inverted_residual.cuda` launches; mvit_kernels.backends.cuda.inverted_residual packs the weights.
+    "inverted_residual_packed.cuda": "(Tensor x, Tensor packed, int version, int hidden_features, int out_features, "
+    "int stride, bool residual) -> Tensor",
 }
 for _name, _schema in NATIVE_SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))

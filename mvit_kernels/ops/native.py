@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fakes of the raw operators with a single backend and no public function: those that frozen networks run on the CPU
-(`mvit_kernels.freezing.network`), a LayerNorm in backward there, and the launch behind ``transformer.cuda``."""
+(`mvit_kernels.freezing.network`), a LayerNorm in backward there, and the launches behind ``transformer.cuda`` and
+``inverted_residual.cuda``."""
 
 from __future__ import annotations
 
@@ -34,3 +35,9 @@ def _pack_network(program, weights):
 @register_native_fake("transformer_packed.cuda")
 def _transformer_packed(x, packed, *settings):
     return x.new_empty(x.shape)
+
+
+@register_native_fake("inverted_residual_packed.cuda")
+def _inverted_residual_packed(x, packed, version, hidden_features, out_features, stride, residual):
+    b, h, w, _ = x.shape
+    return x.new_empty((b, (h - 1) // stride + 1, (w - 1) // stride + 1, out_features))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA backend's ``transformer`` on CPU tensors: its own Python, and its kernel's own source under emulation."""
+"""The CUDA backend's operators with a Python part on CPU tensors: that Python, and the kernels' own source under
+emulation."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ def run(
 def serving_cpu_tensors(monkeypatch) -> Iterator[list[tuple]]:
     """Inside, the CUDA backend is the first choice for CPU tensors, and takes every stack in one launch that it can,
     whether or not that would pay on a GPU; gives the shape and plan of each launch."""
-    load_operators("transformer")
     launches = []
 
     def plan(*arguments):
@@ -40,13 +40,22 @@ def serving_cpu_tensors(monkeypatch) -> Iterator[list[tuple]]:
 
     plan_of = transformer.plan_of
     monkeypatch.setattr(transformer, "plan_of", plan)
-    monkeypatch.setattr(cuda.BACKEND, "unavailable", lambda device_type: [])
     monkeypatch.setattr(cuda, "one_launch_pays", lambda *sizes, alone: True)
+    with preferred(monkeypatch, "transformer", transformer.forward):
+        yield launches
+
+
+@contextlib.contextmanager
+def preferred(monkeypatch, operator: str, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, the CUDA backend is the first choice for CPU tensors, and `forward` is ``mvit_kernels::<operator>.cuda``
+    for them."""
+    load_operators(operator)
+    monkeypatch.setattr(cuda.BACKEND, "unavailable", lambda device_type: [])
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("cuda", "reference"))
     monkeypatch.setattr(backends, "_choices", {})
     library = torch.library.Library("mvit_kernels", "FRAGMENT")
-    library.impl("transformer.cuda", transformer.forward, "CPU")
+    library.impl(f"{operator}.cuda", forward, "CPU")
     try:
-        yield launches
+        yield
     finally:
         library._destroy()

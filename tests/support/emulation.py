@@ -136,14 +136,15 @@ KERNELS_OF = {  # the kernels that an operator's bindings launch
         "patch_attention_backward_whole_kernel",
     ),
     "transformer": ("transformer_kernel",),
+    "inverted_residual": ("inverted_residual_kernel",),
 }
 
 
 @functools.cache
 def load_operators(*operators: str) -> None:
     """Register ``mvit_kernels::<operator>.cuda`` for CPU tensors: the bindings of csrc/cuda and its launches, compiled
-    for the emulation; all but the transformer's if none is named. A launch's fault is the error that the operator
-    raises."""
+    for the emulation; the row-wise ones and patch_attention if none is named. A launch's fault is the error that the
+    operator raises."""
     operators = operators or ("patch_attention", *ROWS)
     headers = Path(torch.__file__).parent / "include"
     command = [*compiler(), *FLAGS.split(), "-O0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]

@@ -67,7 +67,7 @@ def _load() -> str:
     why = load("cuda")
     if why:
         return why
-    for operator in ("transformer",):  # those with a Python part
+    for operator in ("transformer", "inverted_residual"):  # those with a Python part
         importlib.import_module(f"{__name__}.{operator}")
     function = ctypes.CDLL(str(loaded_paths["cuda"])).mvit_kernels_cuda_problem
     function.restype = ctypes.c_char_p

@@ -12,7 +12,7 @@ import torch
 
 from .. import gpu
 from ..contract import Call, Predicate
-from .plans import plan_transformer
+from .plans import INVERTED_RESIDUALS, plan_transformer
 
 DTYPES = (torch.bfloat16, torch.float16)
 # The same limits as in csrc/cuda/patch_attention.h and csrc/cuda/rows.h.
@@ -26,6 +26,9 @@ MAX_WIDTH = 2**20 - 8
 # Limits of the one-launch transformer.
 HEADS = 4
 MAX_SEQUENCES = 2**31 - 1
+# Limits of the inverted residual: pixels of an image, and of all together (there are fewer blocks than pixels).
+MAX_PIXELS = 2**31 - 1
+MAX_HIDDEN = 2**20 - 1
 
 
 def _dtype(call: Call) -> list[str]:
@@ -146,10 +149,29 @@ def _transformer(call: Call) -> list[str]:
     return [*reasons, plan] if isinstance(plan, str) else reasons
 
 
+def _inverted_residual(call: Call) -> list[str]:
+    reasons = _dtype(call)
+    images, height, width, channels = call.shape
+    out, stride, dilation = call.fact("out_features"), call.fact("stride"), call.fact("dilation")
+    if not call.fact("dense_rows"):
+        reasons.append("the channels of x are not adjacent in memory; call .contiguous() first")
+    if dilation != 1:
+        reasons.append(f"dilation {dilation} is not supported; 1 is")
+    if not 0 < call.fact("hidden_features") <= MAX_HIDDEN:
+        reasons.append(f"{call.fact('hidden_features')} hidden channels; 1 to {MAX_HIDDEN} are supported")
+    if images * height * width > MAX_PIXELS:
+        reasons.append(f"{images * height * width} pixels; at most {MAX_PIXELS} are supported")
+    if (channels, out, stride) not in INVERTED_RESIDUALS:
+        served = ", ".join(f"{c} to {o} with {s}" for c, o, s in INVERTED_RESIDUALS)
+        return [*reasons, f"{channels} channels to {out} with stride {stride} are not supported; {served} are"]
+    return reasons + _fits(INVERTED_RESIDUALS[channels, out, stride])
+
+
 SUPPORTS: dict[str, Predicate] = {
     "layer_norm_linear": _layer_norm_linear,
     "patch_attention": _patch_attention,
     "linear_residual": _linear_residual,
     "layer_norm_mlp": _layer_norm_mlp,
     "transformer": _transformer,
+    "inverted_residual": _inverted_residual,
 }

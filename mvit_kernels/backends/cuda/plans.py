@@ -16,6 +16,26 @@ MOST_WARPS = 8  # in a block, at up to 255 registers a thread
 WIDEST_FOR_32_ROWS = 192
 HIDDEN_CHUNK = 32
 
+# Shapes of inverted residuals that have a kernel, (channels in, channels out, stride), with the least shared memory, in
+# bytes, that its block needs: kInvertedResiduals in csrc/cuda/inverted_residual.h has their tiles, and a test compares.
+INVERTED_RESIDUALS = {
+    (16, 16, 1): 43968,
+    (16, 32, 1): 46016,
+    (16, 24, 2): 73728,
+    (24, 24, 1): 57792,
+    (24, 48, 2): 97280,
+    (32, 48, 2): 97280,
+    (32, 64, 2): 99328,
+    (48, 48, 1): 94400,
+    (48, 64, 2): 70848,
+    (64, 64, 1): 88512,
+    (64, 80, 2): 84672,
+    (64, 96, 2): 86720,
+    (80, 96, 2): 98496,
+    (96, 128, 2): 74624,
+    (128, 160, 2): 93056,
+}
+
 
 class Layout:
     """Sizes of the packed weights and of shared memory; TransformerLayout in csrc/cuda/transformer.h is its twin."""

@@ -10,7 +10,7 @@ import contextlib
 import pytest
 import torch
 
-from mvit_kernels.backends.cuda import packing, transformer
+from mvit_kernels.backends.cuda import kept, packing, transformer
 from mvit_kernels.backends.library import flatten
 from support.cases import convert, make, structured
 

@@ -270,6 +270,13 @@ void mma(float (&d)[4], const uint32_t (&a)[A], const uint32_t (&b)[A / 2],
   for (int i = 0; i < 4; ++i) d[i] = emulation::bits<float>(result[i]);
 }
 
+template <typename T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+         const emulation::Where& where = emulation::Where::current()) {
+  std::memcpy(d, c, sizeof d);
+  mma<T>(d, a, b, where);
+}
+
 inline float exp2_approximate(float x) {
   x = emulation::flushed(x);
   return x == 0 ? 1.0f : emulation::approximately(std::exp2(static_cast<double>(x)), x, 0x1p-22);

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``inverted_residual`` in CUDA C++: its kernel's own source, executed on the CPU, against float64; packed weights,
+what decides about a call, the binding, and frozen blocks. What only a GPU shows (rounding inside tensor cores, time) is
+not tested here; where there is one, the operators' own tests run on path ``cuda``."""
+
+import gc
+
+import pytest
+import torch
+
+import mvit_kernels
+from mvit_kernels.backends import cuda, gpu
+from mvit_kernels.backends.cuda import inverted_residual, kept, plans
+from mvit_kernels.backends.cuda import inverted_residual_packing as packing
+from mvit_kernels.nn import MobileViT
+from mvit_kernels.nn.layers import InvertedResidual
+from mvit_kernels.ops.inverted_residual import inverted_residual_call
+from support.cases import call, convert, make
+from support.cuda import preferred
+from support.emulation import Driver, EmulationFault
+from support.layouts import LAYOUTS, lay_out
+from support.tolerance import assert_close_as_pytorch
+
+OP = "inverted_residual"
+DTYPES = (torch.bfloat16, torch.float16)
+SMALL = ((64, 64, 1), (96, 128, 2), (128, 160, 2))  # shapes with a second tile, for GPUs with 99 KB a block
+
+
+@pytest.fixture(scope="module")
+def driver():
+    return Driver(OP, macros=["MVIT_ALL"])  # the compiler takes more time than the kernels
+
+
+def sizes_of(channels, out, stride, shape=(1, 19, 21), hidden=None):
+    """Two tiles each way, the second ragged; hidden channels fill no whole number of chunks."""
+    hidden = hidden or 2 * channels + 8
+    residual = stride == 1 and channels == out
+    return dict(shape=(*shape, channels), hidden=hidden, out=out, stride=stride, residual=residual)
+
+
+def launched(driver, sizes, dtype, tensors=None, seed=0, small=False):
+    """What the binding would launch, into memory full of NaN."""
+    made, settings = make(OP, sizes)
+    low = convert(tensors or made, dtype)
+    x, *weights = low.values()
+    packed = packing.pack_inverted_residual(*weights, dtype=dtype)
+    b, h, w, c = x.shape
+    hidden, out, stride = weights[0].shape[0], weights[4].shape[0], settings["stride"]
+    assert packed.numel() == packing.packed_bytes(c, hidden, out)
+    y = torch.full((b, (h - 1) // stride + 1, (w - 1) // stride + 1, out), torch.nan, dtype=dtype)
+    numbers = (b, h, w, c, hidden, out, stride, settings["residual"], small)
+    driver.forward(seed, x.contiguous(), y, packed, dtype == torch.float16, *numbers, writes=[y])
+    return y
+
+
+def check(driver, sizes, dtype, change=None, **how):
+    """`change` is applied to the tensors first."""
+    tensors, settings = make(OP, sizes)
+    if change is not None:
+        change(tensors)
+    low = convert(tensors, dtype)
+    ours = launched(driver, sizes, dtype, tensors=tensors, **how)
+    truth = call(OP, convert(low, torch.float64), settings, "oracle")
+    assert_close_as_pytorch(str(sizes), ours, call(OP, low, settings, "usual"), truth)
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", plans.INVERTED_RESIDUALS)
+def test_every_shape(driver, shape, dtype):
+    check(driver, sizes_of(*shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SMALL)
+def test_tiles_for_little_shared_memory(driver, shape, dtype):
+    check(driver, sizes_of(*shape), dtype, small=True)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 1), (24, 48, 2), (48, 48, 1), (48, 64, 2)])
+@pytest.mark.parametrize("side", [(1, 1), (1, 2), (2, 1), (3, 34), (16, 16), (17, 16), (16, 33)], ids=str)
+def test_maps(driver, shape, side):
+    """One pixel, whole tiles, one row or column more, and three images."""
+    check(driver, sizes_of(*shape, (3, *side)), torch.bfloat16)
+
+
+@pytest.mark.parametrize("hidden", [1, 31, 32, 33, 64, 96, 160])
+@pytest.mark.parametrize("shape", [(48, 48, 1), (48, 64, 2)])  # with two wide buffers, and with one
+def test_chunks(driver, shape, hidden):
+    check(driver, sizes_of(*shape, (1, 5, 9), hidden), torch.float16)
+
+
+@pytest.mark.parametrize("sizes", [sizes_of(128, 160, 2, (1, 16, 16), 512), sizes_of(64, 96, 2, (1, 24, 24), 256)])
+def test_the_network_s_own_sizes(driver, sizes):
+    check(driver, sizes, torch.bfloat16)
+
+
+def large_biases(tensors):
+    """The border is zero after SiLU, not before: what a window reads there must not be silu(bias)."""
+    tensors["expand_bias"] += 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 16, 1), (16, 24, 2), (48, 48, 1)])
+def test_padding_is_of_the_expanded_map(driver, shape, dtype):
+    check(driver, sizes_of(*shape, (1, 6, 7)), dtype, large_biases)
+
+
+def test_large_values(driver):
+    """bfloat16 values beyond float16's range, all through the wide buffer."""
+    sizes = sizes_of(48, 48, 1, (1, 5, 9))
+
+    def change(tensors):
+        tensors["x"] *= 1e20
+        tensors["project_weight"] *= 1e-15
+
+    check(driver, sizes, torch.bfloat16, change)
+
+
+def test_without_the_residual(driver):
+    check(driver, {**sizes_of(16, 16, 1), "residual": False}, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+
+def test_no_bank_conflicts(driver):
+    """Of the loads of x; those of other shared memory are arithmetic (csrc/cuda/inverted_residual_block.h)."""
+    before = driver.matrix_conflicts()
+    for shape in plans.INVERTED_RESIDUALS:
+        launched(driver, sizes_of(*shape, (1, 4, 4), 32), torch.bfloat16)
+    assert driver.matrix_conflicts() == before
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 1), (48, 48, 1), (48, 64, 2)])
+def test_same_bits_in_any_order_of_threads(driver, shape):
+    first = launched(driver, sizes_of(*shape), torch.bfloat16)
+    for seed in range(1, 5):
+        assert torch.equal(launched(driver, sizes_of(*shape), torch.bfloat16, seed=seed), first)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 1), (16, 24, 2)])
+def test_a_pixel_changes_its_neighbours_only(driver, shape):
+    """NaN too: what is beside the map, and what only fills up a tile, multiplies nothing."""
+    stride = shape[2]
+    sizes = sizes_of(*shape, (2, 18, 33))
+    tensors, _ = make(OP, sizes)
+    before = launched(driver, sizes, torch.bfloat16)
+    for row, column in ((0, 0), (15, 16), (17, 32)):
+        changed = {**tensors, "x": tensors["x"].clone()}
+        changed["x"][1, row, column] = torch.nan
+        after = launched(driver, sizes, torch.bfloat16, tensors=changed)
+        seen = torch.zeros(2, 18, 33, dtype=torch.bool)
+        seen[1, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] = True
+        seen = seen[:, ::stride, ::stride]
+        assert torch.equal(after.isnan().all(-1), seen) and torch.equal(after[~seen], before[~seen])
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+# Two wide buffers, one share; and one buffer, two shares. Three chunks, so that every slot is filled again.
+DOUBLE = "launch_inverted_residual<BFloat16, 48, 48, 1, false>", sizes_of(48, 48, 1, (1, 9, 17), 96)
+SHARED = "launch_inverted_residual<BFloat16, 48, 64, 2, false>", sizes_of(48, 64, 2, (1, 19, 17), 96)
+KERNEL, BLOCK, LAYOUT = "inverted_residual_kernel.cu", "inverted_residual_block.h", "inverted_residual.h"
+WAIT = "      wait_copies<0>();\n      sync_threads();  // copies and"
+PROLOGUE = "      wait_copies<0>();\n      sync_threads();\n      copy_what_expands(1);"
+
+REPORTED = {
+    "the chunk's barrier": (DOUBLE, KERNEL, WAIT, "      wait_copies<0>();  // copies and"),
+    "the wait for copies": (DOUBLE, KERNEL, WAIT, "      sync_threads();  // copies and"),
+    "a barrier before the wait": (
+        DOUBLE,
+        KERNEL,
+        WAIT,
+        "      sync_threads();\n      wait_copies<0>();  // copies and",
+    ),
+    "the first wait": (DOUBLE, KERNEL, PROLOGUE, "      sync_threads();\n      copy_what_expands(1);"),
+    "the first barrier": (DOUBLE, KERNEL, PROLOGUE, "      wait_copies<0>();\n      copy_what_expands(1);"),
+    "a live slot of what projects": (DOUBLE, KERNEL, "copy(project_slot(chunk)", "copy(project_slot(0)"),
+    "a live slot of what expands": (DOUBLE, KERNEL, "copy(expand_slot(chunk)", "copy(expand_slot(0)"),
+    "a live wide buffer": (DOUBLE, KERNEL, "return chunk % BUFFERS * WIDE_BYTES", "return 0"),
+    "a chunk too far ahead": (SHARED, KERNEL, "copy_what_expands(chunk + BUFFERS)", "copy_what_expands(chunk + 2)"),
+    "a barrier within the chunk": (SHARED, KERNEL, "        sync_threads();  // the wide buffer is there\n", ""),
+    "cells beside the map": (DOUBLE, BLOCK, "if (!inside && pixel < EXPANDED_PIXELS)", "if (false)"),
+    "a halo of one row": (DOUBLE, LAYOUT, "return (tile.rows - 1) * stride + 3", "return (tile.rows - 1) * stride + 2"),
+    "a copy that is too short": (DOUBLE, KERNEL, "i < bytes; i +=", "i < bytes - 16; i +="),
+    "pixels past the image": (DOUBLE, BLOCK, "tile_row + row >= args.out_height ||", "false ||"),
+    "the first barrier of the shares": (
+        SHARED,
+        BLOCK,
+        "    sync_threads();\n    const Shared at",
+        "    const Shared at",
+    ),
+    "the second barrier of the shares": (SHARED, BLOCK, "    sync_threads();\n    if (warp % 2", "    if (warp % 2"),
+}
+WRONG = {
+    "padding of x": (DOUBLE, BLOCK, "inside ? place : -1", "pixel < EXPANDED_PIXELS ? place : -1"),
+    "the column to the left": (DOUBLE, BLOCK, "tile_column * STRIDE - 1 +", "tile_column * STRIDE +"),
+    "the residual's pixel": (DOUBLE, BLOCK, "EXPANDED_COLUMNS + column + 1)", "EXPANDED_COLUMNS + column)"),
+    "the order of the fifth column": (DOUBLE, KERNEL, "(column < kPatchSpan ? near : far)", "near"),
+    "the second tap row": (DOUBLE, KERNEL, "const int tap_row = row - patch_row * STRIDE;", "const int tap_row = 0;"),
+    "an activation": (DOUBLE, KERNEL, "u[n][i] = silu_of_double(u[n][i]);", "u[n][i] *= 2;"),
+    "a bias in both shares": (SHARED, BLOCK, "warp % SHARES == 0 ? load_constant", "true ? load_constant"),
+    "a half for both shares": (
+        SHARED,
+        KERNEL,
+        "int half = warp % SHARES; half < 2; half += SHARES",
+        "int half = 0; half < 1; ++half",
+    ),
+}
+
+
+def planted(what):
+    (kernel, sizes), *fault = what
+    return Driver(OP, [tuple(fault)], macros=[f"MVIT_ONLY_ONE={kernel}"]), sizes
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_planted_races_are_reported(name):
+    faulty, sizes = planted(REPORTED[name])
+    for seed in range(3):
+        with pytest.raises(EmulationFault):
+            launched(faulty, sizes, torch.bfloat16, seed=seed)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_planted_errors_are_out_of_tolerance(name):
+    faulty, sizes = planted(WRONG[name])
+    with pytest.raises(AssertionError, match="is over"):
+        check(faulty, sizes, torch.bfloat16, large_biases)
+
+
+@pytest.mark.parametrize("kernel, sizes", [DOUBLE, SHARED])
+def test_without_the_fault(kernel, sizes):
+    check(Driver(OP, macros=[f"MVIT_ONLY_ONE={kernel}"]), sizes, torch.bfloat16, large_biases)
+
+
+# ------------------------------------------------------------------------------------------------------------ decisions
+
+
+def test_sizes_are_those_of_the_kernel(driver):
+    out = torch.zeros(3, dtype=torch.int64)
+    for (channels, wide, stride), least in plans.INVERTED_RESIDUALS.items():
+        small = (channels, wide, stride) in SMALL
+        for hidden in (32, 2 * channels + 8):
+            driver.sizes(0, out, channels, wide, stride, small, hidden, writes=[out])
+            assert out.tolist() == [least, packing.packed_bytes(channels, hidden, wide), packing.VERSION]
+        assert least <= 99 << 10  # every GPU of 8.0 and up
+        driver.sizes(0, out, channels, wide, stride, True, 32, writes=[out])
+        assert (out[0] > 0) == small
+
+
+def test_every_inverted_residual_of_the_models_has_a_kernel():
+    found = set()
+    for mode in ("xxs", "xs", "s"):
+        for module in MobileViT(mode, device="meta").modules():
+            if isinstance(module, InvertedResidual):
+                convolutions = [m for m in module.modules() if isinstance(m, torch.nn.Conv2d)]
+                found.add((convolutions[0].in_channels, convolutions[2].out_channels, convolutions[1].stride[0]))
+    assert found == set(plans.INVERTED_RESIDUALS)
+
+
+def ask(shape=(2, 8, 8, 64), hidden=256, out=96, stride=2, dilation=1, dtype=torch.bfloat16, rows=True):
+    x, expand, project = (torch.empty(s, device="meta", dtype=dtype) for s in (shape, (hidden, 64), (out, hidden)))
+    x = x if rows else x.mT
+    call = inverted_residual_call(x, expand, project, (x,), stride, dilation, False)
+    return cuda.BACKEND.supports[OP](call._replace(device_type="cuda"))
+
+
+@pytest.mark.parametrize(
+    "case, says",
+    [
+        (dict(dtype=torch.float32), "torch.float32 is not supported in CUDA C++; bfloat16 and float16 are"),
+        (dict(dilation=2), "dilation 2 is not supported; 1 is"),
+        (dict(out=97), "64 channels to 97 with stride 2 are not supported; 16 to 16 with 1, 16 to 32 with 1, "),
+        (dict(stride=1), "64 channels to 96 with stride 1 are not supported"),
+        (dict(hidden=0), "0 hidden channels; 1 to 1048575 are supported"),
+        (dict(shape=(2**20, 64, 64, 64)), "4294967296 pixels; at most 2147483647 are supported"),
+        (dict(shape=(2, 8, 64, 64), rows=False), "the channels of x are not adjacent in memory"),
+    ],
+    ids=str,
+)
+def test_refuses(case, says):
+    assert ask() == []
+    assert says in "; ".join(ask(**case))
+
+
+def test_refuses_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr(gpu, "limits", lambda: gpu.Limits(58, 64 << 10))
+    assert ask() == ["a block needs 86720 bytes of shared memory; this GPU has 65536 per block"]
+
+
+# ----------------------------------------------------------------------------------- the operator, packing, the binding
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    with preferred(monkeypatch, OP, inverted_residual.forward):
+        yield
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(emulated, layout):
+    """Maps are read in place if 16-byte accesses allow it; otherwise from a copy."""
+    tensors, settings = make(OP, sizes_of(16, 24, 2, (2, 5, 6)))
+    low = convert(tensors, torch.bfloat16)
+    low["x"], buffer = lay_out(low["x"], layout)
+    before = None if buffer is None else buffer.clone()
+    if low["x"].stride(-1) != 1:  # asked for by name, it would refuse
+        return
+    with torch.no_grad():
+        ours = mvit_kernels.inverted_residual(**low, **settings, backend="cuda")
+    assert ours.is_contiguous() and (buffer is None or torch.equal(buffer, before))
+    truth = call(OP, convert(low, torch.float64), settings, "oracle")
+    assert_close_as_pytorch(layout, ours, call(OP, low, settings, "usual"), truth)
+
+
+def test_empty_batch(emulated):
+    tensors, settings = make(OP, sizes_of(64, 64, 1, (0, 5, 6)))
+    with torch.no_grad():
+        out = mvit_kernels.inverted_residual(**convert(tensors, torch.float16), **settings, backend="cuda")
+    assert out.shape == (0, 5, 6, 64) and out.dtype == torch.float16
+
+
+def test_a_frozen_block_packs_once(emulated, monkeypatch):
+    """Although its weights are other views at every call; in place when a weight was changed; until it is gone."""
+    packs = []
+    pack = inverted_residual.pack_inverted_residual
+    monkeypatch.setattr(inverted_residual, "pack_inverted_residual", lambda *a, **k: packs.append(1) or pack(*a, **k))
+    block = InvertedResidual(16, 16, expand_ratio=2)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    frozen = mvit_kernels.freeze(block.bfloat16().eval())
+    composed = frozen.composed  # what runs where no native network does, as on a GPU
+    before = len(kept.packed)
+    x = torch.randn(1, 16, 6, 7).bfloat16()
+    with torch.inference_mode():
+        first = composed(x)
+        again = composed(x)
+    assert torch.equal(first, again) and len(packs) == 1 and len(kept.packed) == before + 1
+    (data,) = [entry.data for entry in list(kept.packed.values())[before:]]
+    with torch.no_grad():
+        frozen.project.weight.mul_(2)
+        assert not torch.equal(composed(x), first)
+    assert len(packs) == 2 and list(kept.packed.values())[-1].data is data
+    del frozen, composed
+    gc.collect()
+    assert len(kept.packed) == before
+
+
+def packed_arguments(**change):
+    tensors, _ = make(OP, sizes_of(16, 24, 2, (1, 4, 6), 32))
+    x, *weights = convert(tensors, torch.bfloat16).values()
+    packed = packing.pack_inverted_residual(*weights, dtype=torch.bfloat16)
+    given = dict(x=x, packed=packed, version=packing.VERSION, hidden=32, out=24, stride=2, residual=False) | change
+    return tuple(given.values())
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(version=2), "packed by version 2 of the order, and the library reads version 1"),
+        (dict(x=torch.zeros(4, 6, 16).bfloat16()), "not of 3 axes"),
+        (dict(x=torch.zeros(1, 4, 6, 16)), "take float16 and bfloat16"),
+        (dict(x=torch.zeros(1, 0, 6, 16).bfloat16()), "a map of 0 x 6 is empty"),
+        (dict(x=torch.zeros(1, 4, 6, 40).bfloat16()), "no kernel for 40 channels in and 24 out with stride 2"),
+        (dict(stride=2**40), "no kernel for 16 channels in"),
+        (dict(residual=True), "residual wants stride 1"),
+        (dict(hidden=64), "not those of 16 channels in, 64 hidden"),
+        (dict(hidden=2**62), "not those of 16 channels in"),
+        (dict(packed=torch.zeros(8)), "not those of 16 channels in"),
+    ],
+    ids=str,
+)
+def test_the_binding_checks_again(emulated, change, says):
+    with pytest.raises(RuntimeError, match=says):
+        torch.ops.mvit_kernels.inverted_residual_packed.cuda(*packed_arguments(**change))
+
+
+def test_the_raw_operator_checks_again(emulated):
+    tensors, _ = make(OP, sizes_of(16, 24, 2, (1, 4, 6), 32))
+    low = convert(tensors, torch.bfloat16)
+    operator = torch.ops.mvit_kernels.inverted_residual.cuda
+    with pytest.raises(RuntimeError, match="dilation is 2; the kernel has 1"):
+        operator(*low.values(), 2, 2, False)
+    with pytest.raises(RuntimeError, match=r"weights of shapes .* are wanted"):
+        operator(*{**low, "expand_bias": low["expand_bias"][1:]}.values(), 2, 1, False)
+
+
+def test_the_binding_is_what_its_fake_says(emulated):
+    operator = torch.ops.mvit_kernels.inverted_residual_packed.cuda
+    torch.library.opcheck(operator, packed_arguments(), test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Driver for tests/backends/cuda/test_inverted_residual.py: launches `inverted_residual`. With MVIT_ONLY_ONE, only
+// that launch function is compiled, for tests with planted faults.
+#include "inverted_residual_kernel.cu"
+
+namespace {
+
+using namespace mvit;
+
+#ifdef MVIT_ONLY_ONE
+InvertedResidualLaunch* kernel_of(int64_t, int64_t, int64_t, bool, bool) { return MVIT_ONLY_ONE; }
+#else
+InvertedResidualLaunch* kernel_of(int64_t channels, int64_t out, int64_t stride, bool small, bool half) {
+  switch (channels) {
+    case 16: return find_inverted_residual<16>(out, stride, small, half);
+    case 24: return find_inverted_residual<24>(out, stride, small, half);
+    case 32: return find_inverted_residual<32>(out, stride, small, half);
+    case 48: return find_inverted_residual<48>(out, stride, small, half);
+    case 64: return find_inverted_residual<64>(out, stride, small, half);
+    case 80: return find_inverted_residual<80>(out, stride, small, half);
+    case 96: return find_inverted_residual<96>(out, stride, small, half);
+    case 128: return find_inverted_residual<128>(out, stride, small, half);
+    default: return nullptr;
+  }
+}
+#endif
+
+}  // namespace
+
+extern "C" {
+
+const char* forward(uint64_t seed, void* x, void* out, const unsigned char* packed, int64_t half, int64_t images,
+                    int64_t height, int64_t width, int64_t channels, int64_t hidden, int64_t out_channels,
+                    int64_t stride, int64_t residual, int64_t small) {
+  InvertedResidualLaunch* const launch = kernel_of(channels, out_channels, stride, small != 0, half != 0);
+  if (launch == nullptr) return emulation_result("there is no such instance");
+  const InvertedResidualLayout layout = inverted_residual_layout(channels, out_channels, stride, small != 0);
+  InvertedResidualArgs args = inverted_residual_args(layout, images, height, width, hidden, residual != 0);
+  args.in = {x, height * width * channels, width * channels, channels};
+  args.out = {out, int64_t{args.out_height} * args.out_width * out_channels, args.out_width * out_channels,
+              out_channels};
+  args.weights = packed;
+  emulation::seed = seed;
+  launch(args, nullptr);
+  return emulation_result(emulation::last_report);
+}
+
+// The sizes that the Python side computes as well; all 0 if there is no such kernel.
+const char* sizes(uint64_t, int64_t* out, int64_t channels, int64_t out_channels, int64_t stride, int64_t small,
+                  int64_t hidden) {
+  const InvertedResidualLayout layout = inverted_residual_layout(channels, out_channels, stride, small != 0);
+  const bool known = layout.channels != 0;
+  out[0] = known ? layout.shared_bytes() : 0;
+  out[1] = known ? layout.packed_bytes((hidden + kExpandedChunk - 1) / kExpandedChunk) : 0;
+  out[2] = kInvertedResidualVersion;
+  return nullptr;
+}
+}
