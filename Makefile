@@ -96,8 +96,8 @@ test-interpreted: setup
 
 test-emulated: setup
 	@MVIT_KERNELS_EMULATED=1 $(PY) -m pytest -q tests/ops/test_linear_residual.py tests/ops/test_layer_norm_linear.py \
-		tests/ops/test_layer_norm_mlp.py tests/ops/test_patch_attention.py tests/ops/test_transformer.py tests/ops/test_fuzz.py \
-		-k "cuda or random" $(PYTEST_ARGS)
+		tests/ops/test_layer_norm_mlp.py tests/ops/test_patch_attention.py tests/ops/test_transformer.py \
+		tests/ops/test_inverted_residual.py tests/ops/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
 
 # PyTorch's libraries limited to AVX-512 without AMX, to AVX2, and to SSE4.2. PyTorch's own errors, which ours are compared
 # with, differ by a factor of four between them; a correct result passes on all. Each run gets its own Inductor cache, whose

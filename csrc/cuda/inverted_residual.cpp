@@ -42,8 +42,10 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t
   const int64_t images = x_argument.size(0), height = x_argument.size(1), width = x_argument.size(2);
   const int64_t channels = x_argument.size(3);
   constexpr int64_t most = int64_t{1} << 31, most_hidden = 1 << 20;
-  STD_TORCH_CHECK(height > 0 && width > 0 && height * width < most, kOp, ": a map of ", height, " x ", width,
-                  " is empty or has more than ", most - 1, " pixels");
+  STD_TORCH_CHECK(height > 0 && width > 0 && height < most && width < most && height * width < most, kOp, ": a map of ",
+                  height, " x ", width, " is empty or has more than ", most - 1, " pixels");
+  STD_TORCH_CHECK(images < most && images * (height * width) < most, kOp, ": ", images, " images of ", height, " x ", width,
+                  "; at most ", most - 1, " pixels are supported");
   InvertedResidualLayout layout = inverted_residual_layout(channels, out, stride, false);
   STD_TORCH_CHECK(layout.channels != 0, kOp, ": no kernel for ", channels, " channels in and ", out,
                   " out with stride ", stride);
@@ -57,14 +59,14 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t
 
   const Device device(x_argument);
   const Limits limits(kOp);
-  const bool small = layout.shared_bytes() > limits.shared_bytes;
-  if (const auto other = inverted_residual_layout(channels, out, stride, true); small && other.channels != 0)
-    layout = other;
+  InvertedResidualArgs args = inverted_residual_args(layout, images, height, width, hidden, residual);
+  const bool small = takes_small(layout, args.blocks(), limits.multiprocessors, limits.shared_bytes);
+  if (small) {
+    layout = inverted_residual_layout(channels, out, stride, true);
+    args = inverted_residual_args(layout, images, height, width, hidden, residual);
+  }
   STD_TORCH_CHECK(layout.shared_bytes() <= limits.shared_bytes, kOp, ": a block needs ", layout.shared_bytes(),
                   " bytes of shared memory, and this GPU has ", limits.shared_bytes);
-  InvertedResidualArgs args = inverted_residual_args(layout, images, height, width, hidden, residual);
-  STD_TORCH_CHECK(images < most && args.blocks() < most, kOp, ": ", args.blocks(), " blocks; at most ", most - 1,
-                  " are supported");
   const bool direct = reads_directly(x_argument);
   const Tensor x = direct ? x_argument : torch::stable::contiguous(torch::stable::clone(x_argument));
   Tensor y = torch::stable::new_empty(x, {images, args.out_height, args.out_width, out}, type);

@@ -71,12 +71,13 @@ struct InvertedResidualLayout {
   constexpr int shared_bytes() const { return project_slots() + 2 * project_bytes(); }
 };
 
-// The shapes that have a kernel, those of MobileViT xxs, xs and s, with the tile for each. A second one of the same shape
-// is for GPUs that give a block 99 KB (8.6, 8.9, 12.0), on which the first does not fit.
+// The shapes that have a kernel, those of MobileViT xxs, xs and s, with the tile for each. A second, smaller one of the
+// same shape is for GPUs that give a block 99 KB (8.6, 8.9, 12.0), on which the first does not fit, and for calls whose
+// blocks would leave multiprocessors idle. Both give the same bits.
 //
-// The numbers are arithmetic and what nvcc counts. A lane holds 4 · out · patch pixels / 16 sums, which bounds patches
-// and blocks; a multiprocessor of 9.0 has 228 KB for all its blocks. Eight warps and more are wanted on each: on an H200
-// it is too few of them that bind the other kernels.
+// The numbers are arithmetic and what nvcc counts. A lane holds out · patch pixels / 4 sums, which bounds patches and
+// blocks; a multiprocessor of 9.0 has 228 KB for all its blocks. Eight warps and more are wanted on each: on an H200 it
+// is too few of them that bind the other kernels.
 constexpr InvertedResidualLayout kInvertedResiduals[] = {
     {16, 16, 1, {16, 16, 2, 1, 1, 3}},   // xxs 1; one chunk, so a second buffer has no use
     {16, 32, 1, {16, 16, 2, 1, 1, 3}},   // xs and s 1; two chunks
@@ -88,7 +89,7 @@ constexpr InvertedResidualLayout kInvertedResiduals[] = {
     {48, 48, 1, {16, 16, 2, 2, 1, 2}},   // xs 2
     {48, 64, 2, {8, 8, 2, 1, 2, 3}},     // xs 3, xxs 4
     {64, 64, 1, {16, 16, 2, 2, 1, 2}},   // s 2
-    {64, 64, 1, {16, 16, 2, 1, 1, 1}},
+    {64, 64, 1, {8, 16, 1, 2, 1, 2}},
     {64, 80, 2, {8, 8, 2, 1, 2, 2}},     // xs 4, xxs 5
     {64, 96, 2, {8, 8, 2, 1, 2, 2}},     // s 3
     {80, 96, 2, {8, 8, 2, 1, 2, 2}},     // xs 5
@@ -106,6 +107,12 @@ constexpr InvertedResidualLayout inverted_residual_layout(int64_t channels, int6
       small = false;
     }
   return {};
+}
+
+// Whether the second tile is taken for a call that has `blocks` of the first, on this GPU.
+constexpr bool takes_small(const InvertedResidualLayout& first, int64_t blocks, int multiprocessors, int shared_bytes) {
+  const bool exists = inverted_residual_layout(first.channels, first.out, first.stride, true).channels != 0;
+  return exists && (blocks < multiprocessors || first.shared_bytes() > shared_bytes);
 }
 
 // Strides in elements; channels are adjacent.

@@ -6,13 +6,21 @@ import torch
 from torch import nn
 
 from support.cases import call, convert, make, paths
-from support.checks import check_registration
+from support.checks import check_autocast, check_registration
 from support.operator_tests import OperatorTests
 from support.tolerance import assert_close_as_pytorch
 
 OP = "inverted_residual"
-PATHS = paths(OP)
+# CUDA C++ has kernels for MobileViT's own shapes alone, and tests of its own: backends/cuda/test_inverted_residual.py.
+PATHS = [path for path in paths(OP) if path != "cuda"]
 SMALL = dict(shape=(2, 5, 7, 8), hidden=24, out=8, residual=True)
+
+
+def served(path):
+    """`SMALL`, with a width that the path has kernels for."""
+    return {**SMALL, "shape": (2, 5, 7, 16), "out": 16} if path == "cuda" else SMALL
+
+
 CASES = [
     dict(shape=(1, 8, 8, 16), hidden=32, out=16, residual=True),  # xxs, stage 1
     dict(shape=(1, 8, 8, 16), hidden=32, out=24, stride=2),  # xxs, stage 2
@@ -78,6 +86,12 @@ class TestInvertedResidual(OperatorTests):
     repeated = dict(shape=(1, 8, 8, 16), hidden=32, out=16)
     test_norm_parameters_in_float32 = None  # it has no norm
     test_graph = None  # kernels have no gradient
+
+    def test_autocast(self, path):
+        check_autocast(OP, served(path), path)
+
+    def test_registration(self, backend, layout):
+        check_registration(OP, served(backend), layout, backend)
 
 
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2)])

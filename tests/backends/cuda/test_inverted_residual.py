@@ -23,16 +23,16 @@ from support.tolerance import assert_close_as_pytorch
 
 OP = "inverted_residual"
 DTYPES = (torch.bfloat16, torch.float16)
-SMALL = ((64, 64, 1), (96, 128, 2), (128, 160, 2))  # shapes with a second tile, for GPUs with 99 KB a block
+SMALL = ((64, 64, 1), (96, 128, 2), (128, 160, 2))  # shapes with a second, smaller tile
 
 
 @pytest.fixture(scope="module")
 def driver():
-    return Driver(OP, macros=["MVIT_ALL"])  # the compiler takes more time than the kernels
+    return Driver(OP)
 
 
-def sizes_of(channels, out, stride, shape=(1, 19, 21), hidden=None):
-    """Two tiles each way, the second ragged; hidden channels fill no whole number of chunks."""
+def sizes_of(channels, out, stride, shape=(1, 9, 19), hidden=None):
+    """Two tiles, both ragged; hidden channels fill no whole number of chunks."""
     hidden = hidden or 2 * channels + 8
     residual = stride == 1 and channels == out
     return dict(shape=(*shape, channels), hidden=hidden, out=out, stride=stride, residual=residual)
@@ -75,24 +75,24 @@ def test_every_shape(driver, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SMALL)
-def test_tiles_for_little_shared_memory(driver, shape, dtype):
+def test_smaller_tiles(driver, shape, dtype):
     check(driver, sizes_of(*shape), dtype, small=True)
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 1), (24, 48, 2), (48, 48, 1), (48, 64, 2)])
-@pytest.mark.parametrize("side", [(1, 1), (1, 2), (2, 1), (3, 34), (16, 16), (17, 16), (16, 33)], ids=str)
+@pytest.mark.parametrize("side", [(1, 1), (2, 1), (3, 34), (16, 16), (17, 16)], ids=str)
 def test_maps(driver, shape, side):
-    """One pixel, whole tiles, one row or column more, and three images."""
-    check(driver, sizes_of(*shape, (3, *side)), torch.bfloat16)
+    """One pixel, whole tiles, one row more, and two images."""
+    check(driver, sizes_of(*shape, (2, *side), 40), torch.bfloat16)
 
 
-@pytest.mark.parametrize("hidden", [1, 31, 32, 33, 64, 96, 160])
+@pytest.mark.parametrize("hidden", [1, 32, 33, 64, 160])
 @pytest.mark.parametrize("shape", [(48, 48, 1), (48, 64, 2)])  # with two wide buffers, and with one
 def test_chunks(driver, shape, hidden):
     check(driver, sizes_of(*shape, (1, 5, 9), hidden), torch.float16)
 
 
-@pytest.mark.parametrize("sizes", [sizes_of(128, 160, 2, (1, 16, 16), 512), sizes_of(64, 96, 2, (1, 24, 24), 256)])
+@pytest.mark.parametrize("sizes", [sizes_of(128, 160, 2, (1, 16, 16), 512), sizes_of(16, 16, 1, (1, 40, 40), 32)])
 def test_the_network_s_own_sizes(driver, sizes):
     check(driver, sizes, torch.bfloat16)
 
@@ -119,6 +119,13 @@ def test_large_values(driver):
     check(driver, sizes, torch.bfloat16, change)
 
 
+@pytest.mark.parametrize("shape", SMALL)
+def test_both_tiles_give_the_same_bits(driver, shape):
+    sizes = sizes_of(*shape, (1, 9, 19), 64)
+    large = launched(driver, sizes, torch.bfloat16)
+    assert torch.equal(launched(driver, sizes, torch.bfloat16, small=True), large)
+
+
 def test_without_the_residual(driver):
     check(driver, {**sizes_of(16, 16, 1), "residual": False}, torch.bfloat16)
 
@@ -136,9 +143,10 @@ def test_no_bank_conflicts(driver):
 
 @pytest.mark.parametrize("shape", [(16, 32, 1), (48, 48, 1), (48, 64, 2)])
 def test_same_bits_in_any_order_of_threads(driver, shape):
-    first = launched(driver, sizes_of(*shape), torch.bfloat16)
+    sizes = sizes_of(*shape, (1, 9, 19), 96)
+    first = launched(driver, sizes, torch.bfloat16)
     for seed in range(1, 5):
-        assert torch.equal(launched(driver, sizes_of(*shape), torch.bfloat16, seed=seed), first)
+        assert torch.equal(launched(driver, sizes, torch.bfloat16, seed=seed), first)
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 1), (16, 24, 2)])
@@ -165,50 +173,25 @@ DOUBLE = "launch_inverted_residual<BFloat16, 48, 48, 1, false>", sizes_of(48, 48
 SHARED = "launch_inverted_residual<BFloat16, 48, 64, 2, false>", sizes_of(48, 64, 2, (1, 19, 17), 96)
 KERNEL, BLOCK, LAYOUT = "inverted_residual_kernel.cu", "inverted_residual_block.h", "inverted_residual.h"
 WAIT = "      wait_copies<0>();\n      sync_threads();  // copies and"
-PROLOGUE = "      wait_copies<0>();\n      sync_threads();\n      copy_what_expands(1);"
 
 REPORTED = {
     "the chunk's barrier": (DOUBLE, KERNEL, WAIT, "      wait_copies<0>();  // copies and"),
     "the wait for copies": (DOUBLE, KERNEL, WAIT, "      sync_threads();  // copies and"),
-    "a barrier before the wait": (
-        DOUBLE,
-        KERNEL,
-        WAIT,
-        "      sync_threads();\n      wait_copies<0>();  // copies and",
-    ),
-    "the first wait": (DOUBLE, KERNEL, PROLOGUE, "      sync_threads();\n      copy_what_expands(1);"),
-    "the first barrier": (DOUBLE, KERNEL, PROLOGUE, "      wait_copies<0>();\n      copy_what_expands(1);"),
-    "a live slot of what projects": (DOUBLE, KERNEL, "copy(project_slot(chunk)", "copy(project_slot(0)"),
-    "a live slot of what expands": (DOUBLE, KERNEL, "copy(expand_slot(chunk)", "copy(expand_slot(0)"),
-    "a live wide buffer": (DOUBLE, KERNEL, "return chunk % BUFFERS * WIDE_BYTES", "return 0"),
-    "a chunk too far ahead": (SHARED, KERNEL, "copy_what_expands(chunk + BUFFERS)", "copy_what_expands(chunk + 2)"),
     "a barrier within the chunk": (SHARED, KERNEL, "        sync_threads();  // the wide buffer is there\n", ""),
     "cells beside the map": (DOUBLE, BLOCK, "if (!inside && pixel < EXPANDED_PIXELS)", "if (false)"),
     "a halo of one row": (DOUBLE, LAYOUT, "return (tile.rows - 1) * stride + 3", "return (tile.rows - 1) * stride + 2"),
-    "a copy that is too short": (DOUBLE, KERNEL, "i < bytes; i +=", "i < bytes - 16; i +="),
-    "pixels past the image": (DOUBLE, BLOCK, "tile_row + row >= args.out_height ||", "false ||"),
     "the first barrier of the shares": (
         SHARED,
         BLOCK,
         "    sync_threads();\n    const Shared at",
         "    const Shared at",
     ),
-    "the second barrier of the shares": (SHARED, BLOCK, "    sync_threads();\n    if (warp % 2", "    if (warp % 2"),
 }
 WRONG = {
     "padding of x": (DOUBLE, BLOCK, "inside ? place : -1", "pixel < EXPANDED_PIXELS ? place : -1"),
-    "the column to the left": (DOUBLE, BLOCK, "tile_column * STRIDE - 1 +", "tile_column * STRIDE +"),
     "the residual's pixel": (DOUBLE, BLOCK, "EXPANDED_COLUMNS + column + 1)", "EXPANDED_COLUMNS + column)"),
-    "the order of the fifth column": (DOUBLE, KERNEL, "(column < kPatchSpan ? near : far)", "near"),
     "the second tap row": (DOUBLE, KERNEL, "const int tap_row = row - patch_row * STRIDE;", "const int tap_row = 0;"),
-    "an activation": (DOUBLE, KERNEL, "u[n][i] = silu_of_double(u[n][i]);", "u[n][i] *= 2;"),
     "a bias in both shares": (SHARED, BLOCK, "warp % SHARES == 0 ? load_constant", "true ? load_constant"),
-    "a half for both shares": (
-        SHARED,
-        KERNEL,
-        "int half = warp % SHARES; half < 2; half += SHARES",
-        "int half = 0; half < 1; ++half",
-    ),
 }
 
 
@@ -232,9 +215,9 @@ def test_planted_errors_are_out_of_tolerance(name):
         check(faulty, sizes, torch.bfloat16, large_biases)
 
 
-@pytest.mark.parametrize("kernel, sizes", [DOUBLE, SHARED])
-def test_without_the_fault(kernel, sizes):
-    check(Driver(OP, macros=[f"MVIT_ONLY_ONE={kernel}"]), sizes, torch.bfloat16, large_biases)
+@pytest.mark.parametrize("sizes", [DOUBLE[1], SHARED[1]])
+def test_without_the_fault(driver, sizes):
+    check(driver, sizes, torch.bfloat16, large_biases)
 
 
 # ------------------------------------------------------------------------------------------------------------ decisions
@@ -366,6 +349,7 @@ def packed_arguments(**change):
         (dict(x=torch.zeros(4, 6, 16).bfloat16()), "not of 3 axes"),
         (dict(x=torch.zeros(1, 4, 6, 16)), "take float16 and bfloat16"),
         (dict(x=torch.zeros(1, 0, 6, 16).bfloat16()), "a map of 0 x 6 is empty"),
+        (dict(x=torch.zeros(1).bfloat16().expand(2**20, 64, 64, 16)), "at most 2147483647 pixels are supported"),
         (dict(x=torch.zeros(1, 4, 6, 40).bfloat16()), "no kernel for 40 channels in and 24 out with stride 2"),
         (dict(stride=2**40), "no kernel for 16 channels in"),
         (dict(residual=True), "residual wants stride 1"),
