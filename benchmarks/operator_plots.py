@@ -143,7 +143,10 @@ def _key(figure: Any, found: list[Table], product: float, bandwidth: float) -> N
         )
     roofs = f"roofs: {product:,.0f} GFLOP/s, the fastest large product; {bandwidth:,.0f} GB/s, a copy beyond the caches"
     handles.append(Line2D([], [], color=INK, linewidth=1.6, label=roofs))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False, handletextpad=0.4)
+    columns = len(handles) if len(handles) <= 3 else 2  # four in a row are wider than the page
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handletextpad=0.4
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- scaling

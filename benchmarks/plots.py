@@ -52,7 +52,7 @@ def headline(machines: Sequence[dict[Setting, Table]], path: Path) -> None:
     figure = plotting.figure(1.55 + 0.255 * bottom, "MobileViT: speed relative to eager PyTorch, 256 px", below)
     panels = figure.subplots(1, max(len(found), 1), sharex=True, sharey=True, squeeze=False)[0]
     ratios = [r for each in found for t in each.values() for r in map(t.ratio, t.lines) if r] or [1.0]
-    low, high = min(0.93, 0.95 * min(ratios)), 1.28 * max(ratios)  # with room for the last number
+    low, high = min(0.93, 0.9 * min(ratios)), 1.28 * max(ratios)  # with room for the last number
     narrow = len(found) > 2
     for panel, tables in zip(panels, found, strict=False):
         line = next(iter(tables.values())).any
@@ -113,7 +113,7 @@ def _style(mark: Mark) -> dict[str, Any]:
 
 
 def _candidates(panel: Any, table: Table, y: float) -> None:
-    """The marks of a line: ours on it, and others that are `NEAR` a neighbour above or below it."""
+    """The marks of a line: ours on it, and others that are `NEAR` a neighbour above or below it; and which failed."""
     fastest = {mark: table.best(mark.candidates) for mark in MARKS}
     ratios = sorted((table.ratio(name), mark) for mark, name in fastest.items() if name)
     if not ratios:
@@ -130,6 +130,9 @@ def _candidates(panel: Any, table: Table, y: float) -> None:
             above = -above
         else:
             panel.plot(ratio, y, zorder=2.5, **_style(mark))
+    for name in filter(table.failure, OURS):
+        panel.annotate(f"{name} failed", (ratios[-1][0], y), (8, 0), textcoords="offset points", va="center",
+                       fontsize=8, style="italic", color=BLUE)  # fmt: skip
     if ours is not None:
         behind = max(ratio for ratio, _ in ratios if ratio < 1.3 * ours)  # a mark that the number would hide
         panel.annotate(f"{ours:.1f}×", (behind, y), (8, 0), textcoords="offset points", va="center",

@@ -46,5 +46,5 @@ def plain_numbers(panel: Any, *axes: str, subs: tuple[int, ...] = (1, 2, 5)) -> 
     for name in axes:
         axis = getattr(panel, f"{name}axis")
         axis.set_major_locator(LogLocator(subs=subs))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
         axis.set_minor_locator(NullLocator())

@@ -38,7 +38,15 @@ from mvit_kernels.bench import results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots"
-HEADLINE = {"cpu": ("float32", "1"), "cuda": ("bfloat16", "64")}  # dtype and batch of the headline sentence
+HEADLINE = {"cpu": ("float32", "1"), "cuda": ("bfloat16", "256")}  # dtype and batch of the headline sentence
+INFERENCE = {"cpu": ("1",), "cuda": ("1", "256")}  # batches of the headline table: a GPU's latency, and its throughput
+STACKS = {  # candidates of the transformer on a GPU
+    "eager": "eager",
+    "cuda": "one launch",
+    "cuda_mended": "one launch, library mended",
+    "cuda_by_operator": "CUDA by operator",
+    "triton_by_operator": "Triton by operator",
+}
 TRAINING = {"cpu": ("float32", "8"), "cuda": ("bfloat16", "64")}  # of the headline table's steps
 
 
@@ -103,14 +111,18 @@ def headline_table(machines: list[dict[Setting, Table]]) -> list[str]:
 
 def _in_the_table(line: Line) -> bool:
     if line["mode"] == "inference":
-        return line["batch"] == "1"
+        return line["batch"] in INFERENCE[line["device"]]
     return (line["dtype"], line["batch"]) == TRAINING[line["device"]]
 
 
 def _fastest_first(table: Table) -> str:
     names = {name for name in ("eager", table.best(OTHERS), table.best(OURS)) if name}
     first, *rest = (f"{NAMES[name]} {milliseconds(table.ms(name))}" for name in sorted(names, key=table.ms))
-    return ", ".join([f"**{first}**", *rest])
+    text = ", ".join([f"**{first}**", *rest])
+    # What would hide a loss if it were left out: a competitor that was not there, and an own candidate that failed.
+    if table.any["device"] == "cuda" and not any(table.ms(name) for name in OTHERS if name.startswith("compile")):
+        text += "; torch.compile was not measured"
+    return text + "".join(f"; {NAMES[name]} **failed**: {why}" for name in OURS if (why := table.failure(name)))
 
 
 def full_tables(heading: str, found: list[Table]) -> list[str]:
@@ -118,7 +130,8 @@ def full_tables(heading: str, found: list[Table]) -> list[str]:
     lines = []
     for dtype in dict.fromkeys(t.any["dtype"] for t in found):
         group = [t for t in found if t.any["dtype"] == dtype]
-        names = [name for name in dict.fromkeys(("eager", *OURS, *OTHERS)) if any(t.ms(name) for t in group)]
+        names = dict.fromkeys(("eager", *OURS, *OTHERS))
+        names = [name for name in names if any(t.ms(name) or t.failure(name) for t in group)]
         lines += [f"### {heading}, {dtype}", ""]
         lines += [f"| | {' | '.join(NAMES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
         for table in group:
@@ -130,9 +143,10 @@ def full_tables(heading: str, found: list[Table]) -> list[str]:
     return lines
 
 
-def _cell(table: Table, name: str) -> str:
+def _cell(table: Table, name: str, unit: float = 1.0) -> str:
+    """Its time in milliseconds, or in 1 / `unit` of one, and its speedup over eager; "failed" if it raised an error."""
     ms, eager = table.ms(name), table.ms("eager")
-    text = "" if ms is None else milliseconds(ms)
+    text = ("failed" if table.failure(name) else "") if ms is None else milliseconds(unit * ms)
     return text if ms is None or eager is None or name == "eager" else f"{text} ({times(eager, ms)})"
 
 
@@ -175,26 +189,49 @@ def boundary(folder: Path) -> list[str]:
 
 
 def operators_table(found: list[Table]) -> list[str]:
-    """The roofline's points: eager and ours, and what ours reach of the machine's rates."""
+    """The roofline's points: eager and each backend of ours, and what the fastest reaches of the machine's rates."""
     first = found[0].any
+    ours = [name for name in operator_plots.BACKENDS if any(t.ms(name) for t in found)]
+    heads = ours if len(ours) > 1 else ["ours"]
+    reach = "ours reach" if len(ours) == 1 else "the fastest of ours reaches"
     lines = [
         f"MobileViT-S at 256 px, inference, {first['dtype']}, batch {first['batch']}: microseconds a call, and what "
-        "ours reach of the machine's fastest large product and of its copy beyond the caches.",
+        f"{reach} of the machine's fastest large product and of its copy beyond the caches.",
         "",
-        "| operator, stage | eager | ours | of the product | of the copy |",
-        "|---|---|---|---|---|",
+        f"| operator, stage | eager | {' | '.join(heads)} | of the product | of the copy |",
+        "|---" * (len(heads) + 4) + "|",
     ]
     for table in found:
-        ours = table.best(operator_plots.BACKENDS)
-        line = table.lines[ours]
-        eager, mine = table.ms("eager"), table.ms(ours)
-        cells = [milliseconds(1e3 * eager), f"{milliseconds(1e3 * mine)} ({times(eager, mine)})"]
-        cells[mine < eager] = f"**{cells[mine < eager]}**"
+        line, fastest = table.lines[table.best(operator_plots.BACKENDS)], table.best(["eager", *ours])
+        cells = [_cell(table, name, 1e3) for name in ("eager", *ours)]
+        cells = [f"**{cell}**" if n == fastest else cell for n, cell in zip(("eager", *ours), cells, strict=True)]
         cells += [
             f"{float(line[name]):.0f} %" if line[name] else "" for name in ("percent_product", "percent_bandwidth")
         ]
         lines.append(f"| `{line['subject']}`, {line['stage'][-1]} | {' | '.join(cells)} |")
     return lines
+
+
+def stacks_table(operators: list[Table]) -> list[str]:
+    """Ways to run a stack of layers on a GPU: one launch, or operator by operator; nothing without such rows."""
+    found = [t for t in operators if t.any["subject"] == "transformer" and t.any["stage"].startswith("s/")]
+    found = [t for t in found if any(name in t.lines for name in STACKS if name not in ("eager", "cuda"))]
+    if not found:
+        return []
+    names = [name for name in STACKS if any(t.ms(name) or t.failure(name) for t in found)]
+    first = found[0].any
+    lines = [
+        f"Stacks of layers of MobileViT-S at 256 px, inference, {first['dtype']}: microseconds a call.",
+        "",
+        f"| stage, batch | {' | '.join(STACKS[name] for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for table in found:
+        cells = [_cell(table, name, 1e3) for name in names]
+        fastest = table.best(names) if sum(table.ms(name) is not None for name in names) > 1 else None
+        cells = [f"**{cell}**" if name == fastest else cell for name, cell in zip(names, cells, strict=True)]
+        lines.append(f"| {table.any['stage'][-1]}, {table.any['batch']} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 # ---------------------------------------------------------------------------------------------------------- sections
@@ -237,13 +274,17 @@ def machine(folder: Path) -> list[str]:
     libraries = f", {line['libraries'].replace('; ', ', ')}" if line["libraries"] else ""
     driver = f", driver {line['driver']}" if line["driver"] else ""
     name = line["device_name"] if line["device"] == "cuda" else place(line)
+    host = f"{line['isa']} on the CPU ({line['cpu']}), " if line["cpu"] else ""  # of a GPU it may not be recorded
+    triton = f", Triton {line['triton']}" if line["device"] == "cuda" and line["triton"] else ""
+    about = folder / "about.md"
     lines = [
         f"## {name[0].upper()}{name[1:]}",
         "",
-        f"{line['isa']} on the CPU ({line['cpu']}), torch {line['torch']}{driver}{libraries}; commit {commits}, "
+        f"{host}torch {line['torch']}{triton}{driver}{libraries}; commit {commits}, "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Spreads, errors and memory: "
         f"[`benchmarks/results/{folder.name}`](../benchmarks/results/{folder.name}).",
         "",
+        *([about.read_text(encoding="utf-8").strip(), ""] if about.exists() else []),
         *full_tables("Inference", networks),
         *mobile(tables(folder, "mobile")),
         *full_tables("Training step", steps),
@@ -254,7 +295,7 @@ def machine(folder: Path) -> list[str]:
             heading = ["### Operators", ""] if "### Operators" not in lines else []
             lines += [*heading, f"![{alt}](../benchmarks/plots/{kind}-{folder.name}.png)", ""]
             if kind == "roofline":
-                lines += [*operators_table(operator_plots.under_the_roof(operators)), ""]
+                lines += [*operators_table(operator_plots.under_the_roof(operators)), "", *stacks_table(operators)]
     return [*lines, *boundary(folder)]
 
 

@@ -61,6 +61,11 @@ class Table(NamedTuple):
         ms, eager = self.ms(candidate), self.ms("eager")
         return None if ms is None or eager is None else eager / ms
 
+    def failure(self, candidate: str) -> str | None:
+        """Why it raised an error where it was to be timed, in a few words; None if it did not, or was not tried."""
+        _, failed, why = self.lines.get(candidate, {}).get("note", "").partition("not measured: ")
+        return re.sub(r"^\w+Error: ", "", why.partition(";")[0]) if failed else None
+
     def best(self, names: Iterable[str]) -> str | None:
         """The fastest of `names`; None if none was timed."""
         timed = [name for name in names if self.ms(name)]
@@ -107,7 +112,7 @@ class Setting(NamedTuple):
 
 def first_screen(folder: Path) -> dict[Setting, Table]:
     """What the first screen shows of a machine: timm's S and XXS, plain calls at small and usual batches."""
-    wanted = {"subject": FIRST_SCREEN, "mode": MODES, "dtype": DTYPES, "batch": ("1", "8", "64")}
+    wanted = {"subject": FIRST_SCREEN, "mode": MODES, "dtype": DTYPES, "batch": ("1", "8", "64", "256")}
     wanted |= {"size": ("256",), "clock": ("wall",)}
     found = {}
     for table in (t for suite in ("models", "training") for t in tables(folder, suite)):

@@ -135,22 +135,59 @@ def test_the_report_wants_its_markers(script):
         report.rewritten(text, "y", "new", "docs/a.md")
 
 
-def test_a_gpus_rows_come_first_and_tell_their_clock(script, device):
-    gpu = PLACE | {"device": "cuda", "device_name": "NVIDIA H200", "driver": "580.1"}
-    new = [
-        line(c, ms, batch=64, dtype="bfloat16", **gpu) for c, ms in (("eager", 9.0), ("compile", 6.0), ("frozen", 3.0))
-    ]
-    device_clock = dict(batch=64, dtype="bfloat16", clock="graph") | gpu
-    new += [line("eager", 8.0, **device_clock), line("frozen", 2.0, **device_clock)]
+@pytest.fixture
+def gpu(device):
+    """A GPU's results beside the CPU's: a clock of its own, a competitor that wins, one that is missing, a failure."""
+    place = PLACE | {"device": "cuda", "device_name": "NVIDIA H200", "driver": "580.1", "cpu": "", "triton": "3.6.0"}
+    usual = dict(batch=256, dtype="bfloat16") | place
+    new = [line(c, ms, **usual) for c, ms in (("eager", 9.0), ("compile", 2.0), ("frozen", 3.0))]
+    new += [line(c, ms, clock="graph", **usual) for c, ms in (("eager", 8.0), ("frozen", 2.0))]
+    new += [line(c, ms, **(usual | {"batch": 1})) for c, ms in (("eager", 5.0), ("frozen", 4.0))]
     append(device / "nvidia-h200" / "models.csv", new)
+    why = "not measured: RuntimeError: Triton Error [CUDA]: an illegal memory access; in both processes"
+    steps = [training("eager", 50.0, **(usual | {"batch": 64})), training("compile", 30.0, **(usual | {"batch": 64}))]
+    steps += [training("accelerated", None, **(usual | {"batch": 64, "note": why}))]
+    append(device / "nvidia-h200" / "training.csv", steps)
+    stage = dict(suite="operators", dtype="bfloat16", clock="graph", gflop=1.0, mb=1.0, gflop_per_s=1.0) | place
+    times = {("linear_residual", "s/3", 64): dict(eager=0.05, cuda=0.0745, triton=0.03826)}
+    times[("linear_residual", "s/5", 64)] = dict(eager=0.0084, cuda=0.0173, triton=0.0088)
+    times[("transformer", "s/4", 256)] = dict(eager=1.87, cuda=1.078, cuda_mended=0.605, triton_by_operator=None)
+    rows = [
+        line(c, ms, subject, **(stage | dict(stage=where, batch=batch) | ({} if ms else {"note": why})))
+        for (subject, where, batch), each in times.items()
+        for c, ms in each.items()
+    ]
+    append(device / "nvidia-h200" / "operators.csv", rows)
+    return device
+
+
+def test_a_gpus_rows_come_first_and_hide_no_loss(script, gpu):
+    """Of the GPU its throughput is in the sentence; what failed and which competitor is missing is said."""
     report = script("report")
-    text = report.headline(device).splitlines()
-    assert text[0].startswith("In bfloat16 at batch 64 on one NVIDIA H200, timm's MobileViT-S frozen is 3.00× as fast")
-    assert text[0].endswith(
-        "; in float32 at batch 1 on 2 threads of an AMD EPYC (Zen 5), frozen, 3.00× and 0.75× (OpenVINO)."
+    sentence, *lines = report.headline(gpu).splitlines()
+    assert sentence == (
+        "In bfloat16 at batch 256 on one NVIDIA H200, timm's MobileViT-S frozen is 3.00× as fast as eager PyTorch and "
+        "0.67× as fast as torch.compile, the fastest of the others; in float32 at batch 1 on 2 threads of an AMD EPYC "
+        "(Zen 5), frozen, 3.00× and 0.75× (OpenVINO)."
     )
-    detail = report.detail(device)
-    assert "| S, batch 64, device's clock | 8.00 | **2.00 (4.00×)** |  |" in detail
+    assert [one.split(" | ")[1].removesuffix(" |") for one in lines[-4:]] == [
+        "not measured",
+        "**frozen 4.00**, eager 5.00; torch.compile was not measured",
+        "**torch.compile 2.00**, frozen 3.00, eager 9.00",
+        "**torch.compile 30.0**, eager 50.0; accelerated **failed**: Triton Error [CUDA]: an illegal memory access",
+    ]
+
+
+def test_a_gpus_tables_tell_the_clock_and_each_backend(script, gpu):
+    (gpu / "nvidia-h200" / "about.md").write_text("How it was measured.\n")
+    detail = script("report").detail(gpu)
+    assert "torch 2.13.0+cpu, Triton 3.6.0, driver 580.1; commit" in detail and "\n\nHow it was measured.\n\n" in detail
+    assert "| S, batch 256, device's clock | 8.00 | **2.00 (4.00×)** |  |" in detail
+    assert "| S, batch 64 | 50.0 | failed | **30.0 (1.67×)** |" in detail
+    assert "| `linear_residual`, 3 | 50.0 | 74.5 (0.67×) | **38.3 (1.31×)** |  |  |" in detail
+    assert "| `linear_residual`, 5 | **8.40** | 17.3 (0.49×) | 8.80 (0.95×) |  |  |" in detail
+    assert "| stage, batch | eager | one launch | one launch, library mended | Triton by operator |" in detail
+    assert "| 4, 256 | 1870 | 1078 (1.73×) | **605 (3.09×)** | failed |" in detail
     assert detail.index("## NVIDIA H200") < detail.index("## 2 threads") and "no rows of a GPU" not in detail
 
 
@@ -246,3 +283,11 @@ def test_the_headline_plot_shows_ratios_and_what_is_absent(script, device, tmp_p
         "OpenVINO",
         "torch.compile",
     ]
+
+
+def test_the_headline_plot_says_what_failed(script, gpu, tmp_path, monkeypatch):
+    plots, plotting, tables = script("plots"), script("plotting"), script("tables")
+    drawn = []
+    monkeypatch.setattr(plotting, "save", lambda figure, path: drawn.append(figure))
+    plots.headline([tables.first_screen(gpu / "nvidia-h200")], tmp_path / "x.png")
+    assert [text.get_text() for text in drawn[0].axes[0].texts if "failed" in text.get_text()] == ["accelerated failed"]
