@@ -22,10 +22,19 @@ def quick_ceilings(monkeypatch):
 @pytest.fixture
 def script(monkeypatch):
     """Import a script of benchmarks/ as a module."""
-    folder = str(ROOT / "benchmarks")
+    yield from _importing(ROOT / "benchmarks", monkeypatch)
+
+
+@pytest.fixture
+def part(monkeypatch):
+    """Import a part of the script for GPUs as a module."""
+    yield from _importing(ROOT / "benchmarks" / "gpu_run", monkeypatch)
+
+
+def _importing(folder, monkeypatch):
     before = set(sys.modules)
-    monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(str(folder))
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if folder in str(getattr(sys.modules[name], "__file__", "")):
+        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]

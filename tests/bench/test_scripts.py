@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts in benchmarks/ that measure, every kernel once, and the script for GPUs."""
+"""The scripts in benchmarks/ that measure, and every kernel once. The script for GPUs: test_gpu_script.py."""
 
-import os
-import re
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +9,6 @@ import torch
 import mvit_kernels
 from gates import every_kernel
 from mvit_kernels.bench.results import read
-from support import ROOT
 
 
 def test_boundary_writes_a_row_a_path(script, tmp_path, monkeypatch, capsys):
@@ -119,73 +115,3 @@ def test_every_kernel_once(monkeypatch, capsys):
 
 def test_every_kernel_is_among_the_small_cases():
     assert every_kernel.SIZES.keys() == set(mvit_kernels.backends.operators("reference"))
-
-
-def gpu_script(*arguments, **environment):
-    environment = {"PYTHON": sys.executable, "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [str(ROOT / "benchmarks" / "gpu.sh"), *arguments],
-        env={"HOME": os.environ.get("HOME", "/"), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_the_script_for_gpus_without_one(tmp_path):
-    """It says so, does what was asked, and tells what failed; the folder has the report, whatever the outcome."""
-    broken = tmp_path / "python"
-    broken.write_text('#!/bin/sh\ncase "$*" in *build_native*) exit 7 ;; esac\nexec "$REAL" "$@"\n')
-    broken.chmod(0o755)
-    out = tmp_path / "out"
-    done = gpu_script(str(out), "0.5", PYTHON=str(broken), REAL=sys.executable, STEPS="build", CUDA_VISIBLE_DEVICES="")
-    report = (out / "report.txt").read_text()
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "no GPU is visible to torch: only the CPU part runs" in report and "reference     available on any" in report
-    assert "build: FAILED with 7" in report and "done; bad: 1" in report and "correctness" not in report
-    assert {file.name for file in out.iterdir()} == {"report.txt", "log.txt"}
-
-
-def test_the_script_for_gpus_with_one(tmp_path):
-    """Its order, with a Python that only says what it was asked for: correctness, speed, sanitizer; a suite in which
-    the GPU was lost is resumed, and whatever fails shows in the report and in the exit code."""
-    fake = tmp_path / "python"
-    fake.write_text(
-        f"""#!/bin/sh
-case "$*" in
-  *get_device_properties*) echo "a GPU" ;;
-  *"--suite operators"*) [ -e {tmp_path}/lost ] || {{ touch {tmp_path}/lost; exit 2; }} ;;
-  *pytest*) echo "12 passed in 1.00s" ;;
-  *gates.every_kernel*) echo "cuda patch_attention: WRONG: 1 for 2"; exit 1 ;;
-esac
-"""
-    )
-    (tmp_path / "compute-sanitizer").write_text('#!/bin/sh\nshift 4\necho "ERROR SUMMARY: 0 errors"\n')
-    for file in (fake, tmp_path / "compute-sanitizer"):
-        file.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = gpu_script(str(tmp_path / "out"), "9", PYTHON=str(fake), PATH=path, SUITES="operators blocks")
-    report = (tmp_path / "out" / "report.txt").read_text()
-    steps = [re.sub(r"^ *\d+ s  | (after|in) \d+ s$", "", one) for one in report.splitlines()]
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert steps[1:] == [
-        "a GPU",
-        "build: ok",
-        "correctness, every kernel once: FAILED with 1",
-        "        cuda patch_attention: WRONG: 1 for 2",
-        "correctness, cuda: ok",
-        "        12 passed in 1.00s",
-        "correctness, triton: ok",
-        "        12 passed in 1.00s",
-        "correctness, S and XXS: ok",
-        "speed, operators: FAILED with 2",
-        "speed, operators: ok",
-        "speed, blocks: ok",
-        "sanitizer, memcheck: ok",
-        "        ERROR SUMMARY: 0 errors",
-        "sanitizer, racecheck: ok",
-        "        ERROR SUMMARY: 0 errors",
-        "tests, the rest: ok",
-        "        12 passed in 1.00s",
-        "done; bad: 1",
-    ]
