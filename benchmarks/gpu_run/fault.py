@@ -71,7 +71,7 @@ def loading_only() -> Iterator[list[str]]:
 
 def train(given: argparse.Namespace) -> Callable[[bool], torch.Tensor]:
     """A training step of an accelerated network: forward under autocast, backward and, if asked, AdamW."""
-    model = mvit_kernels.accelerate(load(given.model), backend=given.backend).to(given.device).train()
+    model = mvit_kernels.accelerate(load(given.model).to(given.device).train(), backend=given.backend)
     images = torch.rand(given.batch or 64, 3, given.size, given.size, device=given.device)
     labels = torch.zeros(len(images), dtype=torch.long, device=given.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=given.device == "cuda")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from machine import Machine, nvcc, tool
-from runner import NOT_BEGUN, Ended, Job
+from runner import CUT, NOT_BEGUN, Ended, Job
 from steps import warm
 
 ROUNDS, AT_ONCE = 4, 4
@@ -56,58 +56,75 @@ VARIANTS = {
 
 
 def fault(machine: Machine, seconds: float) -> None:
-    """Warm up each cache, then the rounds; the report has a line a condition."""
+    """Cache by cache: warm it up, then rounds of the conditions that use it; the report has a line a condition."""
     runner = machine.runner
     if "triton" not in machine.backends:
         return runner.note("fault: Triton cannot be used here")
     end = runner.elapsed + seconds
     variants = _variants(machine)
+    caches: dict[str, list[str]] = {}
+    for name, one in variants.items():
+        caches.setdefault(one["cache"], []).append(name)
+    tried: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
-        caches = {one["cache"]: one for one in variants.values()}
-        for cache, one in caches.items():  # from this disk cache the processes below load what they launch
-            rest = (end - runner.elapsed) / 2
-            only = ("--only-training-of", "s", "--dtypes", "bfloat16")
-            warm(machine, rest / len(caches), *only, **one["environment"], TRITON_CACHE_DIR=cache)
-            filled = [
-                Job(f"fill {Path(cache).name} {workload}", machine.script("fault", workload), {
-                    **machine.environment, **one["environment"], "TRITON_CACHE_DIR": cache, "CUDA_LAUNCH_BLOCKING": "1"
-                }, EACH)
+        for index, names in enumerate(caches.values()):
+            # Half for the first, which has six conditions and tells whether the fault comes at all.
+            rest = (end - runner.elapsed) / (1 if index == len(caches) - 1 else 2)
+            _fill(machine, variants[names[0]], 0.4 * rest)
+            turns = range(int(os.environ.get("ROUNDS", ROUNDS)))
+            jobs = [
+                _job(machine, name, variants[name], workload, turn, folder)
+                for turn in turns
+                for name in names
                 for workload in WORKLOADS
-            ]  # fmt: skip
-            runner.run(filled, rest, AT_ONCE)
-        jobs, about = [], {}
-        for turn in range(int(os.environ.get("ROUNDS", ROUNDS))):
-            for name, one in variants.items():
-                for workload in WORKLOADS:
-                    job = f"{name} {workload} {turn}"
-                    dump = str(Path(folder, f"{name}-{workload}-{turn}.core"))
-                    environment = {**machine.environment, **one["environment"], "TRITON_CACHE_DIR": one["cache"]}
-                    if "CUDA_ENABLE_COREDUMP_ON_EXCEPTION" in environment:
-                        environment["CUDA_COREDUMP_FILE"] = dump
-                    about[job] = (name, workload, dump)
-                    jobs.append(Job(job, machine.script("fault", workload, *one["arguments"]), environment, EACH))
-        tried: list[dict[str, Any]] = []
+            ]
 
-        def ended(job: Job, done: Ended) -> None:
-            name, workload, dump = about[job.name]
-            if done.code == NOT_BEGUN:
-                return
-            said = [json.loads(line) for line in done.lines if line.startswith('{"what": "provoked"')]
-            line = {"what": "fault", "variant": name, "workload": workload, "code": done.code}
-            # A process that CUDA ended while it dumped has said nothing, and faulted all the same.
-            faulted = done.code == FAULTED or Path(dump).exists()
-            line |= {"faulted": faulted, **{k: v for k, v in (said[-1] if said else {}).items() if k not in line}}
-            if done.code not in (0, FAULTED) and not faulted:
-                line["tried"] = False
-                line.setdefault("error", done.how)
-            if faulted and Path(dump).exists():
-                line |= read_dump(machine, Path(dump))
-            runner.line(**line)
-            tried.append(line)
+            def ended(job: Job, done: Ended) -> None:
+                if line := _line(machine, job, done):
+                    runner.line(**line)
+                    tried.append(line)
 
-        runner.run(jobs, end - runner.elapsed, AT_ONCE, ended)
+            runner.run(jobs, min(rest, end - runner.elapsed), AT_ONCE, ended)
     _report(machine, variants, tried)
     return None
+
+
+def _fill(machine: Machine, one: dict[str, Any], seconds: float) -> None:
+    """Compile what the workloads launch, so that the processes behind this one find all of it on the disk: in parallel
+    by operator, then the workloads themselves, with a synchronisation after each launch."""
+    end = machine.runner.elapsed + seconds
+    environment = {**one["environment"], "TRITON_CACHE_DIR": one["cache"]}
+    warm(machine, 0.7 * seconds, "--only-training-of", "s", "--dtypes", "bfloat16", **environment)
+    environment = {**machine.environment, **environment, "CUDA_LAUNCH_BLOCKING": "1"}
+    name = Path(one["cache"]).name
+    filled = [Job(f"fill {name} {workload}", machine.script("fault", workload), environment) for workload in WORKLOADS]
+    machine.runner.run(filled, end - machine.runner.elapsed, AT_ONCE)
+
+
+def _job(machine: Machine, name: str, one: dict[str, Any], workload: str, turn: int, folder: str) -> Job:
+    environment = {**machine.environment, **one["environment"], "TRITON_CACHE_DIR": one["cache"]}
+    if "CUDA_ENABLE_COREDUMP_ON_EXCEPTION" in environment:
+        environment["CUDA_COREDUMP_FILE"] = str(Path(folder, f"{workload}-{turn}.core"))
+    command = machine.script("fault", workload, *one["arguments"])
+    return Job(f"{name} {workload} {turn}", command, environment, EACH)
+
+
+def _line(machine: Machine, job: Job, done: Ended) -> dict[str, Any] | None:
+    """What a process found, as a line of JSON; None if it had no time to find anything."""
+    name, workload, _ = job.name.split()
+    dump = Path(job.environment.get("CUDA_COREDUMP_FILE") or "/nowhere")
+    # A process that CUDA ended while it dumped has said nothing, and faulted all the same.
+    faulted = done.code == FAULTED or dump.exists()
+    if done.code in (CUT, NOT_BEGUN) and not faulted:
+        return None
+    line: dict[str, Any] = {"what": "fault", "variant": name, "workload": workload, "code": done.code}
+    said = [json.loads(text) for text in done.lines if text.startswith('{"what": "provoked"')]
+    line |= {"faulted": faulted, **{key: value for key, value in (said or [{}])[-1].items() if key not in line}}
+    line["faulted"] = faulted
+    if done.code and not faulted:
+        line["tried"] = False
+        line.setdefault("error", done.how)
+    return line | (read_dump(machine, dump) if dump.exists() else {})
 
 
 def _variants(machine: Machine) -> dict[str, dict[str, Any]]:

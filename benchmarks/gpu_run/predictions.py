@@ -82,7 +82,7 @@ PREDICTED = (
             ("channels_last", None, 39880),
             ("compile_channels_last", None, 33200),
             ("accelerated", 33200 * 1.25, None),  # a quarter behind torch.compile, whose convolutions are fused
-            ("compile_accelerated", 33200 / 1.3, None),  # what is to be reached
+            ("compile_accelerated", 33200 / 1.3, None),  # what is to be reached; measured where the budget is long
         )
     ),
 )

@@ -38,12 +38,13 @@ TRIES = 4  # of a suite: the GPU may be lost in a case, which then has a row and
 S = ("--model", "mobilevit_s", "--dtype", "bfloat16", "--no-memory", "--seconds", "2")
 COMPILED = {  # the most valuable first; what may fault last
     "S b256": (*S, "--batch", "256", "--peers", "channels_last,accelerated,frozen,compile_channels_last"),
-    "S b64 training": (*S, "--batch", "64", "--train", "--peers", "channels_last,compile_channels_last"),
+    "S b64 training step": ("--suite", "training", "--model", "mobilevit_s", "--dtype", "bfloat16", "--batch", "64"),
     "S b1": (*S, "--batch", "1", "--peers", "channels_last,frozen,compile_reduce_overhead"),
     "S b256, ours compiled": (*S, "--batch", "256", "--peers", "frozen,compile_accelerated"),
-    "S b64 training, ours": (*S, "--batch", "64", "--train", "--peers", "accelerated,compile_accelerated"),
+    "S b64, forward and backward": (*S, "--batch", "64", "--train", "--peers", "accelerated,compile_accelerated"),
     "S b256, max-autotune": (*S, "--batch", "256", "--peers", "frozen,compile_max_autotune"),
 }
+SMALLEST_SUITE = 85  # seconds of a budget in which a suite begins a case that compiles
 COUNTERS = {  # Nsight Compute's name -> ours
     "gpu__time_duration.sum": "ns",
     "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor_%",
@@ -211,21 +212,18 @@ def _suite(machine: Machine, name: str, seconds: float) -> None:
 
 
 def compiled(machine: Machine, seconds: float) -> None:
-    """Beside `torch.compile`, each table in a process of its own; the rows are in ``compiled.csv``."""
+    """Beside `torch.compile`, each table in a process of its own; rows of `--model` are in ``compiled.csv``."""
     end = machine.runner.elapsed + seconds
     for index, (name, arguments) in enumerate(COMPILED.items()):
         rest = end - machine.runner.elapsed
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder, f"{index}.csv")
-            command = [
-                *BENCH,
-                machine.device,
-                *arguments,
-                "--build-seconds",
-                f"{max(rest, 10):.0f}",
-                "--output",
-                str(rows),
-            ]
+            if "--suite" in arguments:  # its table with torch.compile; --resume leaves out that without
+                how = ["--results", str(machine.runner.folder), "--resume"]
+                how += ["--budget", f"{max(rest, SMALLEST_SUITE) / 60:.3f}"]
+            else:
+                how = ["--build-seconds", f"{max(rest, 10):.0f}", "--output", str(rows)]
+            command = [*BENCH, machine.device, *arguments, *how]
             done = machine.runner.step(f"compiled, {name}", machine.module(*command), rest, **machine.environment)
             for line in done.lines[-1:] if done.code else ():
                 machine.runner.detail(line)
