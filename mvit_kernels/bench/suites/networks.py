@@ -109,24 +109,25 @@ def models(device: str) -> list[Case]:
     """timm's, Hugging Face's, Kornia's and our own models, also for detection and segmentation: latency at batch 1,
     throughput at larger batches."""
     first, batches, dtypes = (
-        ("float32", (1, 8), ("bfloat16",)) if device == "cpu" else ("bfloat16", (64, 1), ("float16", "float32"))
+        ("float32", (1, 8), ("bfloat16",)) if device == "cpu" else ("bfloat16", (256, 1), ("float16", "float32"))
     )
     s, xxs, xs = "mobilevit_s", "mobilevit_xxs", "mobilevit_xs"
     found = [Setting(model, 256, batch, first) for batch in batches for model in (s, xxs)]
     found += [Setting(model, 256, batch, dtypes[0]) for batch in batches for model in (s, xxs)]
     found += [setting._replace(compiled=True) for setting in found[: 8 if device == "cpu" else 4]]
     found += [Setting(xs, 256, batch, first) for batch in batches]
-    found += [Setting(f"{library}/s", 256, batches[0], first) for library in ("huggingface", "kornia", "own")]
+    usual = 1 if device == "cpu" else 64  # images of more pixels, too: they are checked in float64
+    found += [Setting(f"{library}/s", 256, usual, first) for library in ("huggingface", "kornia", "own")]
     tasks = [(f"{task}/{variant}", size) for variant in ("s", "xxs") for task, size in TASKS.items()]
-    found += [Setting(model, size, batches[0], first) for model, size in tasks]
-    found += [Setting(s, size, batches[0], first) for size in (224, 320)]
-    found += [Setting(s, 256, batches[0], dtype) for dtype in dtypes[1:]]
-    more = (64, 256) if device == "cpu" else (256, 8)
+    found += [Setting(model, size, usual, first) for model, size in tasks]
+    found += [Setting(s, size, usual, first) for size in (224, 320)]
+    found += [Setting(s, 256, usual, dtype) for dtype in dtypes[1:]]
+    more = (64, 256) if device == "cpu" else (64, 8)
     found += [Setting(model, 256, batch, first) for batch in more for model in (s, xxs, xs)]
     found += [Setting(s, 256, 1, "float16")] if device == "cpu" else []
     found += [Setting(s, size, batch, first) for batch in batches[1:] for size in (224, 320)]
     found += [Setting(model, size, batch, first) for batch in batches[1:] for model, size in tasks]
-    found += [Setting(model, size, batch, dtypes[0]) for batch in batches for model, size in tasks]
+    found += [Setting(model, size, batch, dtypes[0]) for batch in (usual, *batches[1:]) for model, size in tasks]
     return [_case(setting, device) for setting in found]
 
 
