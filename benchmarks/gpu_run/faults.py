@@ -40,17 +40,17 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "as_is": Variant("whether it comes at all"),
-    "ptxas": Variant("whether Triton's own ptxas miscompiles: nvcc's instead", cache="ptxas"),
-    "no_wgmma": Variant(
-        "whether it is wgmma, which reads registers asynchronously: mma.sync instead", {"DISABLE_MMA_V3": "1"}, (), "v2"
+    "dump": Variant(
+        "which kernel, by a core dump",
+        {"CUDA_ENABLE_COREDUMP_ON_EXCEPTION": "1", "CUDA_ENABLE_LIGHTWEIGHT_COREDUMP": "1"},
     ),
     "preload": Variant("whether loading a module disturbs a running kernel", {}, ("--preload",)),
     "eager": Variant("the same, of CUDA's lazy loading", {"CUDA_MODULE_LOADING": "EAGER"}),
     "slow_path": Variant("whether it is our short way past Triton's launcher", {}, ("--slow-path",)),
     "synchronised": Variant("a control: it was never seen so", {"CUDA_LAUNCH_BLOCKING": "1"}),
-    "dump": Variant(
-        "which kernel, by a core dump",
-        {"CUDA_ENABLE_COREDUMP_ON_EXCEPTION": "1", "CUDA_ENABLE_LIGHTWEIGHT_COREDUMP": "1"},
+    "ptxas": Variant("whether Triton's own ptxas miscompiles: nvcc's instead", cache="ptxas"),
+    "no_wgmma": Variant(
+        "whether it is wgmma, which reads registers asynchronously: mma.sync instead", {"DISABLE_MMA_V3": "1"}, (), "v2"
     ),
 }
 
@@ -198,7 +198,8 @@ def _report(machine: Machine, variants: Iterable[str], tried: list[dict[str, Any
         lame = [line for line in mine if line not in ran]
         faulted = [line for line in ran if line["faulted"]]
         kernels = sorted({line["kernel"] for line in faulted if line.get("kernel")})
-        text = f"faulted {len(faulted)} of {len(ran)}" + (f", in {', '.join(kernels)}" if kernels else "")
+        text = f"faulted {len(faulted)} of {len(ran)}" if ran else "NOT tried"
+        text += f", in {', '.join(kernels)}" if kernels else ""
         text += f"; {len(lame)} did not run: {lame[0]['error']}" if lame else ""
         machine.runner.note(f"fault, {name}: {text}", bad=bool(faulted or lame))
     if not tried:

@@ -171,10 +171,10 @@ def test_everything_that_fails(machine):
         "warm-up of cache: 10 units; 1 with an error",
         '        {"what": "warm", "error": "lost"}',
         "fault, as_is: faulted 1 of 2",
-        "fault, no_wgmma: faulted 0 of 2",
+        "fault, dump: faulted 1 of 2, in mvit::row_product_kernel<mvit::BFloat16, 1>",
         "fault, preload: faulted 1 of 1; 1 did not run: FAILED with 1",
         "fault, synchronised: faulted 0 of 2",
-        "fault, dump: faulted 1 of 2, in mvit::row_product_kernel<mvit::BFloat16, 1>",
+        "fault, no_wgmma: faulted 0 of 2",
         "correctness: 2 of 3 processes ok",
         "correctness, cuda linear_residual: FAILED with 1",
         "        cuda linear_residual: WRONG: 1 for 2",
@@ -271,6 +271,20 @@ def test_without_torch(machine):
     code, report = machine("  *facts.py*) echo \"No module named 'torch'\"; exit 1 ;;\n")
     has(report, "the machine: FAILED with 1", "        No module named 'torch'", "done; bad: 1")
     assert code == 2 and report[-2].startswith("nothing can be done")
+
+
+def test_what_was_not_tried_is_not_said_to_be_right(machine):
+    """Where the first condition takes all the time, the others have told nothing."""
+    case = """  *fault.py*) [ -z "$CUDA_LAUNCH_BLOCKING" ] || exit 0; trap 'exit 1' INT; sleep 60 >/dev/null & wait ;;
+"""
+    code, report = machine(case, minutes="0.21", STEPS="fault")
+    assert [one for one in report if one.startswith("fault, ") and "tools" not in one] == [
+        *(f"fault, {name}: NOT tried" for name in ("as_is", "dump", "preload", "eager", "slow_path", "synchronised")),
+        *("fault, ptxas: NOT tried", "fault, no_wgmma: NOT tried"),
+    ]
+    assert "fault: skipped, the budget is spent" in report and not any(
+        one["what"] == "fault" for one in lines_of(machine)
+    )
 
 
 def test_unknown_steps(machine):
