@@ -224,23 +224,30 @@ def test_each_condition_reaches_its_processes(machine):
     assert len(given) == 2 * 8 + 2 * 3  # the rounds, and what fills each of three caches
 
 
-@pytest.mark.parametrize("how", ["given", "built", "neither"])
+@pytest.mark.parametrize("how", ["given", "built", "built without it", "neither"])
 def test_a_library_that_was_wanted(machine, how):
     """One that neither loads nor can be built fails the run, in which Python alone would be tested."""
     build = "  *build_native*) echo 'nvcc: no such header'; exit 7 ;;\n"
     if how == "built":
         build = f"  *build_native*) echo '{json.dumps(GPU)}' >$T/facts.json ;;\n"
+    if how == "built without it":
+        build = "  *build_native*) ;;\n"
     environment = {}
     if how == "given":
         (machine.folder / "libmvit_kernels_cuda.so").touch()
         environment = {"MVIT_KERNELS_LIBRARIES": str(machine.folder)}
-    code, report = machine(build, facts=WITHOUT_CUDA, STEPS="library correctness", **environment)
+    steps = "library" if how == "built without it" else "library correctness"
+    code, report = machine(build, facts=WITHOUT_CUDA, STEPS=steps, **environment)
     if how == "built":
         has(report, "build: ok", "library, cuda: /nowhere, of commit None, built None", "done; bad: 0")
         assert code == 0 and not any("NOT tested" in one for one in report)
         return
     if how == "given":
         assert f"library, cuda: FAILED: {machine.folder} has it, and {BROKEN}" in report
+    if how == "built without it":
+        has(report, "build: ok", f"library, cuda: FAILED: {BROKEN}", "done; bad: 1")
+        assert code == 1
+        return
     has(report, "build: FAILED with 7", "        nvcc: no such header", f"library, cuda: FAILED: {BROKEN}")
     has(report, f"correctness: the CUDA kernels are NOT tested: {BROKEN}", "correctness: 1 of 1 processes ok")
     assert code == 1 and report[-1] == "done; bad: 1"
