@@ -88,8 +88,7 @@ sanitize-gpu: setup
 	@$(PY) -m pytest -q -rs tests/gates/under_compute_sanitizer.py $(PYTEST_ARGS)
 
 test-interpreted: setup
-	@TRITON_INTERPRET=1 $(PY) -m pytest -q tests/gates/interpreted.py tests/gates/interpreted_sums.py \
-		tests/gates/interpreted_convolutions.py tests/gates/interpreted_networks.py \
+	@TRITON_INTERPRET=1 $(PY) -m pytest -q $(wildcard tests/gates/interpreted*.py) tests/ops/test_batch_norm_activation.py \
 		tests/ops/test_equal_rows.py tests/ops/test_leaves.py tests/ops/test_linear_residual.py tests/ops/test_layer_norm_linear.py \
 		tests/ops/test_layer_norm_mlp.py tests/ops/test_patch_attention.py tests/ops/test_layer_norm.py \
 		tests/ops/test_transformer_layer.py tests/ops/test_inverted_residual.py tests/backends/test_gpu.py -k "triton or interpreted or gpu" $(PYTEST_ARGS)

@@ -123,10 +123,10 @@ def accelerate(model: Model, *, backend: str | None = None, strict: bool = False
     DDP, FSDP wrapping by class name, ``torch.compile`` and export keep working; `restore` undoes it. Convolutions
     remain the model's own modules: convert the model to ``torch.channels_last`` to avoid layout copies, or `freeze` it.
 
-    In training, on the CPU, the model's convolution layers run batch norm and SiLU as one operator, with the running
-    statistics updated as always (`mvit_kernels.ops.batch_norm_activation`). Where that would compute something else, a
-    layer runs its original forward: in evaluation, a batch norm that is frozen, synchronised, without running
-    statistics or with a cumulative average, a hook inside, another device. In bfloat16, depthwise convolutions of
+    In training, the model's convolution layers run batch norm and SiLU as one operator, with the running statistics
+    updated as always (`mvit_kernels.ops.batch_norm_activation`). Where that would compute something else, a layer runs
+    its original forward: in evaluation, a batch norm that is frozen, synchronised, without running statistics or with a
+    cumulative average, a hook inside, on a GPU a map that is not channels-last. In bfloat16, depthwise convolutions of
     stride 2 compute their input's gradient in float32 where oneDNN's bfloat16 kernel is several times slower.
 
     While a block cannot be served (a hook on an inner module, a LoRA layer, quantized weights, a global module hook),

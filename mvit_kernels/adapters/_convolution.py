@@ -4,7 +4,7 @@
 A layer is one of a library's own classes, or a plain ``nn.Sequential`` that contains a batch norm, as Kornia's and
 cvnets' layers are. Its convolutions remain modules that are called, so they may be anything, LoRA layers too; a batch
 norm and its activation are bypassed, and must be exactly PyTorch's. What the operator would compute differently, or no
-kernel serves, runs module by module: evaluation, a frozen batch norm, cumulative averages, a GPU.
+kernel serves, runs module by module: evaluation, a frozen batch norm, cumulative averages, a contiguous map on a GPU.
 
 This is an adapter as `_swap` takes it: `parts`, `forward`.
 """

@@ -151,7 +151,8 @@ def test_torch_knows_the_operators(operator):
     # A layer of 24 channels takes twice as long, most of it for the gradients of weights.
     sizes = dict(shape=(2, 2, 4, 16), heads=2, patch=(2, 2)) if operator == "transformer_layer" else NARROW[operator]
     check_registration(operator, sizes, backend="triton")
-    check_autocast(operator, sizes, "triton")
+    if operator != "batch_norm_activation":  # which autocast leaves alone
+        check_autocast(operator, sizes, "triton")
     if operator != "transformer_layer":  # fourteen layers; its autograd function is tested by the path "raw"
         check_gradients_one_by_one(operator, sizes, "triton")
     check_same_bits(operator, sizes, "triton")
@@ -286,7 +287,8 @@ def train(block, x):
 
 def test_launches_of_a_block(blocks, nothing_launched):
     """A whole block under autocast, convolutions included: timm's launches, and ours. Around the two layers: one cast
-    of all weights forward and one of all gradients backward, and the last LayerNorm, of three kernels."""
+    of all weights forward and one of all gradients backward, the last LayerNorm, of three kernels, and three batch
+    norms with their SiLU, one launch each way for so small a map."""
     x = torch.randn(1, 48, 4, 4).to(memory_format=torch.channels_last)
     counts = []
     for block in blocks:
@@ -296,14 +298,13 @@ def test_launches_of_a_block(blocks, nothing_launched):
     by_timm, ours = counts
     forward, backward = launched(lambda: train(blocks[1], x))
     layer = ["_hidden", "_norm_backward", "_product", "_normed_product", "backward", "_norm_backward"]
-    assert forward == FORWARD * 2 + ["_forward"]
-    assert backward == ["_backward", "_sum_parts", *[*layer, "_weight_gradients", "_sum_parts"] * 2]
-    outside = [  # what the convolutions around the transformer take in both
-        *("convolution", "convolution_backward", "native_batch_norm", "native_batch_norm_backward"),
-        *("cat", "silu_", "add_"),
-    ]
-    for name in outside:
+    assert forward == ["_forward", *FORWARD * 2, "_forward", *["_forward"] * 2]
+    layers = ["_backward", "_sum_parts", *[*layer, "_weight_gradients", "_sum_parts"] * 2]
+    assert backward == [*["_backward"] * 2, *layers, "_backward"]
+    for name in ("convolution", "convolution_backward", "cat"):  # around the transformer, the same in both
         assert by_timm.count(name) == ours.count(name), name
+    assert by_timm.count("native_batch_norm") == by_timm.count("silu_") == 3
+    assert not {"native_batch_norm", "native_batch_norm_backward", "silu_", "silu_backward"} & set(ours)
     assert ours.count("_foreach_copy_") == 2
     assert not {"addmm", "mm", "native_layer_norm", "silu", "native_layer_norm_backward"} & set(ours)
     assert by_timm.count("_to_copy") - ours.count("_to_copy") >= 32  # casts of 16 weights, there and back

@@ -83,6 +83,21 @@ def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int, p
     return launches
 
 
+def map_of(channels: int, batch: int, dtype: torch.dtype, target: int, activation: str = "silu") -> list:
+    """The launches of batch norm over a channels-last map of 32², forward and backward; over one of 8² for one image,
+    which is one launch each."""
+    from mvit_kernels.backends.triton import batch_norm_activation
+    from mvit_kernels.backends.triton._launch import watching
+
+    side = 32 if batch > 1 else 8
+    x = torch.empty((batch, side, side, channels), device="meta", dtype=dtype).permute(0, 3, 1, 2)
+    vector = torch.empty(channels, device="meta")
+    with watching(target) as launches:
+        out, mean, rstd, _ = batch_norm_activation.forward(x, vector, vector, 1e-5, activation)
+        batch_norm_activation.backward(out, x, mean, rstd, vector, vector, activation)
+    return launches
+
+
 def cases(target: int) -> Iterator[tuple[str, object]]:
     """(name, launch): every width in bfloat16 for one image, and for 64 with live dropout; some widths in the other
     dtypes, without dropout."""
@@ -97,6 +112,13 @@ def cases(target: int) -> Iterator[tuple[str, object]]:
             yield f"d={d}", launch
     for launch in stage(144, 64, torch.float16, "highest", target):
         yield "d=144", launch
+    for channels in (16, 17, 24, 144, 640):  # the widths of tiles; 17 is read an element at a time
+        for launch in map_of(channels, 64, torch.bfloat16, target):
+            yield f"d={channels}", launch
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for channels, batch, activation in ((144, 64, ""), (144, 64, "silu"), (144, 1, "silu"), (17, 1, "silu")):
+            for launch in map_of(channels, batch, dtype, target, activation):
+                yield f"d={channels}", launch
 
 
 # ------------------------------------------------------------------------------------------------------------- building

@@ -10,8 +10,9 @@ from torch import nn
 
 from mvit_kernels import batch_norm_activation, use_backend
 from support import oracle
-from support.cases import DTYPES, call, convert, evaluate, make, paths
+from support.cases import DTYPES, call, convert, device_of, evaluate, make, paths, takes
 from support.checks import check, check_registration
+from support.layouts import lay_out
 from support.operator_tests import OperatorTests
 from support.tolerance import assert_close_as_pytorch
 
@@ -19,7 +20,16 @@ OP = "batch_norm_activation"
 PATHS = paths(OP)
 KERNELS = [path for path in PATHS if path not in ("reference", "raw")]
 FORMATS = ("contiguous", "channels_last")
-SMALL = dict(shape=(2, 24, 3, 5))
+SERVED = [(path, layout) for path in KERNELS for layout in FORMATS[path == "triton" :]]  # Triton: channels-last alone
+
+
+def served(*dtypes):
+    """Path, layout and dtype of what kernels serve."""
+    return [(*pair, dtype) for pair in SERVED for dtype in dtypes if takes(pair[0], dtype)]
+
+
+TRAINED = [("reference", layout, dtype) for layout in FORMATS for dtype in DTYPES] + served(*DTYPES)
+SMALL = dict(shape=(2, 24, 3, 5), channels_last=True)
 CASES = [
     *(dict(shape=(2, c, 3, 4)) for c in (16, 144, 640)),  # of s
     *(dict(shape=(2, c, 3, 3)) for c in (3, 17, 129)),  # lines that end within a vector
@@ -62,10 +72,19 @@ REFUSED = [
 ]
 
 
+def fused(path, x, *vectors, **settings):
+    """The operator for tensors on the CPU, wherever the path runs; running statistics are updated here too."""
+    there = [t.to(device_of(path)) for t in (x, *vectors)]
+    out = batch_norm_activation(*there, backend=path, **settings)
+    for running, value in zip(vectors[2:], there[3:], strict=True):
+        running.data.copy_(value)
+    return out.to("cpu")
+
+
 class TestBatchNormActivation(OperatorTests):
     operator, cases, small, refused = OP, CASES, SMALL, REFUSED
     tiny = [dict(shape=(2, 3, 2, 2)), dict(shape=(2, 2, 1, 2), activation=None)]
-    repeated = dict(shape=(3, 40, 20, 20))
+    repeated = dict(shape=(3, 40, 20, 20), channels_last=True)
 
     def test_autocast(self, path):
         """Nothing is cast, as by PyTorch: a convolution before gives x autocast's dtype, parameters stay float32."""
@@ -96,31 +115,34 @@ def test_registration_in_channels_last(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_the_result_has_the_format_of_x(path):
     tensors, settings = make(OP, SMALL)
-    x = tensors["x"].to(memory_format=torch.channels_last).requires_grad_()
+    tensors = convert(tensors, torch.float32)
+    x = tensors["x"].requires_grad_()
     out = call(OP, {**tensors, "x": x}, settings, path)
     (grad,) = torch.autograd.grad(out.mean(), x)  # whose own gradient is one number, expanded
     for result in (out, grad):
         assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("path", KERNELS)
-@pytest.mark.parametrize("layout", FORMATS)
-def test_kernels_serve_both_formats(layout, path):
-    """And what is neither is PyTorch's, by the automatic choice."""
+@pytest.mark.parametrize("path, layout", SERVED)
+def test_kernels_serve_their_formats(layout, path):
+    """And what is in none of them is PyTorch's, by the automatic choice."""
     x = torch.randn(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)
     x = x if layout == "channels_last" else x.contiguous()
-    batch_norm_activation(x, torch.ones(8), torch.zeros(8), backend=path)
-    with pytest.raises(RuntimeError, match="neither channels-last nor contiguous"):
-        batch_norm_activation(x[..., :5], torch.ones(8), torch.zeros(8), backend=path)
+    fused(path, x, torch.ones(8), torch.zeros(8))
+    others = [x[..., :5]] + [x.contiguous()] * (path == "triton")
+    for other in others:
+        with pytest.raises(RuntimeError, match="x is (neither channels-last nor contiguous|not channels-last)"):
+            fused(path, other, torch.ones(8), torch.zeros(8))
 
 
 # -------------------------------------------------------------------------------------------------- running statistics
 
 
-@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])
-@pytest.mark.parametrize("dtype, norm_dtype", [(d, d) for d in DTYPES] + [("bfloat16", "float32")])
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "raw"])
+@pytest.mark.parametrize(
+    "path, layout, dtype, norm_dtype",
+    [(*each, each[2]) for each in TRAINED] + [(*each, "float32") for each in TRAINED if "bfloat16" in each],
+)
 def test_running_statistics(path, dtype, norm_dtype, momentum, layout):
     """Right by the tolerance rule, with the unbiased variance; far from zero too."""
     draw = torch.Generator().manual_seed(0)
@@ -132,7 +154,7 @@ def test_running_statistics(path, dtype, norm_dtype, momentum, layout):
     before = torch.randn(40, generator=draw).to(kind), torch.rand(40, generator=draw).to(kind)
     ours, pytorch = [t.clone() for t in before], [t.to(usual) for t in before]
     vectors = torch.ones(40, dtype=kind), torch.zeros(40, dtype=kind)
-    batch_norm_activation(x, *vectors, *ours, momentum=momentum, backend=path)
+    fused(path, x, *vectors, *ours, momentum=momentum)
     usual_x = x.float() if dtype == "float64" else x
     torch.nn.functional.batch_norm(usual_x, *pytorch, *(v.to(usual) for v in vectors), True, momentum)
     mean, variance = oracle.batch_statistics(x.double())
@@ -149,10 +171,11 @@ def _is_the_module(path, compiled):
     norm, ours, own = nn.BatchNorm2d(24), nn.BatchNorm2d(24), nn.BatchNorm2d(24)
 
     def step(x, norm):
-        return batch_norm_activation(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, backend=path)
+        return fused(path, x, norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
     for seed in range(2):
-        x = torch.randn(2, 24, 5, 4, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        x = torch.randn(2, 24, 5, 4, generator=torch.Generator().manual_seed(seed))
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         expected, eager, result = nn.functional.silu(norm(x)), step(x, own), compiled(step)(x, ours)
         torch.testing.assert_close(result, expected)
         torch.testing.assert_close(
@@ -180,8 +203,9 @@ def test_graph_of_the_module_everybody_writes(path):
 def test_no_pixels_teach_nothing(path):
     running = torch.randn(8), torch.rand(8)
     before = [t.clone() for t in running]
-    x, weight, bias = (t.requires_grad_() for t in (torch.empty(0, 8, 3, 3), torch.ones(8), torch.zeros(8)))
-    batch_norm_activation(x, weight, bias, *running, backend=path).sum().backward()
+    x, weight, bias = (t.requires_grad_() for t in (torch.empty(0, 3, 3, 8), torch.ones(8), torch.zeros(8)))
+    x = x.permute(0, 3, 1, 2)
+    fused(path, x, weight, bias, *running).sum().backward()
     assert all(torch.equal(*pair) for pair in zip(running, before, strict=True))
     assert weight.grad is None or not weight.grad.any()
 
@@ -197,12 +221,11 @@ def test_the_reference_is_pytorch():
 # ------------------------------------------------------------------------------------------------------------ kernels
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("path", ["raw", *KERNELS])
+@pytest.mark.parametrize("path, layout", [("raw", layout) for layout in FORMATS] + SERVED)
 def test_saves_one_map(path, layout):
     """x itself, and nothing else of its size: PyTorch's two operators save the normalised map as well."""
     tensors, settings = make(OP, dict(shape=(2, 16, 8, 8)))
-    leaves = {name: t.float().requires_grad_() for name, t in tensors.items()}
+    leaves = {name: lay_out(t.float(), layout)[0].requires_grad_() for name, t in tensors.items()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         call(OP, leaves, settings, path)
@@ -212,8 +235,7 @@ def test_saves_one_map(path, layout):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("shape", [(3, 16, 40, 41), (2, 200, 33, 9), (5, 3, 70, 60), (1, 1, 91, 92)], ids=str)
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("path", KERNELS)
+@pytest.mark.parametrize("path, layout", [pair for pair in SERVED if pair[0] == "cpu"])
 def test_same_bits_for_any_number_of_threads(path, layout, shape, dtype):
     tensors, settings = make(OP, dict(shape=shape))
     tensors = convert(tensors, getattr(torch, dtype))
@@ -229,25 +251,22 @@ def test_same_bits_for_any_number_of_threads(path, layout, shape, dtype):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("value", [0.0, 1.0, 1234.5678, -3e37])
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("path", KERNELS)
+@pytest.mark.parametrize("path, layout, dtype", served("float32", "bfloat16", "float64"))
 def test_channels_of_equal_values(path, layout, value, dtype):
     """They have no variance and are their mean, so the result is the bias's, to the last bit."""
     x = torch.full((2, 17, 30, 21), value, dtype=getattr(torch, dtype))
     x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
     weight, bias = torch.randn(17).to(x.dtype), torch.randn(17).to(x.dtype)
     running = torch.full_like(weight, 7), torch.full_like(weight, 7)
-    out = batch_norm_activation(x, weight, bias, *running, momentum=1.0, activation=None, backend=path)
+    out = fused(path, x, weight, bias, *running, momentum=1.0, activation=None)
     assert torch.equal(out, bias[:, None, None].expand_as(out))
     assert running[0].eq(x[0, 0, 0, 0]).all() and not running[1].any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scale", [1e-30, 1e15, 1e19, 1e30, 1e35])
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("path", KERNELS)
+@pytest.mark.parametrize("path, layout", SERVED)
 def test_values_of_any_scale(path, layout, scale, dtype):
     """Finite where PyTorch is: where squares overflow rstd is 0, and where they vanish eps decides."""
     tensors, settings = make(OP, dict(shape=(2, 16, 40, 30)))
@@ -264,22 +283,20 @@ def test_values_of_any_scale(path, layout, scale, dtype):
         torch.testing.assert_close(value, right, rtol=close, atol=close * right.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("path", KERNELS)
+@pytest.mark.parametrize("path, dtype", [pair[::2] for pair in served("float32", "bfloat16", "float64")])
 def test_saturated_silu(path, dtype):
     """0 or the value itself, and a gradient of 0 or 1, far beyond the range of the exponential."""
     x = torch.tensor([-1.0, 1.0]).repeat(8).reshape(1, 1, 4, 4).to(getattr(torch, dtype))
     for size in (1e2, 3e3, 1e30):
         weight, bias = torch.full((1,), size).to(x.dtype).requires_grad_(), torch.zeros(1).to(x.dtype).requires_grad_()
-        out = batch_norm_activation(x, weight, bias, eps=1e-12, backend=path)
+        out = fused(path, x, weight, bias, eps=1e-12)
         torch.testing.assert_close(out.detach(), (x * weight.detach()).clamp(min=0), rtol=1e-5, atol=1e-8)
         grad_weight, grad_bias = torch.autograd.grad(out.sum(), (weight, bias))
         assert grad_weight.item() == pytest.approx(8, rel=1e-4) and grad_bias.item() == pytest.approx(8, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("path", KERNELS)
+@pytest.mark.parametrize("path, layout", SERVED)
 def test_a_nan_stays_in_its_channel(path, layout, dtype):
     tensors, settings = make(OP, dict(shape=(2, 21, 5, 7)))
     tensors = convert(tensors, getattr(torch, dtype))

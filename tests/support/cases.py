@@ -63,7 +63,7 @@ SMALL = {
 
 # Another of each with a gradient: rows that fill no tile, widths that are no power of two.
 NARROW = {
-    "batch_norm_activation": dict(shape=(2, 24, 3, 5)),
+    "batch_norm_activation": dict(shape=(2, 24, 3, 5), channels_last=True),  # which every backend serves
     "layer_norm": dict(shape=(2, 3, 5, 24)),
     "layer_norm_linear": dict(shape=(2, 3, 5, 24), n=40, activation="silu"),
     "patch_attention": dict(shape=(2, 6, 8), heads=2, head_dim=12, patch=(2, 2)),
@@ -89,9 +89,11 @@ class Draw:
         return self(n, k, std=max(k, 1) ** -0.5), self(n, std=0.2)
 
 
-def _batch_norm_activation(draw, shape, activation="silu", mean=0.0, eps=1e-5):
+def _batch_norm_activation(draw, shape, activation="silu", mean=0.0, eps=1e-5, channels_last=False):
     weight, bias = draw.norm(shape[1])
-    tensors = {"x": draw(*shape, mean=mean), "weight": weight, "bias": bias}
+    x = draw(*shape, mean=mean)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    tensors = {"x": x, "weight": weight, "bias": bias}
     return tensors, {"running_mean": None, "running_var": None, "momentum": 0.1, "eps": eps, "activation": activation}
 
 

@@ -5,7 +5,7 @@ it."""
 from __future__ import annotations
 
 from ..contract import Call, Predicate
-from .target import DTYPES, MAX_HEAD_DIM, MAX_ROWS, MAX_WIDTH
+from .target import DTYPES, MAX_CHANNELS, MAX_HEAD_DIM, MAX_PIXELS, MAX_ROWS, MAX_WIDTH
 
 
 def _dtype(call: Call) -> list[str]:
@@ -63,6 +63,20 @@ def _patch_attention(call: Call) -> list[str]:
     return reasons
 
 
+def _batch_norm_activation(call: Call) -> list[str]:
+    reasons = _dtype(call)
+    if call.fact("layout") != "channels_last":
+        reasons.append(
+            "x is not channels-last; call .to(memory_format=torch.channels_last) first, on the model as well"
+        )
+    images, channels, height, width = call.shape
+    if images * height * width > MAX_PIXELS:
+        reasons.append(f"{images * height * width} pixels; at most {MAX_PIXELS} are supported")
+    if channels > MAX_CHANNELS:
+        reasons.append(f"{channels} channels; at most {MAX_CHANNELS} are supported")
+    return reasons
+
+
 def _transformer_layer(call: Call) -> list[str]:
     reasons = _norm_rows(call) + _features(call, "hidden_features")
     if call.fact("head_dim") > MAX_HEAD_DIM:
@@ -84,6 +98,7 @@ def _inverted_residual(call: Call) -> list[str]:
 
 
 SUPPORTS: dict[str, Predicate] = {
+    "batch_norm_activation": _batch_norm_activation,
     "layer_norm": _norm_rows,
     "layer_norm_linear": _layer_norm_linear,
     "patch_attention": _patch_attention,

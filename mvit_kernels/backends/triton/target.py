@@ -18,3 +18,5 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 512
 MAX_HEAD_DIM = 256
 MAX_ROWS = 2**31 - 1
+# Of batch norm: loops over pixels step beyond the last one, and sums of parts are addressed by 32 bits.
+MAX_PIXELS, MAX_CHANNELS = 2**30, 2**19

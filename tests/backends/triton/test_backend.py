@@ -19,6 +19,7 @@ from mvit_kernels.backends import Call, triton
 from support import TESTS
 
 FACTS = {
+    "batch_norm_activation": dict(layout="channels_last"),
     "layer_norm": dict(contiguous=True),
     "layer_norm_linear": dict(out_features=48, activation=None, contiguous=True),
     "patch_attention": dict(num_heads=2, head_dim=12, patch_size=(2, 2), dense_rows=True),
@@ -61,6 +62,10 @@ REFUSED = [
     ("linear_residual", dict(shape=(4, 0)), "the width of x is 0; at least 1"),
     ("linear_residual", dict(out_features=0), "out_features is 0"),
     ("layer_norm_mlp", dict(hidden_features=0), "hidden_features is 0"),
+    ("batch_norm_activation", dict(layout="contiguous"), "x is not channels-last; call .to(memory_format="),
+    ("batch_norm_activation", dict(layout="strided"), "x is not channels-last"),
+    ("batch_norm_activation", dict(shape=(2**15, 8, 2**8, 2**8)), "2147483648 pixels; at most 1073741824"),
+    ("batch_norm_activation", dict(shape=(2, 2**20, 2, 2)), "1048576 channels; at most 524288"),
     ("transformer_layer", dict(shape=(1, 4, 4, 513)), "rows of 513 are too wide"),
     ("transformer_layer", dict(contiguous=False), "x is not contiguous"),
     ("transformer_layer", dict(head_dim=257), "heads of 257 are too wide"),
@@ -309,10 +314,10 @@ def test_float32_follows_both_settings_of_pytorch(default_precision, legacy, eve
 # ------------------------------------------------------------------------------------------------------ the interpreter
 
 
-IN_THE_INTERPRETER = [f"interpreted{kind}.py" for kind in ("", "_sums", "_bounds", "_convolutions", "_networks")]
+KINDS = ("", "_sums", "_bounds", "_batch_norm", "_convolutions", "_networks")
 
 
-@pytest.mark.parametrize("file", IN_THE_INTERPRETER)
+@pytest.mark.parametrize("file", [f"interpreted{kind}.py" for kind in KINDS])
 def test_in_the_interpreter(file):
     """Each in a process of its own."""
     pytest.importorskip("triton", reason="Triton is not installed")

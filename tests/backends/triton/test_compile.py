@@ -8,6 +8,7 @@ launch today; a few of its rows, the largest tiles of each kernel, are compiled 
 """
 
 import csv
+import re
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from gates.triton_gate import (
     describe,
     different,
     float32_operations,
+    map_of,
     stage,
 )
 from mvit_kernels.backends import triton as backend
@@ -40,6 +42,13 @@ COMMITTED = _committed()
 
 
 WITHOUT_PRODUCTS = ("_weight_gradients._sum_parts", "_dropout._drop", "layer_norm._forward", "layer_norm._backward")
+WITHOUT_PRODUCTS += tuple(
+    f"batch_norm_activation.{name}"
+    for name in (
+        *("_statistics", "_combine_statistics", "_normalise", "_forward"),
+        *("_sum_gradients", "_combine_gradients", "_gradient", "_backward"),
+    )
+)
 
 
 def judge(row):
@@ -113,6 +122,30 @@ def test_compiled_again(arch, d, name, has, monkeypatch):
         assert row in committed, f"{row} is not what {TABLE.name} has: run `make gate` and look at its diff"
 
 
+@pytest.mark.parametrize(
+    "kernel", ["_statistics", "_normalise", "_sum_gradients", "_gradient", "_forward", "_backward"]
+)
+def test_maps_are_read_and_written_in_vectors(kernel, monkeypatch):
+    """A width is known at run time alone, and is a multiple of 8 all the same: 16 bytes a load, and a store. (The one
+    load of 2 bytes is of the value that a channel's sums start from.)"""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(TABLE.parents[2] / "build" / "triton"))
+    launches = map_of(144, 1 if kernel in ("_forward", "_backward") else 64, torch.bfloat16, 90)
+    launch = next(each for each in launches if each.plan.kernel.fn.__name__ == kernel)
+    ptx = compiled_for(launch, 90).asm["ptx"]
+    loads = re.findall(r"ld\.global\S*", ptx)
+    assert any(".v4." in load for load in loads)
+    assert sum(".b16" in load for load in loads) <= 1
+    results = [store for store in re.findall(r"st\.global\S*", ptx) if ".b16" in store or ".v4." in store]
+    assert all(".v4." in store for store in results) and bool(results) == (
+        kernel not in ("_statistics", "_sum_gradients")
+    )
+    row = describe("d=144", launch, 90)
+    row |= build(launch, 90)
+    judge(row)
+    if row["triton"] == COMMITTED[0]["triton"]:
+        assert row in COMMITTED, "run `make gate` and look at the table's diff"
+
+
 # ----------------------------------------------------------------------------------------------- how float32 is rounded
 
 
@@ -134,10 +167,11 @@ def empty(*shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("d, dtype", [(1, torch.float32), (24, torch.bfloat16)])
-@pytest.mark.parametrize("kernel", ["_backward", "_norm_backward"])
+@pytest.mark.parametrize("kernel", ["_backward", "_norm_backward", "_gradient"])
 def test_a_mean_is_subtracted_from_rounded_products(kernel, d, dtype, arch, monkeypatch):
     """In rows of one column the gradient of x is g · γ minus its mean, which is g · γ itself: 0. Unless prevented, the
-    compiler fuses g · γ − mean into one fma with an unrounded product: 1e-5 on an H200, and 0 in any interpreter."""
+    compiler fuses g · γ − mean into one fma with an unrounded product: 1e-5 on an H200, and 0 in any interpreter.
+    Batch norm's is SiLU's gradient less its mean."""
 
     def launch(layer_norm, layer_norm_linear, *_):
         x, norm, rows = empty(5, d, dtype=dtype), empty(d), empty(5)
@@ -147,7 +181,12 @@ def test_a_mean_is_subtracted_from_rounded_products(kernel, d, dtype, arch, monk
             weight = empty(8, d, dtype=dtype)
             layer_norm_linear.backward(empty(5, 8, dtype=dtype), x, rows, rows, norm, norm, weight, None, "")
 
-    operations = operations_of(arch, monkeypatch, kernel, launch)
+    if kernel == "_gradient":
+        given = map_of(d, 64, dtype, arch)
+        found = next(each for each in given if each.plan.kernel.fn.__name__ == kernel)
+        operations = float32_operations(compiled_for(found, arch).asm["ptx"])
+    else:
+        operations = operations_of(arch, monkeypatch, kernel, launch)
     kinds = [kind for kind, _ in operations.values()]
     assert "sub" in kinds and "fma" in kinds
 
