@@ -314,10 +314,7 @@ def test_float32_follows_both_settings_of_pytorch(default_precision, legacy, eve
 # ------------------------------------------------------------------------------------------------------ the interpreter
 
 
-KINDS = ("", "_sums", "_bounds", "_batch_norm", "_convolutions", "_networks")
-
-
-@pytest.mark.parametrize("file", [f"interpreted{kind}.py" for kind in KINDS])
+@pytest.mark.parametrize("file", sorted(path.name for path in (TESTS / "gates").glob("interpreted*.py")))
 def test_in_the_interpreter(file):
     """Each in a process of its own."""
     pytest.importorskip("triton", reason="Triton is not installed")
