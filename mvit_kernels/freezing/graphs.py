@@ -35,7 +35,7 @@ class CudaGraphs(NamedTuple):
         >>> fast = mvit_kernels.freeze(model, cuda_graph=mvit_kernels.CudaGraphs(shapes=4, more="run"))
 
     Each shape has buffers of its own on the GPU, which the model owns: the image, the result, and the arena of all maps
-    between (for MobileViT-S in bfloat16 at 256 pixels, 4 MB an image).
+    between (for MobileViT-S in bfloat16 at 256 pixels, 6 MB an image).
 
     Args:
         shapes: at most so many input shapes, at least 1, have a graph. Each is captured at its first call.

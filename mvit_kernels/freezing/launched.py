@@ -210,13 +210,14 @@ def _packed(builder: Builder, index: int) -> Any:
             values = (_as(builder.dtype, name, value) for name, value in layer._asdict().items())
             layers.append(TransformerLayerWeights(*values))
         norm = stack.final_norm
-        return StackWeights(stack, layers, None if norm is None else tuple(v.detach().contiguous() for v in norm))
+        return StackWeights(stack, layers, None if norm is None else tuple(v.contiguous() for v in norm))
     return None
 
 
 def _as(dtype: torch.dtype, name: str, value: Tensor | None) -> Tensor | None:
-    """A layer's weight as the operators take it: LayerNorm's are never cast."""
-    return None if value is None else (value.detach() if "norm" in name else value.detach().to(dtype)).contiguous()
+    """A layer's weight as the operators take it: LayerNorm's are never cast. Where nothing is to be done it is the
+    module's own tensor, by which the CUDA backend knows what `freeze` has packed."""
+    return None if value is None else (value if "norm" in name else value.to(dtype)).contiguous()
 
 
 def _device(device: torch.device) -> Any:

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvit_kernels
 from mvit_kernels import backends
@@ -225,6 +225,18 @@ def test_operators_that_return_their_result(monkeypatch):
 # ------------------------------------------------------------------------------------- what launches do not serve
 
 
+class Seen(TorchDispatchMode):
+    """Sees PyTorch's operators, and no launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def pair():
     made = Draw(5)
@@ -247,9 +259,9 @@ def test_where_launches_may_not_be_called(pair, calls):
         assert calls == [network]
         module(x.clone().requires_grad_())
         assert module(x[:0]).shape == (0, *expected.shape[1:])
-        with FlopCounterMode(display=False) as flops:
+        with Seen() as seen:
             module(x)
-        assert flops.get_total_flops() > 0
+        assert any("convolution" in name for name in seen.names)
         with torch.autocast("cpu", torch.bfloat16):
             module(x)
         torch.func.functional_call(module, {"0.bias": module[0].bias + 1}, x)

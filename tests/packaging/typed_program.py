@@ -16,6 +16,7 @@ from typing_extensions import assert_type
 import mvit_kernels
 from mvit_kernels import (
     AccelerationReport,
+    CudaGraphs,
     ExportReport,
     LayerDropout,
     MobileViT,
@@ -45,6 +46,7 @@ def models(images: Tensor) -> None:
     assert_type(model, MobileViT)
     assert_type(restore(model), MobileViT)
     assert_type(freeze(model, dtype=torch.bfloat16), MobileViT)
+    assert_type(freeze(model, cuda_graph=CudaGraphs(shapes=2, more="run")), MobileViT)
     assert_type(load_checkpoint(model, Path("weights.pth")), MobileViT)
     assert_type(load_checkpoint(model, {"classifier.weight": images}), MobileViT)
     assert_type(model.forward_features(images), Tensor)
