@@ -29,7 +29,7 @@
 #     STEPS                   some of (default: all, in this order):
 #                               library      the CUDA library loads, or is built for this GPU alone
 #                               warm         Triton's cache, in ten processes
-#                               fault        provokes the illegal memory access, under eight conditions (faults.py)
+#                               fault        provokes the illegal memory access, under six conditions (faults.py)
 #                               correctness  every kernel against float64, a process for each operator
 #                               verify       whole networks, a process for each and dtype
 #                               tests        the operators' own tests, in twelve processes

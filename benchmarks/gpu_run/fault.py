@@ -3,7 +3,7 @@
 
     python fault.py train              # accelerated training of S, batch 64, bfloat16 autocast: its first steps
     python fault.py stack              # S stage 4 at batch 256, operator by operator, after stage 3
-    python fault.py train --preload    # every kernel's module is loaded before the first launch
+    python fault.py train --triton-s-ptxas    # assembled as on that H200
 
 It was seen with kernels that were read from Triton's disk cache and launched in quick succession, each for the first
 time, and never with a synchronisation after each launch (docs/kernels/measured.md). So nothing here waits for the
@@ -21,7 +21,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,58 +38,33 @@ FAULTS = ("illegal memory access", "misaligned address", "illegal instruction", 
 WORKLOADS = ("train", "stack")
 
 
-@contextlib.contextmanager
-def loading_only() -> Iterator[list[str]]:
-    """Inside, a launch of ours compiles its kernel and loads its module, and runs nothing; yields the kernels' names.
-
-    Results are then what memory had, and decide nothing: no kernel of ours reads an index from memory.
-    """
+def use_triton_s_ptxas() -> None:
+    """From now on, assemble kernels with the ptxas that Triton itself uses, right or not."""
     from mvit_kernels.backends.triton import _launch
 
-    loaded: list[str] = []
-
-    def load_module(plan: Any, device: int, grid: Any, tensors: Any, scalars: Any) -> None:
-        compiled = plan.kernel.warmup(
-            *tensors,
-            *scalars,
-            *plan.constants,
-            grid=grid,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-            enable_fp_fusion=_launch.FP_FUSION,
-        )
-        compiled._init_handles()
-        loaded.append(compiled.name)
-
-    before = _launch.Plan._launch
-    _launch.Plan._launch = load_module
-    try:
-        yield loaded
-    finally:
-        _launch.Plan._launch = before
+    _launch.assembler.sound = lambda architecture: contextlib.nullcontext({})
 
 
-def train(given: argparse.Namespace) -> Callable[[bool], torch.Tensor]:
-    """A training step of an accelerated network: forward under autocast, backward and, if asked, AdamW."""
+def train(given: argparse.Namespace) -> Callable[[], torch.Tensor]:
+    """A training step of an accelerated network: forward under autocast, backward and AdamW."""
     model = mvit_kernels.accelerate(load(given.model).to(given.device).train(), backend=given.backend)
     images = torch.rand(given.batch or 64, 3, given.size, given.size, device=given.device)
     labels = torch.zeros(len(images), dtype=torch.long, device=given.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=given.device == "cuda")
 
-    def step(updates: bool) -> torch.Tensor:
+    def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(given.device, torch.bfloat16):
             out = model(images)
             loss = torch.nn.functional.cross_entropy(getattr(out, "logits", out).float(), labels)
         loss.backward()
-        if updates:
-            optimizer.step()
+        optimizer.step()
         return loss.detach()
 
     return step
 
 
-def stack(given: argparse.Namespace) -> Callable[[bool], torch.Tensor]:
+def stack(given: argparse.Namespace) -> Callable[[], torch.Tensor]:
     """The layers of stage 3, then those of stage 4, in bfloat16 without gradients, operator by operator."""
     variant = given.model.rpartition("/")[2].rpartition("_")[2]
     made = [
@@ -97,7 +72,7 @@ def stack(given: argparse.Namespace) -> Callable[[bool], torch.Tensor]:
         for stage in stages([variant], given.size, given.batch or 256)[:2]
     ]
 
-    def step(updates: bool) -> torch.Tensor:
+    def step() -> torch.Tensor:
         with torch.no_grad(), backends.use_backend(given.backend):
             return torch.stack([by_operator(case.tensors).float().sum() for case in made])
 
@@ -133,11 +108,7 @@ def provoke(given: argparse.Namespace) -> dict[str, Any]:
     before, started = kernels_in(cache), time.monotonic()
     try:
         step = {"train": train, "stack": stack}[given.workload](given)
-        if given.preload:
-            with loading_only() as loaded:
-                step(False)
-            line["preloaded"] = len(loaded)
-        values = [step(True) for _ in range(given.steps)]  # nothing waits in between
+        values = [step() for _ in range(given.steps)]  # nothing waits in between
         if given.device == "cuda":
             torch.cuda.synchronize()
         line["value"] = [round(float(value.sum()), 4) for value in values]
@@ -151,8 +122,7 @@ def provoke(given: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fault.py", description=__doc__.splitlines()[0])
     parser.add_argument("workload", choices=WORKLOADS)
-    parser.add_argument("--preload", action="store_true", help="load every module before the first launch")
-    parser.add_argument("--slow-path", action="store_true", help="every launch through Triton's own launcher")
+    parser.add_argument("--triton-s-ptxas", action="store_true", help="the assembler that Triton itself would use")
     parser.add_argument("--model", default="own/s")
     parser.add_argument("--batch", type=int, help="default: 64 for train, 256 for stack")
     parser.add_argument("--size", type=int, default=256)
@@ -160,10 +130,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args(arguments)
-    if given.slow_path:
-        from mvit_kernels.backends.triton import _launch
-
-        _launch._profiled = lambda: True
+    if given.triton_s_ptxas:
+        use_triton_s_ptxas()
     line = provoke(given)
     print(json.dumps(line), flush=True)
     if line["faulted"]:

@@ -38,20 +38,19 @@ class Variant(NamedTuple):
     cache: str = ""  # its own cache of compiled kernels, for what the compiler makes differently
 
 
+UNMENDED = ("--triton-s-ptxas",)
 VARIANTS = {
-    "as_is": Variant("whether it comes at all"),
+    "as_is": Variant("whether it still comes, with the assembler that is used now"),
+    "unmended": Variant("whether it comes at all, with the one that Triton itself uses", {}, UNMENDED, "own"),
     "dump": Variant(
-        "which kernel, by a core dump",
+        "which kernel that is, by a core dump",
         {"CUDA_ENABLE_COREDUMP_ON_EXCEPTION": "1", "CUDA_ENABLE_LIGHTWEIGHT_COREDUMP": "1"},
+        UNMENDED,
+        "own",
     ),
-    "preload": Variant("whether loading a module disturbs a running kernel", {}, ("--preload",)),
-    "eager": Variant("the same, of CUDA's lazy loading", {"CUDA_MODULE_LOADING": "EAGER"}),
-    "slow_path": Variant("whether it is our short way past Triton's launcher", {}, ("--slow-path",)),
-    "synchronised": Variant("a control: it was never seen so", {"CUDA_LAUNCH_BLOCKING": "1"}),
-    "ptxas": Variant("whether Triton's own ptxas miscompiles: nvcc's instead", cache="ptxas"),
-    "no_wgmma": Variant(
-        "whether it is wgmma, which reads registers asynchronously: mma.sync instead", {"DISABLE_MMA_V3": "1"}, (), "v2"
-    ),
+    "synchronised": Variant("a control: it was never seen so", {"CUDA_LAUNCH_BLOCKING": "1"}, UNMENDED, "own"),
+    "ptxas": Variant("whether nvcc's ptxas is right as well", {}, UNMENDED, "ptxas"),
+    "no_wgmma": Variant("whether it is wgmma: mma.sync instead", {"DISABLE_MMA_V3": "1"}, UNMENDED, "v2"),
 }
 
 
@@ -68,7 +67,7 @@ def fault(machine: Machine, seconds: float) -> None:
     tried: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
         for index, names in enumerate(caches.values()):
-            # Half for the first, which has six conditions and tells whether the fault comes at all.
+            # Half for the first, which tells whether the fault is gone, and half of the rest for the next.
             rest = (end - runner.elapsed) / (1 if index == len(caches) - 1 else 2)
             _fill(machine, variants[names[0]], 0.4 * rest)
             turns = range(int(os.environ.get("ROUNDS", ROUNDS)))
@@ -94,10 +93,13 @@ def _fill(machine: Machine, one: dict[str, Any], seconds: float) -> None:
     by operator, then the workloads themselves, with a synchronisation after each launch."""
     end = machine.runner.elapsed + seconds
     environment = {**one["environment"], "TRITON_CACHE_DIR": one["cache"]}
-    warm(machine, 0.7 * seconds, "--only-training-of", "s", "--dtypes", "bfloat16", **environment)
+    warm(machine, 0.7 * seconds, "--only-training-of", "s", "--dtypes", "bfloat16", *one["arguments"], **environment)
     environment = {**machine.environment, **environment, "CUDA_LAUNCH_BLOCKING": "1"}
     name = Path(one["cache"]).name
-    filled = [Job(f"fill {name} {workload}", machine.script("fault", workload), environment) for workload in WORKLOADS]
+    filled = [
+        Job(f"fill {name} {workload}", machine.script("fault", workload, *one["arguments"]), environment)
+        for workload in WORKLOADS
+    ]
     machine.runner.run(filled, end - machine.runner.elapsed, AT_ONCE)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from fault import use_triton_s_ptxas
 
 from mvit_kernels import backends
 from mvit_kernels.bench.suites.operands import OPERATORS, Stage, operands, stages
@@ -77,7 +78,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--size", type=int, default=256, help="of the images, px")
     parser.add_argument("--backend", default="triton")
+    parser.add_argument("--triton-s-ptxas", action="store_true", help="the assembler that Triton itself uses")
     given = parser.parse_args(arguments)
+    if given.triton_s_ptxas:
+        use_triton_s_ptxas()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     variants = [given.only_training_of] if given.only_training_of else ["s", "xxs"]
     training, batches = ((True,), BATCHES[:1]) if given.only_training_of else ((False, True), BATCHES)

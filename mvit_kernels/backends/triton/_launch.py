@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,16 +94,7 @@ class Plan:
         aligned = not addresses & 15
         compiled = self._compiled.get(device) if aligned else None
         if compiled is None or _profiled():
-            with assembler.sound(_architecture(device)) as options:
-                compiled = self.kernel[grid](
-                    *tensors,
-                    *scalars,
-                    *self.constants,
-                    num_warps=self.num_warps,
-                    num_stages=self.num_stages,
-                    enable_fp_fusion=FP_FUSION,
-                    **options,
-                )
+            compiled = self.by_triton(device, grid, (*tensors, *scalars, *self.constants))
             if aligned:
                 self._compiled[device] = compiled
             return
@@ -122,6 +113,23 @@ class Plan:
             *scalars,
             *self.constants,
         )
+
+    def by_triton(self, device: int, grid: tuple[int, ...], arguments: Sequence[Any]) -> Any:
+        """Launch as Triton itself does, which compiles the kernel or finds it; return the compiled kernel.
+
+        Args:
+            device: the index of the current device.
+            grid: as of a call.
+            arguments: of the kernel, the constants included.
+        """
+        with assembler.sound(_architecture(device)) as options:
+            return self.kernel[grid](
+                *arguments,
+                num_warps=self.num_warps,
+                num_stages=self.num_stages,
+                enable_fp_fusion=FP_FUSION,
+                **options,
+            )
 
 
 def _profiled() -> bool:

@@ -121,12 +121,12 @@ class PreparedLaunch:
         arguments = list(tensors)
         for at, source in self._sources:
             arguments[at] = source.view(memory)
-        options = {}
-        if not _launch.INTERPRETED:
-            options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=_launch.FP_FUSION)
-        compiled = plan.kernel[grid](*arguments, *scalars, *plan.constants, **options)
-        if not _launch.INTERPRETED:
-            self._compiled, self._function = compiled, compiled.run
+        arguments += [*scalars, *plan.constants]
+        if _launch.INTERPRETED:
+            plan.kernel[grid](*arguments)
+            return
+        compiled = plan.by_triton(memory.tensors[0].get_device(), grid, arguments)
+        self._compiled, self._function = compiled, compiled.run
 
 
 class PreparedCall:
