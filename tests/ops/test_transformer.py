@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mvit_kernels import TransformerLayerWeights
-from support.cases import call, convert, evaluate, make, paths, plain_dtype
+from mvit_kernels.backends.contract import REGISTRY
+from support.cases import call, convert, device_of, evaluate, make, paths, plain_dtype
 from support.checks import check, check_autocast, check_registration
 from support.operator_tests import OperatorTests
 from support.oracle import sequences
@@ -92,7 +93,16 @@ class TestTransformer(OperatorTests):
     test_graph = None  # kernels have no gradient
 
     def test_autocast(self, path):
-        check_autocast(OP, served(path), path)
+        if path not in REGISTRY or not REGISTRY[path].packs_weights:
+            check_autocast(OP, served(path), path)
+            return
+        # It folds float32 weights and rounds once; cast by hand they were rounded before: other bits, no larger error.
+        tensors, settings = make(OP, served(path))
+        single = convert(tensors, torch.float32, device=device_of(path))
+        with torch.no_grad(), torch.autocast(device_of(path), torch.bfloat16):
+            ours = call(OP, single, settings, path)
+        truth = call(OP, convert(single, torch.float64), settings, "oracle")
+        assert_close_as_pytorch("autocast", ours, call(OP, convert(single, torch.bfloat16), settings, "usual"), truth)
 
     def test_registration(self, backend, layout):
         sizes = dict(shape=(2, 4, 6, 24), heads=2, patch=(2, 2), layers=1, qkv_bias=layout == "permuted")

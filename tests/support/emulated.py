@@ -6,19 +6,20 @@ Imported by conftest.py. What runs is csrc/cuda under emulation; `make test-emul
 
 from __future__ import annotations
 
+import torch
+
 from mvit_kernels import backends
 from mvit_kernels.backends import cuda, gpu
-from mvit_kernels.backends.cuda import inverted_residual
-from mvit_kernels.backends.library import LIBRARY
-from support.emulation import ROWS, load_operators
-
-OPERATORS = ("patch_attention", *ROWS, "inverted_residual")
+from mvit_kernels.backends.cuda import inverted_residual, transformer
+from support.emulation import load_operators
 
 load_operators()
-load_operators("inverted_residual")
-LIBRARY.impl("inverted_residual.cuda", inverted_residual.forward, "CPU")
+LIBRARY = torch.library.Library("mvit_kernels", "FRAGMENT")  # as long as the process
+for operator in (transformer, inverted_residual):  # whose raw operator is in Python
+    name = operator.__name__.rpartition(".")[2]
+    load_operators(name)
+    LIBRARY.impl(f"{name}.cuda", operator.forward, "CPU")
 cuda.BACKEND.device_type = "cpu"
 cuda.BACKEND.unavailable = lambda device_type: [] if device_type == "cpu" else ["the emulation serves CPU tensors"]
 gpu.limits = lambda: gpu.Limits(4, 99 << 10)  # of emulated_cuda/tensors.h
-cuda.BACKEND.supports = {operator: cuda.BACKEND.supports[operator] for operator in OPERATORS}
 backends._choices.clear()
