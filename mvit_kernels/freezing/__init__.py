@@ -79,7 +79,6 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None, cuda_graph: bool |
     Example:
         >>> fast = mvit_kernels.freeze(model)                        # any of the five kinds of MobileViT
         >>> fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)  # half the bytes, twice the rate on bf16 units
-        >>> fast = mvit_kernels.freeze(model.cuda(), dtype=torch.bfloat16, cuda_graph=True)  # for small batches
         >>> with torch.inference_mode():
         ...     logits = fast(images)
 
@@ -103,10 +102,11 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None, cuda_graph: bool |
     ``torch.save(fast, path)``, or save its ``state_dict()`` (safetensors works) and load that into a model frozen in
     the same way. ``save_pretrained`` raises, because ``from_pretrained`` could not read the result.
 
-    With `cuda_graph` each native call on a GPU is captured as a CUDA graph when an input shape comes first, and
-    replayed for the next ones (`mvit_kernels.freezing.graphs`). Results are ordinary new tensors, and calls from
-    several threads and streams are safe. Inside a capture of yours the launches become part of your graph. The buffers
-    belong to the model: copies and pickles have none, and changes of weights and ``to`` drop them.
+    With `cuda_graph`, as in ``freeze(model.cuda(), dtype=torch.bfloat16, cuda_graph=True)``, each native call on a GPU
+    is captured as a CUDA graph when an input shape comes first, and replayed for the next ones
+    (`mvit_kernels.freezing.graphs`). Results are ordinary new tensors, and calls from several threads and streams are
+    safe. Inside a capture of yours the launches become part of your graph. The buffers belong to the model: copies and
+    pickles have none, and changes of weights and ``to`` drop them.
 
     Args:
         model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. The frozen copy's

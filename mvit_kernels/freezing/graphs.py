@@ -13,16 +13,13 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .._utils.text import some
 from .._utils.transforms import is_channels_last
-
-if TYPE_CHECKING:
-    from .launched import LaunchedNetwork
 
 SHAPES = 8  # that `cuda_graph=True` keeps
 MORE = ("replace", "run")
@@ -32,7 +29,7 @@ class CudaGraphs(NamedTuple):
     """How many CUDA graphs ``freeze(model, cuda_graph=…)`` keeps, and what becomes of further input shapes.
 
     Example:
-        >>> fast = mvit_kernels.freeze(model, cuda_graph=mvit_kernels.CudaGraphs(shapes=4, more="run"))
+        >>> graphs = mvit_kernels.CudaGraphs(shapes=4, more="run")      # for freeze(model.cuda(), cuda_graph=graphs)
 
     Each shape has buffers of its own on the GPU, which the model owns: the image, the result, and the arena of all maps
     between (for MobileViT-S in bfloat16 at 256 pixels, 6 MB an image).
@@ -113,10 +110,22 @@ class Runtime:
 runtime: Runtime = Runtime()
 
 
+class Launches(Protocol):
+    """What is captured: `mvit_kernels.freezing.launched.LaunchedNetwork`, which says what these do."""
+
+    dtype: torch.dtype
+
+    def lowering(self, batch: int, size: tuple[int, int]) -> Any: ...
+
+    def image(self, x: Tensor, lowering: Any) -> Tensor: ...
+
+    def run(self, image: Tensor, result: Tensor, arena: Tensor) -> None: ...
+
+
 class _Captured:
     """The graph of one shape and its memory."""
 
-    def __init__(self, network: LaunchedNetwork, x: Tensor) -> None:
+    def __init__(self, network: Launches, x: Tensor) -> None:
         lowering = network.lowering(x.shape[0], (x.shape[2], x.shape[3]))
         with torch.inference_mode(False), torch.no_grad():  # whose tensors later calls could not write
             form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
@@ -150,7 +159,7 @@ class Graphs:
         options: how many, and what else.
     """
 
-    def __init__(self, network: LaunchedNetwork, options: CudaGraphs) -> None:
+    def __init__(self, network: Launches, options: CudaGraphs) -> None:
         self._network = weakref.ref(network)
         self.options = options
         self._captured: OrderedDict[Any, _Captured] = OrderedDict()  # the one used longest ago first

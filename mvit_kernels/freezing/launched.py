@@ -39,8 +39,8 @@ class LaunchedNetwork(Native):
 
     backends: ClassVar[tuple[str, ...]] = ("triton",)
 
-    @classmethod
-    def place_of_weights(cls) -> str:
+    @staticmethod
+    def place_of_weights() -> str:
         return triton.target.DEVICE_TYPE
 
     def _check(self, module: nn.Module) -> None:

@@ -59,9 +59,9 @@ class Native(ABC):
         self._generations = [(part, part.generation) for part in module.modules() if hasattr(part, "generation")]
         self._seen: object = None  # the last change before everything was looked at
 
-    @classmethod
+    @staticmethod
     @abstractmethod
-    def place_of_weights(cls) -> str:
+    def place_of_weights() -> str:
         """The type of the device that it runs on."""
 
     @abstractmethod

@@ -28,8 +28,8 @@ class Network(Native):
 
     backends: ClassVar[tuple[str, ...]] = ("cpu",)
 
-    @classmethod
-    def place_of_weights(cls) -> str:
+    @staticmethod
+    def place_of_weights() -> str:
         return "cpu"
 
     def _check(self, module: nn.Module) -> None:
