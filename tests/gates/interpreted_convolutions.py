@@ -85,7 +85,7 @@ DENSE = [
     dict(shape=(1, 3, 5, 96), out=144, dtype="bfloat16", x="channels"),
     dict(shape=(2, 3, 5, 16), out=16, residual=True, activation="silu", dtype="bfloat16", x="inner", to="channels"),
     dict(shape=(2, 5, 3, 17), out=5, dtype="bfloat16", bias=False, x="offset", to="offset"),
-    dict(shape=(1, 7, 9, 24), out=20, stride=2, dtype="float32", to="inner"),
+    dict(shape=(1, 7, 9, 24), out=20, stride=2, residual=True, dtype="float32", to="inner"),
     dict(shape=(0, 4, 4, 16), out=16, dtype="float16"),
     dict(shape=(2, 5, 7, 16), out=24, kernel=3, activation="silu", dtype="bfloat16"),
     dict(shape=(1, 6, 5, 40), out=48, kernel=3, dtype="float16", residual=True, x="channels"),
@@ -122,7 +122,8 @@ def run_dense(case, seed=0):
     residual = None
     if case.pop("residual", False):
         sides = (_maps.out_size(side, stride) for side in shape[1:3])
-        residual, _ = draw(shape[0], *sides, out, dtype=dtype, view=view, seed=2)
+        other = "channels" if view == "dense" else "dense"  # its strides are its own
+        residual, _ = draw(shape[0], *sides, out, dtype=dtype, view=other, seed=2)
     check(convolution, weight, x, bias if case.pop("bias", True) else None, residual, view=view, **case)
 
 
