@@ -128,6 +128,7 @@ test-oldest: setup
 
 gate: setup
 	@cd tests && TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m gates.triton_gate
+	@cd tests && TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m gates.triton_networks
 	@cd tests && $(PY) -m gates.cuda_gate
 
 bench: build
