@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mvit_kernels
 from mvit_kernels.backends.triton.target import INTERPRETED
+from support.checks import check as check_operator
 from support.tolerance import assert_close_as_pytorch
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"
 pytest.importorskip("mvit_kernels.backends.triton._launch")
 
 from mvit_kernels.backends.triton import _maps, convolution, depthwise_convolution, mean, resize  # noqa: E402
+from mvit_kernels.backends.triton._launch import watching  # noqa: E402
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, None: lambda y: y}
 POISON = float("nan")
@@ -204,9 +207,36 @@ def test_resize(shape, size, dtype, view):
     assert_close_as_pytorch("resize", out, usual, truth)
 
 
+@pytest.mark.parametrize(
+    "sizes, dtype",
+    [
+        (dict(shape=(2, 5, 7, 24), hidden=40, out=24, residual=True), "bfloat16"),
+        (dict(shape=(1, 6, 5, 16), hidden=64, out=24, stride=2), "float16"),
+        (dict(shape=(1, 5, 4, 17), hidden=33, out=17, dilation=2, residual=True), "float32"),
+        (dict(shape=(0, 4, 6, 8), hidden=16, out=8), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_inverted_residual(sizes, dtype):
+    check_operator("inverted_residual", sizes, dtype=dtype, path="triton")
+
+
+def test_inverted_residual_of_a_view_is_three_launches():
+    x = torch.randn(2, 6, 5, 40, dtype=torch.float16)[:, :, 1:, 8:32]
+    weights = [
+        torch.randn(shape, dtype=torch.float16) / 4
+        for shape in ((48, 24), (48,), (48, 1, 3, 3), (48,), (24, 48), (24,))
+    ]
+    with watching() as launches:
+        y = mvit_kernels.inverted_residual(x, *weights, residual=True, backend="triton")
+    assert [each.plan.kernel.fn.__name__ for each in launches] == ["_convolution", "_depthwise", "_convolution"]
+    assert torch.equal(y, mvit_kernels.inverted_residual(x.contiguous(), *weights, residual=True, backend="triton"))
+
+
 # --------------------------------------------------------------------------------------------------- what is not finite
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("activation", ["silu", "relu", None])
 @pytest.mark.parametrize("kind", ["1×1", "3×3", "stem", "depthwise"])
 def test_what_is_not_finite_reaches_what_it_reaches_in_pytorch(kind, activation):
