@@ -26,7 +26,7 @@ PY := $(abspath $(VENV))/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test test-targets test-elsewhere test-oldest test-interpreted test-emulated gate sanitize sanitize-gpu bench bench-regressions report docs \
+.PHONY: help demo examples test test-targets test-elsewhere test-oldest test-interpreted test-emulated test-compiled gate executed sanitize sanitize-gpu bench bench-regressions report docs \
 	lint format build wheel test-wheel setup setup-for-demo clean
 
 help:
@@ -37,10 +37,12 @@ help:
 	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; needs a GPU'
 	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in Triton'"'"'s interpreter (minutes)'
 	@echo 'make test-emulated  the same on the CUDA kernels, their source run on the CPU (a minute)'
+	@echo 'make test-compiled  the operators on the PTX that Triton compiles of its kernels, executed on the CPU (minutes)'
 	@echo 'make test-targets  the files that export writes for LiteRT and ExecuTorch, with libraries of 1.1 GB (minutes)'
 	@echo 'make test-elsewhere  the tests that measure errors, compared with a PyTorch that works as on other x86 machines (minutes)'
 	@echo 'make test-oldest  csrc/ compiled with the headers of the oldest PyTorch that is supported (downloads 0.9 GB, twice)'
 	@echo 'make gate     compile every Triton and CUDA kernel for every architecture anew: tests/data/*_gate.csv (minutes)'
+	@echo 'make executed  count the instructions that compiled kernels execute: tests/data/executed.csv (minutes)'
 	@echo 'make bench    measure every suite in BUDGET minutes, into benchmarks/results/<device>/'
 	@echo 'make report   the README'"'"'s headline, docs/benchmarks.md and the plots from the committed results'
 	@echo 'make docs     the documentation as a site, into build/docs/index.html; a warning is an error'
@@ -98,6 +100,9 @@ test-emulated: setup
 		tests/ops/test_layer_norm_mlp.py tests/ops/test_patch_attention.py tests/ops/test_transformer.py \
 		tests/ops/test_inverted_residual.py tests/ops/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
 
+test-compiled: setup
+	@MVIT_KERNELS_COMPILED=1 TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m pytest -q tests/gates/compiled.py $(PYTEST_ARGS)
+
 # PyTorch's libraries limited to AVX-512 without AMX, to AVX2, and to SSE4.2. PyTorch's own errors, which ours are compared
 # with, differ by a factor of four between them; a correct result passes on all. Each run gets its own Inductor cache, whose
 # key does not contain the capability: code generated for AVX-512 would run, and give wrong results, in an AVX2 run.
@@ -130,6 +135,9 @@ gate: setup
 	@cd tests && TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m gates.triton_gate
 	@cd tests && TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m gates.triton_networks
 	@cd tests && $(PY) -m gates.cuda_gate
+
+executed: setup
+	@cd tests && TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m gates.executed
 
 bench: build
 	@$(PY) -m mvit_kernels bench --suite $(SUITE) --budget $(BUDGET) --device $(DEVICE)

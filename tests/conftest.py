@@ -39,6 +39,11 @@ if triton.target.INTERPRETED:  # the Triton backend serves CPU tensors, and is a
 if os.environ.get("MVIT_KERNELS_EMULATED") == "1":  # the CUDA backend serves CPU tensors, and is a path as well
     from support import emulated  # noqa: F401
 
+if os.environ.get("MVIT_KERNELS_COMPILED") == "1":  # the Triton backend serves CPU tensors, by its compiled kernels
+    from support.ptx import serve_cpu_tensors
+
+    serve_cpu_tensors.serve()
+
 
 # Files of few tests that take half a minute and more, the longest first; before all others, then those with the most
 # tests. A worker that started the first of these at the end ran on alone for four minutes. (`make test` tells xdist to

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Emulates thread blocks on the CPU: one fibre per thread, a thread schedule drawn from a seed, and shadow memory for
-// shared and global memory that records for each access whether it is ordered after the other threads' accesses.
+// shared and global memory (shadow.h) that records for each access whether it is ordered after the other threads'.
 //
 // A fault (race, deadlock, out-of-range access, …) ends the launch immediately and is described by its result; nothing
 // hangs.
@@ -16,22 +16,12 @@
 #include <deque>
 #include <functional>
 #include <map>
-#include <source_location>
 #include <string>
 #include <vector>
 
+#include "shadow.h"
+
 namespace mvit::emulation {
-
-using Where = std::source_location;
-
-inline bool same(const Where& a, const Where& b) {
-  return a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0;
-}
-
-inline std::string text(const Where& where) {
-  const char *path = where.file_name(), *slash = std::strrchr(path, '/');
-  return std::string(slash ? slash + 1 : path) + ":" + std::to_string(where.line());
-}
 
 struct Random {  // splitmix64
   uint64_t state = 0;
@@ -42,69 +32,6 @@ struct Random {  // splitmix64
     return z ^ (z >> 31);
   }
   uint32_t below(uint32_t limit) { return static_cast<uint32_t>((next() >> 32) * limit >> 32); }
-};
-
-// ------------------------------------------------------------------------------------------------- shadows of memory
-
-// A point in a thread's execution. Of two moments in one block, the earlier is ordered before the later if a barrier of
-// the block lies between them, or a barrier of their common warp, or if they belong to the same thread.
-struct Moment {
-  static constexpr int16_t kNobody = -1, kWholeWarp = -2;  // kWholeWarp: a collective access, such as ldmatrix
-
-  Where where;
-  int32_t block = 0;
-  uint32_t block_epoch = 0, warp_epoch = 0;
-  int16_t thread = kNobody, warp = 0;
-
-  bool ordered_before(const Moment& later) const {
-    if (thread == kNobody) return true;
-    if (block != later.block) return false;
-    if (block_epoch < later.block_epoch) return true;
-    return warp == later.warp && (warp_epoch < later.warp_epoch || thread == later.thread);
-  }
-  std::string who() const {
-    return (thread == kWholeWarp ? "warp " + std::to_string(warp) : "thread " + std::to_string(thread)) + " (" +
-           text(where) + ")";
-  }
-};
-
-// Shadow of two bytes, the smallest unit that is loaded or stored.
-struct Cell {
-  Moment write, read;   // the latest of each
-  Moment another_read;  // a read that is not ordered before `read`, if there is one
-  bool initialised = false, in_flight = false;
-};
-
-enum class Access { read, write };
-
-// Records an access at `now` in the cell and returns what is wrong with it, or "".
-inline std::string touch(Cell& cell, Access access, const Moment& now, bool needs_initialised) {
-  if (cell.in_flight) return "is touched by " + now.who() + " while a copy of " + cell.write.who() + " is in flight";
-  if (access == Access::read && needs_initialised && !cell.initialised)
-    return "is read by " + now.who() + " and nobody wrote it";
-  if (!cell.write.ordered_before(now))
-    return std::string(access == Access::read ? "is read" : "is written") + " by " + now.who() +
-           ", with no barrier after it was written by " + cell.write.who();
-  if (access == Access::read) {
-    // Two mutually unordered reads suffice, from different warps if possible: a write that is ordered after both is
-    // ordered after all of them.
-    const bool keeps_another = !cell.another_read.ordered_before(now) && cell.another_read.warp != now.warp;
-    if (!cell.read.ordered_before(now) && !keeps_another) cell.another_read = cell.read;
-    cell.read = now;
-    return "";
-  }
-  for (const Moment* read : {&cell.read, &cell.another_read})
-    if (!read->ordered_before(now))
-      return "is written by " + now.who() + ", with no barrier after it was read by " + read->who();
-  cell.write = now;
-  cell.initialised = true;
-  return "";
-}
-
-struct Buffer {  // global memory that the kernel may access
-  uintptr_t begin, end;
-  bool writable;
-  std::vector<Cell> cells;  // only if writable
 };
 
 // ------------------------------------------------------------------------------------------------------- the machine
@@ -232,21 +159,24 @@ class Machine {
 
   // ---- shared memory
 
-  unsigned char* shared(Access access, uint32_t at, uint32_t bytes, const Where& where, bool whole_warp = false) {
+  // `value`: what is about to be written, if several threads may write it by one instruction.
+  unsigned char* shared(Access access, uint32_t at, uint32_t bytes, const Where& where, bool whole_warp = false,
+                        const void* value = nullptr) {
     check_shared(at, bytes, where);
     Moment now = moment(where);
     if (whole_warp) now.thread = Moment::kWholeWarp;
-    for (uint32_t cell = at / 2; cell < (at + bytes) / 2; ++cell) {
-      const std::string wrong = touch(cells_[cell], access, now, true);
-      if (!wrong.empty()) fault("shared byte " + std::to_string(2 * cell) + " " + wrong);
+    const Repeats repeats = repeating(&shared_[at], value, bytes);
+    for (uint32_t cell = at / kCell; cell < (at + bytes) / kCell; ++cell) {
+      const std::string wrong = touch(cells_[cell], access, now, true, repeats);
+      if (!wrong.empty()) fault("shared byte " + std::to_string(kCell * cell) + " " + wrong);
     }
     return shared_.data() + at;
   }
 
   void copy(uint32_t to, const void* from, uint32_t bytes, bool valid, const Where& where) {
-    if (valid) global(Access::read, from, bytes, where);
+    if (valid) from = global(Access::read, from, bytes, where);
     std::memset(shared(Access::write, to, bytes, where), 0xff, bytes);  // NaN in every format
-    for (uint32_t cell = to / 2; cell < (to + bytes) / 2; ++cell) cells_[cell].in_flight = true;
+    for (uint32_t cell = to / kCell; cell < (to + bytes) / kCell; ++cell) cells_[cell].in_flight = true;
     me().copies.push_back({to, bytes, valid ? from : nullptr, where});
   }
   void commit_copies() {
@@ -257,7 +187,7 @@ class Machine {
     for (; me().groups.size() > later; me().groups.pop_front())
       for (const Copy& copy : me().groups.front()) {
         const Moment now = moment(copy.where);
-        for (uint32_t cell = copy.to / 2; cell < (copy.to + copy.bytes) / 2; ++cell) {
+        for (uint32_t cell = copy.to / kCell; cell < (copy.to + copy.bytes) / kCell; ++cell) {
           cells_[cell].in_flight = false;
           cells_[cell].write = now;
         }
@@ -272,7 +202,8 @@ class Machine {
 
   std::vector<Buffer> buffers;  // all that a kernel may access; if empty, it may access anything
 
-  void* global(Access access, const void* at, uint32_t bytes, const Where& where) {
+  // Where the bytes lie. `value` as in `shared`.
+  void* global(Access access, const void* at, uint32_t bytes, const Where& where, const void* value = nullptr) {
     const auto begin = reinterpret_cast<uintptr_t>(at), end = begin + bytes;
     const char* verb = access == Access::read ? "read" : "write";
     if (begin % bytes) fault(at_global(begin, verb, bytes, where) + " is not aligned");
@@ -281,23 +212,31 @@ class Machine {
       if (begin < buffer.begin || end > buffer.end) continue;
       if (access == Access::write && !buffer.writable)
         fault(at_global(begin, verb, bytes, where) + " is in a buffer that is only read");
-      for (uintptr_t b = begin; buffer.writable && b < end; b += 2) {
-        const std::string wrong = touch(buffer.cells[(b - buffer.begin) / 2], access, moment(where), false);
+      auto* host = reinterpret_cast<void*>(buffer.host + (begin - buffer.begin));
+      const Repeats repeats = repeating(host, value, bytes);
+      for (uintptr_t b = begin; buffer.writable && b < end; b += kCell) {
+        Cell& cell = buffer.cells[(b - buffer.begin) / kCell];
+        const std::string wrong = touch(cell, access, moment(where), false, repeats);
         if (!wrong.empty()) fault("byte " + std::to_string(b - buffer.begin) + " of an output " + wrong);
       }
-      return const_cast<void*>(at);
+      return host;
     }
     fault(at_global(begin, verb, bytes, where) + " is outside of every buffer");
   }
 
  private:
+  static Repeats repeating(const void* there, const void* value, uint32_t bytes) {
+    if (!value) return Repeats::no;
+    return std::memcmp(there, value, bytes) == 0 ? Repeats::same_value : Repeats::other_value;
+  }
+
   void run_block(int threads, uint32_t shared_bytes) {
     threads_.clear();
     threads_.resize(static_cast<std::size_t>(threads));
     warps_.assign(static_cast<std::size_t>(threads / kWarp), Warp{});
     for (Warp& warp : warps_) warp.ready = ~0u;
     shared_.assign(shared_bytes, 0xff);
-    cells_.assign(shared_bytes / 2, Cell{});
+    cells_.assign(shared_bytes / kCell, Cell{});
     at_barrier_ = block_epoch_ = 0;
     std::size_t warp = 0;
     while (fault_.empty()) {
@@ -397,8 +336,6 @@ class Machine {
   uint32_t block_epoch_ = 0;
 };
 
-// Hidden, like everything declared MVIT_OWN below: otherwise all drivers in a process would share one machine.
-#define MVIT_OWN __attribute__((visibility("hidden")))
 MVIT_OWN inline Machine machine;
 
 }  // namespace mvit::emulation

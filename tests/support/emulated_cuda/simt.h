@@ -306,8 +306,7 @@ inline float tanh_approximate(float x) {
 extern "C" {
 __attribute__((used)) inline void emulation_forget_buffers() { mvit::emulation::machine.buffers.clear(); }
 __attribute__((used)) inline void emulation_add_buffer(uintptr_t begin, uint64_t bytes, int64_t writable) {
-  mvit::emulation::machine.buffers.push_back(
-      {begin, begin + bytes, writable != 0, std::vector<mvit::emulation::Cell>(writable ? bytes / 2 : 0)});
+  mvit::emulation::machine.buffers.emplace_back(begin, bytes, writable != 0, begin);
 }
 // Number of times since the library was loaded that two rows of one ldmatrix matrix were in the same banks.
 __attribute__((used)) inline int64_t emulation_matrix_conflicts() { return mvit::emulation::machine.matrix_conflicts; }
