@@ -37,7 +37,7 @@ help:
 	@echo 'make sanitize-gpu  every GPU kernel under compute-sanitizer, on tiny shapes; needs a GPU'
 	@echo 'make test-interpreted  the operators'"'"' whole suites on the Triton kernels, in Triton'"'"'s interpreter (minutes)'
 	@echo 'make test-emulated  the same on the CUDA kernels, their source run on the CPU (a minute)'
-	@echo 'make test-compiled  the operators on the PTX that Triton compiles of its kernels, executed on the CPU (minutes)'
+	@echo 'make test-compiled  the operators on the PTX that Triton and nvcc compile of the kernels, executed on the CPU (minutes)'
 	@echo 'make test-targets  the files that export writes for LiteRT and ExecuTorch, with libraries of 1.1 GB (minutes)'
 	@echo 'make test-elsewhere  the tests that measure errors, compared with a PyTorch that works as on other x86 machines (minutes)'
 	@echo 'make test-oldest  csrc/ compiled with the headers of the oldest PyTorch that is supported (downloads 0.9 GB, twice)'
@@ -101,7 +101,7 @@ test-emulated: setup
 		tests/ops/test_inverted_residual.py tests/ops/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
 
 test-compiled: setup
-	@MVIT_KERNELS_COMPILED=1 TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m pytest -q tests/gates/compiled.py $(PYTEST_ARGS)
+	@MVIT_KERNELS_COMPILED=1 TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m pytest -q tests/gates/compiled.py tests/gates/compiled_cuda.py $(PYTEST_ARGS)
 
 # PyTorch's libraries limited to AVX-512 without AMX, to AVX2, and to SSE4.2. PyTorch's own errors, which ours are compared
 # with, differ by a factor of four between them; a correct result passes on all. Each run gets its own Inductor cache, whose

@@ -32,7 +32,7 @@ CLASSES = (
     *("div", "special", "float", "convert", "integer"),
 )
 COLUMNS = ("case", "kernel", "tile", "programs", *CLASSES, "triton")
-CASES = {"s stage 4": 192}  # one image, bfloat16, forward and backward
+CASES = {"s stage 3": 144, "s stage 4": 192}  # one image, bfloat16, forward and backward
 
 
 def small() -> list:
