@@ -3,7 +3,6 @@
 reading what CUDA's tools print, predictions."""
 
 import contextlib
-import inspect
 import json
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def test_a_planted_fault_is_told_from_other_errors(part, capsys, monkeypatch, me
     fault = part("fault")
 
     def broken(given):
-        def step(updates):
+        def step():
             raise RuntimeError(message)
 
         return step
@@ -70,35 +69,16 @@ def test_a_planted_fault_is_told_from_other_errors(part, capsys, monkeypatch, me
     assert line["faulted"] == (code == 3) and message in line["error"] and line["where"][-1].startswith("step (")
 
 
-def test_modules_are_loaded_and_nothing_is_launched(part):
-    """By what Triton has for it, and our launcher is as before afterwards."""
-    triton_jit = pytest.importorskip("triton.runtime.jit")
-    compiler = pytest.importorskip("triton.compiler.compiler")
-    assert "grid" in inspect.signature(triton_jit.JITFunction.warmup).parameters
-    assert callable(compiler.CompiledKernel._init_handles)
+def test_triton_s_own_assembler_is_left_alone(part, monkeypatch):
+    """`--triton-s-ptxas`: launches are assembled as on the H200 that faulted."""
     from mvit_kernels.backends.triton import _launch
 
-    calls = []
-
-    class Compiled:
-        name = "_kernel"
-
-        def _init_handles(self):
-            calls.append("loaded")
-
-    class Kernel:
-        def warmup(self, *arguments, grid, **options):
-            calls.append((arguments, grid, options["num_warps"]))
-            return Compiled()
-
-        def __getitem__(self, grid):
-            raise AssertionError("launched")
-
-    before, x = _launch.Plan._launch, torch.ones(4)
-    plan = _launch.Plan(Kernel(), (16,), num_warps=4, num_stages=1)
-    with part("fault").loading_only() as loaded:
-        plan._launch(0, (2,), (x,), (3,))
-    assert loaded == ["_kernel"] and calls == [((x, 3, 16), (2,), 4), "loaded"] and _launch.Plan._launch is before
+    monkeypatch.setattr(_launch.assembler, "sound", _launch.assembler.sound)
+    monkeypatch.setattr(_launch.assembler, "_is_sound", lambda tool: tool != "old")
+    monkeypatch.setattr(_launch.assembler, "_tool", lambda name: "old")
+    part("fault").use_triton_s_ptxas()
+    with _launch.assembler.sound(90) as options:
+        assert options == {}
 
 
 @pytest.mark.parametrize(
