@@ -14,12 +14,12 @@ import torch
 import mvit_kernels
 from mvit_kernels import backends
 from mvit_kernels.backends import cuda, gpu, library
-from mvit_kernels.backends.cuda import kept, packing, plans, transformer
+from mvit_kernels.backends.cuda import inverted_residual, kept, packing, plans, transformer
 from mvit_kernels.nn import MobileViT
 from mvit_kernels.ops import transformer_on_map
 from mvit_kernels.ops.transformer import flatten, stack_call
 from support.cases import Recorder, call, convert, make, structured
-from support.cuda import serving_cpu_tensors
+from support.cuda import preferred, serving_cpu_tensors
 from support.emulation import Driver, load_operators
 from support.layouts import LAYOUTS, lay_out
 from support.tolerance import assert_close_as_pytorch
@@ -312,7 +312,8 @@ def test_autocast_packs_once(emulated, monkeypatch):
 
 
 def test_a_frozen_model(emulated, monkeypatch):
-    """Every block's stack in one launch, with weights that `freeze` packed."""
+    """Every block's stack in one launch, with weights that `freeze` packed, and every inverted residual in one, with
+    weights that the first call packed."""
     torch.manual_seed(0)
     model = MobileViT("xxs", num_classes=10).eval()
     before = len(kept.packed)
@@ -321,13 +322,14 @@ def test_a_frozen_model(emulated, monkeypatch):
     images = torch.rand(1, 3, 64, 64)
     for module in ("whole", "modules"):  # the CPU's own ways to run it
         monkeypatch.setattr(f"mvit_kernels.freezing.{module}.kind_for", lambda x: None)
-    with torch.inference_mode():
-        logits = fast(images.bfloat16())
+    with preferred(monkeypatch, "inverted_residual", inverted_residual.forward):
+        with torch.inference_mode():
+            logits = fast(images.bfloat16())
     with torch.inference_mode(), mvit_kernels.use_backend("reference"):
         usual = model.bfloat16()(images.bfloat16())
         truth = model.double()(images.double())
     assert [launch[:3] for launch in emulated] == [(64, 16, 16), (80, 20, 4), (96, 24, 1)]
-    assert len(kept.packed) == before + 3
+    assert len(kept.packed) == before + 3 + 7
     assert_close_as_pytorch("logits", logits, usual, truth)
 
 
