@@ -98,7 +98,8 @@ test-interpreted: setup
 test-emulated: setup
 	@MVIT_KERNELS_EMULATED=1 $(PY) -m pytest -q tests/ops/test_linear_residual.py tests/ops/test_layer_norm_linear.py \
 		tests/ops/test_layer_norm_mlp.py tests/ops/test_patch_attention.py tests/ops/test_transformer.py \
-		tests/ops/test_inverted_residual.py tests/ops/test_fuzz.py -k "cuda or random" $(PYTEST_ARGS)
+		tests/ops/test_inverted_residual.py tests/ops/test_equal_rows.py tests/ops/test_leaves.py tests/ops/test_fuzz.py \
+		-k "cuda or random" $(PYTEST_ARGS)
 
 test-compiled: setup
 	@MVIT_KERNELS_COMPILED=1 TRITON_CACHE_DIR="$(CURDIR)/build/triton" $(PY) -m pytest -q tests/gates/compiled.py tests/gates/compiled_cuda.py $(PYTEST_ARGS)

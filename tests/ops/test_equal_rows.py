@@ -24,9 +24,15 @@ VALUES = (0.0, 7.1, -123.456, 1e4 + 0.37)
 LAYOUTS = ("contiguous", "sliced", "expanded")  # of x
 
 
-def made(operator, d, dtype, layout, value, norm_dtype=None):
+# Features of CUDA C++'s products, and rows, are multiples of 8; an MLP's of 240 want more shared memory than 8.6 has.
+SERVED_BY_CUDA = {"layer_norm_linear": {"n": 8}, "layer_norm_mlp": {"hidden": 8}}
+WIDTHS = {"cuda": (8, 24, 144, 192)}
+
+
+def made(operator, d, dtype, layout, value, norm_dtype=None, path=None):
     """The operator's tensors; x is `value` in all of its first row, and other values in the other rows."""
-    tensors, settings = make(operator, SIZES[operator](d))
+    served = SERVED_BY_CUDA.get(operator, {}) if path == "cuda" else {}
+    tensors, settings = make(operator, SIZES[operator](d) | served)
     rows = torch.arange(tensors["x"].numel() // d, dtype=torch.float64).view(*tensors["x"].shape[:-1], 1)
     tensors["x"] = (value * (1 + rows / 8)).expand(tensors["x"].shape)
     tensors = convert(tensors, getattr(torch, dtype), norm_dtype)
@@ -41,10 +47,10 @@ def test_the_norm_of_equal_values_is_its_bias(operator, path, dtype):
     x is added. The norm's weight gets no gradient."""
     if not takes(path, dtype) or operator == "transformer_layer":  # its second norm has other rows
         return
-    for d in (1, 17, 144, 192, 240, 300):
+    for d in WIDTHS.get(path, (1, 17, 144, 192, 240, 300)):
         results = []
         for value in VALUES:
-            tensors, settings = made(operator, d, dtype, "contiguous", value)
+            tensors, settings = made(operator, d, dtype, "contiguous", value, path=path)
             gradients = differentiable(operator, path)
             results.append(evaluate(lambda t, s=settings: call(operator, t, s, path), tensors, gradients))
             if operator == "layer_norm_mlp" or path == "raw":  # where the norm's result is PyTorch's own
