@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._utils.plain import is_identity, is_own, is_plain, is_silu
 from .._utils.transforms import layout_of, obstacle
-from ..backends import Call, Serving, explain, has_kernels, serves
-from ..ops import batch_norm_activation
+from ..backends import Call, Serving, explain, has_kernels, server
+from ..ops.batch_norm_activation import unchecked
 from . import _depthwise
 from ._block import Refusal, Seen, has_hooks, original_class
 
@@ -173,26 +173,21 @@ def _normalised(norm: nn.BatchNorm2d, x: Tensor, activation: str | None, backend
         return None
     if not (isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == weight.shape[0] < x.numel()):
         return None  # for PyTorch's own errors
-    if not (weight.dtype == bias.dtype == mean.dtype == variance.dtype and weight.dtype in (x.dtype, torch.float32)):
+    if not weight.dtype == bias.dtype == mean.dtype == variance.dtype:
         return None
-    if not x.device == weight.device == mean.device:
+    if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
+        return None
+    if not x.device == weight.device == bias.device == mean.device == variance.device:
+        return None
+    if not weight.shape == bias.shape == mean.shape == variance.shape:
         return None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
     hindered = obstacle((x, weight, bias, mean, variance))
     call = Call(OPERATOR, x.device.type, x.dtype, needs_grad, tuple(x.shape), (("layout", layout_of(x)),), hindered)
-    if not serves(OPERATOR, call, backend):
+    chosen = server(OPERATOR, call, backend)
+    if chosen is None:
         return None
     tracked = norm._buffers.get("num_batches_tracked")
     if tracked is not None:
         tracked.add_(1)
-    return batch_norm_activation(
-        x,
-        weight,
-        bias,
-        mean,
-        variance,
-        momentum=norm.momentum,
-        eps=norm.eps,
-        activation=activation,
-        backend=backend,
-    )
+    return unchecked(chosen, needs_grad, x, weight, bias, mean, variance, norm.momentum, norm.eps, activation)

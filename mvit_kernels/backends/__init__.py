@@ -56,6 +56,7 @@ __all__ = [
     "reasons_against",
     "requested",
     "run",
+    "server",
     "serves",
     "unavailable",
     "use_backend",
@@ -251,10 +252,17 @@ def serves(operator: str, call: Call, requested: str | None = None) -> bool:
     Raises:
         ValueError: `requested` is not a backend's name.
     """
+    return server(operator, call, requested) is not None
+
+
+def server(operator: str, call: Call, requested: str | None = None) -> str | None:
+    """The backend by which `serves` holds; None where it does not. Arguments and errors are those of `serves`."""
     requested = checked_name(requested or _override, operator)
-    if requested is not None:
-        return requested != "reference" and not reasons_against(requested, call)
-    return choose(call, "auto") != "reference"
+    if requested is None:
+        requested = choose(call, "auto")
+    elif reasons_against(requested, call):
+        return None
+    return None if requested == "reference" else requested
 
 
 def plan_stack(stack: Call, attention: Call, *, dropout: bool, requested: str | None = None) -> StackPlan:

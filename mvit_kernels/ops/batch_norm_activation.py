@@ -90,14 +90,30 @@ def batch_norm_activation(
     chosen = choose(call, backend)
     if chosen == "reference":
         return reference.batch_norm_activation(x, weight, bias, running_mean, running_var, momentum, eps, activation)
+    return unchecked(chosen, call.needs_grad, x, weight, bias, running_mean, running_var, momentum, eps, activation)
+
+
+def unchecked(
+    backend: str,
+    needs_grad: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """`batch_norm_activation` by the kernels of `backend`, for arguments that are known to be right and a call that it
+    is known to serve, as in a convolution layer: the checks take longer than the launches."""
 
     def learn(mean: Tensor, variance: Tensor) -> None:
         # Like PyTorch, which learns nothing from no pixels.
         if running_mean is not None and running_var is not None and x.numel() > 0:
-            _update(running_mean, mean, momentum)
-            _update(running_var, variance, momentum)
+            _update((running_mean, running_var), (mean, variance), momentum)
 
-    return apply(chosen, call.needs_grad, x, weight, bias, float(eps), activation or "", learn=learn)
+    return apply(backend, needs_grad, x, weight, bias, float(eps), activation or "", learn=learn)
 
 
 def apply(
@@ -117,15 +133,19 @@ def apply(
     return out
 
 
-def _update(running: Tensor, value: Tensor, momentum: float) -> None:
+def _update(running: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], momentum: float) -> None:
     if not torch.compiler.is_compiling():
         # As PyTorch's batch norm, which keeps its running statistics for a backward that does not read them: without
         # counting the change, or another call's backward would refuse.
-        running = running.data
-    if running.dtype == value.dtype:
-        running.lerp_(value, momentum)
-    else:
-        running.copy_(running.to(value.dtype).lerp_(value, momentum))
+        running = running[0].data, running[1].data
+        if running[0].dtype == values[0].dtype:
+            torch._foreach_lerp_(running, values, momentum)  # one launch on a GPU
+            return
+    for old, value in zip(running, values, strict=True):
+        if old.dtype == value.dtype:
+            old.lerp_(value, momentum)
+        else:
+            old.copy_(old.to(value.dtype).lerp_(value, momentum))
 
 
 class _BatchNormActivation(torch.autograd.Function):
