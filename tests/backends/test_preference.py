@@ -190,6 +190,17 @@ def test_every_row_of_the_table_is_heeded(row, alone):
     assert pays == (row.one_launch <= MARGIN * (row.cuda_operators if alone else row.operators))
 
 
+def test_a_win_below_a_loss_does_not_count(monkeypatch):
+    """From some number on one launch wins at every measured one; a winner among losers is noise."""
+    rows = [
+        preference.Stack(64, 1, n, us, 10.0, 10.0, "") for n, us in ((132, 5.0), (264, 20.0), (528, 5.0), (660, 5.0))
+    ]
+    monkeypatch.setattr(preference, "STACKS", tuple(rows))
+    assert preference._one_launch_from(64, False) == 4.0
+    monkeypatch.setattr(preference, "STACKS", tuple(rows[:2]))
+    assert preference._one_launch_from(64, False) == float("inf")
+
+
 def test_other_sizes():
     """A shorter sequence goes by the next longer one, a longer one than any never; half a GPU wants half as many."""
     assert one_launch_pays(17, 256, 132, alone=False) and not one_launch_pays(17, 255, 132, alone=False)
