@@ -8,6 +8,7 @@ Triton's interpreter (interpreted.py) runs the source instead; there no layout, 
 compiler's exists.
 """
 
+import importlib
 import os
 
 import pytest
@@ -72,6 +73,14 @@ def test_an_image_of_mobilevit_s(operator, more, side, d):
     """Forward at the sizes of one image of 256 pixels."""
     shape = (1, side, side) if operator == "patch_attention" else (1, side, side, d)
     check(operator, dict(shape=shape, **more(d)), dtype="bfloat16", path="triton", gradients=False)
+
+
+@pytest.mark.parametrize("d", [144, 192, 240])
+def test_the_tiles_for_many_rows(monkeypatch, d):
+    """Those of a batch from 8193 rows on, at a few."""
+    module = importlib.import_module("mvit_kernels.backends.triton.linear_residual")
+    monkeypatch.setattr(module, "_FEW_ROWS", 0)
+    check("linear_residual", dict(shape=(70, d), n=d), dtype="bfloat16", path="triton")
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
