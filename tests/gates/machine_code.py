@@ -18,12 +18,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-_LINE = re.compile(
-    r"^\s+/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?(?P<guard>U?P\w+)\s+)?(?P<op>[\w.]+)(?:\s+(?P<rest>.*?))?\s*;"
-)
+from gates.sass import Instruction, instruction
+
 _REGISTER = re.compile(r"(?<![\w.])(U?[RP])(\d+)(\.64)?")
+_COMMA = re.compile(r",\s*(?![^\[]*\])")
 _DESCRIPTORS = re.compile(r"gdesc\[UR(\d+)\]")
 # Operations without a result; R2P has all predicates.
 _NO_RESULT = set(
@@ -31,18 +30,6 @@ _NO_RESULT = set(
     "LDGDEPBAR CCTL ERRBAR NANOSLEEP YIELD NOP R2P".split()
 )
 _TWO_PREDICATES = {"ISETP", "UISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UPLOP3"}
-
-
-class Instruction(NamedTuple):
-    """One instruction; `guard` is the predicate before it, "" without one."""
-
-    at: int
-    guard: str
-    op: str
-    operands: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.op} {', '.join(self.operands)}"
 
 
 def disassembled(cubin: bytes) -> list[Instruction]:
@@ -57,12 +44,8 @@ def disassembled(cubin: bytes) -> list[Instruction]:
 
 
 def parsed(text: str) -> Iterator[Instruction]:
-    """The instructions of a disassembly."""
-    for line in text.splitlines():
-        found = _LINE.match(line)
-        if found:
-            operands = re.split(r",\s*(?![^\[]*\])", found["rest"]) if found["rest"] else []
-            yield Instruction(int(found["at"], 16), found["guard"] or "", found["op"], tuple(operands))
+    """The instructions of a disassembly of one kernel."""
+    return filter(None, map(instruction, text.splitlines()))
 
 
 def undefined_registers(code: Sequence[Instruction]) -> dict[str, str]:
@@ -83,21 +66,25 @@ def overwritten_operands(code: Sequence[Instruction]) -> list[tuple[str, str]]:
     found = []
     pending: dict[str, Instruction] = {}  # registers that products before still read
     for one in code:
-        if one.op.startswith("WARPGROUP.DEPBAR") or (one.op == "EXIT" and not one.guard):
+        if one.name.startswith("WARPGROUP.DEPBAR") or (one.name == "EXIT" and not one.guard):
             pending.clear()
         if pending:
             found += [(str(pending[name]), str(one)) for name in sorted(pending.keys() & _results(one))]
-        if one.op.startswith("HGMMA") and re.fullmatch(r"R\d+", one.operands[1]):
-            first = int(one.operands[1][1:])
+        if one.name.startswith("HGMMA") and re.fullmatch(r"R\d+", _operands(one)[1]):
+            first = int(_operands(one)[1][1:])
             pending |= {f"R{first + k}": one for k in range(4)}
     return found
 
 
-def _split(one: Instruction) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _operands(one: Instruction) -> list[str]:
+    return _COMMA.split(one.operands) if one.operands else []
+
+
+def _split(one: Instruction) -> tuple[list[str], list[str]]:
     """The operands that are results, and the others."""
-    base, operands = one.op.split(".")[0], one.operands
+    base, operands = one.name.split(".")[0], _operands(one)
     if base in _NO_RESULT or not operands:
-        return (), operands
+        return [], operands
     results = 2 if base in _TWO_PREDICATES or base == "SHFL" else 1
     if base in ("IADD3", "UIADD3", "LEA", "ULEA", "IMAD", "UIMAD", "LOP3", "ULOP3"):
         # carries and "is not zero" are predicates before (LOP3) or behind the result
@@ -109,9 +96,9 @@ def _split(one: Instruction) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _width(one: Instruction) -> int:
     """How many registers the result of an instruction has."""
-    base, *parts = one.op.split(".")
+    base, *parts = one.name.split(".")
     if base == "HGMMA":
-        return int(re.search(r"64x(\d+)x", one.op)[1]) // 2
+        return int(re.search(r"64x(\d+)x", one.name)[1]) // 2
     if base == "LDSM":
         return int(parts[-1]) if parts[-1] in "24" else 1
     if base == "HMMA" or "128" in parts:
@@ -121,7 +108,7 @@ def _width(one: Instruction) -> int:
 
 
 def _results(one: Instruction) -> set[str]:
-    if one.op.startswith("R2P"):
+    if one.name.startswith("R2P"):
         return {f"P{k}" for k in range(7)}
     names = set()
     for operand in _split(one)[0]:
@@ -139,9 +126,9 @@ def _sources(one: Instruction) -> Iterator[str]:
         descriptors = _DESCRIPTORS.search(operand)
         if descriptors:
             # Four uniform registers: the first operand's descriptor, unless that is in registers, and the second's.
-            of = range(4) if one.operands[1].startswith("gdesc") else range(2, 4)
+            of = range(4) if _operands(one)[1].startswith("gdesc") else range(2, 4)
             yield from (f"UR{int(descriptors[1]) + k}" for k in of)
             continue
         for kind, number, double in _REGISTER.findall(operand):
-            several = 4 if one.op.startswith("HGMMA") and operand is one.operands[1] else 2 if double else 1
+            several = 4 if one.name.startswith("HGMMA") and operand == _operands(one)[1] else 2 if double else 1
             yield from (f"{kind}{int(number) + k}" for k in range(several))

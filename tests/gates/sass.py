@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which instructions of a kernel's listing are in loops: what runs once costs little, what loops have costs a lot.
+"""The instructions of a listing, by cuobjdump or nvdisasm, and which of them are in loops: what runs once costs little,
+what loops have costs a lot. `gates.machine_code` looks for mistakes in them.
 
 Example:
     >>> {name: in_loops(code, lambda each: each.divides) for name, code in functions(listing.splitlines())}
@@ -12,16 +13,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
-_GUARD = re.compile(r"^@!?U?P\w+\s+")
+_GUARD = re.compile(r"^@!?(U?P\w+)\s+")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 JUMPS = ("BRA", "BRX", "JMP", "JMX", "CALL", "WARPSYNC", "BSSY")  # what may name another instruction
 
 
 class Instruction(NamedTuple):
     address: int
-    guarded: bool  # whether it is executed under a predicate
+    guard: str  # the predicate under which it is executed; "" without one
     name: str  # with its modifiers: "I2F.U32.RP"
     operands: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.operands}"
 
     @property
     def divides(self) -> bool:
@@ -35,6 +39,17 @@ class Instruction(NamedTuple):
         return self.name.split(".")[0] in ("LDL", "STL")
 
 
+def instruction(line: str) -> Instruction | None:
+    """What a line of a listing has; None for all other lines."""
+    match = _LINE.match(line)
+    if match is None:
+        return None
+    text = match[2]
+    guard = _GUARD.match(text)
+    name, _, operands = text[guard.end() if guard else 0 :].partition(" ")
+    return Instruction(int(match[1], 16), guard[1] if guard else "", name, operands.strip())
+
+
 def functions(lines: Iterable[str]) -> Iterator[tuple[str, list[Instruction]]]:
     """(mangled name, instructions) of each function in a listing by ``cuobjdump -sass``."""
     name, found = "", []
@@ -43,11 +58,8 @@ def functions(lines: Iterable[str]) -> Iterator[tuple[str, list[Instruction]]]:
             if name:
                 yield name, found
             name, found = line.split()[-1], []
-        elif match := _LINE.match(line):
-            text = match[2]
-            guard = _GUARD.match(text)
-            opcode, _, operands = text[guard.end() if guard else 0 :].partition(" ")
-            found.append(Instruction(int(match[1], 16), guard is not None, opcode, operands.strip()))
+        elif each := instruction(line):
+            found.append(each)
     if name:
         yield name, found
 
@@ -65,7 +77,7 @@ def successors(code: list[Instruction]) -> list[set[int]]:
     graph: list[set[int]] = []
     for number, each in enumerate(code):
         kind = each.name.split(".")[0]
-        falls_through = each.guarded or kind not in ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET", "CALL")
+        falls_through = each.guard != "" or kind not in ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET", "CALL")
         falls_through |= kind == "BRA" and "," in each.operands  # BRA.DIV and the like have a condition of their own
         following = {number + 1} if falls_through and number + 1 < len(code) else set()
         if kind in JUMPS:

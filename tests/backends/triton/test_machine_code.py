@@ -44,7 +44,7 @@ def ptxas_of(tmp_path, monkeypatch):
 def test_a_register_that_nothing_writes_is_found():
     """The illegal memory accesses of an H200: the address of an operand of wgmma is computed from such a register."""
     code = list(machine_code.parsed(LISTING))
-    assert len(code) > 600 and sum(one.op.startswith("HGMMA") for one in code) == 11
+    assert len(code) > 600 and sum(one.name.startswith("HGMMA") for one in code) == 11
     assert machine_code.undefined_registers(code) == {"UR21": "UIADD3 UR4, UP0, UR21, 0x20, URZ"}
     assert machine_code.undefined_registers(list(machine_code.parsed(LISTING.replace("UR21", "UR4")))) == {}
 
@@ -147,5 +147,5 @@ def test_a_kernel_is_assembled_by_the_other(ptxas_of, monkeypatch):
         compiled = triton.compile(ast, target=GPUTarget("cuda", 90, 32), options=options | more)
     assert f"release {release}".encode() in compiled.asm["cubin"]
     code = machine_code.disassembled(compiled.asm["cubin"])
-    assert sum(one.op.startswith("HGMMA") for one in code) == 11
+    assert sum(one.name.startswith("HGMMA") for one in code) == 11
     assert machine_code.undefined_registers(code) == {} and machine_code.overwritten_operands(code) == []
