@@ -30,7 +30,10 @@ OPERATORS = tuple(
         *("transformer_layer", "transformer", "inverted_residual", "batch_norm_activation"),
     )
 )
-OTHER_TESTS = ("tests/backends/test_gpu.py", "tests/ops/test_compile.py", "tests/backends/test_choice.py")
+OTHER_TESTS = tuple(
+    f"tests/{name}.py"
+    for name in ("backends/test_gpu", "freezing/test_on_a_gpu", "ops/test_compile", "backends/test_choice")
+)
 SUMMARY = re.compile(r"^[=\s]*\d+ (passed|failed|skipped|error|deselected)|^(FAILED|ERROR) ")
 BENCH = ("mvit_kernels", "bench", "--device")
 SUITES = {"operators": 45, "models": 35, "training": 10, "blocks": 0}  # and their shares; 0: only if asked for
