@@ -120,8 +120,9 @@ def _results(one: Instruction) -> set[str]:
 
 
 def _sources(one: Instruction) -> Iterator[str]:
-    if one.guard and one.guard not in ("PT", "UPT"):
-        yield one.guard
+    guard = one.guard.lstrip("!")
+    if guard not in ("", "PT", "UPT"):
+        yield guard
     for operand in _split(one)[1]:
         descriptors = _DESCRIPTORS.search(operand)
         if descriptors:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
-_GUARD = re.compile(r"^@!?(U?P\w+)\s+")
+_GUARD = re.compile(r"^@(!?U?P\w+)\s+")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 JUMPS = ("BRA", "BRX", "JMP", "JMX", "CALL", "WARPSYNC", "BSSY")  # what may name another instruction
 
 
 class Instruction(NamedTuple):
     address: int
-    guard: str  # the predicate under which it is executed; "" without one
+    guard: str  # "P0" or "!P0", the predicate under which it is executed; "" without one
     name: str  # with its modifiers: "I2F.U32.RP"
     operands: str
 

@@ -13,6 +13,7 @@ import re
 import pytest
 import torch
 
+from gates import addresses, machine_code
 from gates.triton_gate import (
     ARCHITECTURES,
     SHARED_LIMIT,
@@ -116,6 +117,9 @@ def test_compiled_again(arch, d, name, has, monkeypatch):
     known = describe(f"d={d}", launch, arch)
     row = known | build(launch, arch)
     judge(row)
+    if arch == 90:
+        code = machine_code.disassembled(compiled_for(launch, arch).asm["cubin"])
+        assert addresses.outside(code, launch, row["shared"]) == []
     committed = [r for r in COMMITTED if all(r[key] == value for key, value in known.items())]
     assert committed, "run `make gate`"
     if row["triton"] == committed[0]["triton"]:
