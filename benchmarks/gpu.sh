@@ -5,11 +5,11 @@
 #     benchmarks/gpu.sh [FOLDER] [MINUTES]
 #
 # Requires only torch, triton and pytest; other libraries that are installed (pytest-xdist, timm, ...) are used too. With
-# a quarter of an hour of a GPU, in three runs of which each finds what the first built:
+# a quarter of an hour of a GPU, its start included, in three runs of which each finds what the first built:
 #
-#     STEPS="library warm fault" benchmarks/gpu.sh FOLDER1 4.5
-#     STEPS="library correctness verify tests speed" benchmarks/gpu.sh FOLDER2 5
-#     STEPS="library compiled counters sanitizer" benchmarks/gpu.sh FOLDER3 3.5
+#     STEPS="library warm fault" benchmarks/gpu.sh "$OUT" 4
+#     STEPS="library correctness verify tests speed" benchmarks/gpu.sh "$OUT" 4.5
+#     STEPS="library compiled counters sanitizer" benchmarks/gpu.sh "$OUT" 3
 #
 # FOLDER (default: $OUT, or gpu_results) gets at most eight files. Every line is in them as soon as it is known, so that
 # they are whole after any cut:

@@ -26,6 +26,8 @@ ROUNDS, AT_ONCE = 4, 4
 FAULTED = 3  # fault.py's exit code
 WORKLOADS = ("train", "stack")
 EACH = 90.0  # seconds a process may take
+MOST_READ = 2  # core dumps that cuda-gdb reads, each in up to `GDB` seconds: they would say the same
+GDB = 30.0
 MOST_KEPT = 15 * 2**20  # bytes of a core dump that is kept where no cuda-gdb reads it
 
 
@@ -175,10 +177,15 @@ def read_dump(machine: Machine, dump: Path) -> dict[str, str]:
         if dump.stat().st_size <= MOST_KEPT and not list(machine.runner.folder.glob("*.core")):
             shutil.copy(dump, machine.runner.folder / "fault.core")
         return {"dump": f"{dump.stat().st_size} bytes; there is no cuda-gdb here"}
+    if machine.runner.dumps_read >= MOST_READ:
+        return {"dump": f"{dump.stat().st_size} bytes, not read"}
+    machine.runner.dumps_read += 1
     asked = (f"target cudacore {dump}", "info cuda kernels", "bt", "x/4i $pc")
     command = [gdb, "-batch", *(word for one in asked for word in ("-ex", one))]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+        said = subprocess.run(
+            command, capture_output=True, text=True, timeout=min(GDB, max(machine.runner.left, 1.0)), check=False
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return {"dump": str(error)}
     for line in said.splitlines()[:80]:

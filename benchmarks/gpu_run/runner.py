@@ -65,7 +65,7 @@ class Runner:
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
-        self.folder, self.bad = folder, False
+        self.folder, self.bad, self.dumps_read = folder, False, 0
         self.cut = ""  # why the run is to end, once it is: a signal's handler says so here
         self.started = time.monotonic()
         self.end = self.started + 60 * minutes

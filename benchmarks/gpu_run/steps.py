@@ -23,17 +23,16 @@ WARM_UP = 10  # processes, of 16 cores
 NOTHING_CHOSEN = 5  # pytest's exit code where no test of a file is for a GPU
 LOST = 3  # exit code of a warm-up that lost the GPU
 TEST_FILES_AT_ONCE, TEST_WORKERS = 3, 4  # 12 processes
+# What has never run on a GPU comes first: a run that was cut has it.
 OPERATORS = tuple(
     f"tests/ops/test_{name}.py"
     for name in (
-        *("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp", "layer_norm"),
-        *("transformer_layer", "transformer", "inverted_residual", "batch_norm_activation"),
+        *("inverted_residual", "batch_norm_activation", "layer_norm_linear", "patch_attention", "linear_residual"),
+        *("layer_norm_mlp", "layer_norm", "transformer_layer", "transformer"),
     )
 )
-OTHER_TESTS = tuple(
-    f"tests/{name}.py"
-    for name in ("backends/test_gpu", "freezing/test_on_a_gpu", "ops/test_compile", "backends/test_choice")
-)
+NETWORKS = ("tests/freezing/test_on_a_gpu.py",)
+OTHER_TESTS = tuple(f"tests/{name}.py" for name in ("backends/test_gpu", "ops/test_compile", "backends/test_choice"))
 SUMMARY = re.compile(r"^[=\s]*\d+ (passed|failed|skipped|error|deselected)|^(FAILED|ERROR) ")
 BENCH = ("mvit_kernels", "bench", "--device")
 SUITES = {"operators": 45, "models": 35, "training": 10, "blocks": 0}  # and their shares; 0: only if asked for
@@ -156,7 +155,9 @@ def tests(machine: Machine, seconds: float) -> None:
     parallel = ["-n", str(TEST_WORKERS)] if has("xdist", machine.python) else []
     at_once = TEST_FILES_AT_ONCE if parallel else TEST_FILES_AT_ONCE * TEST_WORKERS
     usual = ["-v", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20", *parallel]
-    files = {file: ["-k", "cuda or triton"] for file in OPERATORS} | {file: [] for file in OTHER_TESTS}
+    files = {
+        file: ["-k", "cuda or triton"] if file in OPERATORS else [] for file in (*NETWORKS, *OPERATORS, *OTHER_TESTS)
+    }
     jobs = [
         Job(Path(file).stem, machine.module("pytest", *usual, file, *more), machine.environment)
         for file, more in files.items()

@@ -24,10 +24,12 @@ from typing import NamedTuple
 import torch
 from fault import use_triton_s_ptxas
 
-from mvit_kernels import backends
+from mvit_kernels import backends, freeze
 from mvit_kernels.bench.suites.operands import OPERATORS, Stage, operands, stages
+from mvit_kernels.zoo import load
 
 BATCHES = (64, 1)  # tiles depend on the number of rows
+NETWORK_BATCHES = (256, 1, 2)
 DTYPES = ("bfloat16", "float16", "float32")
 LOST = 3  # exit code of a process whose GPU returns errors
 
@@ -44,12 +46,39 @@ class Unit(NamedTuple):
         return f"{self.operator} {self.stage.variant}/{self.stage.index} {self.dtype}"
 
 
-def units(variants: list[str], dtypes: list[str], backend: str, size: int = 256) -> Iterator[Unit]:
-    """All units, the first dtype's first: of S and the operators that take longest."""
+class Frozen(NamedTuple):
+    """The convolutions of a frozen network, which the operators' units do not have."""
+
+    variant: str
+    dtype: str
+    batch: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"frozen {self.variant} {self.dtype}, batch {self.batch}"
+
+
+def units(
+    variants: list[str], dtypes: list[str], backend: str, size: int = 256, networks: bool = True
+) -> Iterator[Unit | Frozen]:
+    """All units, the first dtype's first: of S and the operators that take longest. Networks are for a GPU."""
     served = [name for name in OPERATORS if name in backends.operators(backend)]
     for dtype in dtypes:
+        if networks and dtype != "float32":
+            yield from (Frozen(variant, dtype, batch, size) for variant in variants for batch in NETWORK_BATCHES)
         for stage in stages(variants, size, 1):
             yield from (Unit(operator, stage, dtype) for operator in served)
+
+
+def compile_network(unit: Frozen, device: str) -> None:
+    """Call a frozen network, which prepares its launches."""
+    dtype = getattr(torch, unit.dtype)
+    frozen = freeze(load(f"own/{unit.variant}").to(device).eval(), dtype=dtype)
+    with torch.inference_mode():
+        frozen(torch.rand(unit.batch, 3, unit.size, unit.size, device=device, dtype=dtype))
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def compile_unit(unit: Unit, backend: str, device: str, batches: tuple[int, ...], training: tuple[bool, ...]) -> None:
@@ -85,13 +114,18 @@ def main(arguments: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     variants = [given.only_training_of] if given.only_training_of else ["s", "xxs"]
     training, batches = ((True,), BATCHES[:1]) if given.only_training_of else ((False, True), BATCHES)
-    mine = list(units(variants, given.dtypes.split(","), given.backend, given.size))[given.share :: given.shares]
+    networks = device == "cuda" and not given.only_training_of
+    every = list(units(variants, given.dtypes.split(","), given.backend, given.size, networks))
+    mine = every[given.share :: given.shares]
     for index, unit in enumerate(mine[given.skip :], given.skip):
         started = time.monotonic()
         line = {"what": "warm", "share": given.share, "index": index, "unit": unit.name}
         print(json.dumps(line | {"begun": True}), flush=True)  # the last of these is at fault if the process dies
         try:
-            compile_unit(unit, given.backend, device, batches, training)
+            if isinstance(unit, Frozen):
+                compile_network(unit, device)
+            else:
+                compile_unit(unit, given.backend, device, batches, training)
         except Exception as error:  # whatever it is, the other units are worth compiling
             line["error"] = f"{type(error).__name__}: {error}"[:300]
         print(json.dumps(line | {"seconds": round(time.monotonic() - started, 1)}), flush=True)

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -79,6 +80,10 @@ class Runtime:
 
     device_type = "cuda"
 
+    def on(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context in which `device` is the current one."""
+        return torch.cuda.device(device)
+
     def is_capturing(self) -> bool:
         """Whether the current stream is being captured, by someone else."""
         return torch.cuda.is_current_stream_capturing()
@@ -90,16 +95,19 @@ class Runtime:
             current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(current)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(aside):
-                call()
-                # Not torch.cuda.graph: it synchronises the device and empties the allocator's cache, which in another
-                # thread's capture is an error. For the same reason only what this thread does can disturb the capture.
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
+            try:
+                with torch.cuda.stream(aside):
                     call()
-                finally:
-                    graph.capture_end()
-            current.wait_stream(aside)
+                    # Not torch.cuda.graph: it synchronises the device and empties the allocator's cache, which in
+                    # another thread's capture is an error. For the same reason only what this thread does can disturb
+                    # the capture.
+                    graph.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        call()
+                    finally:
+                        graph.capture_end()
+            finally:
+                current.wait_stream(aside)  # also after an error: memory is given back behind what still uses it
         return graph.replay
 
     def event(self) -> Any:
@@ -127,26 +135,31 @@ class _Captured:
 
     def __init__(self, network: Launches, x: Tensor) -> None:
         lowering = network.lowering(x.shape[0], (x.shape[2], x.shape[3]))
+        steps: list[Any] = []
         with torch.inference_mode(False), torch.no_grad():  # whose tensors later calls could not write
-            form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+            # The launches read this memory itself: what is no stem reads channels-last maps alone.
+            last = not lowering.any_image or is_channels_last(x)
+            form = torch.channels_last if last else torch.contiguous_format
             self.image = torch.empty(x.shape, dtype=network.dtype, device=x.device, memory_format=form)
             self.result = result = torch.empty(lowering.result, dtype=network.dtype, device=x.device)
             arena = torch.empty(lowering.arena, dtype=torch.uint8, device=x.device)
             self.image.copy_(x)
             rows = network.image(self.image, lowering)
+            assert rows.data_ptr() == self.image.data_ptr(), "a replay would read the first call's image"
             self.done, self.lock = runtime.event(), threading.Lock()
-            self.replay = runtime.capture(lambda: network.run(rows, result, arena), x.device)
-        self._memory = rows, arena  # which the graph reads and writes
+            self.replay = runtime.capture(lambda: steps.append(network.run(lowering, rows, result, arena)), x.device)
+        self._memory = rows, arena, steps  # which the graph reads and writes; the launches own copies of weights
         self.done.record()
         # The memory must not be given to others while a replay still uses it.
         weakref.finalize(self, self.done.synchronize).atexit = False
 
     def __call__(self, x: Tensor) -> Tensor:
         with self.lock, torch.no_grad():
+            result = torch.empty_like(self.result)  # before the replay: without memory for it nothing has begun
             self.done.wait()
             self.image.copy_(x)
             self.replay()
-            result = self.result.clone()
+            result.copy_(self.result)
             self.done.record()
         return result
 
@@ -168,23 +181,29 @@ class Graphs:
     def __call__(self, x: Tensor) -> Tensor | None:
         """The native call's rows for `x`, from a graph; None if it is to run as usual: for a shape beyond those that
         are kept, or while a graph of someone else is being captured, which the launches then become part of."""
-        if runtime.is_capturing():
-            return None
-        key = tuple(x.shape), torch.get_float32_matmul_precision()
+        with runtime.on(x.device):  # whose current stream is meant throughout
+            if runtime.is_capturing():
+                return None
+            captured = self._graph_of(x)
+            return None if captured is None else captured(x)
+
+    def _graph_of(self, x: Tensor) -> _Captured | None:
+        network = self._network()
+        assert network is not None, "its owner calls it"
+        key = tuple(x.shape), network.settings()
         with self._lock:
             captured = self._captured.get(key)
-            if captured is None:
-                if len(self._captured) >= self.options.shapes and self.options.more == "run":
-                    return None
-                network = self._network()
-                assert network is not None, "its owner calls it"
-                while len(self._captured) >= self.options.shapes:  # first, so that the new one may have its memory
-                    self._captured.popitem(last=False)
-                captured = self._captured[key] = _Captured(network, x)
-            else:
+            if captured is not None:
                 self._captured.move_to_end(key)
-        return captured(x)
+                return captured
+            if len(self._captured) >= self.options.shapes and self.options.more == "run":
+                return None
+            while len(self._captured) >= self.options.shapes:  # first, so that the new one may have its memory
+                self._captured.popitem(last=False)
+            captured = self._captured[key] = _Captured(network, x)
+        return captured
 
     def shapes(self) -> list[tuple[int, ...]]:
         """The input shapes that have a graph, the one used longest ago first."""
-        return [shape for shape, _ in self._captured]
+        with self._lock:
+            return [shape for shape, _ in self._captured]

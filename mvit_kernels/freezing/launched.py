@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..backends import triton
+from ..backends import Call, preference, triton
 from ..backends.library import TransformerLayerWeights
 from .graphs import CudaGraphs, Graphs
 from .lowering import IMAGE, Lowering, StackWeights
@@ -48,6 +48,8 @@ class LaunchedNetwork(Native):
         if any(value.device != self.device for value in module.buffers()):
             raise NotNative("its weights are on several devices")
         reasons = triton.BACKEND.unavailable(triton.target.DEVICE_TYPE)
+        if not reasons and backends.requested() is None:
+            reasons = preference.excluded("triton", Call("network", self.device.type, self.dtype, False, (), ()))
         if reasons:
             raise NotNative("; ".join(reasons))
         if not self._is_wanted():
@@ -67,8 +69,9 @@ class LaunchedNetwork(Native):
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # other streams will read them too
         builder.drop_tensors()
+        self.out_channels = builder.values[-1][0]
         self._builder = builder
-        self._lowered: dict[Any, Lowering | NotNative] = {}
+        self._lowered: dict[Any, Lowering | str] = {}
         self._prepared: dict[Any, list[Any]] = {}
         self._lock = threading.Lock()
         self._graphs = None if self._options is None else Graphs(self, self._options)
@@ -88,28 +91,38 @@ class LaunchedNetwork(Native):
             return False
         return True
 
+    def settings(self) -> tuple[str | None, str]:
+        """What a user may set that launches depend on: the backend asked for, and the precision of products."""
+        from ..backends.triton._launch import kind_of
+
+        return backends.requested(), kind_of(self.dtype)
+
     def lowering(self, batch: int, size: tuple[int, int]) -> Lowering:
         """The operations for images of this size; raises `NotNative`."""
-        key = batch, size, backends.requested()
+        settings = self.settings()
+        key = batch, size, settings
         known = self._lowered.get(key)
         if known is None:
             try:
                 known = Lowering(self._builder, self._weights, self.device, batch, size)
+                known.settings = settings
             except NotNative as reason:
-                known = reason
+                known = str(reason)
             _keep(self._lowered, key, known)
-        if isinstance(known, NotNative):
-            raise known
+        if isinstance(known, str):
+            raise NotNative(known)  # another one each time: its traceback holds the call's image
         return known
 
     def rows(self, x: Tensor) -> Tensor:
-        replayed = None if self._graphs is None else self._graphs(x)
-        if replayed is not None:
-            return replayed
+        if self._graphs is not None:
+            x = x.to(self.dtype)  # as graphs have it: inside of another one nothing new is to be compiled and loaded
+            replayed = self._graphs(x)
+            if replayed is not None:
+                return replayed
         lowering = self.lowering(x.shape[0], (x.shape[2], x.shape[3]))
         image = self.image(x, lowering)
         result = torch.empty(lowering.result, dtype=self.dtype, device=self.device)
-        self.run(image, result, torch.empty(lowering.arena, dtype=torch.uint8, device=self.device))
+        self.run(lowering, image, result, torch.empty(lowering.arena, dtype=torch.uint8, device=self.device))
         return result
 
     def image(self, x: Tensor, lowering: Lowering) -> Tensor:
@@ -121,23 +134,24 @@ class LaunchedNetwork(Native):
             x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return x.permute(0, 2, 3, 1)
 
-    def run(self, image: Tensor, result: Tensor, arena: Tensor) -> None:
-        """Compute `result`, (B, H', W', C'), of what `image` returned, with `arena` as memory for the maps between."""
+    def run(self, lowering: Lowering, image: Tensor, result: Tensor, arena: Tensor) -> list[Any]:
+        """Compute `result`, (B, H', W', C'), of what `image` returned, with `arena` as memory for the maps between;
+        return the prepared launches, which own copies of weights."""
         from ..backends.triton import prepared
 
-        precision = torch.get_float32_matmul_precision() if self.dtype == torch.float32 else ""
         form = image.shape, image.stride(), image.dtype, image.data_ptr() % prepared.FEWEST_BYTES
-        key = form, backends.requested(), precision
+        key = form, lowering.settings
         memory = prepared.Memory((image, arena, result))
         steps = self._prepared.get(key)
         if steps is None:
             with self._lock:  # one thread compiles, the others wait
                 steps = self._prepared.get(key)
                 if steps is None:
-                    lowering = self.lowering(image.shape[0], (image.shape[1], image.shape[2]))
-                    _keep(self._prepared, key, self._prepare(lowering, memory))
-                    return
+                    steps = self._prepare(lowering, memory)
+                    _keep(self._prepared, key, steps)
+                    return steps
         prepared.run(steps, memory)
+        return steps
 
     def _prepare(self, lowering: Lowering, memory: Any) -> list[Any]:
         """Prepare the steps and run each; they hold no tensor of this call."""
@@ -209,8 +223,10 @@ def _packed(builder: Builder, index: int) -> Any:
         for layer in stack.layers:
             values = (_as(builder.dtype, name, value) for name, value in layer._asdict().items())
             layers.append(TransformerLayerWeights(*values))
-        norm = stack.final_norm
-        return StackWeights(stack, layers, None if norm is None else tuple(v.contiguous() for v in norm))
+        norm = None if stack.final_norm is None else tuple(v.contiguous() for v in stack.final_norm)
+        # Now, before other streams and captures read what is packed.
+        backends.pack(layers, norm, stack.num_heads, builder.dtype)
+        return StackWeights(stack, layers, norm)
     return None
 
 

@@ -108,6 +108,7 @@ class Lowering:
         self.values: list[Value | None] = [None] * len(builder.values)
         self.values[IMAGE] = self._value(size, builder.values[IMAGE][0])
         self.operations: list[Operation] = []
+        self.settings: tuple[str | None, str] = None, ""  # under which it was made
         self.any_image = _takes_any_image(builder)  # any strides and dtype; else channels-last, in the weights' dtype
         sizes = {IMAGE: size}
         for index, (kind, *six_and_words) in enumerate(builder.steps):
@@ -147,7 +148,8 @@ class Lowering:
         whole = before == after and before.channels == source.channels == target.channels
         if whole and target.value != self.last and not self._is_written(target):
             self.names[target.value] = self.names[source.value]
-        elif self._resolved(source).value == IMAGE:  # of any strides and channels
+        elif self._resolved(source).value == IMAGE or self._of(source)[1:4] == self._of(target)[1:4]:
+            # Of any strides; and between maps of one size a resize would make NaN of Inf · 0.
             self._add("copy", (source,), (target,), operations.copy, is_call=True)
         else:
             self._add("resize", (source,), (target,), operations.resize)
@@ -279,7 +281,7 @@ class Lowering:
     def _stand_in(self, at: Place) -> Tensor:
         """A tensor of the shape, dtype and device of a place, for those who judge by these."""
         value = self._of(at)
-        return torch.empty((), dtype=value.dtype, device=self.device).expand(value[:4])
+        return torch.empty(value.channels, dtype=value.dtype, device=self.device).expand(value[:4])
 
     def _resolved(self, at: Place) -> Place:
         return at._replace(value=self.names[at.value])

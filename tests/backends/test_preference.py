@@ -91,6 +91,16 @@ def test_pytorch_is_first_only_up_to_the_rows_that_were_measured(a_gpu):
     assert order(mlp._replace(shape=(256, 8, 8, 240)))[-1] == "reference"
 
 
+def test_the_numbers_of_wider_rows_than_were_measured():
+    mlp = calls(1, 3)["layer_norm_mlp"]._replace(shape=(7, 320))
+    assert order(mlp)[0] == "reference" and "rows of 240" in preference.measured(mlp)
+
+
+def test_an_inverted_residual_in_one_launch_is_predicted_to_be_first(a_gpu):
+    call = calls(1, 3)["layer_norm_mlp"]._replace(operator="inverted_residual")
+    assert order(call) == ("cuda", "triton", "reference")
+
+
 @pytest.mark.parametrize(
     "width, as_wide_as", [(16, 144), (64, 144), (144, 144), (145, 192), (200, 240), (240, 240), (512, 240)]
 )

@@ -100,10 +100,13 @@ def test_the_kernel_in_a_core_dump(part, said, kernel):
 
 def test_shares_of_the_warm_up_are_all_of_it(part):
     warm = part("warm")
-    everything = list(warm.units(["s", "xxs"], list(warm.DTYPES), "triton"))
+    everything = list(warm.units(["s", "xxs"], list(warm.DTYPES), "triton", networks=False))
     assert {unit.operator for unit in everything} == set(backends.operators("triton"))
     assert len(everything) == len(set(everything)) == 3 * 6 * len(backends.operators("triton"))
     assert {unit.dtype for unit in everything[: len(everything) // 3]} == {"bfloat16"}
+    more = [unit for unit in warm.units(["s", "xxs"], list(warm.DTYPES), "triton") if unit not in everything]
+    assert len(more) == len({unit.name for unit in more}) == 2 * 2 * 3  # networks, 16-bit dtypes, batches
+    warm.compile_network(more[-1]._replace(batch=1, size=32), "cpu")
 
 
 def test_a_unit_that_fails_does_not_end_the_warm_up(part, capsys, monkeypatch):

@@ -4,6 +4,7 @@ of several threads and streams do not meet in the buffers. tests/gates/interpret
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from types import SimpleNamespace
@@ -26,16 +27,20 @@ class Network:
     def __init__(self):
         self.runs = []
 
+    def settings(self):
+        return None, "half"
+
     def lowering(self, batch, size):
-        return SimpleNamespace(arena=8, result=(batch, *size, 3))
+        return SimpleNamespace(arena=8, result=(batch, *size, 3), any_image=True)
 
     def image(self, x, lowering):
         return x.permute(0, 2, 3, 1)
 
-    def run(self, image, result, arena):
+    def run(self, lowering, image, result, arena):
         self.runs.append(tuple(image.shape))
         time.sleep(0.002)
         result.copy_(2 * image)
+        return []
 
 
 class Event:
@@ -57,7 +62,11 @@ class Runtime(graphs.Runtime):
     device_type = "cpu"
 
     def __init__(self):
-        self.capturing, self.captured, self.log = False, 0, []
+        self.capturing, self.captured, self.log, self.devices = False, 0, [], []
+
+    def on(self, device):
+        self.devices.append(device)
+        return contextlib.nullcontext()
 
     def is_capturing(self):
         return self.capturing
@@ -99,6 +108,30 @@ def test_one_capture_then_replays(runtime):
         assert torch.equal(result, twice(factor * x)) and result.is_contiguous()  # each in memory of its own
     assert runtime.captured == 1 and len(network.runs) == 4
     assert runtime.log == ["made", "record", *["wait", "replay", "record"] * 3]
+
+
+def test_a_module_that_is_no_stem_reads_each_image(runtime):
+    """It wants channels-last maps, and the graph must not read a channels-last copy of the first call's."""
+
+    class Later(Network):
+        def lowering(self, batch, size):
+            return SimpleNamespace(arena=8, result=(batch, *size, 3), any_image=False)
+
+        def image(self, x, lowering):
+            return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+    replays = Graphs(network := Later(), CudaGraphs())
+    for x in (image(2, 3, 4, 5), image(2, 3, 4, 5), image(2, 3, 4, 5).to(memory_format=torch.channels_last)):
+        assert torch.equal(replays(x), twice(x)) and network.runs
+    assert runtime.captured == 1
+
+
+def test_all_is_asked_of_the_image_s_device(runtime):
+    """Events and streams are those of the current device."""
+    replays, x = Graphs(network := Network(), CudaGraphs()), image(1, 3, 2, 2)
+    for _ in range(2):
+        replays(x)
+    assert runtime.devices == [x.device] * 2 and network.runs
 
 
 def test_in_and_outside_of_inference_mode(runtime):

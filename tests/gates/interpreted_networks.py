@@ -4,6 +4,7 @@
 TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted_networks.py
 """
 
+import contextlib
 import copy
 import pickle
 
@@ -104,10 +105,10 @@ def own():
     float in it was NaN until it was written."""
     run = LaunchedNetwork.run
 
-    def run_in_nan(self, image, result, arena):
+    def run_in_nan(self, lowering, image, result, arena):
         arena.fill_(255)
         result.fill_(torch.nan)
-        run(self, image, result, arena)
+        return run(self, lowering, image, result, arena)
 
     frozen, x = mvit_kernels.freeze(models.build("own"), dtype=torch.bfloat16), models.images(1, 64, 64)
     with torch.inference_mode(), mvit_kernels.use_backend("triton"), pytest.MonkeyPatch.context() as patched:
@@ -175,9 +176,13 @@ def test_launches_of_s(s, monkeypatch):
         monkeypatch.setattr(backends, "plan_stack", lambda *a, **k: StackPlan.WHOLE)
         monkeypatch.setattr(backends, "choose", lambda call: "cuda")
         monkeypatch.setattr(lowering.Lowering, "_whole_transformer", lambda self, x, weights: None)
+        fused = lowering.Lowering(s._builder, s._weights, s.device, 256, (256, 256))
+        monkeypatch.setattr(lowering.Lowering, "_whole_inverted_residual", lambda *a: None)
         whole = lowering.Lowering(s._builder, s._weights, s.device, 256, (256, 256))
     assert len(by_operator) == 1 + 7 * 3 + 3 * 4 + (2 + 4 + 3) * 4 + 3 + 3
     assert len(whole.operations) == 1 + 7 * 3 + 3 * 5 + 3 <= 60
+    # Three inverted residuals write a part of the map that a block's fusion reads, which no operator can.
+    assert len(fused.operations) == len(whole.operations) - 4 * 2
     lives = whole.lives()
     most = max(
         sum(whole.values[value].bytes for value in whole.offsets if lives[value][0] <= at <= lives[value][1])
@@ -319,6 +324,9 @@ class FakeRuntime(graphs.Runtime):
     def __init__(self):
         self.captured, self.replays, self.capturing = 0, 0, False
 
+    def on(self, device):
+        return contextlib.nullcontext()
+
     def is_capturing(self):
         return self.capturing
 
@@ -375,3 +383,21 @@ def test_a_frozen_model_with_graphs(runtime):
 def test_graphs_want_a_native_call(runtime):
     with pytest.raises(ValueError, match="cuda_graph is for native calls, and there is none: .*kernel_size"):
         mvit_kernels.freeze(nn.Conv2d(3, 8, 5), cuda_graph=True)
+
+
+def test_a_backbone_is_one_call():
+    """Its last map: as many channels as the network says."""
+    with mvit_kernels.use_backend("triton"):
+        frozen = mvit_kernels.freeze(models.build("own", num_classes=0), dtype=torch.bfloat16)
+        call = vars(frozen)["_mvit_call"]
+    assert isinstance(call.network, LaunchedNetwork) and call.whole.channels == call.network.out_channels > 3
+
+
+def test_what_judges_by_a_stand_in_sees_adjacent_channels():
+    """A backend declines maps whose channels are not."""
+    module, draw = chain()
+    launched(module.to(torch.bfloat16), draw(1, 3, 16, 18))
+    with mvit_kernels.use_backend("triton"):
+        made = module._network.lowering(1, (16, 18))
+    at = next(at for operation in made.operations for at in operation.writes if at.channels > 8)
+    assert made._stand_in(at).stride() == (0, 0, 0, 1)

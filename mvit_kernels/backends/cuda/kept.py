@@ -48,11 +48,12 @@ class _Packed:
         """
         if stream is None or _capturing():
             return
-        if self.event is not None:
-            if self.event.query():
+        event = self.event  # another thread may find at the same time that it is over
+        if event is not None:
+            if event.query():
                 self.event = None
             else:
-                stream.wait_event(self.event)  # on the stream that packed it costs nothing
+                stream.wait_event(event)  # on the stream that packed it costs nothing
         if stream.cuda_stream not in self.streams:
             self.streams.add(stream.cuda_stream)
             _record_stream(self.data, stream)  # the allocator would give its memory away with the packing stream's work

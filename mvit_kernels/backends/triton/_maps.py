@@ -83,11 +83,13 @@ def in_units(x: Tensor | None, vector: int) -> tuple[int, int, int]:
 
 
 def is_wide(pixels: int, *maps: Tensor | None) -> bool:
-    """Whether offsets inside a tile of so many pixels, from the image where it begins, need 64 bits."""
+    """Whether offsets inside a tile of so many pixels, of the map that has the fewest, need 64 bits, from the image
+    where it begins."""
+    fewest = min(max(x.shape[1] * x.shape[2], 1) for x in maps if x is not None)
     for x in maps:
         if x is not None:
             SB, SH, SW = strides_of(x)
-            images = pixels // max(x.shape[1] * x.shape[2], 1) + 1
+            images = pixels // fewest + 1
             if images * SB + (x.shape[1] + 2) * SH + (x.shape[2] + 2) * SW + x.shape[3] >= 2**31:
                 return True
     return False

@@ -303,7 +303,7 @@ class _Schedule(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _schedule(device, dtype, norm_dtype, kind, arch, rows, shapes) -> _Schedule:
+def _schedule(device, dtype, norm_dtypes, kind, arch, rows, shapes) -> _Schedule:
     """`shapes`: (N, K) of each of the four products; (0, 0) for an absent one."""
     BN, BK, BM, warps, stages = _WEIGHT_TILES[kind]
     if kind == "half" and arch >= 120:
@@ -321,18 +321,18 @@ def _schedule(device, dtype, norm_dtype, kind, arch, rows, shapes) -> _Schedule:
             sum_blocks += ceil_div(size, _BLOCK)
     flat = tuple(side for shape in shapes for side in shape)
     constants = (*flat, BN, BK, BM, "ieee" if kind == "ieee" else "tf32")
-    products = _weight_plan(device, dtype, norm_dtype, constants, warps, stages)
-    sum_parts = _sum_plan(device, dtype, norm_dtype, (*flat, BN, _BLOCK))
+    products = _weight_plan(device, dtype, norm_dtypes, constants, warps, stages)
+    sum_parts = _sum_plan(device, dtype, norm_dtypes, (*flat, BN, _BLOCK))
     return _Schedule(products, (tiles, parts), part_rows, numbers, sum_parts, sum_blocks)
 
 
 @lru_cache(maxsize=1024)  # one plan for any number of rows
-def _weight_plan(device, dtype, norm_dtype, constants, warps, stages):
+def _weight_plan(device, dtype, norm_dtypes, constants, warps, stages):
     return Plan(_weight_gradients, constants, num_warps=warps, num_stages=stages)
 
 
 @lru_cache(maxsize=1024)
-def _sum_plan(device, dtype, norm_dtype, constants):
+def _sum_plan(device, dtype, norm_dtypes, constants):
     return Plan(_sum_parts, constants, num_warps=4, num_stages=2)
 
 
@@ -350,7 +350,7 @@ def weight_gradients(rows: int, *products: Product) -> list[Gradients]:
     for product in products:
         first = 0 if product.norm else 1
         slots[first if slots[first] is None else first + 2] = product
-    results, inputs, outs, norm_dtype = {}, [], [], None
+    results, inputs, outs, norm_dtypes = {}, [], [], []
     for slot, product in enumerate(slots):
         if product is None:
             inputs += [None] * (2 if slot % 2 else 7)
@@ -360,14 +360,17 @@ def weight_gradients(rows: int, *products: Product) -> list[Gradients]:
         of_linear, of_norm = (torch.empty_like(weight), weight.new_empty(weight.shape[:1])), ()
         inputs += [grad, x]
         if norm:
-            of_norm, norm_dtype = (torch.empty_like(norm.weight), torch.empty_like(norm.bias)), norm.weight.dtype
+            of_norm = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+            norm_dtypes += [slot, norm.weight.dtype, norm.bias.dtype]
             inputs += [norm.mean, norm.rstd, weight, norm.weight, norm.bias]
         outs += [*of_linear, *of_norm]
         results[id(product)] = Gradients(of_linear, of_norm)
     if rows:
         x = products[0].x
         shapes = tuple((0, 0) if p is None else tuple(p.weight.shape) for p in slots)
-        schedule = _schedule(x.get_device(), x.dtype, norm_dtype, kind_of(x.dtype), architecture(x), rows, shapes)
+        schedule = _schedule(
+            x.get_device(), x.dtype, tuple(norm_dtypes), kind_of(x.dtype), architecture(x), rows, shapes
+        )
         sums = torch.empty(schedule.numbers, dtype=torch.float32, device=x.device)
         schedule.products(schedule.grid, (sums, *inputs), (rows, schedule.part_rows))
         schedule.sum_parts((schedule.blocks,), (sums, *outs), (schedule.grid[1],))
@@ -385,5 +388,5 @@ def add_columns(sums: Tensor, parts: int, *outs: Tensor) -> None:
     weight of one with a single input.
     """
     K = outs[0].numel()
-    plan = _sum_plan(sums.get_device(), None, outs[0].dtype, (0, 0, K, 1, 0, 0, 0, 0, 1, _BLOCK))
+    plan = _sum_plan(sums.get_device(), None, tuple(out.dtype for out in outs), (0, 0, K, 1, 0, 0, 0, 0, 1, _BLOCK))
     plan((2 * ceil_div(K, _BLOCK),), (sums, *[None] * 4, *outs, *[None] * 6), (parts,))

@@ -143,7 +143,7 @@ def _convolution(
         ih = top[None, :] + (kh * DILATION)[:, None]
         iw = left[None, :] + (kw * DILATION)[:, None]
         inside = kept[None, :] & (k < TAPS)[:, None] & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-        k_steps = kh * DILATION * XH + kw * DILATION * XW + (k - tap * C) * XC
+        k_steps = kh * DILATION * XH + kw * DILATION * XW + (k - tap * C).to(x_steps.dtype) * XC
         taps = tl.load(x + k_steps[:, None] + x_steps[None, :], mask=inside, other=0.0)
         a = tl.trans(taps.to(weight.dtype.element_ty))
         w_steps = kh * WH + kw * WW + (k - tap * C)
@@ -352,7 +352,7 @@ def launch(
     tile = tile_of(kind, kernel, stem, pixels, C, N)
     is_flat = kernel == 1 and stride == 1 and not stem and flat(x, out, residual)
     vector = vector_of(None if stem else x, residual, out)
-    wide = is_wide(tile[0], x, out, residual)
+    wide = is_wide(tile[0], x, out, residual) or C * x.stride(3) >= 2**31
     sides = (0, 0, 0, 0) if is_flat else (H, W, *shape[1:3])
     geometry = (C, N, kernel, stride, dilation, *sides, *kernel_strides(weight), is_flat, wide, vector, stem)
     if is_flat:

@@ -131,7 +131,7 @@ def _plan(kernel, device, dtype, norm_dtype, K):
 
 def launch(x, norm_weight, norm_bias, out, mean, rstd, eps) -> Launch:
     """Prepare ``out = LN(x)`` with its `mean` and `rstd`, of contiguous tensors; `out` may be x itself."""
-    plan, BM = _plan(_forward, x.get_device(), x.dtype, norm_weight.dtype, x.shape[-1])
+    plan, BM = _plan(_forward, x.get_device(), x.dtype, (norm_weight.dtype, norm_bias.dtype), x.shape[-1])
     rows = mean.numel()
     return Launch(plan, (ceil_div(rows, BM),), (x, norm_weight, norm_bias, out, mean, rstd), (rows, eps))
 

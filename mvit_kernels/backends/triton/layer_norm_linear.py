@@ -120,7 +120,7 @@ def launch(
     plan, BM, tiles = _plan(
         x.get_device(),
         x.dtype,
-        norm_weight.dtype,
+        (norm_weight.dtype, norm_bias.dtype),
         kind_of(x.dtype),
         architecture(x),
         K,

@@ -181,15 +181,16 @@ def _hidden_plan(device, dtype, norm_dtype, kind, arch, K, HIDDEN):
     return plan, BM, ceil_div(HIDDEN, BH)
 
 
-def _key(x, norm_weight, fc1_weight):
-    return x.get_device(), x.dtype, norm_weight.dtype, kind_of(x.dtype), architecture(x), *reversed(fc1_weight.shape)
+def _key(x, norm_weight, norm_bias, fc1_weight):
+    norm = norm_weight.dtype, norm_bias.dtype
+    return x.get_device(), x.dtype, norm, kind_of(x.dtype), architecture(x), *reversed(fc1_weight.shape)
 
 
 def launch(
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, mean, rstd, eps, drop: Dropped = NOTHING
 ) -> Launch:
     """Prepare ``out = x + fc2(silu(fc1(LN(x))))`` with its `mean` and `rstd`, of contiguous tensors."""
-    plan, BM = _plan(*_key(x, norm_weight, fc1_weight), drop.constants)
+    plan, BM = _plan(*_key(x, norm_weight, norm_bias, fc1_weight), drop.constants)
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, drop.seed, out, mean, rstd)
     rows = mean.numel()
     return Launch(plan, (ceil_div(rows, BM),), tensors, (rows, eps, *drop.scalars))
@@ -215,7 +216,7 @@ def hidden_gradient(grad, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1
     hidden = x.new_empty((rows, fc1_weight.shape[0]))
     grad_hidden = torch.empty_like(hidden)
     if rows:
-        plan, BM, tiles = _hidden_plan(*_key(x, norm_weight, fc1_weight))
+        plan, BM, tiles = _hidden_plan(*_key(x, norm_weight, norm_bias, fc1_weight))
         inputs = (grad, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
         plan((ceil_div(rows, BM), tiles), (*inputs, hidden, grad_hidden), (rows,))
     return hidden, grad_hidden

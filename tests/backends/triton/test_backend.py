@@ -6,6 +6,7 @@ What the compiler makes of the kernels is tested in test_compile.py. On a GPU th
 """
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -245,6 +246,35 @@ def test_profiler_hooks_are_noticed():
         assert launch._profiled()
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
+
+
+@pytest.mark.parametrize("operator", ["layer_norm", "layer_norm_linear", "layer_norm_mlp"])
+def test_a_layer_norm_of_two_dtypes_shares_no_plan(operator):
+    """A kernel that was compiled for a bias in bfloat16 reads one in float32 as twice as many wrong numbers."""
+    pytest.importorskip("mvit_kernels.backends.triton._launch", reason="Triton is not installed")
+    module = importlib.import_module(f"mvit_kernels.backends.triton.{operator}")
+    launch = importlib.import_module("mvit_kernels.backends.triton._launch")
+
+    def plans(weight, bias):
+        def of(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        x, norm, rows = of(64, 24), (of(24, dtype=weight), of(24, dtype=bias)), of(64, dtype=torch.float32)
+        linear = (of(48, 24), of(48))
+        with launch.watching(90) as launches:
+            if operator == "layer_norm":
+                module.forward(x, *norm, 1e-5)
+                module.backward(x, x, rows, rows, norm[0])
+            elif operator == "layer_norm_linear":
+                module.forward(x, *norm, *linear, 1e-5, "")
+                module.backward(of(64, 48), x, rows, rows, *norm, *linear, "")
+            else:
+                module.forward(x, *norm, *linear, of(24, 48), of(24), 1e-5)
+                module.backward(x, x, rows, rows, *norm, *linear, of(24, 48))
+        return {id(each.plan) for each in launches if any(t is norm[1] for t in each.tensors)}
+
+    same, mixed = plans(torch.bfloat16, torch.bfloat16), plans(torch.bfloat16, torch.float32)
+    assert same and mixed and not same & mixed
 
 
 def test_kinds_of_calls_share_no_plan():

@@ -33,6 +33,7 @@ def gpu(monkeypatch):
     active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(_launch, "_profiled", lambda: False)
+    monkeypatch.setattr(_launch, "_architecture", lambda device: 80)
 
 
 def memory() -> prepared.Memory:
