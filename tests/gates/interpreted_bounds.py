@@ -13,8 +13,8 @@ linear_residual = pytest.importorskip("mvit_kernels.backends.triton.linear_resid
 def test_accesses_are_checked_against_the_tensors():
     """A kernel that is told of more rows than there are reads and writes past their end, also inside of a storage."""
     x, weight, out = torch.zeros(70, 24), torch.zeros(8, 24), torch.zeros(70, 8)
-    linear_residual.product(x, weight, None, None, out, 70, transposed=True)
+    linear_residual.product(x, weight, None, None, out, 70, transposed=True).run()
     with pytest.raises(Exception, match="a load of 4 bytes outside of the launch.*\\+0 bytes from the end"):
-        linear_residual.product(x[:64], weight, None, None, out, 70, transposed=True)
+        linear_residual.product(x[:64], weight, None, None, out, 70, transposed=True).run()
     with pytest.raises(Exception, match="a store of 4 bytes outside of the launch.*8 lanes"):
-        linear_residual.product(x, weight, None, None, out[:69], 70, transposed=True)
+        linear_residual.product(x, weight, None, None, out[:69], 70, transposed=True).run()

@@ -13,7 +13,7 @@ import torch
 
 import mvit_kernels
 from mvit_kernels import backends
-from mvit_kernels.backends import cuda, gpu, library
+from mvit_kernels.backends import cuda, gpu, library, preference
 from mvit_kernels.backends.cuda import inverted_residual, kept, packing, plans, transformer
 from mvit_kernels.nn import MobileViT
 from mvit_kernels.ops import transformer_on_map
@@ -337,6 +337,7 @@ def test_few_sequences_go_operator_by_operator(emulated, monkeypatch):
     """When one launch would leave most of a GPU idle and the operators have kernels of their own."""
     load_operators()
     monkeypatch.setattr(cuda.BACKEND, "device_type", "cpu")
+    monkeypatch.setattr(cuda, "one_launch_pays", preference.one_launch_pays)  # which `emulated` says always
     tensors, settings = make(OP, dict(shape=(1, 16, 16, 64), heads=4, patch=(2, 2), layers=1))
     low = structured(OP, convert(tensors, torch.bfloat16))
     x = low.pop("x").permute(0, 3, 1, 2)
