@@ -50,13 +50,14 @@ def test_operands_from_a_register_that_nothing_writes(attention):
     ("before", "after", "where"),
     [
         ("[R64+UR18+0x1800], R8", "[R64+UR18+0x3000], R8", "shared memory at 0x700, STS.128"),
+        ("[R64+UR18+0x1800], R8", "[R64+UR18-0x100], R8", "shared memory at 0x700, STS.128"),
         ("UR5, UR18, 0x2000, URZ", "UR5, UR18, 0x2c00, URZ", "shared memory at 0x840, HGMMA"),
         ("UIMAD.WIDE.U32 UR4, UR19, 0x48000, URZ", "UIMAD.WIDE.U32 UR4, UR19, 0x49000, URZ", "global memory at 0x460"),
         ("LDG.E.128 R24, desc[UR22][R24.64]", "LDG.E.128 R24, desc[UR22][R24.64-0x4000]", "global memory at 0x460"),
     ],
 )
 def test_planted_mistakes_are_found(attention, before, after, where):
-    """A store and an operand past the end of shared memory, images too far apart, a row before the first."""
+    """A store behind shared memory and before it, an operand behind it, images too far apart, a row too early."""
     assert before in RIGHT
     lines = addresses.outside(code_of(RIGHT.replace(before, after)), attention, SHARED)
     assert any(line.startswith(where) for line in lines), lines
@@ -69,6 +70,27 @@ def test_tensors_and_shared_memory_that_are_too_small(attention):
     fewer = attention._replace(tensors=(qkv, out, logsumexp[:, :, :, :63]))
     assert any("STG" in line for line in addresses.outside(code_of(RIGHT), fewer, SHARED))
     assert any("shared" in line for line in addresses.outside(code_of(RIGHT), attention, SHARED - 16))
+
+
+@pytest.mark.parametrize(("columns", "size"), [(64, 0x3000 + 0x400), (128, 0x8000 + 0x3000 + 0x400)])
+def test_a_transposed_operand_is_as_wide_as_the_product(columns, size):
+    """Rows of 128 bytes have 64 of its columns; the next 64 are the leading offset away, 0x8000 bytes. Its sixteen
+    rows are two groups of eight, 0x3000 bytes apart, and a group takes 0x400."""
+    low, high = 0x8000 >> 4 << 16 | 0x400 >> 4, 1 << 30 | 0x3000 >> 4
+    lines = (
+        f"UMOV UR6, {low:#x}",
+        f"UMOV UR7, {high:#x}",
+        f"HGMMA.64x{columns}x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, R24",
+    )
+    block = Block(
+        code_of("\n".join(f" /*{16 * at:04x}*/ {line} ;" for at, line in enumerate(lines))),
+        128,
+        bytes(0x1000),
+        (0, 0, 0),
+    )
+    block.run()
+    (access,) = block.accesses
+    assert (access.address[0], access.size[0]) == (0x400, size)
 
 
 def test_what_is_not_known_is_said():

@@ -2,6 +2,7 @@
 """Launches that are prepared once: the addresses that they run with, and the compiled kernel that they find. They run
 with real kernels in tests/gates/interpreted_networks.py."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,22 @@ def test_the_first_run_has_tensors_and_later_ones_addresses():
         addresses = image, arena + 256 + 2 * 2, weight.data_ptr(), None, result
         assert kernel.quick.pop() == (5, 2, 1, "stream of -1", "f", "m", None, None, None, *addresses, 7, 0.5, 64, True)
     assert len(kernel.slow) == 1
+
+
+def test_the_first_run_compiles_with_a_sound_assembler(monkeypatch):
+    """As every other launch: with the options that keep what it assembled apart from what Triton did by itself."""
+    asked = []
+
+    @contextlib.contextmanager
+    def sound(architecture):
+        asked.append(architecture)
+        yield {"ptx_options": "marked"}
+
+    monkeypatch.setattr(_launch.assembler, "sound", sound)
+    monkeypatch.setattr(_launch, "_architecture", lambda device: 90)
+    kernel, first = Kernel(), memory()
+    prepared.run([step_of(first, kernel)[0]], first)
+    assert asked == [90] and kernel.slow[0][2]["ptx_options"] == "marked"
 
 
 def test_no_tensor_of_the_first_call_is_kept():
