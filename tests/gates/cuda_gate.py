@@ -11,7 +11,6 @@ the listing has, and how many integer divisions and accesses to the stack its lo
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import re
 import shutil
@@ -103,8 +102,7 @@ def main() -> None:
         done = list(pool.map(lambda job: rows(compiled(*job), job[1], nvcc), work))
     found = {(row["kernel"], row["arch"]): row for some in done for row in some}
     if arguments.only and not arguments.dry:  # the other kernels' rows stay
-        with TABLE.open(newline="") as file:
-            found = {(row["kernel"], int(row["arch"])): row for row in csv.DictReader(file)} | found
+        found = {(row["kernel"], row["arch"]): row for row in table.committed(TABLE)} | found
     table.publish((found[key] for key in sorted(found)), TABLE, COLUMNS, dry=arguments.dry)
 
 

@@ -12,7 +12,6 @@ way: an access outside of its tensors, a race or a deadlock ends the run.
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections import Counter
@@ -97,18 +96,12 @@ def rows(case: str, only: str = "") -> Iterator[dict[str, object]]:
         yield row | {name: counts[name] for name in CLASSES} | {"triton": re.match(r"[\d.]+", triton.__version__)[0]}
 
 
-def committed() -> list[dict[str, str]]:
-    """The rows that the table has."""
-    with TABLE.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     parser = table.parser(__doc__, (ARCH,))
     parser.add_argument("--case", nargs="*", default=["small", *CASES])
     parser.add_argument("--only", default="", help="of kernels that have this in their name")
     arguments = parser.parse_args()
-    found = [] if arguments.dry else [row for row in committed() if row["case"] not in arguments.case]
+    found = [] if arguments.dry else [row for row in table.committed(TABLE) if row["case"] not in arguments.case]
     for case in arguments.case:
         for row in rows(case, arguments.only):
             print(*row.values(), sep=" | ", file=sys.stderr, flush=True)

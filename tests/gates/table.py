@@ -21,6 +21,12 @@ def parser(description: str, architectures: Sequence[int]) -> argparse.ArgumentP
     return arguments
 
 
+def committed(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table, numbers as such."""
+    with path.open(newline="") as file:
+        return [{k: int(v) if v.isdecimal() else v for k, v in row.items()} for row in csv.DictReader(file)]
+
+
 def publish(rows: Iterable[Mapping[str, Any]], path: Path, columns: Sequence[str], *, dry: bool) -> None:
     """Print `rows`, or write them to `path`."""
     rows = list(rows)

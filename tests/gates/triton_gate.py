@@ -16,9 +16,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -222,6 +223,28 @@ def rows(arch: int, only: set[str] | None = None, share: tuple[int, int] = (0, 1
     i-th."""
     wanted = [pair for pair in different(arch) if not only or any(part in pair[0]["kernel"] for part in only)]
     return [row | build(launch, arch) for row, launch in wanted[share[0] :: share[1]]]
+
+
+def judge_limits(row: dict[str, Any]) -> str:
+    """What every compiled kernel keeps: no spills, and no more shared memory than a block may have.
+
+    Returns:
+        The kernel's name for messages.
+    """
+    name = f"{row['kernel']} {row['dtype']} on sm_{row['arch']}: {row['tile']}"
+    assert row["stack"] == 0, f"{name} spills: {row['stack']} bytes of stack"
+    assert row["shared"] <= SHARED_LIMIT[row["arch"]], f"{name} does not launch: {row['shared']} bytes of shared memory"
+    return name
+
+
+def judge_plans(planned: Iterable[dict[str, Any]], committed: Iterable[dict[str, Any]]) -> None:
+    """That a table's rows of an architecture are of the launches that are planned today, each once."""
+    columns = ("case", "kernel", "dtype", "tile", "arch")
+
+    def count(rows: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
+        return sorted(tuple(str(row[name]) for name in columns) for row in rows)
+
+    assert count(planned) == count(committed), "run `make gate` and look at the table's diff"
 
 
 def sort_key(row: dict[str, object]) -> tuple:

@@ -5,25 +5,18 @@
 its diff). Here the whole table is judged; and where the CUDA library was built, its contents are compared with it.
 """
 
-import csv
 import json
 
 import pytest
 
-from gates import sass
+from gates import sass, table
 from gates.cuda_gate import ARCHITECTURES, TABLE, listed, readable, tool, usage
 from mvit_kernels.backends import library
 
 LIBRARY = library.LIBRARY_DIRECTORY / "libmvit_kernels_cuda.so"
 
 
-def _committed():
-    with TABLE.open(newline="") as file:
-        numbers = ("arch", "registers", "stack", "shared", "mma", "divisions", "spilled")
-        return [row | {name: int(row[name]) for name in numbers} for row in csv.DictReader(file)]
-
-
-COMMITTED = _committed()
+COMMITTED = table.committed(TABLE)
 # Bytes of stack, and accesses to them in loops, by rows and heads and architecture, in kernels that use all of 255
 # registers: at 192 the accumulators of 32 rows are 192 of them. On sm_90 it is one value, read while rows are written.
 DECLARED = {

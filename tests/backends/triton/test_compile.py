@@ -7,22 +7,22 @@ hour; another Triton shows up as its diff). Here the whole table is judged, and 
 launch today; a few of its rows, the largest tiles of each kernel, are compiled again.
 """
 
-import csv
 import re
 
 import pytest
 import torch
 
-from gates import addresses, machine_code
+from gates import addresses, machine_code, table
 from gates.triton_gate import (
     ARCHITECTURES,
-    SHARED_LIMIT,
     TABLE,
     build,
     compiled_for,
     describe,
     different,
     float32_operations,
+    judge_limits,
+    judge_plans,
     map_of,
     stage,
 )
@@ -33,13 +33,7 @@ if backend.target.INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1: kernels are not compiled in this process", allow_module_level=True)
 
 
-def _committed():
-    with TABLE.open(newline="") as file:
-        numbers = ("arch", "registers", "stack", "shared", "async_copies")
-        return [row | {name: int(row[name]) for name in numbers} for row in csv.DictReader(file)]
-
-
-COMMITTED = _committed()
+COMMITTED = table.committed(TABLE)
 
 
 WITHOUT_PRODUCTS = ("_weight_gradients._sum_parts", "_dropout._drop", "layer_norm._forward", "layer_norm._backward")
@@ -54,9 +48,7 @@ WITHOUT_PRODUCTS += tuple(
 
 def judge(row):
     """The rules that every compiled kernel keeps."""
-    name = f"{row['kernel']} {row['dtype']} on sm_{row['arch']}: {row['tile']}"
-    assert row["stack"] == 0, f"{name} spills: {row['stack']} bytes of stack"
-    assert row["shared"] <= SHARED_LIMIT[row["arch"]], f"{name} does not launch: {row['shared']} bytes of shared memory"
+    name = judge_limits(row)
     if row["kernel"] in WITHOUT_PRODUCTS:
         return
     if "ieee" in row["dtype"]:
@@ -82,14 +74,7 @@ def test_large_products_are_hopper_s_own(kernel):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_table_is_of_what_would_be_launched(arch):
     """A change of tiles, of the plan, or of a kernel's constants needs a new table."""
-    columns = ("case", "kernel", "dtype", "tile", "arch")
-    planned = [row for row, _ in different(arch)]
-    committed = [{name: row[name] for name in columns} for row in COMMITTED if row["arch"] == arch]
-
-    def count(rows):
-        return sorted(tuple(map(str, row.values())) for row in rows)
-
-    assert count(planned) == count(committed), "run `make gate` and look at the table's diff"
+    judge_plans((row for row, _ in different(arch)), (row for row in COMMITTED if row["arch"] == arch))
 
 
 AGAIN = [

@@ -4,12 +4,11 @@
 ``data/triton_networks.csv`` has every convolution of xxs, xs and s; ``make gate`` rewrites it.
 """
 
-import csv
-
 import pytest
 import torch
 
-from gates.triton_gate import ARCHITECTURES, SHARED_LIMIT, build, describe
+from gates import table
+from gates.triton_gate import ARCHITECTURES, build, describe, judge_limits, judge_plans
 from gates.triton_networks import TABLE, different, launch_of, layers
 from mvit_kernels.backends import triton as backend
 
@@ -18,19 +17,11 @@ if backend.target.INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1: kernels are not compiled in this process", allow_module_level=True)
 
 
-def _committed():
-    with TABLE.open(newline="") as file:
-        numbers = ("arch", "registers", "stack", "shared", "async_copies")
-        return [row | {name: int(row[name]) for name in numbers} for row in csv.DictReader(file)]
-
-
-COMMITTED = _committed()
+COMMITTED = table.committed(TABLE)
 
 
 def judge(row):
-    name = f"{row['kernel']} {row['dtype']} on sm_{row['arch']}: {row['tile']}"
-    assert row["stack"] == 0, f"{name} spills: {row['stack']} bytes of stack"
-    assert row["shared"] <= SHARED_LIMIT[row["arch"]], f"{name} does not launch: {row['shared']} bytes of shared memory"
+    name = judge_limits(row)
     if row["kernel"] != "convolution._convolution" or "ieee" in row["dtype"]:
         assert row["mma"] == "none", f"{name} rounds float32 to TF32"
     elif row["arch"] == 90 and any(f"BM={pixels} " in row["tile"] for pixels in (64, 128)):
@@ -53,14 +44,7 @@ def test_larger_filters_copy_while_they_multiply():
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_table_is_of_what_would_be_launched(arch):
-    columns = ("case", "kernel", "dtype", "tile", "arch")
-    planned = [row for row, _ in different(arch)]
-    committed = [{name: row[name] for name in columns} for row in COMMITTED if row["arch"] == arch]
-
-    def count(rows):
-        return sorted(tuple(map(str, row.values())) for row in rows)
-
-    assert count(planned) == count(committed), "run `make gate` and look at the table's diff"
+    judge_plans((row for row, _ in different(arch)), (row for row in COMMITTED if row["arch"] == arch))
 
 
 AGAIN = [
