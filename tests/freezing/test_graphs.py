@@ -4,7 +4,6 @@ of several threads and streams do not meet in the buffers. tests/gates/interpret
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import mvit_kernels
 from mvit_kernels import CudaGraphs
 from mvit_kernels.freezing import graphs
 from mvit_kernels.freezing.graphs import Graphs, checked
+from support.cuda_graphs import Runtime
 
 
 class Network:
@@ -41,48 +41,6 @@ class Network:
         time.sleep(0.002)
         result.copy_(2 * image)
         return []
-
-
-class Event:
-    def __init__(self, log):
-        self.log = log
-        log.append("made")
-
-    def record(self):
-        self.log.append("record")
-
-    def wait(self):
-        self.log.append("wait")
-
-    def synchronize(self):
-        self.log.append("synchronize")
-
-
-class Runtime(graphs.Runtime):
-    device_type = "cpu"
-
-    def __init__(self):
-        self.capturing, self.captured, self.log, self.devices = False, 0, [], []
-
-    def on(self, device):
-        self.devices.append(device)
-        return contextlib.nullcontext()
-
-    def is_capturing(self):
-        return self.capturing
-
-    def capture(self, call, device):
-        self.captured += 1
-        call()
-
-        def replay():
-            self.log.append("replay")
-            call()
-
-        return replay
-
-    def event(self):
-        return Event(self.log)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted_networks.py
 """
 
-import contextlib
 import copy
 import pickle
 
@@ -23,6 +22,7 @@ from mvit_kernels.freezing.launched import LaunchedNetwork
 from mvit_kernels.freezing.modules import FrozenSequential
 from mvit_kernels.freezing.native import kind_on
 from support import models
+from support.cuda_graphs import Runtime
 from support.networks import Draw, chain, composed
 from support.tolerance import assert_close_as_pytorch
 
@@ -316,42 +316,9 @@ def test_a_stack_that_no_kernel_takes():
 # -------------------------------------------------------------------------------------------------------------- graphs
 
 
-class FakeRuntime(graphs.Runtime):
-    """Captures by keeping the call, and replays it."""
-
-    device_type = "cpu"
-
-    def __init__(self):
-        self.captured, self.replays, self.capturing = 0, 0, False
-
-    def on(self, device):
-        return contextlib.nullcontext()
-
-    def is_capturing(self):
-        return self.capturing
-
-    def capture(self, call, device):
-        self.captured += 1
-        call()
-
-        def replay():
-            self.replays += 1
-            call()
-
-        return replay
-
-    def event(self):
-        class Event:
-            def record(self): ...
-            def wait(self): ...
-            def synchronize(self): ...
-
-        return Event()
-
-
 @pytest.fixture
 def runtime(monkeypatch):
-    fake = FakeRuntime()
+    fake = Runtime()
     monkeypatch.setattr(graphs, "runtime", fake)
     return fake
 

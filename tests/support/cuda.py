@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from torch import Tensor
 from mvit_kernels import backends
 from mvit_kernels.backends import cuda
 from mvit_kernels.backends.cuda import transformer
+from support.cases import Tensors, call, convert, make
 from support.emulation import Driver, load_operators
+from support.tolerance import assert_close_as_pytorch
 
 
 def run(
@@ -26,6 +29,25 @@ def run(
     if x.numel():
         driver.forward(seed, x, out, packed, x.dtype == torch.float16, *sizes, float(eps), *plan, writes=[out])
     return out
+
+
+def check_launch(
+    operator: str,
+    launched: Callable[..., Tensor],
+    driver: Driver,
+    sizes: dict[str, Any],
+    dtype: torch.dtype,
+    change: Callable[[Tensors], None] | None = None,
+    **how: Any,
+) -> None:
+    """Hold what `launched` computes of a case against float64. `change` is applied to the tensors first."""
+    tensors, settings = make(operator, sizes)
+    if change is not None:
+        change(tensors)
+    low = convert(tensors, dtype)
+    ours = launched(driver, sizes, dtype, tensors=tensors, **how)
+    truth = call(operator, convert(low, torch.float64), settings, "oracle")
+    assert_close_as_pytorch(str(sizes), ours, call(operator, low, settings, "usual"), truth)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,12 @@ def check_shape(function: str, name: str, x: Tensor, shape: tuple[int, ...], why
         raise ValueError(f"{function}: {name} has shape {tuple(x.shape)}; {shape} is wanted, {why}")
 
 
+def check_activation(function: str, activation: str | None) -> None:
+    """Raise ValueError if `activated` does not know the activation."""
+    if activation not in (None, "silu", "relu"):
+        raise ValueError(f"{function}: activation is {activation!r}; 'silu', 'relu' or None is wanted")
+
+
 def strides_of(x: Tensor) -> tuple[int, int, int]:
     """Elements from one image, row and column to the next; 0 along an axis of one, where PyTorch leaves any number."""
     return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))

@@ -20,6 +20,7 @@ from . import _rows
 from ._launch import Launch, Plan, architecture, ceil_div, kind_of, next_power_of_2
 from ._maps import (
     activated,
+    check_activation,
     check_map,
     check_shape,
     device_key,
@@ -35,7 +36,6 @@ from ._maps import (
 from ._parts import parts_of, zero_parts
 
 NAME = "convolution"
-ACTIVATIONS = (None, "silu", "relu")
 _STRIDES = ["M", "XB", "XH", "XW", "XC", "OB", "OH", "OW", "RB", "RH", "RW"]
 
 
@@ -289,7 +289,6 @@ def _plan(key, arch, kind, tile, geometry, activation):
 
 def packed(weight: Tensor) -> Tensor:
     """The weight (out, in, k, k) as the kernel wants it: channels-last, as `FrozenConv2d` keeps it."""
-    out, channels, kh, kw = weight.shape
     return weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -339,8 +338,7 @@ def launch(
         )
     if C > 1 and weight.stride(1) != 1:
         raise ValueError(f"{NAME}: weight is not channels-last in memory; give packed(weight)")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{NAME}: activation is {activation!r}; 'silu', 'relu' or None is wanted")
+    check_activation(NAME, activation)
     shape = (B, out_size(H, stride), out_size(W, stride), N)
     check_shape(NAME, "out", out, shape, f"for x of {tuple(x.shape)}, {N} output channels and stride {stride}")
     check_shape(NAME, "bias", bias, (N,), "one value for each output channel")

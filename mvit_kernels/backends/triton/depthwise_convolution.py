@@ -17,10 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Launch, Plan, architecture, ceil_div, kind_of
-from ._maps import activated, check_map, check_shape, device_key, in_units, is_wide, out_size, vector_of
+from ._maps import (
+    activated,
+    check_activation,
+    check_map,
+    check_shape,
+    device_key,
+    in_units,
+    is_wide,
+    kernel_strides,
+    out_size,
+    vector_of,
+)
 
 NAME = "depthwise_convolution"
-ACTIVATIONS = (None, "silu", "relu")
 _SIZES = ["H", "W", "HEIGHT", "WIDTH", "XB", "XH", "XW", "OB", "OH", "OW"]
 
 
@@ -156,8 +166,7 @@ def launch(
     B, H, W, C = x.shape
     check_shape(NAME, "weight", weight, (C, 1, 3, 3), "one 3 × 3 filter for each channel of x")
     check_shape(NAME, "bias", bias, (C,), "one value for each channel")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{NAME}: activation is {activation!r}; 'silu', 'relu' or None is wanted")
+    check_activation(NAME, activation)
     height, width = out_size(H, stride), out_size(W, stride)
     check_shape(NAME, "out", out, (B, height, width, C), f"for x of {tuple(x.shape)} and stride {stride}")
     kind_of(x.dtype)
@@ -169,8 +178,7 @@ def launch(
         if grid >= _PROGRAMS:
             break
     wide = is_wide(groups, x, out)
-    strides = weight.stride(0), weight.stride(2), weight.stride(3)
-    geometry = (C, stride, dilation, *strides, wide, vector)
+    geometry = (C, stride, dilation, *kernel_strides(weight), wide, vector)
     tensors = (x, weight, bias, out)
     plan = _plan(device_key(*tensors), architecture(x), geometry, rows, groups, tile[2], activation or "")
     return Launch(plan, (grid,), tensors, (H, W, height, width, *in_units(x, vector), *in_units(out, vector)))

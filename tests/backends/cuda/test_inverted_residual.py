@@ -3,6 +3,7 @@
 what decides about a call, the binding, and frozen blocks. What only a GPU shows (rounding inside tensor cores, time) is
 not tested here; where there is one, the operators' own tests run on path ``cuda``."""
 
+import functools
 import gc
 
 import pytest
@@ -16,7 +17,7 @@ from mvit_kernels.nn import MobileViT
 from mvit_kernels.nn.layers import InvertedResidual
 from mvit_kernels.ops.inverted_residual import inverted_residual_call
 from support.cases import call, convert, make
-from support.cuda import preferred
+from support.cuda import check_launch, preferred
 from support.emulation import Driver, EmulationFault
 from support.layouts import LAYOUTS, lay_out
 from support.tolerance import assert_close_as_pytorch
@@ -53,15 +54,7 @@ def launched(driver, sizes, dtype, tensors=None, seed=0, small=False):
     return y
 
 
-def check(driver, sizes, dtype, change=None, **how):
-    """`change` is applied to the tensors first."""
-    tensors, settings = make(OP, sizes)
-    if change is not None:
-        change(tensors)
-    low = convert(tensors, dtype)
-    ours = launched(driver, sizes, dtype, tensors=tensors, **how)
-    truth = call(OP, convert(low, torch.float64), settings, "oracle")
-    assert_close_as_pytorch(str(sizes), ours, call(OP, low, settings, "usual"), truth)
+check = functools.partial(check_launch, OP, launched)
 
 
 # ------------------------------------------------------------------------------------------------------------- values

@@ -5,12 +5,14 @@ What only a GPU shows (rounding inside tensor cores, time) is not tested here. W
 tests run on path ``cuda``.
 """
 
+import functools
+
 import pytest
 import torch
 
 from mvit_kernels.backends.cuda import packing, plans
 from support.cases import call, convert, make, structured
-from support.cuda import run
+from support.cuda import check_launch, run
 from support.emulation import Driver, EmulationFault
 from support.oracle import sequences
 from support.tolerance import assert_close_as_pytorch
@@ -43,15 +45,7 @@ def launched(driver, sizes, dtype, per_block=None, tiles=None, tensors=None, see
     return run(driver, x, packed, len(layers), head_dim, hidden, final_norm, patch, settings["eps"], plan, seed)
 
 
-def check(driver, sizes, dtype, change=None, **how):
-    """`change` is applied to the tensors first."""
-    tensors, settings = make(OP, sizes)
-    if change is not None:
-        change(tensors)
-    low = convert(tensors, dtype)
-    ours = launched(driver, sizes, dtype, tensors=tensors, **how)
-    truth = call(OP, convert(low, torch.float64), settings, "oracle")
-    assert_close_as_pytorch(str(sizes), ours, call(OP, low, settings, "usual"), truth)
+check = functools.partial(check_launch, OP, launched)
 
 
 # ------------------------------------------------------------------------------------------------------------- values

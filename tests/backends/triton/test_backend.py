@@ -10,7 +10,6 @@ import importlib
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ import torch
 from mvit_kernels import backends
 from mvit_kernels.backends import Call, triton
 from support import TESTS
+from support.launches import Kernel, as_on_a_gpu
 
 FACTS = {
     "batch_norm_activation": dict(layout="channels_last"),
@@ -153,31 +153,10 @@ def test_the_package_does_not_hide_triton():
 # launches
 
 
-class Kernel:
-    """Stands in for a jitted kernel: records the slow launches (``kernel[grid](…)``) and the quick ones (``run``)."""
-
-    def __init__(self):
-        self.slow, self.quick = [], []
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            self.slow.append((grid, arguments, options))
-            return SimpleNamespace(
-                run=lambda *all: self.quick.append(all), function="function", packed_metadata="metadata"
-            )
-
-        return launch
-
-
 @pytest.fixture
 def launch(monkeypatch):
     module = pytest.importorskip("mvit_kernels.backends.triton._launch", reason="Triton is not installed")
-    monkeypatch.setattr(module, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # where CPU tensors are
-    active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
-    monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(module, "_profiled", lambda: False)
-    monkeypatch.setattr(module, "_architecture", lambda device: 80)
+    as_on_a_gpu(monkeypatch, module)
     return module
 
 

@@ -3,38 +3,19 @@
 with real kernels in tests/gates/interpreted_networks.py."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
+
+from support.launches import Kernel, as_on_a_gpu
 
 prepared = pytest.importorskip("mvit_kernels.backends.triton.prepared", reason="Triton is not installed")
 _launch = prepared._launch
 
 
-class Kernel:
-    """Stands in for a jitted kernel: records the slow launches (``kernel[grid](…)``) and the quick ones (``run``)."""
-
-    def __init__(self):
-        self.slow, self.quick = [], []
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            self.slow.append((grid, arguments, options))
-            return SimpleNamespace(run=lambda *all: self.quick.append(all), function="f", packed_metadata="m")
-
-        return launch
-
-
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    """As on a GPU: CPU tensors are on device -1, which is the current one."""
-    monkeypatch.setattr(_launch, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
-    monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(_launch, "_profiled", lambda: False)
-    monkeypatch.setattr(_launch, "_architecture", lambda device: 80)
+    as_on_a_gpu(monkeypatch, _launch)
 
 
 def memory() -> prepared.Memory:
@@ -69,7 +50,8 @@ def test_the_first_run_has_tensors_and_later_ones_addresses():
         prepared.run([step], then)
         image, arena, result = then.addresses
         addresses = image, arena + 256 + 2 * 2, weight.data_ptr(), None, result
-        assert kernel.quick.pop() == (5, 2, 1, "stream of -1", "f", "m", None, None, None, *addresses, 7, 0.5, 64, True)
+        before = 5, 2, 1, "stream of -1", "function", "metadata", None, None, None
+        assert kernel.quick.pop() == (*before, *addresses, 7, 0.5, 64, True)
     assert len(kernel.slow) == 1
 
 
