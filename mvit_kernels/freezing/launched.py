@@ -17,6 +17,7 @@ With ``TRITON_INTERPRET=1`` and ``use_backend("triton")`` it runs in Triton's in
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -237,7 +238,7 @@ def _as(dtype: torch.dtype, name: str, value: Tensor | None) -> Tensor | None:
 
 
 def _device(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
