@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvit_kernels
 from mvit_kernels.backends.triton.target import INTERPRETED
-from mvit_kernels.ops import transformer_on_map
 from support.cases import NARROW, call, convert, differentiable_on, evaluate, make
 from support.checks import check, check_autocast, check_gradients_one_by_one, check_registration, check_same_bits
+from support.layers import layer_of, operators_of, weights_of
 from support.tolerance import assert_close_as_pytorch
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"
@@ -174,30 +174,7 @@ def test_float32_keeps_to_what_pytorch_allows(precision):
     assert largest < 1e-5 if precision == "highest" else 1e-5 < largest < 1e-2
 
 
-# --------------------------------------------------------------------------------------------- launches, memory, graphs
-
-
-def operators_of(x, layer, heads=4):
-    """One transformer layer by four operators."""
-    norm1, qkv, proj, mlp = layer[:2], layer[2:4], layer[4:6], layer[6:]
-    with mvit_kernels.use_backend("triton"):
-        attended = mvit_kernels.patch_attention(
-            mvit_kernels.layer_norm_linear(x, *norm1, *qkv), num_heads=heads, patch_size=(2, 2)
-        )
-        return mvit_kernels.layer_norm_mlp(mvit_kernels.linear_residual(attended, *proj, x), *mlp)
-
-
-def layer_of(x, layer, dropout=None, seed=None):
-    return mvit_kernels.transformer_layer(
-        x, layer, num_heads=4, patch_size=(2, 2), dropout=dropout, seed=seed, backend="triton"
-    )
-
-
-def weights_of(d, dtype):
-    tensors, _ = make("transformer_layer", dict(shape=(1, 2, 2, d), heads=4, patch=(2, 2)))
-    weights = convert(tensors, dtype, torch.float32)
-    del weights["x"]
-    return mvit_kernels.TransformerLayerWeights(*(t.requires_grad_() for t in weights.values()))
+# ----------------------------------------------------------------------------------------------------- launches, memory
 
 
 def launched(function):
@@ -347,48 +324,6 @@ def test_a_mask_is_not_kept():
         return sum(sizes)
 
     assert kept(mvit_kernels.LayerDropout(0.0, 0.1, 0.0, 0.1, 0.1, 0.1)) == kept(None) + 16
-
-
-@pytest.mark.parametrize("function", [operators_of, layer_of])
-def test_compiles_whole(function):
-    """One graph, forward and backward, with the operators themselves in it; the same values."""
-    layer = weights_of(32, torch.float32)
-    x = torch.randn(1, 4, 4, 32, requires_grad=True)
-    expected = function(x, layer)
-    gradients = torch.autograd.grad(expected.square().sum(), [x, *layer])
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    out = compiled(x, layer)
-    assert torch.equal(out, expected)
-    for ours, eager in zip(torch.autograd.grad(out.square().sum(), [x, *layer]), gradients, strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
-
-
-def test_a_map_with_live_dropout_compiles_whole():
-    """Under autocast: casts of all weights at once, seeds, layers and the final LayerNorm in one graph. Without
-    inductor's own random numbers the values are those of eager mode."""
-    layers, norm = [weights_of(16, torch.float32) for _ in range(2)], tuple(weights_of(16, torch.float32)[:2])
-    leaves = [t for layer in layers for t in layer] + list(norm)
-    x = torch.randn(2, 16, 2, 4, requires_grad=True)
-    dropout = [mvit_kernels.LayerDropout(projection=0.2, mlp=0.3, path2=0.4)] * 2
-
-    def function(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return transformer_on_map(
-                x, layers, norm, num_heads=4, patch_size=(2, 2), dropout=dropout, backend="triton"
-            )
-
-    def evaluated(function):
-        torch.manual_seed(4)
-        out = function(x)
-        return out, *torch.autograd.grad(out.float().square().sum(), [x, *leaves])
-
-    eager = evaluated(function)
-    with torch._inductor.config.patch(fallback_random=True):
-        compiled = evaluated(torch.compile(function, fullgraph=True))
-    for ours, expected in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    again = evaluated(function)
-    assert all(torch.equal(first, second) for first, second in zip(again, eager, strict=True))
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1])

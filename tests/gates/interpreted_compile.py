@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch.compile`` of an accelerated network whose kernels are Triton's, chosen automatically as on a GPU: one graph,
-all of whose operators are ours, and one more for all other sizes. backends/triton/test_backend.py runs this file in a
-process of its own, like interpreted.py:
+"""``torch.compile`` of what has Triton's kernels: layers, with the same values; and an accelerated network, whose
+kernels are chosen automatically as on a GPU, and nothing is launched: one graph, all of whose operators are ours, and
+one more for all other sizes. backends/triton/test_backend.py runs this file in a process of its own, like
+interpreted.py:
 
     TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted_compile.py
-
-Nothing is launched: values of compiled graphs are compared in interpreted.py and in the operators' own tests.
 """
 
 import contextlib
@@ -22,6 +21,8 @@ from torch._dynamo.utils import counters
 import mvit_kernels
 from mvit_kernels import backends
 from mvit_kernels.backends.triton.target import INTERPRETED
+from mvit_kernels.ops import transformer_on_map
+from support.layers import layer_of, operators_of, weights_of
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"
 launch = pytest.importorskip("mvit_kernels.backends.triton._launch")
@@ -99,3 +100,45 @@ def test_one_graph_and_one_for_all_other_sizes(chosen, training):
             assert not theirs and not [name for name in names if "silu" in name or "sigmoid" in name]
         else:
             assert ours == {"transformer_layer": 1, "layer_norm": 1}
+
+
+@pytest.mark.parametrize("function", [operators_of, layer_of])
+def test_compiles_whole(function):
+    """One graph, forward and backward, with the operators themselves in it; the same values."""
+    layer = weights_of(32, torch.float32)
+    x = torch.randn(1, 4, 4, 32, requires_grad=True)
+    expected = function(x, layer)
+    gradients = torch.autograd.grad(expected.square().sum(), [x, *layer])
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    out = compiled(x, layer)
+    assert torch.equal(out, expected)
+    for ours, eager in zip(torch.autograd.grad(out.square().sum(), [x, *layer]), gradients, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
+
+
+def test_a_map_with_live_dropout_compiles_whole():
+    """Under autocast: casts of all weights at once, seeds, layers and the final LayerNorm in one graph. Without
+    inductor's own random numbers the values are those of eager mode."""
+    layers, norm = [weights_of(16, torch.float32) for _ in range(2)], tuple(weights_of(16, torch.float32)[:2])
+    leaves = [t for layer in layers for t in layer] + list(norm)
+    x = torch.randn(2, 16, 2, 4, requires_grad=True)
+    dropout = [mvit_kernels.LayerDropout(projection=0.2, mlp=0.3, path2=0.4)] * 2
+
+    def function(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return transformer_on_map(
+                x, layers, norm, num_heads=4, patch_size=(2, 2), dropout=dropout, backend="triton"
+            )
+
+    def evaluated(function):
+        torch.manual_seed(4)
+        out = function(x)
+        return out, *torch.autograd.grad(out.float().square().sum(), [x, *leaves])
+
+    eager = evaluated(function)
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled = evaluated(torch.compile(function, fullgraph=True))
+    for ours, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    again = evaluated(function)
+    assert all(torch.equal(first, second) for first, second in zip(again, eager, strict=True))
