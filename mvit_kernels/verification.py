@@ -34,7 +34,7 @@ from ._utils.plain import DTYPES, cast_floats, copy_of
 from ._utils.text import some
 from .adapters import AccelerationReport, named_blocks, report, restore
 from .adapters._block import FrozenBlock
-from .freezing.modules import Frozen
+from .freezing.frozen import Frozen
 from .rounding import PLAUSIBLE_BANDS, RoundedArithmetic, deciding_error, yardstick
 
 GRADIENT = "gradient of "

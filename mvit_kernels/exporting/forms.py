@@ -21,7 +21,8 @@ from .._utils.plain import copy_of
 from ..freezing import freeze
 from ..freezing.block import FrozenMobileViTBlock
 from ..freezing.convolutions import replace
-from ..freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenMean, FrozenSequential
+from ..freezing.frozen import Frozen
+from ..freezing.modules import FrozenConv2d, FrozenInvertedResidual, FrozenMean, FrozenSequential
 from ..freezing.pyramid import FrozenASPP
 from ..freezing.whole import as_library_class
 from .plan import Plan

@@ -26,8 +26,9 @@ from . import graphs
 from .block import FrozenMobileViTBlock
 from .convolutions import freeze_convolutions, freeze_inverted_residuals, freeze_means, replace
 from .folding import is_norm
+from .frozen import Frozen
 from .graphs import CudaGraphs
-from .modules import Frozen, FrozenSequential
+from .modules import FrozenSequential
 from .native import Native
 from .pyramid import freeze_pyramids
 from .saved import Saver

@@ -14,7 +14,7 @@ from ..adapters._block import FrozenBlock
 from ..backends import Serving
 from ..ops import TransformerLayerWeights, transformer_on_map
 from ..ops.serving import transformer_serving
-from .modules import Frozen
+from .frozen import Frozen
 from .program import Builder, NotNative, Place, links_of
 
 

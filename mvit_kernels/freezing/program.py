@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 
 class Link(Protocol):
-    """A frozen module, as `Builder` sees it (`mvit_kernels.freezing.modules`)."""
+    """A frozen module, as `Builder` sees it (`mvit_kernels.freezing.frozen`)."""
 
     in_channels: int
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .._utils.plain import does_nothing, is_global_mean, is_own
 from .convolutions import FURTHER, UNFOLDED, replace
 from .folding import hooked
-from .modules import Frozen, FrozenConv2d
+from .frozen import Frozen
+from .modules import FrozenConv2d
 from .program import Builder, Place
 
 

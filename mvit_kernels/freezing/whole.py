@@ -29,7 +29,8 @@ from .._utils.transforms import channels_last
 from . import changes
 from .chains import Chain, calls_of, chain_of
 from .chains._chain import is_linear
-from .modules import Frozen, FrozenConv2d, FrozenMean, FrozenSequential
+from .frozen import Frozen
+from .modules import FrozenConv2d, FrozenMean, FrozenSequential
 from .native import Native, hooked, is_current, kind_for, kind_on
 from .program import NotNative
 

@@ -13,8 +13,9 @@ import mvit_kernels
 from mvit_kernels import backends
 from mvit_kernels.backends import Call, library, use_backend
 from mvit_kernels.backends.contract import REGISTRY
-from support.cases import DIFFERENTIABLE, INFERENCE, SMALL, Recorder, call, convert, evaluate, make, raw_arguments
+from support.cases import DIFFERENTIABLE, INFERENCE, SMALL, call, convert, evaluate, make, raw_arguments
 from support.fake_backend import NAME, fake_backend
+from support.recorder import Recorder
 
 ATTENTION = Call("patch_attention", "cpu", torch.float32, False, (2, 4, 4, 24), (("num_heads", 2),))
 

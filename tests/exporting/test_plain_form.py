@@ -8,7 +8,7 @@ from torch import nn
 import mvit_kernels
 from mvit_kernels.exporting.plain import PlainBlock, plain_form
 from mvit_kernels.exporting.plan import FlatOutputs, Plan, output_names, outputs_by_name
-from mvit_kernels.freezing.modules import Frozen
+from mvit_kernels.freezing.frozen import Frozen
 from support import models
 
 WAYS = ("products", "pytorch", "onnx")

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 import mvit_kernels
 from mvit_kernels.backends import cpu
 from mvit_kernels.freezing.block import FrozenMobileViTBlock
-from mvit_kernels.freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenMean, FrozenSequential
+from mvit_kernels.freezing.frozen import Frozen
+from mvit_kernels.freezing.modules import FrozenConv2d, FrozenInvertedResidual, FrozenMean, FrozenSequential
 from mvit_kernels.rounding import RoundedArithmetic
 from support import models
-from support.cases import Recorder
 from support.native import skip_without_a_compiler
 from support.networks import Draw, called, chain, composed, native
+from support.recorder import Recorder
 from support.tolerance import assert_close_as_pytorch
 
 skip_without_a_compiler()

@@ -15,8 +15,9 @@ from mvit_kernels.dropout import LayerDropout
 from mvit_kernels.ops import transformer_on_map
 from mvit_kernels.ops.transformer import flatten
 from support import models
-from support.cases import Recorder, convert, make, structured
+from support.cases import convert, make, structured
 from support.fake_backend import NAME, fake_backend
+from support.recorder import Recorder
 
 # the modules: `mvit_kernels.ops` gives the functions of the same names
 layer_norm_linear, patch_attention, linear_residual, layer_norm_mlp = (

@@ -8,8 +8,8 @@ from mvit_kernels import accelerate, report
 from mvit_kernels.backends.contract import REGISTRY
 from mvit_kernels.ops.serving import transformer_serving
 from support import models
-from support.cases import Recorder
 from support.fake_backend import NAME, fake_backend
+from support.recorder import Recorder
 
 WHOLE = ("transformer",)
 OPERATORS = ("layer_norm_linear", "patch_attention", "linear_residual", "layer_norm_mlp")

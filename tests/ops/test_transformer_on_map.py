@@ -8,11 +8,12 @@ import torch
 
 from mvit_kernels.dropout import LayerDropout, drop_path
 from mvit_kernels.ops import transformer_on_map
-from support.cases import INFERENCE, Recorder, carefully, convert, evaluate, make, structured
+from support.cases import INFERENCE, carefully, convert, evaluate, make, structured
 from support.fake_backend import NAME, fake_backend
 from support.layouts import lay_out
 from support.oracle import sequences
 from support.oracle import transformer_on_map as oracle
+from support.recorder import Recorder
 from support.tolerance import Compared, assert_close_as_pytorch, assert_close_over_draws
 from support.usual import transformer_on_map as usual
 

@@ -16,9 +16,10 @@ from mvit_kernels import freeze
 from mvit_kernels._utils import transforms
 from mvit_kernels.rounding import RoundedArithmetic
 from support import models
-from support.cases import DIFFERENTIABLE, SMALL, Recorder, call, convert, make
+from support.cases import DIFFERENTIABLE, SMALL, call, convert, make
 from support.fake_backend import NAME, fake_backend
 from support.models import fast_calls, output
+from support.recorder import Recorder
 from support.tolerance import assert_close_as_pytorch
 
 NO_DROPOUT = {**SMALL, "transformer_layer": {**SMALL["transformer_layer"], "dropout": None}}

@@ -24,7 +24,6 @@ from mvit_kernels.backends import triton
 from mvit_kernels.backends.library import BACKENDS, raw
 from support.cases import (
     DIFFERENTIABLE,
-    Recorder,
     Tensors,
     backward_arguments,
     call,
@@ -42,6 +41,7 @@ from support.cases import (
     takes,
 )
 from support.layouts import lay_out, lay_out_all
+from support.recorder import Recorder
 from support.tolerance import Compared, assert_close_as_pytorch, assert_close_over_draws
 
 THREADS = 2

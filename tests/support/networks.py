@@ -10,7 +10,8 @@ import mvit_kernels
 from mvit_kernels import TransformerLayerWeights
 from mvit_kernels.freezing import network, whole
 from mvit_kernels.freezing.block import FrozenMobileViTBlock
-from mvit_kernels.freezing.modules import Frozen, FrozenConv2d, FrozenInvertedResidual, FrozenSequential
+from mvit_kernels.freezing.frozen import Frozen
+from mvit_kernels.freezing.modules import FrozenConv2d, FrozenInvertedResidual, FrozenSequential
 from mvit_kernels.freezing.pyramid import FrozenASPP
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import mvit_kernels
-from mvit_kernels.freezing.modules import Frozen, FrozenSequential
+from mvit_kernels.freezing.frozen import Frozen
+from mvit_kernels.freezing.modules import FrozenSequential
 from mvit_kernels.nn import MobileViT
 from support.checks import check
 from support.native import skip_without_a_compiler

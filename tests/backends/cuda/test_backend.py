@@ -18,10 +18,11 @@ from mvit_kernels.backends.cuda import inverted_residual, kept, packing, plans, 
 from mvit_kernels.nn import MobileViT
 from mvit_kernels.ops import transformer_on_map
 from mvit_kernels.ops.transformer import flatten, stack_call
-from support.cases import Recorder, call, convert, make, structured
+from support.cases import call, convert, make, structured
 from support.cuda import preferred, serving_cpu_tensors
 from support.emulation import Driver, load_operators
 from support.layouts import LAYOUTS, lay_out
+from support.recorder import Recorder
 from support.tolerance import assert_close_as_pytorch
 
 OP = "transformer"
