@@ -9,9 +9,9 @@ using namespace mvit;
 
 template <typename T, int WIDTH, int HEAD_DIM, int M>
 std::string run(uint64_t seed, const TransformerArgs& args) {
-  const uint32_t bytes = TransformerLayout{WIDTH, HEAD_DIM}.shared_bytes(args.warps * 16 * M);
-  const auto kernel = transformer_kernel<T, WIDTH, HEAD_DIM, M>;
-  return emulation::emulate(seed, args.blocks(), 1, args.warps * 32, bytes, kernel, args);
+  emulation::seed = seed;
+  launch_transformer<T, WIDTH, HEAD_DIM, M>(args, nullptr);
+  return emulation::last_report;
 }
 
 struct Instance {

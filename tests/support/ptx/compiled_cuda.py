@@ -73,8 +73,11 @@ class CompiledDriver(Driver):
 
     def _call(self, function: str, seed: int, *arguments: Any, writes: Sequence[torch.Tensor] = ()) -> None:
         raised: list[BaseException] = []
+        launches = 0
 
         def launch(kernel, blocks_x, blocks_y, threads, shared, parameters, count):
+            nonlocal launches
+            launches += 1
             try:
                 name = kernel.decode()
                 if name not in self.programs:
@@ -94,3 +97,5 @@ class CompiledDriver(Driver):
             self._library.emulation_watch(_LAUNCH())
         if raised:
             raise raised[0]
+        # A driver that emulates a kernel itself would run its source, and every test of compiled code would pass.
+        assert launches or not writes, f"emulated_cuda/{self.name}.cpp: {function} launched nothing, so no PTX was executed"
