@@ -96,18 +96,48 @@ def compiler() -> list[str]:
 
 
 @functools.cache
+def version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+
+@functools.cache
+def precompiled(folder: Path, name: str, text: str, command: tuple[str, ...], read: str = "") -> Path:
+    """A header of that name and text in a folder below `folder`, compiled once for `command` by gcc, which takes what
+    it has compiled where the header comes first; clang would not. Another `read`, what it includes, makes another."""
+    release = version(command[0])
+    header = folder / hashlib.sha256("\0".join([release, *command, text, read]).encode()).hexdigest()[:16] / name
+    if not header.exists():
+        header.parent.mkdir(parents=True, exist_ok=True)
+        own = header.parent / f"{os.getpid()}.h"
+        own.write_text(text)
+        if "clang" not in release:
+            result = subprocess.run([*command, "-xc++-header", str(own), "-o", f"{own}.gch"], stderr=subprocess.PIPE)
+            assert result.returncode == 0, f"{name} does not compile:\n{result.stderr.decode()[:4000]}"
+            os.replace(f"{own}.gch", f"{header}.gch")
+        os.replace(own, header)
+    return header
+
+
+def _standard(command: list[str]) -> list[str]:
+    """The arguments that put ``emulated_cuda/standard.h`` before a source, compiled for `command`."""
+    return ["-include", str(precompiled(BUILT, "standard.h", (EMULATION / "standard.h").read_text(), tuple(command)))]
+
+
+@functools.cache
 def _build(name: str, faults: tuple[tuple[str, ...], ...], macros: tuple[str, ...]) -> Path:
     """The driver's library; compiled anew when a source, the compiler or a fault is another."""
     # What is compiled for one test runs once: the compiler is most of its time, and quicker without optimisation.
-    command = [*compiler(), *FLAGS.split(), *(["-O0"] if macros else []), *(f"-D{macro}" for macro in macros)]
+    command = [*compiler(), *FLAGS.split()]
+    if macros:
+        command += ["-O0"]
+        command += [*_standard(command), *(f"-D{macro}" for macro in macros)]
     files = {path.name: path.read_text() for kind in ("*.h", "*.cu") for path in sorted(KERNELS.glob(kind))}
     for *file, text, other in faults:
         places = [name for name in file or files for _ in range(files[name].count(text))]
         assert len(places) == 1, f"{text!r} is at {len(places)} places, of {places}; a fault is planted at one"
         files[places[0]] = files[places[0]].replace(text, other)
-    version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True).stdout
     own = [path.read_text() for path in (*sorted(EMULATION.glob("*.h")), EMULATION / f"{name}.cpp")]
-    digest = hashlib.sha256("\0".join([version, *command, *own, *files.values()]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join([version(command[0]), *command, *own, *files.values()]).encode()).hexdigest()[:16]
     library = BUILT / f"{name}-{digest}.so"
     if not library.exists():
         changed = BUILT / f"{name}-{digest}.{os.getpid()}"  # the files as they are compiled, faults and all
@@ -148,7 +178,7 @@ def load_operators(*operators: str) -> None:
     operators = operators or ("patch_attention", *ROWS)
     headers = Path(torch.__file__).parent / "include"
     command = [*compiler(), *FLAGS.split(), "-O0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += [f"-I{KERNELS}", f"-I{TESTS / 'support'}"]
+    command += [*_standard(command), f"-I{KERNELS}", f"-I{TESTS / 'support'}"]
     command += [f"-isystem{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include")]
     wanted = {kernel for name in operators for kernel in KERNELS_OF[name]}
     kernels = [source for source in cuda_sources() if source.path.stem in wanted]
