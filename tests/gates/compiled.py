@@ -41,6 +41,8 @@ KERNELS = {  # all of backends/triton
     *("_forward", "_backward", "_sum_parts", "_product", "_weight_gradients", "_normed_product", "_norm_backward"),
     *("_mlp", "_hidden", "_drop", "_backward_whole", "_backward_blocks", "forward", "backward"),
 }
+# Of batch norm in parts. Those of frozen networks are executed by gates/executed.py.
+KERNELS |= {"_statistics", "_combine_statistics", "_normalise", "_sum_gradients", "_combine_gradients", "_gradient"}
 
 
 @pytest.mark.parametrize("operator, sizes, dtype", ROW_WISE, ids=str)
@@ -51,6 +53,12 @@ def test_row_wise(operator, sizes, dtype):
 @pytest.mark.parametrize("sizes", ATTENTION, ids=str)
 def test_attention(sizes):
     check("patch_attention", sizes, dtype="bfloat16", path="triton")
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24, 24), (1, 17, 6, 8)], ids=str)
+def test_batch_norm(shape):
+    """In parts, whose sums are combined, and in one launch."""
+    check("batch_norm_activation", dict(shape=shape, channels_last=True), dtype="bfloat16", path="triton")
 
 
 def test_a_layer_with_dropout():

@@ -146,8 +146,10 @@ def normalized_rows(chunks, mean, rstd, norm_weight, norm_bias, K: tl.constexpr,
 def rounded_product(a, b):
     """a · b, always rounded. Where a plain product has its mean subtracted later, the compiler contracts it to
     fma(a, b, −mean), with the unrounded product: then the gradient of x in rows of one column, which is 0, came out as
-    the rounding error of a · b over σ, 1e-5. An fma with 0 is the rounded product by definition, and is not contracted
-    further."""
+    the rounding error of a · b over σ, 1e-5. Where lanes that hold one product each add them up, lane i gets fma(a, b,
+    product of j) and lane j fma(a, b, product of i), which differ in rounding, and both store their sum to one place:
+    which of them counts is the hardware's choice. An fma with 0 is the rounded product by definition, and is not
+    contracted further."""
     return tl.fma(a, b, 0.0)
 
 

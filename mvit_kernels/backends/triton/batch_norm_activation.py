@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _batch_norm
+from . import _batch_norm, _rows
 from ._launch import Plan, ceil_div, dense, next_power_of_2, register
 
 OP = "batch_norm_activation"
@@ -73,9 +73,9 @@ def _combine_statistics(
     shares = tl.div_rn(counts, N.to(tl.float32))
     first = tl.load(sums + channels * parts, mask=channels < C, other=0.0)
     near = tl.where(inside, (centre - first[:, None]) + rest, 0.0)
-    middle = first + tl.sum(near * shares, axis=1)
+    middle = first + tl.sum(_rows.rounded_product(near, shares), axis=1)
     near = tl.where(inside, (centre - middle[:, None]) + rest, 0.0)
-    shift = tl.sum(near * shares, axis=1)
+    shift = tl.sum(_rows.rounded_product(near, shares), axis=1)
     between = tl.where(inside, near - shift[:, None], 0.0)
     total = tl.sum(spread + between * between * counts, axis=1)
     _batch_norm.store_statistics(middle, shift, total, mean, rstd, variance, channels, N, C, eps)

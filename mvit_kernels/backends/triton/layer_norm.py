@@ -94,7 +94,7 @@ def _backward(
             scaled = _rows.rounded_product(g, weight[None, :])
             plain += scaled
             projected += scaled * xhat
-            more_weight = more_weight + (weight_totals[c] + tl.sum(g * xhat, axis=0),)
+            more_weight = more_weight + (weight_totals[c] + tl.sum(_rows.rounded_product(g, xhat), axis=0),)
             more_bias = more_bias + (bias_totals[c] + tl.sum(g, axis=0),)
         weight_totals, bias_totals = more_weight, more_bias
         plain_mean, projected_mean = _rows.row_mean(plain, K), _rows.row_mean(projected, K)

@@ -314,8 +314,6 @@ extern "C" {
 __attribute__((used)) inline void ptx_add_buffer(uint64_t begin, uint64_t bytes, int64_t writable, uint64_t host) {
   mvit::emulation::machine.buffers.emplace_back(begin, bytes, writable != 0, host);
 }
-// How often, since the library was loaded, lanes of one instruction wrote different values to one place: in cells.
-__attribute__((used)) inline int64_t ptx_disagreements() { return mvit::emulation::disagreements; }
 // Null, or what is wrong. `visits` has a count for each stretch of the kernel, to which this launch's are added.
 __attribute__((used)) inline const char* ptx_launch(uint64_t seed, int64_t blocks_x, int64_t blocks_y, int64_t threads,
                                                     int64_t shared_bytes, const unsigned char* parameters,

@@ -27,12 +27,9 @@ inline std::string text(const Where& where) {
 
 // ------------------------------------------------------------------------------------------------- shadows of memory
 
-// Whether several threads may write a cell by one instruction, as compilers let all do that hold an element: those of a
-// warp may (one of them wins), and other warps if the value is the same as what is there.
+// Whether several threads may write a cell by one instruction, as compilers let all do that hold an element: they may if
+// the value is the one that is there. Of different values of one warp one stays, and the hardware chooses which.
 enum class Repeats { no, same_value, other_value };
-
-// How often lanes wrote different values so: which of them stays is the hardware's choice.
-MVIT_OWN inline int64_t disagreements = 0;
 
 // A point in a thread's execution. Of two moments in one block, the earlier is ordered before the later if a barrier of
 // the block lies between them, or a barrier of their common warp, or if they belong to the same thread.
@@ -95,7 +92,9 @@ inline std::string touch(Cell& cell, Access access, const Moment& now, bool need
   for (const Moment* read : {&cell.read, &cell.another_read})
     if (!read->ordered_before(now))
       return "is written by " + now.who() + ", with no barrier after it was read by " + read->who();
-  disagreements += again && repeats == Repeats::other_value;
+  if (again && repeats == Repeats::other_value)
+    return "is written by " + now.who() + " with another value than by " + cell.write.who() +
+           ", in one instruction: which of the two stays is the hardware's choice";
   cell.write = now;
   cell.initialised = true;
   return "";

@@ -8,9 +8,9 @@ Example:
     96.0
 
 What the kernel may touch are the tensors among the arguments, each of them alone: it sees them 2⁴⁰ bytes apart, so that
-an access past one is outside of all. That, a race, a deadlock, a barrier that not all reach, and shared memory read
-before it was written raise `EmulationFault`, which names the instruction and the thread. ptxas, wgmma, bank conflicts
-and time are not seen.
+an access past one is outside of all. That, a race, lanes of one instruction that write different values to one place, a
+deadlock, a barrier that not all reach, and shared memory read before it was written raise `EmulationFault`, which names
+the instruction and the thread. ptxas, wgmma, bank conflicts and time are not seen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from support import ROOT, TESTS
-from support.emulation import EMULATION, FLAGS, KERNELS, EmulationFault, compiler
+from support.emulation import EMULATION, FLAGS, KERNELS, EmulationFault, compiler, precompiled
 
 from .parse import Kernel, Statement, parse, size_of
 from .translate import translate
@@ -110,6 +110,7 @@ class Program:
 
     def run(self, blocks_x: int, blocks_y: int, threads: int, shared: int, parameters: bytes, seed: int) -> None:
         numbers = map(ctypes.c_int64, (blocks_x, blocks_y, threads, shared + self.kernel.shared_size))
+        ctypes.memset(self.visits, 0, ctypes.sizeof(self.visits))
         report = self._library.ptx_launch(
             ctypes.c_uint64(seed), *numbers, parameters, self.visits, ctypes.c_int64(len(self.stretches))
         )
@@ -120,20 +121,14 @@ class Program:
             raise EmulationFault(f"{self.kernel.name}, seed {seed}: {found}{shown}")
 
     def counts(self) -> Counter[str]:
-        """How many instructions warps executed in all launches so far, by `kind_of` and in all: those of all threads,
-        by 32. What a predicate switches off is among them, since it is issued."""
+        """How many instructions warps executed in the last launch, by `kind_of` and in all: those of all threads, by
+        32. What a predicate switches off is among them, since it is issued."""
         found: Counter[str] = Counter()
         for visits, stretch in zip(self.visits, self.stretches, strict=True):
             for statement in stretch:
                 for kind in ("all", kind_of(statement)):
                     found[kind] += visits
         return Counter({kind: round(count / 32) for kind, count in found.items()})
-
-    def disagreements(self) -> int:
-        """In how many bytes, over all launches so far, lanes of one instruction wrote different values to one place:
-        whose stays is the hardware's choice, so the bits of the result are not PTX's promise."""
-        self._library.ptx_disagreements.restype = ctypes.c_int64
-        return self._library.ptx_disagreements()
 
 
 KINDS = {
@@ -200,22 +195,10 @@ def _command(cell: int) -> list[str]:
 
 @functools.cache
 def _operations(cell: int) -> Path:
-    """The folder of ``operations.h``, which is ptx.h: compiled once (by gcc; half of a small kernel's time)."""
-    command = _command(cell)
-    read = [path.read_text() for folder in (KERNELS, EMULATION) for path in sorted(folder.glob("*.h"))]
-    version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True).stdout
-    folder = BUILT / hashlib.sha256("\0".join([version, *command, *read]).encode()).hexdigest()[:16]
-    header, compiled = folder / "operations.h", folder / "operations.h.gch"
-    if not header.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        own = folder / f"{os.getpid()}.h"
-        own.write_text("#include <emulated_cuda/ptx.h>\n")
-        if "clang" not in version:
-            result = subprocess.run([*command, "-xc++-header", str(own), "-o", f"{own}.gch"], stderr=subprocess.PIPE)
-            assert result.returncode == 0, f"ptx.h does not compile:\n{result.stderr.decode()[:4000]}"
-            os.replace(f"{own}.gch", compiled)
-        os.replace(own, header)
-    return folder
+    """The folder of ``operations.h``, which is ptx.h: compiled once (half of a small kernel's time)."""
+    read = "".join(path.read_text() for path in (KERNELS / "simt.h", *sorted(EMULATION.glob("*.h"))))
+    text = "#include <emulated_cuda/ptx.h>\n"
+    return precompiled(BUILT, "operations.h", text, tuple(_command(cell)), read).parent
 
 
 def _build(code: str, cell: int) -> Path:
