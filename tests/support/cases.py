@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -371,14 +372,22 @@ def carefully(
     return lambda name, seed: results(seed)[name]
 
 
+def _switch() -> Callable[..., None]:
+    """``torch.use_deterministic_algorithms``. It imports inductor for its settings, in a second or two, which a process
+    that compiles nothing does not need."""
+    compiles = "torch._inductor.config" in sys.modules
+    return torch.use_deterministic_algorithms if compiles else torch._C._set_deterministic_algorithms
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fill every ``torch.empty`` with NaN, even in compiled code, so that memory which is read before it is written
     shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    switch = _switch()
+    switch(True, warn_only=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        switch(False, warn_only=False)
