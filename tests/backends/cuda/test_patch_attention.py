@@ -7,6 +7,7 @@ import torch
 from mvit_kernels.backends import reference
 from support.emulation import Driver
 from support.oracle import patch_attention_and_logsumexp
+from support.ptx.compiled_cuda import CompiledDriver
 from support.tolerance import assert_close_as_pytorch
 
 HEAD_DIMS = (8, 16, 20, 24, 30, 36, 48, 60)  # Kornia's 8, then those of xxs, xs and s
@@ -269,3 +270,12 @@ def test_a_planted_fault_is_found(header, text, other, says):
 
 def test_without_a_fault_the_same_is_right():
     test_scores_far_below_zero(Driver("patch_attention", ONE_HEAD_DIM, ["MVIT_ONLY_BFLOAT16"]))
+
+
+def test_compiled_code_that_does_not_run_is_no_success(monkeypatch):
+    """`support.ptx.compiled_cuda` gets the launches of a driver's host code. One that emulates its kernel itself makes
+    none: its source would run, and every test of compiled code would pass."""
+    driver = CompiledDriver("patch_attention")
+    monkeypatch.setattr(Driver, "_call", lambda *arguments, **named: None)
+    with pytest.raises(AssertionError, match=r"patch_attention\.cpp: forward executed no PTX"):
+        driver.forward(0, writes=[torch.zeros(1)])
