@@ -5,22 +5,27 @@ Example:
     $ python -m gates.executed           # runs all, and writes tests/data/executed.csv (minutes)
     $ python -m gates.executed --dry --case small --only _product
 
-A row is one launch of Triton's for sm_80: instructions that warps execute in all its programs, so that a change which
-makes the compiler emit more of them, or run a loop more often, shows before it is timed. Every launch is checked on the
-way: an access outside of its tensors, a race or a deadlock ends the run.
+A row is one launch, of Triton's or of nvcc's for sm_80: instructions that warps execute in all its programs, so that a
+change which makes the compiler emit more of them, or run a loop more often, shows before it is timed. Every launch is
+checked on the way: an access outside of its tensors, a race, lanes that disagree or a deadlock end the run. What was
+compiled and translated before is kept in build/.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 
 from gates import table
-from gates.triton_gate import compiled_for, describe, stage
+from gates.triton_gate import compiled_for, describe, map_of, stage
+from gates.triton_networks import launch_of, layers
 from support import TESTS
 from support.ptx.program import Program
 
@@ -30,8 +35,9 @@ CLASSES = (
     *("all", "mma", "ldmatrix", "cp.async", "ld.global", "st.global", "ld.shared", "st.shared", "barrier", "shuffle"),
     *("div", "special", "float", "convert", "integer"),
 )
-COLUMNS = ("case", "kernel", "tile", "programs", *CLASSES, "triton")
-CASES = {"s stage 3": 144, "s stage 4": 192}  # one image, bfloat16, forward and backward
+COLUMNS = ("case", "kernel", "tile", "programs", *CLASSES, "compiler")
+CUDA = ("cuda small", "cuda s stage 3", "cuda s stage 4", "cuda s stage 5")  # gates.executed_cuda.CALLS
+NETWORK_SIDE = 64  # pixels of the image: every convolution of S, at a sixteenth of the work
 
 
 def small() -> list:
@@ -49,8 +55,53 @@ def small() -> list:
     return launches
 
 
-def launches(case: str) -> list:
-    return small() if case == "small" else stage(CASES[case], 1, torch.bfloat16, "highest", ARCH, 0.1)
+def attentions() -> list:
+    """Attention, forward and backward: of 6 tokens, of 64, and of 65, more than backward takes whole in two parts."""
+    from mvit_kernels.backends.triton import patch_attention
+    from mvit_kernels.backends.triton._launch import watching
+
+    with watching(ARCH) as launches:
+        for shape, heads, head_dim in (((2, 4, 6), 4, 60), ((1, 16, 16), 2, 36), ((1, 10, 26), 1, 36)):
+            qkv = torch.empty((*shape, 3 * heads * head_dim), device="meta", dtype=torch.bfloat16)
+            out, logsumexp = patch_attention.forward(qkv, heads, (2, 2), head_dim**-0.5)
+            patch_attention.backward(out, qkv, out, logsumexp, heads, (2, 2), head_dim**-0.5)
+    return launches
+
+
+def batch_norms() -> list:
+    """Batch norm with SiLU, forward and backward: of maps that are one launch each way, and of one in parts."""
+    maps = ((144, 1, 8), (17, 1, 8), (24, 2, 24))  # channels, images, side
+    return [each for c, n, side in maps for each in map_of(c, n, torch.bfloat16, ARCH, side=side)]
+
+
+def network() -> list:
+    """Every convolution of a frozen MobileViT-S for one image, and what else such a network launches."""
+    from mvit_kernels.backends.triton import mean, resize
+    from mvit_kernels.backends.triton._launch import watching
+
+    def t(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=torch.bfloat16)
+
+    with watching(ARCH):
+        convolutions = [launch_of(layer, 1, torch.bfloat16) for layer in layers("s", NETWORK_SIDE)]
+        more = [mean.launch(t(2, 9, 9, 72), t(2, 1, 1, 72)), resize.launch(t(1, 7, 7, 144), t(1, 8, 8, 144))]
+    return convolutions + more
+
+
+def _stage(width: int) -> Callable[[], list]:
+    """One image in bfloat16, forward and backward, with dropout."""
+    return functools.partial(stage, width, 1, torch.bfloat16, "highest", ARCH, 0.1)
+
+
+TRITON: dict[str, Callable[[], list]] = {
+    "small": small,
+    "attention": attentions,
+    "batch norm": batch_norms,
+    "s network": network,
+    "s stage 4": _stage(192),
+    "s stage 3": _stage(144),
+}
+SHARES = 6  # of a case, for processes: its launches cost unlike
 
 
 def filled(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -76,36 +127,73 @@ def executed(launch, change=lambda ptx: ptx, seed: int = 0) -> tuple[Program, Co
     return program, program.counts()
 
 
-def rows(case: str, only: str = "") -> Iterator[dict[str, object]]:
-    """A row for each launch of a case that is unlike those before it."""
+def rows(case: str, only: str = "", share: int = 0, shares: int = 1) -> Iterator[dict[str, object]]:
+    """A row for each launch of a case that is unlike those before it; of these, every `shares`-th from `share` on."""
+    yield from (_cuda_rows if case in CUDA else _triton_rows)(case, only, share, shares)
+
+
+def _triton_rows(case: str, only: str, share: int, shares: int) -> Iterator[dict[str, object]]:
     import triton
 
-    seen = set()
-    for launch in launches(case):
+    version = re.match(r"[\d.]+", triton.__version__)[0]
+    different = {}
+    for launch in TRITON[case]():
         described = describe(case, launch, ARCH)
-        if only not in described["kernel"]:
-            continue
         programs = torch.Size(launch.grid).numel()
         shapes = tuple(None if t is None else t.shape for t in launch.tensors)
-        key = (described["kernel"], described["tile"], programs, shapes)
-        if key in seen:
-            continue
-        seen.add(key)
+        if only in described["kernel"]:
+            different.setdefault((described["kernel"], described["tile"], programs, shapes), launch)
+    for (kernel, tile, programs, _), launch in list(different.items())[share::shares]:
         _, counts = executed(launch)
-        row = {"case": case, "kernel": described["kernel"], "tile": described["tile"], "programs": programs}
-        yield row | {name: counts[name] for name in CLASSES} | {"triton": re.match(r"[\d.]+", triton.__version__)[0]}
+        yield _row(case, kernel, tile, programs, counts, f"Triton {version}")
+
+
+def _cuda_rows(case: str, only: str, share: int, shares: int) -> Iterator[dict[str, object]]:
+    from gates import executed_cuda
+
+    for index in range(len(executed_cuda.CALLS[case]))[share::shares]:
+        for launch in executed_cuda.launched(case, index):
+            kernel, tile = executed_cuda.kernel_of(launch), f"threads={launch.threads} shared={launch.shared}"
+            if only in kernel:
+                yield _row(case, kernel, tile, launch.blocks, launch.counts, executed_cuda.compiler())
+
+
+def _row(case, kernel, tile, programs, counts, compiler) -> dict[str, object]:
+    row = {"case": case, "kernel": kernel, "tile": tile, "programs": programs}
+    return row | {name: counts[name] for name in CLASSES} | {"compiler": compiler}
+
+
+def _share(case: str, only: str, share: int) -> list[dict[str, object]]:
+    """In a process of its own: what it does, as it does it."""
+    torch.set_num_threads(1)
+    found, began = [], time.monotonic()
+    for row in rows(case, only, share, SHARES):
+        print(*row.values(), f"{time.monotonic() - began:.0f} s", sep=" | ", file=sys.stderr, flush=True)
+        found.append(row)
+        began = time.monotonic()
+    return found
 
 
 def main() -> None:
+    from gates.cuda_gate import tool
+
+    order = [*TRITON, *CUDA]
+    every = [*TRITON, *(CUDA if tool("nvcc") else ())]
     parser = table.parser(__doc__, (ARCH,))
-    parser.add_argument("--case", nargs="*", default=["small", *CASES])
+    parser.add_argument("--case", nargs="*", default=every)
     parser.add_argument("--only", default="", help="of kernels that have this in their name")
     arguments = parser.parse_args()
-    found = [] if arguments.dry else [row for row in table.committed(TABLE) if row["case"] not in arguments.case]
-    for case in arguments.case:
-        for row in rows(case, arguments.only):
-            print(*row.values(), sep=" | ", file=sys.stderr, flush=True)
-            found.append(row)
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        jobs = {pool.submit(_share, c, arguments.only, i): (c, i) for c in arguments.case for i in range(SHARES)}
+        for done, job in enumerate(as_completed(jobs), 1):
+            job.result()  # a fault ends the run
+            print(f"--- {done} of {len(jobs)} parts", file=sys.stderr, flush=True)
+    found = [row for job in jobs for row in job.result()]
+    if not arguments.dry:  # those of other cases, and of other kernels, stay
+        made = set(arguments.case)
+        kept = [r for r in table.committed(TABLE) if r["case"] not in made or arguments.only not in r["kernel"]]
+        found += kept
+    found.sort(key=lambda row: (order.index(row["case"]), row["kernel"], row["tile"], row["programs"], row["all"]))
     table.publish(found, TABLE, COLUMNS, dry=arguments.dry)
 
 

@@ -84,13 +84,15 @@ def stage(d: int, batch: int, dtype: torch.dtype, precision: str, target: int, p
     return launches
 
 
-def map_of(channels: int, batch: int, dtype: torch.dtype, target: int, activation: str = "silu") -> list:
-    """The launches of batch norm over a channels-last map of 32², forward and backward; over one of 8² for one image,
-    which is one launch each."""
+def map_of(
+    channels: int, batch: int, dtype: torch.dtype, target: int, activation: str = "silu", side: int | None = None
+) -> list:
+    """The launches of batch norm over a channels-last map of 32², or side², forward and backward; one of 8² for one
+    image, which is one launch each."""
     from mvit_kernels.backends.triton import batch_norm_activation
     from mvit_kernels.backends.triton._launch import watching
 
-    side = 32 if batch > 1 else 8
+    side = side or (32 if batch > 1 else 8)
     x = torch.empty((batch, side, side, channels), device="meta", dtype=dtype).permute(0, 3, 1, 2)
     vector = torch.empty(channels, device="meta")
     with watching(target) as launches:

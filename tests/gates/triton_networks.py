@@ -45,8 +45,8 @@ class Layer(NamedTuple):
 
 
 @lru_cache
-def layers(size: str) -> list[Layer]:
-    """The convolutions of a MobileViT in the order in which they run."""
+def layers(size: str, side: int = SIDE) -> list[Layer]:
+    """The convolutions of a MobileViT in the order in which they run, for images of `side` pixels."""
     from mvit_kernels.nn import MobileViT
 
     with torch.device("meta"):
@@ -72,7 +72,7 @@ def layers(size: str) -> list[Layer]:
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(note(name))
     with torch.no_grad():
-        model(torch.empty(1, 3, SIDE, SIDE, device="meta"))
+        model(torch.empty(1, 3, side, side, device="meta"))
     return found
 
 

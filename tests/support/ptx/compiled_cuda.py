@@ -17,8 +17,9 @@ import functools
 import hashlib
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,21 +64,30 @@ def text_of(kernel: str) -> str:
     raise LookupError(f"no source of csrc/cuda has the kernel {kernel}")
 
 
+class Launch(NamedTuple):
+    """A launch that was executed: the kernel's mangled name, how it was launched, and what `Program.counts` gives."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared: int
+    counts: Counter[str]
+
+
 class CompiledDriver(Driver):
-    """See the module. `change` is applied to the PTX: it plants faults."""
+    """See the module. `change` is applied to the PTX: it plants faults. `launched` are the launches so far."""
 
     def __init__(self, name: str, change: Callable[[str], str] = lambda text: text) -> None:
         super().__init__(name)
         self.change = change
         self.programs: dict[str, Program] = {}
+        self.launched: list[Launch] = []
 
     def _call(self, function: str, seed: int, *arguments: Any, writes: Sequence[torch.Tensor] = ()) -> None:
         raised: list[BaseException] = []
-        launches = 0
+        before = len(self.launched)
 
         def launch(kernel, blocks_x, blocks_y, threads, shared, parameters, count):
-            nonlocal launches
-            launches += 1
             try:
                 name = kernel.decode()
                 if name not in self.programs:
@@ -86,6 +96,7 @@ class CompiledDriver(Driver):
                 tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
                 given = program.moved(ctypes.string_at(parameters, count), tensors, writes)
                 program.run(blocks_x, blocks_y, threads, shared, given, seed)
+                self.launched.append(Launch(name, blocks_x * blocks_y, threads, shared, program.counts()))
             except BaseException as error:  # nothing passes through C++
                 raised.append(error)
 
@@ -98,4 +109,4 @@ class CompiledDriver(Driver):
         if raised:
             raise raised[0]
         # A driver that emulates a kernel itself would run its source, and every test of compiled code would pass.
-        assert launches or not writes, f"emulated_cuda/{self.name}.cpp: {function} launched nothing, so no PTX was executed"
+        assert len(self.launched) > before or not writes, f"emulated_cuda/{self.name}.cpp: {function} executed no PTX"
