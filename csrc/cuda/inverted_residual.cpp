@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binding of inverted_residual_packed.cuda: argument checks and allocation around inverted_residual_kernel.cu.
-// mvit_kernels/backends/cuda/inverted_residual.py packs the weights (inverted_residual_packing.py) and calls this.
+// Binding of inverted_residual_packed.cuda: argument checks around inverted_residual_kernel.cu, which writes the map that
+// it is given. mvit_kernels/backends/cuda/inverted_residual.py packs the weights (inverted_residual_packing.py), makes
+// the map and calls this.
 #include "inverted_residual.h"
 
-#include "tensors.h"
+#include "maps.h"
 
 namespace mvit {
 namespace {
@@ -24,15 +25,8 @@ InvertedResidualLaunch* kernel_of(const InvertedResidualLayout& layout, bool sma
   }
 }
 
-// The kernel reads pixels 16 bytes at a time.
-bool reads_directly(const Tensor& x) {
-  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(3) == 1;
-  for (int axis = 0; axis < 3; ++axis) aligned &= x.size(axis) == 1 || x.stride(axis) % 8 == 0;
-  return aligned;
-}
-
-Tensor inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t version, int64_t hidden, int64_t out,
-                         int64_t stride, bool residual) {
+void inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t version, int64_t hidden, int64_t stride,
+                       bool residual, const Tensor& y) {
   STD_TORCH_CHECK(x_argument.dim() == 4, kOp, ": x must be (B, H, W, C), not of ", x_argument.dim(), " axes");
   const ScalarType type = x_argument.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, kOp,
@@ -46,6 +40,8 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t
                   height, " x ", width, " is empty or has more than ", most - 1, " pixels");
   STD_TORCH_CHECK(images < most && images * (height * width) < most, kOp, ": ", images, " images of ", height, " x ", width,
                   "; at most ", most - 1, " pixels are supported");
+  STD_TORCH_CHECK(y.dim() == 4, kOp, ": out must be (B, H, W, C), not of ", y.dim(), " axes");
+  const int64_t out = y.size(3);
   InvertedResidualLayout layout = inverted_residual_layout(channels, out, stride, false);
   STD_TORCH_CHECK(layout.channels != 0, kOp, ": no kernel for ", channels, " channels in and ", out,
                   " out with stride ", stride);
@@ -60,6 +56,8 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t
   const Device device(x_argument);
   const Limits limits(kOp);
   InvertedResidualArgs args = inverted_residual_args(layout, images, height, width, hidden, residual);
+  check_out(kOp, y, x_argument, images, args.out_height, args.out_width, out);
+  if (images == 0) return;
   const bool small = takes_small(layout, args.blocks(), limits.multiprocessors, limits.shared_bytes);
   if (small) {
     layout = inverted_residual_layout(channels, out, stride, true);
@@ -67,15 +65,12 @@ Tensor inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t
   }
   STD_TORCH_CHECK(layout.shared_bytes() <= limits.shared_bytes, kOp, ": a block needs ", layout.shared_bytes(),
                   " bytes of shared memory, and this GPU has ", limits.shared_bytes);
-  const bool direct = reads_directly(x_argument);
+  const bool direct = has_whole_units(x_argument);
   const Tensor x = direct ? x_argument : torch::stable::contiguous(torch::stable::clone(x_argument));
-  Tensor y = torch::stable::new_empty(x, {images, args.out_height, args.out_width, out}, type);
-  if (images == 0) return y;
   args.in = {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
   args.out = {y.mutable_data_ptr(), y.stride(0), y.stride(1), y.stride(2)};
   args.weights = static_cast<const unsigned char*>(packed.const_data_ptr());
   check_launch(kOp, kernel_of(layout, small, type == ScalarType::Half)(args, device.stream()));
-  return y;
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binding of transformer_packed.cuda: argument checks and allocation around transformer_kernel.cu.
-// mvit_kernels/backends/cuda/transformer.py packs the weights (packing.py), chooses the launch plan (plans.py) and
-// calls this.
+// Binding of transformer_packed.cuda: argument checks around transformer_kernel.cu, which writes the map that it is given.
+// mvit_kernels/backends/cuda/transformer.py packs the weights (packing.py), chooses the launch plan (plans.py), makes the
+// map and calls this.
 #include "transformer.h"
 
 #include <vector>
 
-#include "tensors.h"
+#include "maps.h"
 
 namespace mvit {
 namespace {
@@ -24,16 +24,9 @@ TransformerLaunch* kernel_of(int64_t width, int64_t head_dim, int64_t tiles, boo
   }
 }
 
-// The kernel reads and writes rows 16 bytes at a time.
-bool reads_directly(const Tensor& x) {
-  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(3) == 1;
-  for (int axis = 0; axis < 3; ++axis) aligned &= x.size(axis) == 1 || x.stride(axis) % 8 == 0;
-  return aligned;
-}
-
-Tensor transformer(const Tensor& x_argument, const Tensor& packed, int64_t version, int64_t layers, int64_t head_dim,
-                   int64_t hidden, bool final_norm, std::vector<int64_t> patch, double eps, int64_t tiles,
-                   int64_t sequences_of_a_block) {
+void transformer(const Tensor& x_argument, const Tensor& packed, int64_t version, int64_t layers, int64_t head_dim,
+                 int64_t hidden, bool final_norm, std::vector<int64_t> patch, double eps, int64_t tiles,
+                 int64_t sequences_of_a_block, const Tensor& out) {
   STD_TORCH_CHECK(x_argument.dim() == 4, "transformer: x must be (B, H, W, d), not of ", x_argument.dim(), " axes");
   STD_TORCH_CHECK(patch.size() == 2 && patch[0] > 0 && patch[1] > 0 && x_argument.size(1) % patch[0] == 0 &&
                       x_argument.size(2) % patch[1] == 0,
@@ -57,9 +50,9 @@ Tensor transformer(const Tensor& x_argument, const Tensor& packed, int64_t versi
                   "transformer: the packed weights are not those of ", layers, " layers with ", hidden, " hidden units");
 
   const Device device(x_argument);
-  const Tensor x = reads_directly(x_argument) ? x_argument : torch::stable::contiguous(torch::stable::clone(x_argument));
-  Tensor out = torch::stable::new_empty(x, {images, height, width, d}, type);
-  if (images == 0 || height == 0 || width == 0) return out;
+  check_out("transformer", out, x_argument, images, height, width, d);
+  if (images == 0 || height == 0 || width == 0) return;
+  const Tensor x = has_whole_units(x_argument) ? x_argument : torch::stable::contiguous(torch::stable::clone(x_argument));
   const int64_t tokens = height / patch[0] * (width / patch[1]);
   STD_TORCH_CHECK(sequences_of_a_block > 0 && sequences_of_a_block <= kMostWarps && tokens <= kMostWarps * 16 * tiles &&
                       images * patch[0] * patch[1] < (int64_t{1} << 31),
@@ -72,7 +65,6 @@ Tensor transformer(const Tensor& x_argument, const Tensor& packed, int64_t versi
   args.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
   args.weights = static_cast<const unsigned char*>(packed.const_data_ptr());
   check_launch("transformer", launch(args, device.stream()));
-  return out;
 }
 
 }  // namespace

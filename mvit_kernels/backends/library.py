@@ -150,12 +150,13 @@ NATIVE_SCHEMAS = {
     # a network as mvit_kernels.freezing.program stores it, for any processor -> program and weights for this one
     "pack_network.cpu": "(Tensor program, Tensor weights) -> (Tensor, Tensor)",
     # What `transformer.cuda` launches; mvit_kernels.backends.cuda.transformer packs the weights and makes the plan.
+    # `out`, of this one and the next, may be part of a larger map.
     "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "
-    "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block) "
-    "-> Tensor",
+    "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block, "
+    "Tensor(a!) out) -> ()",
     # What `inverted_residual.cuda` launches; mvit_kernels.backends.cuda.inverted_residual packs the weights.
-    "inverted_residual_packed.cuda": "(Tensor x, Tensor packed, int version, int hidden_features, int out_features, "
-    "int stride, bool residual) -> Tensor",
+    "inverted_residual_packed.cuda": "(Tensor x, Tensor packed, int version, int hidden_features, int stride, "
+    "bool residual, Tensor(a!) out) -> ()",
 }
 for _name, _schema in NATIVE_SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..backends import Call, preference, triton
+from ..backends import Call, cuda, preference, triton
 from ..backends.library import TransformerLayerWeights
 from .graphs import CudaGraphs, Graphs
-from .lowering import IMAGE, Lowering, StackWeights
+from .lowering import IMAGE, InvertedResidualWeights, Lowering, StackWeights
 from .native import DTYPES, Native
 from .program import CONVOLUTION, DEPTHWISE_CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, Builder, NotNative, Place
 
@@ -158,38 +158,27 @@ class LaunchedNetwork(Native):
         """Prepare the steps and run each; they hold no tensor of this call."""
         from ..backends.triton import prepared
 
-        stretches = {IMAGE: 0, lowering.last: _RESULT}  # of the values that are not in the arena
-        last_use = {value: last for value, (_, last) in lowering.lives().items()}
         with _device(self.device):
             steps: list[Any] = []
-            for index, operation in enumerate(lowering.operations):
-                reads = [_view(lowering, memory, stretches, at) for at in operation.reads]
-                written = () if operation.returns else operation.writes
-                writes = [_view(lowering, memory, stretches, at) for at in written]
+            for operation in lowering.operations:
+                views = [_view(lowering, memory, at) for at in (*operation.reads, *operation.writes)]
                 if operation.is_call:
-                    sources = [memory.find(view) for view in (*reads, *writes)]
-                    steps.append(prepared.PreparedCall(operation.make, sources))
+                    steps.append(prepared.PreparedCall(operation.make, [memory.find(view) for view in views]))
                 else:
-                    steps.append(prepared.PreparedLaunch(operation.make(*reads, *writes), memory))
-                if operation.returns:
-                    stretches[operation.writes[0].value] = len(memory.tensors)
+                    steps.append(prepared.PreparedLaunch(operation.make(*views), memory))
                 steps[-1].run_slowly(memory)
-                for value, stretch in stretches.items():
-                    if stretch > _RESULT and last_use[value] == index:
-                        steps.append(prepared.Release(stretch))
-                        steps[-1].run_slowly(memory)
         return steps
 
 
-def _view(lowering: Lowering, memory: Any, stretches: dict[int, int], at: Place) -> Tensor:
+def _view(lowering: Lowering, memory: Any, at: Place) -> Tensor:
     """The tensor at a place, in the memory of a call."""
     if at.value == IMAGE:
         return memory.tensors[0]
     value = lowering.values[at.value]
-    stretch = memory.tensors[stretches.get(at.value, _ARENA)]
-    if at.value not in stretches:
-        stretch = stretch[lowering.offsets[at.value] :][: value.bytes].view(value.dtype)
-    whole = stretch.view(value[:4])
+    if at.value == lowering.last:
+        whole = memory.tensors[_RESULT]
+    else:
+        whole = memory.tensors[_ARENA][lowering.offsets[at.value] :][: value.bytes].view(value.dtype).view(value[:4])
     return whole if value.channels == at.channels else whole[..., at.offset : at.offset + at.channels]
 
 
@@ -211,12 +200,12 @@ def _packed(builder: Builder, index: int) -> Any:
         return depthwise_convolution.packed(weight), bias
     if kind == INVERTED_RESIDUAL:
         expand, depthwise, project = tensors(4), tensors(6), tensors(8)
-        whole = [expand[0].flatten(1), expand[1], *depthwise, project[0].flatten(1), project[1]]
-        return (
+        whole = (expand[0].flatten(1), expand[1], *depthwise, project[0].flatten(1), project[1])
+        return InvertedResidualWeights(
             (convolution.packed(expand[0]), expand[1]),
             (depthwise_convolution.packed(depthwise[0]), depthwise[1]),
             (convolution.packed(project[0]), project[1]),
-            [value.to(builder.dtype) for value in whole],
+            cuda.BACKEND.packed_inverted_residual(whole, builder.dtype, *words[1:3]),
         )
     if kind == TRANSFORMER:
         stack = builder.stacks[index]

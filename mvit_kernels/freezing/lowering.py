@@ -66,16 +66,23 @@ class Operation(NamedTuple):
     """What one launch does.
 
     A launch is prepared by ``make(*views)``, with a view of each place in `reads` and then `writes`. Where `is_call`,
-    ``make(*views)`` is the call itself of a PyTorch operator: with views of `reads` alone where it returns the tensor
-    that `writes` is to be (`returns`).
+    ``make(*views)`` is the call itself, of PyTorch or of CUDA C++, which writes the last of them.
     """
 
     name: str
     reads: tuple[Place, ...]
     writes: tuple[Place, ...]
-    make: Callable[..., Launch | Tensor | None]
+    make: Callable[..., Launch | None]
     is_call: bool = False
-    returns: bool = False
+
+
+class InvertedResidualWeights(NamedTuple):
+    """An inverted residual's weights: of three launches, and of one."""
+
+    expand: tuple[Tensor, Tensor]
+    depthwise: tuple[Tensor, Tensor]
+    project: tuple[Tensor, Tensor]
+    packed: Tensor | None  # for CUDA C++; None where it is not there or has no such kernel
 
 
 class StackWeights(NamedTuple):
@@ -111,8 +118,11 @@ class Lowering:
         self.settings: tuple[str | None, str] = None, ""  # under which it was made
         self.any_image = _takes_any_image(builder)  # any strides and dtype; else channels-last, in the weights' dtype
         sizes = {IMAGE: size}
+        self._final_norm: tuple[tuple[Tensor, Tensor], float] | None = None  # of the last "layer_norm", and its eps
+        self._later = builder.steps  # behind the one that is lowered
         for index, (kind, *six_and_words) in enumerate(builder.steps):
             source, target, words = Place(*six_and_words[:3]), Place(*six_and_words[3:6]), six_and_words[6:]
+            self._later = builder.steps[index + 1 :]
             sizes[target.value] = target_size(kind, words, sizes[source.value], sizes)
             if self.values[target.value] is None:
                 self.values[target.value] = self._value(sizes[target.value], builder.values[target.value][0])
@@ -132,6 +142,9 @@ class Lowering:
         elif kind in (CONVOLUTION, DEPTHWISE_CONVOLUTION):
             stride, dilation, activation = words[1:4] if kind == CONVOLUTION else words[:3]
             depthwise = kind == DEPTHWISE_CONVOLUTION
+            one_pixel = kind == CONVOLUTION and words[0] == stride == 1
+            if one_pixel and self._norm_linear(source, target, weights, ACTIVATIONS[activation]):
+                return
             self._convolution(source, target, weights, stride, dilation, ACTIVATIONS[activation], depthwise=depthwise)
         elif kind == INVERTED_RESIDUAL:
             self._inverted_residual(source, target, weights, words[1], words[2], bool(words[3]))
@@ -177,45 +190,79 @@ class Lowering:
             make = partial(operations.convolution_residual, weight, bias, stride, dilation, activation)
             self._add("convolution", (source, residual), (target,), make)
 
+    def _norm_linear(
+        self, source: Place, target: Place, weights: tuple[Tensor, Tensor], activation: str | None
+    ) -> bool:
+        """Make one launch of a stack's last LayerNorm and the 1×1 convolution that follows, if that alone reads it."""
+        at, last = self._resolved(source), self.operations[-1] if self.operations else None
+        if last is None or last.name != "layer_norm" or last.writes[0] != at or activation not in (None, "silu"):
+            return False
+        if any(self.names[value] == at.value for _, value, *_ in self._later) or self._final_norm is None:
+            return False
+        self.operations.pop()
+        make = partial(operations.norm_convolution, *self._final_norm, *weights, activation)
+        self._add("layer_norm_linear", last.reads, (target, *last.writes[1:]), make)
+        return True
+
     def _inverted_residual(
-        self, source: Place, target: Place, weights: Any, stride: int, dilation: int, residual: bool
+        self,
+        source: Place,
+        target: Place,
+        weights: InvertedResidualWeights,
+        stride: int,
+        dilation: int,
+        residual: bool,
     ) -> None:
-        expand, depthwise, project, whole = weights
-        name = self._whole_inverted_residual(source, target, whole, stride, dilation, residual)
-        if name is not None:
-            make = partial(operations.inverted_residual, name, whole, stride, dilation, residual)
-            return self._add("inverted_residual", (source,), (target,), make, is_call=True, returns=True)
-        width = expand[0].shape[0]
+        call = self._whole_inverted_residual(source, target, weights, stride, dilation, residual)
+        if call is not None:
+            return self._add("inverted_residual", (source,), (target,), call, is_call=True)
+        width = weights.expand[0].shape[0]
         wide = self._new(self._of(source)[1:3], width)
         narrow = self._new(self._of(target)[1:3], width)
-        self._convolution(source, wide, expand, 1, 1, "silu")
-        self._convolution(wide, narrow, depthwise, stride, dilation, "silu", depthwise=True)
-        self._convolution(narrow, target, project, 1, 1, None, residual=source if residual else None)
+        self._convolution(source, wide, weights.expand, 1, 1, "silu")
+        self._convolution(wide, narrow, weights.depthwise, stride, dilation, "silu", depthwise=True)
+        self._convolution(narrow, target, weights.project, 1, 1, None, residual=source if residual else None)
         return None
 
     def _whole_inverted_residual(
-        self, source: Place, target: Place, whole: Sequence[Tensor], stride: int, dilation: int, residual: bool
-    ) -> str | None:
-        """The backend whose operator takes it in one launch; None for three of Triton's. This is the one place where
-        that is chosen."""
-        if IMAGE in (source.value, self.names[source.value]) or not self._is_whole(target):
+        self,
+        source: Place,
+        target: Place,
+        weights: InvertedResidualWeights,
+        stride: int,
+        dilation: int,
+        residual: bool,
+    ) -> Callable[[Tensor, Tensor], None] | None:
+        """CUDA C++'s call of one launch; None for three of Triton's. This is the one place where that is chosen."""
+        if weights.packed is None or IMAGE in (source.value, self.names[source.value]):
             return None
-        rows = self._stand_in(source)
-        x = rows.permute(0, 3, 1, 2)
-        call = inverted_residual_call(rows, whole[0], whole[4], (x,), stride, dilation, residual)
-        served = backends.choose(call) if backends.serves("inverted_residual", call) else None
-        return served if served == "cuda" else None  # Triton's operator is three launches and their allocations
+        if not self._has_whole_units(source) or not self._has_whole_units(target):
+            return (
+                None  # its kernel moves 16 bytes at a time, so that it would copy the one, and cannot write the other
+            )
+        x, expand, project = self._stand_in(source), weights.expand[0].flatten(1), weights.project[0].flatten(1)
+        call = inverted_residual_call(x, expand, project, (x,), stride, dilation, residual)
+        call = call._replace(device_type=self.device.type)
+        if backends.server("inverted_residual", call) != "cuda":
+            return None  # Triton's operator is three launches and their allocations
+        from ..backends.cuda.inverted_residual import prepared  # registers the operator, so the library must be loaded
+
+        return prepared(weights.packed, expand.shape[0], stride, residual)
 
     def _transformer(self, source: Place, target: Place, weights: StackWeights) -> None:
         stack = weights.stack
         x = self._stand_in(source)
         call = stack_call(x, weights.layers, weights.final_norm, stack.num_heads, stack.patch_size, self.dtype)
+        call = call._replace(device_type=self.device.type)
         inner = weights.layers[0].proj_weight.shape[1]
         attention = attention_call(call, 3 * inner, stack.num_heads, stack.patch_size)
         plan = backends.plan_stack(call, attention, dropout=False)
         if plan is StackPlan.WHOLE and backends.choose(call) == "cuda":
-            make = partial(operations.transformer, self._whole_transformer(x, weights))
-            return self._add("transformer", (source,), (target,), make, is_call=True, returns=True)
+            # Its blocks read rows after others have written theirs: so `target`, which may be `source`, is a new map.
+            reads = (self._resolved(source),)
+            writes = (self._renamed(target),)
+            self.operations.append(Operation("transformer", reads, writes, self._whole_transformer(x, weights), True))
+            return None
         facts = dict(call.facts, contiguous=True, inner_dropout=False)
         layer = call._replace(operator="transformer_layer", facts=tuple(facts.items()))
         reasons = triton.BACKEND.reasons_against(layer)
@@ -223,7 +270,7 @@ class Lowering:
             raise NotNative(f"no kernels serve its transformer: {'; '.join(reasons) or 'plain PyTorch computes it'}")
         return self._layers(source, target, weights)
 
-    def _whole_transformer(self, x: Tensor, weights: StackWeights) -> Callable[[Tensor], Tensor]:
+    def _whole_transformer(self, x: Tensor, weights: StackWeights) -> Callable[[Tensor, Tensor], None]:
         from ..backends.cuda.transformer import prepared  # registers the operator, so the library must be loaded
 
         stack = weights.stack
@@ -255,7 +302,8 @@ class Lowering:
             x = target
         if weights.final_norm is not None:
             statistics = [self._new((rows, 1), 1, torch.float32) for _ in range(2)]
-            make = partial(operations.layer_norm, weights.final_norm, stack.eps)
+            self._final_norm = weights.final_norm, stack.eps
+            make = partial(operations.layer_norm, *self._final_norm)
             self._add("layer_norm", (x,), (x, *statistics), make)
 
     # -- values ---------------------------------------------------------------------------------------------------
@@ -269,6 +317,12 @@ class Lowering:
         self.names.append(len(self.names))
         return Place(len(self.values) - 1, 0, channels)
 
+    def _renamed(self, at: Place) -> Place:
+        """A new map in place of the one that has that name now."""
+        old, fresh = self.names[at.value], self._new(self._of(at)[1:3], at.channels)
+        self.names = [fresh.value if name_of == old else name_of for name_of in self.names]
+        return fresh
+
     def _of_value(self, index: int) -> Value:
         value = self.values[index]
         assert value is not None, "a step reads what no step wrote"
@@ -279,9 +333,9 @@ class Lowering:
         return self._of_value(at.value)._replace(channels=at.channels)
 
     def _stand_in(self, at: Place) -> Tensor:
-        """A tensor of the shape, dtype and device of a place, for those who judge by these."""
+        """A tensor of the shape and dtype of a place, for those who judge by these; its device is none."""
         value = self._of(at)
-        return torch.empty(value.channels, dtype=value.dtype, device=self.device).expand(value[:4])
+        return torch.empty(value[:4], dtype=value.dtype, device="meta")
 
     def _resolved(self, at: Place) -> Place:
         return at._replace(value=self.names[at.value])
@@ -289,10 +343,10 @@ class Lowering:
     def _is_written(self, at: Place) -> bool:
         return any(self.names[at.value] == other.value for op in self.operations for other in op.writes)
 
-    def _is_whole(self, at: Place) -> bool:
-        """Whether it is all of a value in the arena."""
-        value = self.values[at.value]
-        return value is not None and value.channels == at.channels and self.names[at.value] not in (IMAGE, self.last)
+    def _has_whole_units(self, at: Place) -> bool:
+        """Whether each of its pixels begins at a multiple of 16 bytes."""
+        value = self._of_value(at.value)
+        return all(elements * value.dtype.itemsize % 16 == 0 for elements in (value.channels, at.offset))
 
     def _add(
         self,
@@ -301,15 +355,9 @@ class Lowering:
         writes: tuple[Place, ...],
         make: Callable[..., Any],
         is_call: bool = False,
-        returns: bool = False,
     ) -> None:
         reads, writes = (tuple(map(self._resolved, places)) for places in (reads, writes))
-        if returns:  # what it writes is a tensor of its own, so whatever had that name before is another value
-            (target,) = writes
-            old, fresh = target.value, self._new(self._of(target)[1:3], target.channels)
-            self.names = [fresh.value if name_of == old else name_of for name_of in self.names]
-            writes = (fresh,)
-        self.operations.append(Operation(name, reads, writes, make, is_call, returns))
+        self.operations.append(Operation(name, reads, writes, make, is_call))
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -323,11 +371,10 @@ class Lowering:
 
     def _lay_out(self) -> int:
         """Place the values in the arena; return its bytes."""
-        returned = {op.writes[0].value for op in self.operations if op.returns}
         regions = {
             value: Region(self._of_value(value).bytes, *life)
             for value, life in self.lives().items()
-            if value not in (IMAGE, self.last) and value not in returned
+            if value not in (IMAGE, self.last)
         }
         total = place(regions.values())
         self.offsets = {value: region.offset for value, region in regions.items()}

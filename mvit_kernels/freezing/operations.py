@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each operation of a `Lowering` launches: the Triton launch for views of what it reads and then writes, or the
-call of a PyTorch operator.
+"""What each operation of a `Lowering` launches: the Triton launch for views of what it reads and then writes, or
+PyTorch's copy. CUDA C++'s calls are made in `mvit_kernels.backends.cuda`.
 
 The kernels are imported when a network is prepared: they load Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..backends.library import TransformerLayerWeights, raw
+from ..backends.library import TransformerLayerWeights
 
 if TYPE_CHECKING:
     from ..backends.triton._launch import Launch
@@ -70,6 +69,23 @@ def layer_norm_linear(
     return layer_norm_linear.launch(x, *weights, out, mean, rstd, eps)
 
 
+def norm_convolution(
+    norm: tuple[Tensor, Tensor],
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str | None,
+    x: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> Launch:
+    """A 1×1 convolution of normalised rows, into a map that may be part of another one."""
+    from ..backends.triton import layer_norm_linear
+
+    return layer_norm_linear.launch(x, *norm, weight.flatten(1), bias, out, mean, rstd, eps, activation or "")
+
+
 def patch_attention(
     heads: int, patch: tuple[int, int], scale: float, qkv: Tensor, out: Tensor, logsumexp: Tensor
 ) -> Launch:
@@ -105,13 +121,3 @@ def layer_norm(
 
 def copy(x: Tensor, out: Tensor) -> None:
     out.copy_(x)
-
-
-def inverted_residual(
-    backend: str, weights: Sequence[Tensor], stride: int, dilation: int, residual: bool, x: Tensor
-) -> Tensor:
-    return raw("inverted_residual", backend)(x, *weights, stride, dilation, residual)
-
-
-def transformer(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return call(x)

@@ -33,11 +33,10 @@ def _pack_network(program, weights):
 
 
 @register_native_fake("transformer_packed.cuda")
-def _transformer_packed(x, packed, *settings):
-    return x.new_empty(x.shape)
+def _transformer_packed(x, packed, *settings_and_out):
+    return None
 
 
 @register_native_fake("inverted_residual_packed.cuda")
-def _inverted_residual_packed(x, packed, version, hidden_features, out_features, stride, residual):
-    b, h, w, _ = x.shape
-    return x.new_empty((b, (h - 1) // stride + 1, (w - 1) // stride + 1, out_features))
+def _inverted_residual_packed(x, packed, version, hidden_features, stride, residual, out):
+    return None

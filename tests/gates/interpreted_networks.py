@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted_networks.py
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,21 +14,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvit_kernels
-from mvit_kernels import backends
-from mvit_kernels.backends import StackPlan, triton
-from mvit_kernels.backends.library import flatten, raw
+from mvit_kernels.backends import StackPlan, cuda, triton
 from mvit_kernels.backends.triton.target import INTERPRETED
-from mvit_kernels.freezing import arena, graphs, lowering, operations
+from mvit_kernels.freezing import arena, graphs, lowering
 from mvit_kernels.freezing.launched import LaunchedNetwork
 from mvit_kernels.freezing.modules import FrozenSequential
 from mvit_kernels.freezing.native import kind_on
 from support import models
 from support.cuda_graphs import Runtime
+from support.emulation import load_operators
 from support.networks import Draw, chain, composed
 from support.tolerance import assert_close_as_pytorch
 
 assert INTERPRETED, "run it with TRITON_INTERPRET=1"
 pytest.importorskip("triton", reason="Triton is not installed")
+from mvit_kernels.backends.triton import prepared  # noqa: E402
 
 
 def launched(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -99,17 +100,19 @@ def test_images_of_any_layout(first, layout):
     assert torch.equal(y[:1], expected[:1]) and (layout == "expanded" or torch.equal(y, expected))
 
 
+_run = LaunchedNetwork.run
+
+
+def run_in_nan(self, lowering, image, result, arena):
+    arena.fill_(255)
+    result.fill_(torch.nan)
+    return _run(self, lowering, image, result, arena)
+
+
 @pytest.fixture(scope="module")
 def own():
     """Our XXS in bfloat16, an image, and what launches made of it: in memory whose bytes were all set, so that every
     float in it was NaN until it was written."""
-    run = LaunchedNetwork.run
-
-    def run_in_nan(self, lowering, image, result, arena):
-        arena.fill_(255)
-        result.fill_(torch.nan)
-        return run(self, lowering, image, result, arena)
-
     frozen, x = mvit_kernels.freeze(models.build("own"), dtype=torch.bfloat16), models.images(1, 64, 64)
     with torch.inference_mode(), mvit_kernels.use_backend("triton"), pytest.MonkeyPatch.context() as patched:
         patched.setattr(LaunchedNetwork, "run", run_in_nan)
@@ -168,21 +171,13 @@ def s():
         return links.native(kind_on("cpu"))
 
 
-def test_launches_of_s(s, monkeypatch):
-    """Stem, seven inverted residuals of three, three blocks of five (of which one is the stack), the last convolution,
-    the mean and the classifier; a stack operator by operator is four launches a layer and a norm."""
+def test_launches_of_s(s):
+    """All in Triton: stem, seven inverted residuals of three, three blocks of three and of four launches a layer (the
+    last norm is inside a convolution), the last convolution, the mean and the classifier. By what is chosen on a GPU:
+    tests/freezing/test_launches.py."""
     with mvit_kernels.use_backend("triton"):
-        by_operator = s.lowering(256, (256, 256)).operations
-        monkeypatch.setattr(backends, "plan_stack", lambda *a, **k: StackPlan.WHOLE)
-        monkeypatch.setattr(backends, "choose", lambda call: "cuda")
-        monkeypatch.setattr(lowering.Lowering, "_whole_transformer", lambda self, x, weights: None)
-        fused = lowering.Lowering(s._builder, s._weights, s.device, 256, (256, 256))
-        monkeypatch.setattr(lowering.Lowering, "_whole_inverted_residual", lambda *a: None)
-        whole = lowering.Lowering(s._builder, s._weights, s.device, 256, (256, 256))
-    assert len(by_operator) == 1 + 7 * 3 + 3 * 4 + (2 + 4 + 3) * 4 + 3 + 3
-    assert len(whole.operations) == 1 + 7 * 3 + 3 * 5 + 3 <= 60
-    # Three inverted residuals write a part of the map that a block's fusion reads, which no operator can.
-    assert len(fused.operations) == len(whole.operations) - 4 * 2
+        whole = s.lowering(256, (256, 256))
+    assert len(whole.operations) == 1 + 7 * 3 + 3 * 4 + (2 + 4 + 3) * 4 + 3
     lives = whole.lives()
     most = max(
         sum(whole.values[value].bytes for value in whole.offsets if lives[value][0] <= at <= lives[value][1])
@@ -191,40 +186,37 @@ def test_launches_of_s(s, monkeypatch):
     assert most <= whole.arena <= 1.15 * most < 6 * 2**20 * 256  # bytes: 6 MB an image
 
 
-def test_operators_that_return_their_result(monkeypatch):
-    """As the CUDA kernels of a whole stack and a whole inverted residual do: their tensors are memory of their own, and
-    let go when they were read last."""
+@pytest.mark.parametrize("input_first", [True, False])
+def test_with_cuda_s_operators(monkeypatch, input_first):
+    """Emulated, beside Triton's launches: whole stacks, and whole inverted residuals, one into a map of its own and one
+    into a part of that which a block's fusion reads. Against float64, in memory that was NaN before."""
     made = Draw(4)
-    block = made.block(8, 16, layers=1, patch=(3, 2))
-    module = FrozenSequential(made.conv(3, 8, 3, stride=2), made.inverted(8, 16, 8), made.inverted(8, 16, 8), block)
-    x = made(2, 3, 13, 12)
-    expected = composed(module, x)
+    block = made.block(24, 64, layers=2, input_first=input_first)
+    module = FrozenSequential(
+        made.conv(3, 16, 3, stride=2),
+        made.inverted(16, 40, 16),
+        made.inverted(16, 40, 24, stride=2),
+        block,
+        made.inverted(24, 48, 24),
+        made.conv(24, 16),
+    )
+    load_operators("inverted_residual")
+    load_operators("transformer")
+    monkeypatch.setattr(cuda.BACKEND, "unavailable", lambda device_type: [])
 
-    def stack(self, x, weights):
-        norm, of = weights.final_norm, weights.stack
-        return lambda rows: raw("transformer", "reference")(
-            rows, flatten(weights.layers), *norm, of.num_heads, of.patch_size, of.eps
-        )
+    def plan(stack, *_, **__):
+        return StackPlan.OPERATORS if cuda.BACKEND.supports["transformer"](stack) else StackPlan.WHOLE
 
-    monkeypatch.setattr(backends, "plan_stack", lambda *a, **k: StackPlan.WHOLE)
-    monkeypatch.setattr(backends, "choose", lambda call: "cuda")
-    monkeypatch.setattr(lowering.Lowering, "_whole_transformer", stack)
-    monkeypatch.setattr(backends, "serves", lambda operator, call: operator == "inverted_residual")
-    called = operations.inverted_residual
-    monkeypatch.setattr(operations, "inverted_residual", lambda backend, *rest: called("reference", *rest))
-    for _ in range(2):
-        torch.testing.assert_close(launched(module, x), expected, rtol=1e-4, atol=1e-4)
+    chosen = SimpleNamespace(plan_stack=plan, choose=lambda call: "cuda", server=lambda operator, call: "cuda")
+    monkeypatch.setattr(lowering, "backends", chosen)
+    monkeypatch.setattr(LaunchedNetwork, "run", run_in_nan)
+    x = made(1, 3, 15, 18)
+    network = judge(module, x, torch.bfloat16)
     with mvit_kernels.use_backend("triton"):
-        names = [operation.name for operation in module._network.lowering(2, (13, 12)).operations]
-    # The second inverted residual writes a part of the map that the block's fusion reads, as no operator could.
-    assert [names.count(one) for one in ("inverted_residual", "depthwise_convolution", "transformer", "resize")] == [
-        1,
-        1,
-        1,
-        2,
-    ]
-    (steps,) = module._network._prepared.values()
-    assert [type(step).__name__ for step in steps].count("Release") == 2
+        names = [operation.name for operation in network.lowering(1, (15, 18)).operations]
+    assert [names.count(one) for one in ("inverted_residual", "depthwise_convolution", "transformer")] == [3, 0, 1]
+    (steps,) = network._prepared.values()
+    assert sum(isinstance(step, prepared.PreparedCall) for step in steps) == 4
 
 
 # ------------------------------------------------------------------------------------- what launches do not serve
@@ -367,4 +359,4 @@ def test_what_judges_by_a_stand_in_sees_adjacent_channels():
     with mvit_kernels.use_backend("triton"):
         made = module._network.lowering(1, (16, 18))
     at = next(at for operation in made.operations for at in operation.writes if at.channels > 8)
-    assert made._stand_in(at).stride() == (0, 0, 0, 1)
+    assert made._stand_in(at).stride(-1) == 1

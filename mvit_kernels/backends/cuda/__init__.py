@@ -10,13 +10,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from .. import gpu
 from ..contract import Backend, Call, StackPlan
 from ..library import flatten, load, loaded_paths
 from ..preference import one_launch_pays
 from .operators import DTYPES, HEADS, SUPPORTS
-from .plans import is_compiled
+from .plans import INVERTED_RESIDUALS, is_compiled
 
 
 class CudaBackend(Backend):
@@ -51,6 +55,23 @@ class CudaBackend(Backend):
             from .transformer import packed_weights  # registers the operator, so the library must be loaded
 
             packed_weights(flatten(layers, zeros=False), final_norm, num_heads, dtype)
+
+    def packed_inverted_residual(
+        self, weights: Sequence[Tensor], dtype: torch.dtype, stride: int, dilation: int
+    ) -> Tensor | None:
+        """An inverted residual's weights in its kernel's order; None if there is no kernel for them here.
+
+        Args:
+            weights: the six of `mvit_kernels.inverted_residual`.
+            dtype: of the maps.
+            stride, dilation: of the depthwise convolution.
+        """
+        known = (weights[0].shape[1], weights[4].shape[0], stride) in INVERTED_RESIDUALS and dilation == 1
+        if dtype not in DTYPES or not known or self.unavailable(weights[0].device.type):
+            return None
+        from .inverted_residual_packing import pack_inverted_residual
+
+        return pack_inverted_residual(*weights, dtype=dtype)
 
 
 def _one_launch_pays(stack: Call, alone: bool) -> bool:

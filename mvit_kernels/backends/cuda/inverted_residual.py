@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,18 +35,46 @@ def forward(
     Raises:
         RuntimeError: there is no kernel for these shapes.
     """
-    hidden, out = expand_weight.shape[0], project_weight.shape[0]
+    out_features = project_weight.shape[0]
     if dilation != 1:
         raise RuntimeError(f"inverted_residual.cuda: dilation is {dilation}; the kernel has 1")
     weights = (expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
+    _check_shapes(x.shape[-1], weights)
+    b, h, w, _ = x.shape
+    out = x.new_empty((b, (h - 1) // stride + 1, (w - 1) // stride + 1, out_features))
+    prepared(packed_weights(weights, x.dtype), expand_weight.shape[0], stride, residual)(x, out)
+    return out
+
+
+def prepared(packed: Tensor, hidden: int, stride: int, residual: bool) -> Callable[[Tensor, Tensor], None]:
+    """The call of one block, ``call(x, out)``, which writes the map that it is given.
+
+    Example:
+        >>> call = prepared(pack_inverted_residual(*weights, dtype=torch.bfloat16), 256, stride=2, residual=False)
+        >>> call(x, joined[..., :96])      # part of a map that a concatenation would make
+
+    Args:
+        packed: what `pack_inverted_residual` made.
+        hidden: expanded channels.
+        stride, residual: as in `mvit_kernels.inverted_residual`.
+
+    The call takes x, (B, H, W, C), and out, (B, ceil(H / stride), ceil(W / stride), out), of x's dtype and device:
+    adjacent channels, pixels in the map's order that begin at multiples of 16 bytes, and none in x's memory. It raises
+    RuntimeError for others, and where there is no kernel for these shapes.
+    """
+    settings = packed, VERSION, hidden, stride, residual
+    launch = torch.ops.mvit_kernels.inverted_residual_packed.cuda
+    return lambda x, out: launch(x, *settings, out)
+
+
+def _check_shapes(channels: int, weights: Sequence[Tensor]) -> None:
+    hidden, out = weights[0].shape[0], weights[4].shape[0]
     shapes = [tuple(tensor.shape) for tensor in weights]
-    wanted = [(hidden, x.shape[-1]), (hidden,), (hidden, 1, 3, 3), (hidden,), (out, hidden), (out,)]
+    wanted = [(hidden, channels), (hidden,), (hidden, 1, 3, 3), (hidden,), (out, hidden), (out,)]
     if shapes != wanted or out % 8:
         raise RuntimeError(
             f"inverted_residual.cuda: weights of shapes {shapes}; {wanted} are wanted, out a multiple of 8"
         )
-    packed = packed_weights(weights, x.dtype)
-    return torch.ops.mvit_kernels.inverted_residual_packed.cuda(x, packed, VERSION, hidden, out, stride, residual)
 
 
 LIBRARY.impl("inverted_residual.cuda", forward, "CUDA")

@@ -48,7 +48,9 @@ def forward(
         RuntimeError: there is no plan for these shapes on this GPU.
     """
     final_norm = None if final_norm_weight is None or final_norm_bias is None else (final_norm_weight, final_norm_bias)
-    return _prepared(x, weights, final_norm, num_heads, patch_size, eps)(x)
+    out = x.new_empty(x.shape)
+    _prepared(x, weights, final_norm, num_heads, patch_size, eps)(x, out)
+    return out
 
 
 def prepared(
@@ -58,9 +60,10 @@ def prepared(
     num_heads: int,
     patch_size: Sequence[int],
     eps: float,
-) -> Callable[[Tensor], Tensor]:
-    """The call of a stack for maps of x's shape and dtype, planned and with its weights packed: it goes on with the
-    weights that there are now.
+) -> Callable[[Tensor, Tensor], None]:
+    """The call of a stack, ``call(x, out)``, for maps of x's shape and dtype, planned and with its weights packed: it
+    goes on with the weights that there are now. It writes `out`, of x's shape, dtype and device: adjacent channels,
+    pixels in the map's order that begin at multiples of 16 bytes, and none in x's memory.
 
     Args:
         x: (B, H, W, d); its values are not looked at.
@@ -72,7 +75,7 @@ def prepared(
     return _prepared(x, flatten(layers, zeros=False), final_norm, num_heads, patch_size, eps)
 
 
-def _prepared(x, weights, final_norm, num_heads, patch_size, eps) -> Callable[[Tensor], Tensor]:
+def _prepared(x, weights, final_norm, num_heads, patch_size, eps) -> Callable[[Tensor, Tensor], None]:
     images, height, width, d = x.shape
     ph, pw = patch_size
     head_dim, hidden = weights[4].shape[1] // num_heads, weights[8].shape[0]
@@ -81,7 +84,8 @@ def _prepared(x, weights, final_norm, num_heads, patch_size, eps) -> Callable[[T
         raise RuntimeError(f"transformer.cuda: {plan}")
     packed = packed_weights(weights, final_norm, num_heads, x.dtype)
     settings = (VERSION, len(weights) // _FIELDS, head_dim, hidden, final_norm is not None, patch_size, eps, *plan)
-    return lambda rows: torch.ops.mvit_kernels.transformer_packed.cuda(rows, packed, *settings)
+    launch = torch.ops.mvit_kernels.transformer_packed.cuda
+    return lambda rows, out: launch(rows, packed, *settings, out)
 
 
 LIBRARY.impl("transformer.cuda", forward, "CUDA")

@@ -41,8 +41,11 @@ def _normed_product(
     RESIDENT: tl.constexpr,
     SILU: tl.constexpr,
     PRECISION: tl.constexpr,
+    GAP: tl.constexpr,
 ):
     """out = act(LN(x) Wᵀ + b), mean and rstd; or, given grad_out with mean and rstd, the gradient before SiLU.
+
+    GAP: elements between two rows of out, which are not its own.
 
     RESIDENT keeps the normalised rows in registers for all tiles of columns; otherwise they are read again for each,
     chunk by chunk. The programs of the grid's second axis share the columns.
@@ -88,7 +91,7 @@ def _normed_product(
             y = _rows.silu_backward(grad.to(tl.float32), y)
         elif SILU:
             y = y * _rows.sigmoid(y)
-        _rows.store(out + offset * N, y, rows, columns, end, N, N, N % BN != 0)
+        _rows.store(out + offset * (N + GAP), y, rows, columns, end, N, N + GAP, N % BN != 0)
 
 
 # By kind: rows, columns, widest chunk of k, warps, stages; RESIDENT up to this width.
@@ -101,13 +104,13 @@ _PROGRAMS = 264  # two for each SM of a large GPU: with fewer tiles of rows, pro
 
 
 @lru_cache(maxsize=4096)
-def _plan(device, dtype, norm_dtype, kind, arch, K, N, bias, activation, backward):
+def _plan(device, dtype, vectors, kind, arch, K, N, activation, backward, gap):
     BM, BN, widest, warps, stages, resident = _TILES[kind]
     BN = min(BN, max(next_power_of_2(N), 16))
     KC, NC = chunked(K, widest if K <= resident else min(widest, 32))
     if K > 192 and kind == "half" and is_small(arch):
         stages = 1  # two take 104 KB of shared memory, and a block of 8.6, 8.9 and 12.0 has 99
-    constants = (K, N, BM, BN, KC, NC, K <= resident, activation == "silu", "ieee" if kind == "ieee" else "tf32")
+    constants = (K, N, BM, BN, KC, NC, K <= resident, activation == "silu", "ieee" if kind == "ieee" else "tf32", gap)
     return Plan(_normed_product, constants, num_warps=warps, num_stages=stages), BM, ceil_div(N, BN)
 
 
@@ -115,19 +118,19 @@ def launch(
     x, norm_weight, norm_bias, weight, bias, out, mean, rstd, eps, activation: str = "", grad_out=None
 ) -> Launch:
     """Prepare ``out = act(LN(x) Wᵀ + b)`` with its `mean` and `rstd` of contiguous tensors; or, given `grad_out` and
-    these two, the gradient before the activation."""
+    these two, the gradient before the activation. The rows of `out` may lie further apart than they are long."""
     (N, K), rows = weight.shape, mean.numel()
     plan, BM, tiles = _plan(
         x.get_device(),
         x.dtype,
-        (norm_weight.dtype, norm_bias.dtype),
+        (norm_weight.dtype, norm_bias.dtype, None if bias is None else bias.dtype),
         kind_of(x.dtype),
         architecture(x),
         K,
         N,
-        bias is not None,
         activation,
         grad_out is not None,
+        out.stride(-2) - N if rows > 1 else 0,
     )
     blocks = ceil_div(rows, BM)
     shares = min(tiles, max(_PROGRAMS // max(blocks, 1), 1))

@@ -27,7 +27,7 @@ FEWEST_BYTES = 16  # to which the memory of every call is aligned, as that of th
 
 
 class Memory:
-    """What the launches of one call read and write: some stretches of memory, to which steps may add more.
+    """What the launches of one call read and write: some stretches of memory.
 
     Args:
         tensors: one for each stretch, on one device.
@@ -36,27 +36,24 @@ class Memory:
     __slots__ = ("tensors", "addresses")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors: list[Tensor | None] = list(tensors)
+        self.tensors = tuple(tensors)
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-
-    def add(self, tensor: Tensor) -> None:
-        """Append a stretch, which lives as long as this memory does."""
-        self.tensors.append(tensor)
-        self.addresses.append(tensor.data_ptr())
 
     def find(self, tensor: Tensor) -> Source | None:
         """Where `tensor` lies in here; None if it does not, as a weight."""
         address = tensor.data_ptr()
         for index, (stretch, start) in enumerate(zip(self.tensors, self.addresses, strict=True)):
-            if stretch is not None and start <= address < start + _bytes_from(stretch):
+            if start <= address < start + _extent(stretch):
                 form = tensor.dtype, tuple(tensor.shape), tensor.stride()
                 return Source(index, address - start, *form)
         return None
 
 
-def _bytes_from(tensor: Tensor) -> int:
-    """Bytes from the tensor's first element to the end of its storage."""
-    return tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the tensor's first element to behind its last one. What lies behind, in the same storage, may be a
+    weight: an image need not be there at the next call."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 class Source(NamedTuple):
@@ -130,40 +127,23 @@ class PreparedLaunch:
 
 
 class PreparedCall:
-    """A call of a PyTorch operator that returns a tensor, which becomes a stretch of the memory.
+    """A call of an operator that writes into the memory.
 
     Args:
-        function: of the tensors at `sources`; it returns a tensor, or None if it wrote one of them.
+        function: of the tensors at `sources`.
         sources: what it takes.
     """
 
     __slots__ = ("function", "sources")
 
-    def __init__(self, function: Callable[..., Tensor | None], sources: Sequence[Source]) -> None:
+    def __init__(self, function: Callable[..., None], sources: Sequence[Source]) -> None:
         self.function, self.sources = function, tuple(sources)
 
     def run(self, memory: Memory, stream: int) -> None:
         self.run_slowly(memory)
 
     def run_slowly(self, memory: Memory) -> None:
-        made = self.function(*(source.view(memory) for source in self.sources))
-        if made is not None:
-            memory.add(made)
-
-
-class Release:
-    """Let go of a stretch that a `PreparedCall` made, which later allocations on the stream may use."""
-
-    __slots__ = ("stretch",)
-
-    def __init__(self, stretch: int) -> None:
-        self.stretch = stretch
-
-    def run(self, memory: Memory, stream: int) -> None:
-        memory.tensors[self.stretch] = None
-
-    def run_slowly(self, memory: Memory) -> None:
-        memory.tensors[self.stretch] = None
+        self.function(*(source.view(memory) for source in self.sources))
 
 
 def run(steps: Sequence[Step], memory: Memory) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend's own Python around ``transformer``: packed weights, what decides about a call, the operator and
 frozen models on CPU tensors by emulation, and the library with a PyTorch without CUDA. The kernel itself is tested in
-test_transformer.py."""
+test_transformer.py, its binding in test_transformer_binding.py."""
 
 import gc
 import json
@@ -252,50 +252,6 @@ def test_an_empty_batch(emulated):
         6,
         64,
     )
-
-
-PACKED = dict(version=packing.VERSION, layers=2, head_dim=16, hidden=128, tiles=1, sequences=1)
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (dict(version=0), "packed by version 0 of the order, and the library reads version 1"),
-        (dict(layers=3), "not those of 3 layers with 128 hidden units"),
-        (dict(hidden=160), "not those of 2 layers with 160 hidden units"),
-        (dict(head_dim=12), "no kernel for rows of 64, heads of 12 and warps of 16 rows"),
-        (dict(tiles=3), "no kernel for rows of 64, heads of 16 and warps of 48 rows"),
-        (dict(sequences=9), "9 sequences of 6 tokens are no block"),
-        (dict(sequences=0), "0 sequences of 6 tokens are no block"),
-        (dict(sequences=2**32 + 1), "4294967297 sequences of 6 tokens are no block"),
-        (dict(sequences=2**62), "sequences of 6 tokens are no block"),
-        (dict(layers=2**62), "not those of 4611686018427387904 layers"),
-        (dict(hidden=2**63 - 1), "not those of 2 layers with 9223372036854775807 hidden units"),
-        (dict(tiles=2**62), "no kernel for rows of 64"),
-        (dict(x=torch.zeros(1, 4, 6, 64)), "take float16 and bfloat16"),
-        (dict(x=torch.zeros(4, 6, 64).bfloat16()), "not of 3 axes"),
-        (dict(x=torch.zeros(1, 3, 6, 64).bfloat16()), "a map of 3 x 6 does not divide"),
-        (dict(packed=torch.zeros(8)), "not those of 2 layers"),
-    ],
-    ids=str,
-)
-def test_the_binding_checks_again(emulated, change, says):
-    layers, final_norm = packable(64)
-    packed = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
-    given = dict(x=torch.zeros(1, 4, 6, 64).bfloat16(), packed=packed) | PACKED | change
-    named = [given[name] for name in ("x", "packed", "version", "layers", "head_dim", "hidden")]
-    with pytest.raises(RuntimeError, match=says):
-        torch.ops.mvit_kernels.transformer_packed.cuda(*named, True, (2, 2), 1e-5, given["tiles"], given["sequences"])
-
-
-def test_the_binding_is_what_its_fake_says(emulated):
-    layers, final_norm = packable(64)
-    packed = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
-    settings = (packing.VERSION, 2, 16, 128, True, (2, 2), 1e-5, 1, 1)
-    for x in (torch.randn(1, 4, 6, 64), torch.randn(2, 64, 4, 6).permute(0, 2, 3, 1)):
-        tests = ("test_schema", "test_faketensor")
-        operator = torch.ops.mvit_kernels.transformer_packed.cuda
-        torch.library.opcheck(operator, (x.bfloat16(), packed, *settings), test_utils=tests)
 
 
 def test_autocast_packs_once(emulated, monkeypatch):

@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``inverted_residual`` in CUDA C++: its kernel's own source, executed on the CPU, against float64; packed weights,
-what decides about a call, the binding, and frozen blocks. What only a GPU shows (rounding inside tensor cores, time) is
-not tested here; where there is one, the operators' own tests run on path ``cuda``."""
+"""``inverted_residual`` in CUDA C++: its kernel's own source, executed on the CPU, against float64, and what decides
+about a call; test_inverted_residual_binding.py has the rest. What only a GPU shows (rounding inside tensor cores, time)
+is not tested here; where there is one, the operators' own tests run on path ``cuda``."""
 
 import functools
-import gc
 
 import pytest
 import torch
 
-import mvit_kernels
 from mvit_kernels.backends import cuda, gpu
-from mvit_kernels.backends.cuda import inverted_residual, kept, plans
 from mvit_kernels.backends.cuda import inverted_residual_packing as packing
+from mvit_kernels.backends.cuda import plans
 from mvit_kernels.nn import MobileViT
 from mvit_kernels.nn.layers import InvertedResidual
 from mvit_kernels.ops.inverted_residual import inverted_residual_call
-from support.cases import call, convert, make
-from support.cuda import check_launch, preferred
+from support.cases import convert, make
+from support.cuda import check_launch
 from support.emulation import Driver, EmulationFault
-from support.layouts import LAYOUTS, lay_out
-from support.tolerance import assert_close_as_pytorch
 
 OP = "inverted_residual"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -39,8 +35,9 @@ def sizes_of(channels, out, stride, shape=(1, 9, 19), hidden=None):
     return dict(shape=(*shape, channels), hidden=hidden, out=out, stride=stride, residual=residual)
 
 
-def launched(driver, sizes, dtype, tensors=None, seed=0, small=False):
-    """What the binding would launch, into memory full of NaN."""
+def launched(driver, sizes, dtype, tensors=None, seed=0, small=False, beside=0):
+    """What the binding would launch, into memory full of NaN; `beside`: into the middle of a map that has so many
+    channels more on both sides."""
     made, settings = make(OP, sizes)
     low = convert(tensors or made, dtype)
     x, *weights = low.values()
@@ -48,9 +45,11 @@ def launched(driver, sizes, dtype, tensors=None, seed=0, small=False):
     b, h, w, c = x.shape
     hidden, out, stride = weights[0].shape[0], weights[4].shape[0], settings["stride"]
     assert packed.numel() == packing.packed_bytes(c, hidden, out)
-    y = torch.full((b, (h - 1) // stride + 1, (w - 1) // stride + 1, out), torch.nan, dtype=dtype)
-    numbers = (b, h, w, c, hidden, out, stride, settings["residual"], small)
+    joined = torch.full((b, (h - 1) // stride + 1, (w - 1) // stride + 1, out + 2 * beside), torch.nan, dtype=dtype)
+    y = joined[..., beside : beside + out]
+    numbers = (b, h, w, c, hidden, out, stride, settings["residual"], small, y.stride(2))
     driver.forward(seed, x.contiguous(), y, packed, dtype == torch.float16, *numbers, writes=[y])
+    assert joined[..., :beside].isnan().all() and joined[..., beside + out :].isnan().all()
     return y
 
 
@@ -114,9 +113,12 @@ def test_large_values(driver):
 
 @pytest.mark.parametrize("shape", SMALL)
 def test_both_tiles_give_the_same_bits(driver, shape):
+    """Into maps of their own, and between the channels of others, which stay as they are."""
     sizes = sizes_of(*shape, (1, 9, 19), 64)
     large = launched(driver, sizes, torch.bfloat16)
     assert torch.equal(launched(driver, sizes, torch.bfloat16, small=True), large)
+    for small in (False, True):
+        assert torch.equal(launched(driver, sizes, torch.bfloat16, small=small, beside=8), large)
 
 
 def test_without_the_residual(driver):
@@ -266,107 +268,3 @@ def test_refuses(case, says):
 def test_refuses_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(gpu, "limits", lambda: gpu.Limits(58, 64 << 10))
     assert ask() == ["a block needs 86720 bytes of shared memory; this GPU has 65536 per block"]
-
-
-# ----------------------------------------------------------------------------------- the operator, packing, the binding
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    with preferred(monkeypatch, OP, inverted_residual.forward):
-        yield
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(emulated, layout):
-    """Maps are read in place if 16-byte accesses allow it; otherwise from a copy."""
-    tensors, settings = make(OP, sizes_of(16, 24, 2, (2, 5, 6)))
-    low = convert(tensors, torch.bfloat16)
-    low["x"], buffer = lay_out(low["x"], layout)
-    before = None if buffer is None else buffer.clone()
-    if low["x"].stride(-1) != 1:  # asked for by name, it would refuse
-        return
-    with torch.no_grad():
-        ours = mvit_kernels.inverted_residual(**low, **settings, backend="cuda")
-    assert ours.is_contiguous() and (buffer is None or torch.equal(buffer, before))
-    truth = call(OP, convert(low, torch.float64), settings, "oracle")
-    assert_close_as_pytorch(layout, ours, call(OP, low, settings, "usual"), truth)
-
-
-def test_empty_batch(emulated):
-    tensors, settings = make(OP, sizes_of(64, 64, 1, (0, 5, 6)))
-    with torch.no_grad():
-        out = mvit_kernels.inverted_residual(**convert(tensors, torch.float16), **settings, backend="cuda")
-    assert out.shape == (0, 5, 6, 64) and out.dtype == torch.float16
-
-
-def test_a_frozen_block_packs_once(emulated, monkeypatch):
-    """Although its weights are other views at every call; in place when a weight was changed; until it is gone."""
-    packs = []
-    pack = inverted_residual.pack_inverted_residual
-    monkeypatch.setattr(inverted_residual, "pack_inverted_residual", lambda *a, **k: packs.append(1) or pack(*a, **k))
-    block = InvertedResidual(16, 16, expand_ratio=2)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    frozen = mvit_kernels.freeze(block.bfloat16().eval())
-    composed = frozen.composed  # what runs where no native network does, as on a GPU
-    before = len(kept.packed)
-    x = torch.randn(1, 16, 6, 7).bfloat16()
-    with torch.inference_mode():
-        first = composed(x)
-        again = composed(x)
-    assert torch.equal(first, again) and len(packs) == 1 and len(kept.packed) == before + 1
-    (data,) = [entry.data for entry in list(kept.packed.values())[before:]]
-    with torch.no_grad():
-        frozen.project.weight.mul_(2)
-        assert not torch.equal(composed(x), first)
-    assert len(packs) == 2 and list(kept.packed.values())[-1].data is data
-    del frozen, composed
-    gc.collect()
-    assert len(kept.packed) == before
-
-
-def packed_arguments(**change):
-    tensors, _ = make(OP, sizes_of(16, 24, 2, (1, 4, 6), 32))
-    x, *weights = convert(tensors, torch.bfloat16).values()
-    packed = packing.pack_inverted_residual(*weights, dtype=torch.bfloat16)
-    given = dict(x=x, packed=packed, version=packing.VERSION, hidden=32, out=24, stride=2, residual=False) | change
-    return tuple(given.values())
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (dict(version=2), "packed by version 2 of the order, and the library reads version 1"),
-        (dict(x=torch.zeros(4, 6, 16).bfloat16()), "not of 3 axes"),
-        (dict(x=torch.zeros(1, 4, 6, 16)), "take float16 and bfloat16"),
-        (dict(x=torch.zeros(1, 0, 6, 16).bfloat16()), "a map of 0 x 6 is empty"),
-        (dict(x=torch.zeros(1).bfloat16().expand(2**20, 64, 64, 16)), "at most 2147483647 pixels are supported"),
-        (dict(x=torch.zeros(1, 4, 6, 40).bfloat16()), "no kernel for 40 channels in and 24 out with stride 2"),
-        (dict(stride=2**40), "no kernel for 16 channels in"),
-        (dict(residual=True), "residual wants stride 1"),
-        (dict(hidden=64), "not those of 16 channels in, 64 hidden"),
-        (dict(hidden=2**62), "not those of 16 channels in"),
-        (dict(packed=torch.zeros(8)), "not those of 16 channels in"),
-    ],
-    ids=str,
-)
-def test_the_binding_checks_again(emulated, change, says):
-    with pytest.raises(RuntimeError, match=says):
-        torch.ops.mvit_kernels.inverted_residual_packed.cuda(*packed_arguments(**change))
-
-
-def test_the_raw_operator_checks_again(emulated):
-    tensors, _ = make(OP, sizes_of(16, 24, 2, (1, 4, 6), 32))
-    low = convert(tensors, torch.bfloat16)
-    operator = torch.ops.mvit_kernels.inverted_residual.cuda
-    with pytest.raises(RuntimeError, match="dilation is 2; the kernel has 1"):
-        operator(*low.values(), 2, 2, False)
-    with pytest.raises(RuntimeError, match=r"weights of shapes .* are wanted"):
-        operator(*{**low, "expand_bias": low["expand_bias"][1:]}.values(), 2, 1, False)
-
-
-def test_the_binding_is_what_its_fake_says(emulated):
-    operator = torch.ops.mvit_kernels.inverted_residual_packed.cuda
-    torch.library.opcheck(operator, packed_arguments(), test_utils=("test_schema", "test_faketensor"))

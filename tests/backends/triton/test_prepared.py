@@ -107,26 +107,19 @@ def test_on_another_device(monkeypatch):
     assert entered == [-1] and len(kernel.slow) == 1
 
 
-def test_what_a_call_returns_is_memory_until_it_is_released():
-    """The steps behind it find it where it is this time."""
-    kernel, first = Kernel(), memory()
-    made = []
+def test_a_call_writes_into_the_memory_of_this_time():
+    first, then = memory(), memory()
+    image, arena, _ = first.tensors
+    part = arena[256:512].view(torch.float32).view(8, 8)[:, 2:6]
 
-    def call(x):
-        made.append(x + 1)
-        return made[-1]
+    def call(x, out):
+        out.copy_(x[0, :, :, :1].flatten()[:8, None])
 
-    steps = [prepared.PreparedCall(call, [first.find(first.tensors[0])])]
-    steps[0].run_slowly(first)
-    plan = _launch.Plan(kernel, (), num_warps=4, num_stages=1)
-    steps.append(prepared.PreparedLaunch(_launch.Launch(plan, (1,), (made[0],), ()), first))
-    steps[1].run_slowly(first)
-    steps.append(prepared.Release(3))
-    then = memory()
-    prepared.run(steps, then)
-    assert torch.equal(made[1], then.tensors[0] + 1)
-    assert kernel.quick[0][-1] == made[1].data_ptr() != made[0].data_ptr()
-    assert then.tensors[3] is None
+    step = prepared.PreparedCall(call, [first.find(image), first.find(part)])
+    prepared.run([step], then)
+    written = then.tensors[1][256:512].view(torch.float32).view(8, 8)
+    assert torch.equal(written[:, 2:6], then.tensors[0][0, :, :, :1].flatten()[:8, None].expand(8, 4))
+    assert not written[:, :2].any() and not written[:, 6:].any() and not first.tensors[1].any()
 
 
 def test_memory_knows_its_own():
@@ -136,3 +129,32 @@ def test_memory_knows_its_own():
     assert own.find(arena[1023:])[:2] == (1, 1023) and own.find(result[3:])[:2] == (2, 6)
     assert own.find(image[0, 1])[:2] == (0, 4 * 8 * 4)
     assert torch.equal(own.find(image.permute(0, 3, 1, 2)).view(own), image.permute(0, 3, 1, 2))
+
+
+def test_what_lies_behind_the_image_is_none_of_it():
+    """A weight in the same storage: the next image need not be there."""
+    flat = torch.arange(100.0)
+    image, weight = flat[4:52].view(1, 4, 4, 3), flat[52:60]
+    own = prepared.Memory((image, torch.zeros(8), torch.zeros(8)))
+    assert own.find(weight) is None and own.find(flat[:4]) is None
+    assert own.find(image[0, 3, 3, 2:])[:2] == (0, 47 * 4)
+    strided = prepared.Memory((flat[:48].view(1, 4, 4, 3)[..., :2], torch.zeros(8), torch.zeros(8)))
+    assert strided.find(weight) is None and strided.find(flat[46:47])[:2] == (0, 46 * 4)
+
+
+def test_a_projection_s_bias_and_rows_are_in_its_plan():
+    """A frozen network's 1 × 1 convolution behind a LayerNorm has a bias in float32, and may write part of a map."""
+    from mvit_kernels.backends.triton import layer_norm_linear
+
+    def of(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def plan(bias=torch.bfloat16, out=None):
+        with _launch.watching(90):
+            out = of(1, 8, 8, 48) if out is None else out
+            tensors = of(1, 8, 8, 24), of(24), of(24), of(48, 24), of(48, dtype=bias), out, of(64), of(64)
+            return layer_norm_linear.launch(*tensors, 1e-5, "silu").plan
+
+    assert plan() is plan() and plan() is not plan(torch.float32)
+    part = plan(torch.float32, of(1, 8, 8, 96)[..., 48:])
+    assert part is not plan(torch.float32) and part.constants[-1] == 48

@@ -29,16 +29,16 @@ InvertedResidualLaunch* kernel_of(int64_t channels, int64_t out, int64_t stride,
 
 extern "C" {
 
+// `pitch`: elements from one pixel of `out` to the next one, more than out_channels where it is part of a larger map.
 const char* forward(uint64_t seed, void* x, void* out, const unsigned char* packed, int64_t half, int64_t images,
                     int64_t height, int64_t width, int64_t channels, int64_t hidden, int64_t out_channels,
-                    int64_t stride, int64_t residual, int64_t small) {
+                    int64_t stride, int64_t residual, int64_t small, int64_t pitch) {
   InvertedResidualLaunch* const launch = kernel_of(channels, out_channels, stride, small != 0, half != 0);
   if (launch == nullptr) return emulation_result("there is no such instance");
   const InvertedResidualLayout layout = inverted_residual_layout(channels, out_channels, stride, small != 0);
   InvertedResidualArgs args = inverted_residual_args(layout, images, height, width, hidden, residual != 0);
   args.in = {x, height * width * channels, width * channels, channels};
-  args.out = {out, int64_t{args.out_height} * args.out_width * out_channels, args.out_width * out_channels,
-              out_channels};
+  args.out = {out, int64_t{args.out_height} * args.out_width * pitch, args.out_width * pitch, pitch};
   args.weights = packed;
   emulation::seed = seed;
   launch(args, nullptr);
