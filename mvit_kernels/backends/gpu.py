@@ -35,6 +35,15 @@ def capabilities() -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(found))
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of `device`, which need not be the current device, is being captured as a CUDA graph:
+    what is called then is recorded, and does not run."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 class Limits(NamedTuple):
     """What launches are planned for: the smallest values among the GPUs here."""
 

@@ -107,7 +107,8 @@ def freeze(model: Model, *, dtype: torch.dtype | None = None, cuda_graph: bool |
     is captured as a CUDA graph when an input shape comes first, and replayed for the next ones
     (`mvit_kernels.freezing.graphs`). Results are ordinary new tensors, and calls from several threads and streams are
     safe. Inside a capture of yours the launches become part of your graph. The buffers belong to the model: copies and
-    pickles have none, and changes of weights and ``to`` drop them.
+    pickles have none, and changes of weights and ``to`` drop them. While a shape is captured, which takes milliseconds,
+    older releases of PyTorch refuse other threads random numbers on that GPU: call each shape once beforehand.
 
     Args:
         model: a timm, Hugging Face, Kornia, cvnets or own MobileViT, accelerated or not. The frozen copy's

@@ -55,8 +55,9 @@ class Frozen(nn.Module):
         kind = kind_for(x)
         if kind is not None:
             network = self.native(kind)
-            if isinstance(network, Native) and network.serves(x):
-                return network(x)
+            plan = network.plan(x) if isinstance(network, Native) else None
+            if plan is not None:
+                return network(x, plan)
         return self.composed(x)
 
     def _check(self, x: Tensor) -> None:

@@ -9,10 +9,13 @@ those of other threads wait to enqueue theirs, and those of other streams wait, 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +42,9 @@ class CudaGraphs(NamedTuple):
         shapes: at most so many input shapes, at least 1, have a graph. Each is captured at its first call.
         more: "replace" captures a further shape too, in place of the one that was used longest ago; "run" runs further
             shapes without a graph, which suits calls of many shapes: a capture takes milliseconds.
+
+    Where a capture fails, calls of that shape run without a graph, with a RuntimeWarning the first time; whoever wants
+    an error has ``warnings.filterwarnings("error", "freeze: no CUDA graph")``.
     """
 
     shapes: int = SHAPES
@@ -75,6 +81,27 @@ def check_device(devices: set[torch.device]) -> None:
         )
 
 
+class CaptureError(RuntimeError):
+    """What ran as usual could not be captured."""
+
+
+_capture = threading.Lock()
+
+
+@contextlib.contextmanager
+def one_capture() -> Iterator[None]:
+    """One capture at a time, and no garbage collection in it: that may destroy another model's graph, which CUDA does
+    not permit to a thread that captures (pytorch/pytorch#161037)."""
+    with _capture:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
+
+
 class Runtime:
     """The calls of ``torch.cuda`` that graphs take; tests put another in its place, which replays on the CPU."""
 
@@ -90,7 +117,11 @@ class Runtime:
 
     def capture(self, call: Callable[[], None], device: torch.device) -> Callable[[], None]:
         """Run `call` once as usual, which loads its kernels, then capture it; return the replay, on the current
-        stream."""
+        stream.
+
+        Raises:
+            CaptureError: `call` could be run, and not captured.
+        """
         with torch.cuda.device(device):
             current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(current)
@@ -98,17 +129,27 @@ class Runtime:
             try:
                 with torch.cuda.stream(aside):
                     call()
-                    # Not torch.cuda.graph: it synchronises the device and empties the allocator's cache, which in
-                    # another thread's capture is an error. For the same reason only what this thread does can disturb
-                    # the capture.
-                    graph.capture_begin(capture_error_mode="thread_local")
                     try:
-                        call()
-                    finally:
-                        graph.capture_end()
+                        with one_capture():
+                            self._record(graph, call)
+                    except RuntimeError as error:
+                        raise CaptureError(f"{error}") from error
             finally:
                 current.wait_stream(aside)  # also after an error: memory is given back behind what still uses it
         return graph.replay
+
+    @staticmethod
+    def _record(graph: torch.cuda.CUDAGraph, call: Callable[[], None]) -> None:
+        # Not torch.cuda.graph: it synchronises the device and empties the allocator's cache, which in another thread's
+        # capture is an error. For the same reason only what this thread does can disturb the capture.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            call()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of the capture that has become invalid, in front of the cause
+                graph.capture_end()
+            raise
+        graph.capture_end()
 
     def event(self) -> Any:
         """An event on the GPU, with ``record()``, ``wait()`` and ``synchronize()``."""
@@ -123,18 +164,15 @@ class Launches(Protocol):
 
     dtype: torch.dtype
 
-    def lowering(self, batch: int, size: tuple[int, int]) -> Any: ...
-
     def image(self, x: Tensor, lowering: Any) -> Tensor: ...
 
-    def run(self, image: Tensor, result: Tensor, arena: Tensor) -> None: ...
+    def run(self, lowering: Any, image: Tensor, result: Tensor, arena: Tensor) -> list[Any]: ...
 
 
 class _Captured:
     """The graph of one shape and its memory."""
 
-    def __init__(self, network: Launches, x: Tensor) -> None:
-        lowering = network.lowering(x.shape[0], (x.shape[2], x.shape[3]))
+    def __init__(self, network: Launches, lowering: Any, x: Tensor) -> None:
         steps: list[Any] = []
         with torch.inference_mode(False), torch.no_grad():  # whose tensors later calls could not write
             # The launches read this memory itself: what is no stem reads channels-last maps alone.
@@ -175,35 +213,57 @@ class Graphs:
     def __init__(self, network: Launches, options: CudaGraphs) -> None:
         self._network = weakref.ref(network)
         self.options = options
-        self._captured: OrderedDict[Any, _Captured] = OrderedDict()  # the one used longest ago first
+        # The one used longest ago first; None for a shape that could not be captured.
+        self._captured: OrderedDict[Any, _Captured | None] = OrderedDict()
+        self._warned = False
         self._lock = threading.Lock()
 
-    def __call__(self, x: Tensor) -> Tensor | None:
+    def __call__(self, x: Tensor, lowering: Any) -> Tensor | None:
         """The native call's rows for `x`, from a graph; None if it is to run as usual: for a shape beyond those that
-        are kept, or while a graph of someone else is being captured, which the launches then become part of."""
+        are kept or that cannot be captured, or while a graph of someone else is being captured, which the launches then
+        become part of.
+
+        Args:
+            x: (B, C, H, W), in the network's dtype.
+            lowering: the network's for such an x.
+        """
         with runtime.on(x.device):  # whose current stream is meant throughout
             if runtime.is_capturing():
                 return None
-            captured = self._graph_of(x)
+            captured = self._graph_of(x, lowering)
             return None if captured is None else captured(x)
 
-    def _graph_of(self, x: Tensor) -> _Captured | None:
-        network = self._network()
-        assert network is not None, "its owner calls it"
-        key = tuple(x.shape), network.settings()
+    def _graph_of(self, x: Tensor, lowering: Any) -> _Captured | None:
+        key = tuple(x.shape), lowering.settings
         with self._lock:
-            captured = self._captured.get(key)
-            if captured is not None:
+            if key in self._captured:
                 self._captured.move_to_end(key)
-                return captured
+                return self._captured[key]
             if len(self._captured) >= self.options.shapes and self.options.more == "run":
                 return None
             while len(self._captured) >= self.options.shapes:  # first, so that the new one may have its memory
                 self._captured.popitem(last=False)
-            captured = self._captured[key] = _Captured(network, x)
+            network = self._network()
+            assert network is not None, "its owner calls it"
+            try:
+                captured = _Captured(network, lowering, x)
+            except CaptureError as error:
+                captured = None
+                self._warn(x, error)
+            self._captured[key] = captured
         return captured
+
+    def _warn(self, x: Tensor, error: CaptureError) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"freeze: no CUDA graph for images {tuple(x.shape)} on {x.device}; their launches run one by one. "
+                f"It could not be captured: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._warned = True  # unless the warning is an error
 
     def shapes(self) -> list[tuple[int, ...]]:
         """The input shapes that have a graph, the one used longest ago first."""
         with self._lock:
-            return [shape for shape, _ in self._captured]
+            return [shape for (shape, _), captured in self._captured.items() if captured is not None]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..backends import Call, cuda, preference, triton
+from ..backends import Call, cuda, gpu, preference, triton
 from ..backends.library import TransformerLayerWeights
 from .graphs import CudaGraphs, Graphs
 from .lowering import IMAGE, InvertedResidualWeights, Lowering, StackWeights
@@ -58,7 +58,7 @@ class LaunchedNetwork(Native):
                 "float32 convolutions are left to cuDNN on a GPU, against whose TF32 Triton's exact ones have not been "
                 "measured; use_backend('triton') asks for these, and bfloat16 and float16 take them unasked"
             )
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if gpu.is_capturing(self.device):
             reason = NotNative("a CUDA graph is being captured, and what packs the weights would be part of it")
             reason.lasts = False
             raise reason
@@ -81,16 +81,15 @@ class LaunchedNetwork(Native):
     def _is_wanted(self) -> bool:
         return self.dtype != torch.float32 or backends.requested() == "triton"
 
-    def serves(self, x: Tensor) -> bool:
+    def plan(self, x: Tensor) -> Lowering | None:
         if x.device != self.device or torch.is_autocast_enabled(self.device.type) or not self._is_wanted():
-            return False
-        if not super().serves(x):
-            return False
+            return None
+        if not self._serves(x):
+            return None
         try:
-            self.lowering(x.shape[0], (x.shape[2], x.shape[3]))
+            return self.lowering(x.shape[0], (x.shape[2], x.shape[3]))
         except NotNative:
-            return False
-        return True
+            return None
 
     def settings(self) -> tuple[str | None, str]:
         """What a user may set that launches depend on: the backend asked for, and the precision of products."""
@@ -114,16 +113,15 @@ class LaunchedNetwork(Native):
             raise NotNative(known)  # another one each time: its traceback holds the call's image
         return known
 
-    def rows(self, x: Tensor) -> Tensor:
+    def rows(self, x: Tensor, plan: Lowering) -> Tensor:
         if self._graphs is not None:
             x = x.to(self.dtype)  # as graphs have it: inside of another one nothing new is to be compiled and loaded
-            replayed = self._graphs(x)
+            replayed = self._graphs(x, plan)
             if replayed is not None:
                 return replayed
-        lowering = self.lowering(x.shape[0], (x.shape[2], x.shape[3]))
-        image = self.image(x, lowering)
-        result = torch.empty(lowering.result, dtype=self.dtype, device=self.device)
-        self.run(lowering, image, result, torch.empty(lowering.arena, dtype=torch.uint8, device=self.device))
+        image = self.image(x, plan)
+        result = torch.empty(plan.result, dtype=self.dtype, device=self.device)
+        self.run(plan, image, result, torch.empty(plan.arena, dtype=torch.uint8, device=self.device))
         return result
 
     def image(self, x: Tensor, lowering: Lowering) -> Tensor:

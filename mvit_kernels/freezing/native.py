@@ -73,12 +73,13 @@ class Native(ABC):
         """Keep what the calls need of the module's program and weights; raises `NotNative`."""
 
     @abstractmethod
-    def rows(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W), which it `serves`, of any format to contiguous (B, H', W', C'), in the weights' dtype."""
+    def rows(self, x: Tensor, plan: Any) -> Tensor:
+        """Map (B, C, H, W) of any format to contiguous (B, H', W', C'), in the weights' dtype, by what `plan` returned
+        for it."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, plan: Any) -> Tensor:
         """Map (B, C, H, W) of any memory format to (B, C', H', W'), channels-last, in the weights' dtype."""
-        return self.rows(x).permute(0, 3, 1, 2)
+        return self.rows(x, plan).permute(0, 3, 1, 2)
 
     def is_stale(self) -> bool:
         """Whether something inside has changed since it was built."""
@@ -89,7 +90,11 @@ class Native(ABC):
     def _has_packed_weights(self) -> bool:
         return all(map(is_, chain.from_iterable(map(dict.values, self._buffers)), self._packed_from))
 
-    def serves(self, x: Tensor) -> bool:
+    def plan(self, x: Tensor) -> Any:
+        """How it computes a call with `x`, for `rows`; None if it does not serve it."""
+        return self if self._serves(x) else None
+
+    def _serves(self, x: Tensor) -> bool:
         """Whether no hook would be skipped, the weights are the packed ones (``torch.func.functional_call`` substitutes
         others), and every block accepts its map (Kornia raises for maps that are not whole patches)."""
         if self._seen is not changes.last:

@@ -43,7 +43,7 @@ class Network(Native):
         self.out_channels, self.halvings = stored.out_channels, stored.halvings
         self.reads_rows = reads_rows(self.program)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def rows(self, x: Tensor, plan: object) -> Tensor:
         result = self.out_channels, self.halvings
         return call_packed(x, self.dtype, self.program, self.weights, *result, self.reads_rows)
 

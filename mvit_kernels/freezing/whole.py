@@ -150,8 +150,8 @@ class _Call:
             and (self.chain is None or all(map(eq, _facts(self.chain), self.facts)))
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = self.network.rows(x)
+    def __call__(self, x: Tensor, plan: Any) -> Tensor:
+        rows = self.network.rows(x, plan)
         if self.whole.vector and rows.shape[3] == self.whole.channels:
             return rows.view(rows.shape[0], rows.shape[3])
         return self.whole.result(rows.permute(0, 3, 1, 2))
@@ -192,8 +192,9 @@ def _in_one_call(original: type[nn.Module]) -> type[nn.Module]:
             network, whole = call.network, call.whole
             if isinstance(network, Native) and isinstance(whole, WholeNetwork) and call.skips_nothing(self):
                 call.check(x)
-                if network.serves(x):
-                    return calls.output(self, kwargs, call(x))
+                plan = network.plan(x)
+                if plan is not None:
+                    return calls.output(self, kwargs, call(x, plan))
         return original.forward(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: int) -> tuple[Any, ...]:

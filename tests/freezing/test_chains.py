@@ -32,7 +32,7 @@ IMAGES = models.images(2, 64, 128)
 def calls(monkeypatch):
     """The native calls that were made."""
     made, call = [], network.Network.rows
-    monkeypatch.setattr(network.Network, "rows", lambda self, x: made.append(self) or call(self, x))
+    monkeypatch.setattr(network.Network, "rows", lambda self, *of: made.append(self) or call(self, *of))
     return made
 
 

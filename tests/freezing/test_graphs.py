@@ -4,8 +4,10 @@ of several threads and streams do not meet in the buffers. tests/gates/interpret
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +17,15 @@ from torch import nn
 import mvit_kernels
 from mvit_kernels import CudaGraphs
 from mvit_kernels.freezing import graphs
-from mvit_kernels.freezing.graphs import Graphs, checked
+from mvit_kernels.freezing.graphs import checked
 from support.cuda_graphs import Runtime
+
+
+class Graphs(graphs.Graphs):
+    """Called as the network calls them."""
+
+    def __call__(self, x):
+        return super().__call__(x, self._network().lowering(x.shape[0], x.shape[2:]))
 
 
 class Network:
@@ -27,11 +36,8 @@ class Network:
     def __init__(self):
         self.runs = []
 
-    def settings(self):
-        return None, "half"
-
     def lowering(self, batch, size):
-        return SimpleNamespace(arena=8, result=(batch, *size, 3), any_image=True)
+        return SimpleNamespace(arena=8, result=(batch, *size, 3), any_image=True, settings=(None, "half"))
 
     def image(self, x, lowering):
         return x.permute(0, 2, 3, 1)
@@ -73,7 +79,7 @@ def test_a_module_that_is_no_stem_reads_each_image(runtime):
 
     class Later(Network):
         def lowering(self, batch, size):
-            return SimpleNamespace(arena=8, result=(batch, *size, 3), any_image=False)
+            return SimpleNamespace(arena=8, result=(batch, *size, 3), any_image=False, settings=(None, "half"))
 
         def image(self, x, lowering):
             return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
@@ -123,6 +129,49 @@ def test_inside_of_another_capture(runtime):
     assert replays(image(1, 3, 2, 2)) is None and runtime.captured == 0 and not network.runs
     runtime.capturing = False
     assert replays(image(1, 3, 2, 2)) is not None
+
+
+def test_a_shape_that_cannot_be_captured_runs_as_usual(runtime, monkeypatch):
+    """With one warning, and no second try; others keep their graphs."""
+
+    def capture(call, device):
+        call()
+        if "3" in runtime.log:
+            raise graphs.CaptureError("operation not permitted when stream is capturing")
+        return Runtime.capture(runtime, call, device)
+
+    monkeypatch.setattr(runtime, "capture", capture)
+    replays = Graphs(network := Network(), CudaGraphs())
+    assert replays(image(1, 3, 2, 2)) is not None
+    runtime.log.append("3")
+    with pytest.warns(RuntimeWarning, match=r"no CUDA graph for images \(3, 3, 2, 2\) on cpu.*not permitted") as warned:
+        assert replays(image(3, 3, 2, 2)) is None
+        runs = len(network.runs)
+        assert replays(image(3, 3, 2, 2)) is None and len(network.runs) == runs
+        assert replays(image(4, 3, 2, 2)) is None
+    assert len(warned) == 1 and replays.shapes() == [(1, 3, 2, 2)]
+    assert replays(image(1, 3, 2, 2)) is not None
+
+
+def test_who_wants_an_error_gets_it_each_time(runtime, monkeypatch):
+    def capture(call, device):
+        raise graphs.CaptureError("operation not permitted")
+
+    monkeypatch.setattr(runtime, "capture", capture)
+    replays = Graphs(network := Network(), CudaGraphs())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "freeze: no CUDA graph")
+        for _ in range(2):
+            with pytest.raises(RuntimeWarning, match="operation not permitted"):
+                replays(image(1, 3, 2, 2))
+    assert not network.runs
+
+
+def test_what_fails_without_a_graph_too_is_raised(runtime, monkeypatch):
+    network = Network()
+    monkeypatch.setattr(network, "run", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Graphs(network, CudaGraphs())(image(1, 3, 2, 2))
 
 
 def test_threads_take_turns(runtime):
@@ -231,12 +280,65 @@ def test_a_capture(cuda):
     assert cuda == [*before, "off aside", "current waits for aside", "off cuda:1", "replay"]
 
 
-def test_a_capture_that_fails_is_ended(cuda):
+def test_a_capture_that_fails_is_ended(cuda, monkeypatch):
+    """What ends it raises too then, and is not the cause."""
+
     def call():
         cuda.append("call")
         if "begin thread_local" in cuda:
             raise RuntimeError("operation not permitted")
 
-    with pytest.raises(RuntimeError, match="operation not permitted"):
+    def end(self):
+        cuda.append("end")
+        raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", end)
+    with pytest.raises(graphs.CaptureError, match="operation not permitted"):
         graphs.Runtime().capture(call, "cuda:1")
-    assert cuda.count("end") == 1
+    assert cuda.count("end") == 1 and cuda[-2:] == ["current waits for aside", "off cuda:1"] and gc.isenabled()
+    with pytest.raises(graphs.CaptureError, match="was invalidated"):
+        graphs.Runtime().capture(lambda: None, "cuda:1")
+
+
+def test_what_fails_before_the_capture_is_raised_as_it_is(cuda):
+    with pytest.raises(ZeroDivisionError):
+        graphs.Runtime().capture(lambda: 1 / 0, "cuda:1")
+    assert "begin thread_local" not in cuda and cuda[-2:] == ["current waits for aside", "off cuda:1"]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_in_a_capture(cuda, enabled):
+    """It may destroy another model's graph, which no thread that captures may do."""
+    seen = []
+    (gc.enable if enabled else gc.disable)()
+    try:
+        graphs.Runtime().capture(lambda: seen.append(gc.isenabled()), "cuda:1")
+        assert seen == [enabled, False] and gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
+def test_captures_take_turns(cuda):
+    """The first to end must not let the collector into another one's."""
+    barrier, seen = threading.Barrier(2), []
+
+    def capture():
+        begun = []
+
+        def call():
+            begun.append(1)
+            if len(begun) == 1:
+                barrier.wait()  # both begin to capture at once
+            else:
+                seen.append("in")
+                time.sleep(0.01)
+                seen.append(gc.isenabled())
+
+        graphs.Runtime().capture(call, "cuda:1")
+
+    threads = [threading.Thread(target=capture) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["in", False] * 2 and gc.isenabled()

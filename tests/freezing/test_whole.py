@@ -29,7 +29,7 @@ IMAGES = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))  
 def calls(monkeypatch):
     """The native calls that were made."""
     made, call = [], network.Network.rows
-    monkeypatch.setattr(network.Network, "rows", lambda self, x: made.append(self) or call(self, x))
+    monkeypatch.setattr(network.Network, "rows", lambda self, *of: made.append(self) or call(self, *of))
     return made
 
 

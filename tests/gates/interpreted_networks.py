@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvit_kernels
-from mvit_kernels.backends import StackPlan, cuda, triton
+from mvit_kernels.backends import StackPlan, cuda, gpu, triton
 from mvit_kernels.backends.triton.target import INTERPRETED
-from mvit_kernels.freezing import arena, graphs, lowering
+from mvit_kernels.freezing import arena, graphs, lowering, native
 from mvit_kernels.freezing.launched import LaunchedNetwork
 from mvit_kernels.freezing.modules import FrozenSequential
 from mvit_kernels.freezing.native import kind_on
@@ -36,7 +36,7 @@ def launched(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(), mvit_kernels.use_backend("triton"):
         y = module(x)
         assert isinstance(module._network, LaunchedNetwork), module._network
-        assert module._network.serves(x)
+        assert module._network.plan(x) is not None
     return y
 
 
@@ -279,9 +279,9 @@ def test_float32_is_asked_for(pair):
     module = pair[0].float()
     with mvit_kernels.use_backend("triton"):
         network = LaunchedNetwork(module)
-        assert network.serves(pair[1])
-    assert not network.serves(pair[1])
-    with pytest.raises(mvit_kernels.freezing.native.NotNative, match="left to cuDNN"):
+        assert network.plan(pair[1]) is not None
+    assert network.plan(pair[1]) is None
+    with pytest.raises(native.NotNative, match="left to cuDNN"):
         LaunchedNetwork(module)
 
 
@@ -337,6 +337,30 @@ def test_a_frozen_model_with_graphs(runtime):
         plain.load_state_dict(fast.state_dict())
         assert torch.equal(fast(x), plain(x)) and not torch.equal(fast(x), first)
         assert runtime.captured == 4
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_call_looks_its_lowering_up_once(runtime, monkeypatch, cuda_graph):
+    made, found = Draw(8), []
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.SiLU()).eval()
+    lookup = LaunchedNetwork.lowering
+    monkeypatch.setattr(LaunchedNetwork, "lowering", lambda self, *of: found.append(of) or lookup(self, *of))
+    with mvit_kernels.use_backend("triton"), torch.inference_mode():
+        frozen, x = mvit_kernels.freeze(model, dtype=torch.bfloat16, cuda_graph=cuda_graph), made(1, 3, 6, 6)
+        found.clear()
+        for calls in (1, 2):
+            frozen(x)
+            assert found == [(1, (6, 6))] * calls
+    assert runtime.captured == cuda_graph
+
+
+def test_nothing_is_packed_while_a_graph_is_captured(pair, monkeypatch):
+    """On the stream of the model's device, whatever the current one is."""
+    asked = []
+    monkeypatch.setattr(gpu, "is_capturing", lambda device: asked.append(device) or True)
+    with mvit_kernels.use_backend("triton"), pytest.raises(native.NotNative, match="is being captured") as raised:
+        LaunchedNetwork(pair[0])
+    assert asked == [pair[1].device] and not raised.value.lasts
 
 
 def test_graphs_want_a_native_call(runtime):

@@ -15,6 +15,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from .. import gpu
+
 
 class _Packed:
     """Packed weights, what they were made from, and who may read them."""
@@ -40,13 +42,13 @@ class _Packed:
             self.event, self.streams = stream.record_event(), self.streams | {stream.cuda_stream}
         self.versions = versions
 
-    def join(self, stream: torch.cuda.Stream | None) -> None:
+    def join(self, stream: torch.cuda.Stream | None, capturing: bool) -> None:
         """Let what follows on `stream` read and write `data`.
 
         A capture cannot wait for work outside of it, and `torch.cuda.graph` has waited for the whole device before it
         began; whoever begins one by hand joins the streams, as for the weights themselves.
         """
-        if stream is None or _capturing():
+        if stream is None or capturing:
             return
         event = self.event  # another thread may find at the same time that it is over
         if event is not None:
@@ -80,21 +82,21 @@ def keep(sources: Sequence[Tensor], key: Hashable, pack: Callable[[], Tensor]) -
     """
     first = _owner(sources[0])
     key = (id(first), _place(sources[0]), key)
-    stream = _current_stream(first)
+    stream, capturing = _current_stream(first), _capturing(first)
     counted = not any(tensor.is_inference() for tensor in sources)
     versions = [tensor._version for tensor in sources] if counted else []
     known = packed.get(key)
     if known is not None and known.is_of(sources):
         if versions == known.versions:
-            known.join(stream)
+            known.join(stream, capturing)
             return known.data
-        if not _capturing():
-            known.join(stream)
+        if not capturing:
+            known.join(stream, capturing)
             known.data.copy_(_call(pack))
             known.packed_on(stream, versions)
             return known.data
     data = _call(pack)
-    if counted and not _capturing():
+    if counted and not capturing:
         known = packed[key] = _Packed(sources, data)
         known.packed_on(stream, versions)
         weakref.finalize(first, packed.pop, key, None)
@@ -114,9 +116,9 @@ def _call(pack: Callable[[], Tensor]) -> Tensor:
         return pack()
 
 
-def _capturing() -> bool:
-    """Whether the current stream is being captured: what is called then is recorded, and does not run."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _capturing(tensor: Tensor) -> bool:
+    """Whether work on `tensor` is being captured."""
+    return gpu.is_capturing(tensor.device)
 
 
 def _current_stream(tensor: Tensor) -> torch.cuda.Stream | None:

@@ -10,6 +10,7 @@ import contextlib
 import pytest
 import torch
 
+from mvit_kernels.backends import gpu
 from mvit_kernels.backends.cuda import kept, packing, transformer
 from mvit_kernels.backends.library import flatten
 from support.cases import convert, make, structured
@@ -74,7 +75,7 @@ class Device:
 
         monkeypatch.setattr(kept, "_call", pack)
         monkeypatch.setattr(kept, "_current_stream", lambda tensor: self.current)
-        monkeypatch.setattr(kept, "_capturing", lambda: self.current.capturing is not None)
+        monkeypatch.setattr(kept, "_capturing", lambda tensor: self.current.capturing is not None)
         monkeypatch.setattr(kept, "_record_stream", lambda data, stream: self.recorded.append(stream.cuda_stream))
         queue, copy = self, torch.Tensor.copy_
 
@@ -233,3 +234,24 @@ def test_weights_first_seen_in_a_capture_belong_to_the_graph(device):
     assert torch.equal(eager[0], device.truth())
     replay(device, graph)
     assert torch.equal(inside[-1], device.truth())
+
+
+def test_captures_are_asked_of_the_device_of_the_weights(monkeypatch):
+    """Of its current stream, whatever the current device is."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    assert gpu.is_capturing(torch.device("cuda:1")) and not gpu.is_capturing(torch.device("cuda:0"))
+    assert not gpu.is_capturing(torch.device("cpu")) and current == [0]
+    asked = []
+    monkeypatch.setattr(gpu, "is_capturing", lambda device: bool(asked.append(device)))
+    weights = torch.zeros(3)
+    kept.keep([weights], "what", lambda: weights.clone())
+    assert asked == [weights.device]
