@@ -32,6 +32,18 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference
 # bytes of Triton's three: for the seven of S at batch 256 some 8 µs an image instead of 18 (docs/kernels).
 PREDICTED = {"inverted_residual": ("cuda", "triton", "reference")}
 
+# Up to so many rows a frozen stack's MLP is divided, its first half being computed with the projection before it. Whole
+# it has a program for 64 rows: one image's are on 16, 4 and 1 of an H200's 132 multiprocessors, and took 22 µs there in
+# CUDA C++ (profiled.jsonl:6), behind 10 of the projection. Predicted for the halves: 4 to 6 µs each. Not measured.
+FEW_ROWS = 1024
+MOST_OF_FEW = 256  # columns: of more, the first half's weights leave no room in shared memory
+
+
+def divides_mlp(rows: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether the MLP of `rows` rows of `width` columns is divided, in a frozen network on a GPU."""
+    return rows <= FEW_ROWS and width <= MOST_OF_FEW and dtype in (torch.bfloat16, torch.float16)
+
+
 # Of two that are within this factor, the one with fewer launches is taken: a kernel before PyTorch's own operators, one
 # launch before a dozen. The host's time for a launch is not in the numbers, which are of CUDA-graph replays.
 MARGIN = 1.1

@@ -27,8 +27,9 @@ from .. import backends
 from ..backends import Call, cuda, gpu, preference, triton
 from ..backends.library import TransformerLayerWeights
 from .graphs import CudaGraphs, Graphs
-from .lowering import IMAGE, InvertedResidualWeights, Lowering, StackWeights
+from .lowering import IMAGE, Lowering
 from .native import DTYPES, Native
+from .operations import InvertedResidualWeights, StackWeights
 from .program import CONVOLUTION, DEPTHWISE_CONVOLUTION, INVERTED_RESIDUAL, TRANSFORMER, Builder, NotNative, Place
 
 _ARENA, _RESULT = 1, 2  # stretches of a call's memory, behind the image

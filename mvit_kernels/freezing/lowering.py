@@ -12,19 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import StackPlan, triton
-from ..backends.library import TransformerLayerWeights
+from ..backends import StackPlan, preference, triton
 from ..ops.inverted_residual import inverted_residual_call
 from ..ops.patch_attention import attention_call
 from ..ops.transformer import stack_call
 from . import operations
 from .arena import Region, place
+from .operations import InvertedResidualWeights, Operation, StackWeights
 from .program import (
     CONVOLUTION,
     COPY,
@@ -37,12 +37,8 @@ from .program import (
     Builder,
     NotNative,
     Place,
-    Stack,
     target_size,
 )
-
-if TYPE_CHECKING:
-    from ..backends.triton._launch import Launch
 
 IMAGE, RESULT = 0, -1  # the first and the last of the program's own values, which are not in the arena
 ACTIVATIONS = (None, "silu", "relu")  # by their words
@@ -60,37 +56,6 @@ class Value(NamedTuple):
     @property
     def bytes(self) -> int:
         return self.batch * self.height * self.width * self.channels * self.dtype.itemsize
-
-
-class Operation(NamedTuple):
-    """What one launch does.
-
-    A launch is prepared by ``make(*views)``, with a view of each place in `reads` and then `writes`. Where `is_call`,
-    ``make(*views)`` is the call itself, of PyTorch or of CUDA C++, which writes the last of them.
-    """
-
-    name: str
-    reads: tuple[Place, ...]
-    writes: tuple[Place, ...]
-    make: Callable[..., Launch | None]
-    is_call: bool = False
-
-
-class InvertedResidualWeights(NamedTuple):
-    """An inverted residual's weights: of three launches, and of one."""
-
-    expand: tuple[Tensor, Tensor]
-    depthwise: tuple[Tensor, Tensor]
-    project: tuple[Tensor, Tensor]
-    packed: Tensor | None  # for CUDA C++; None where it is not there or has no such kernel
-
-
-class StackWeights(NamedTuple):
-    """A transformer's weights as the operators take them."""
-
-    stack: Stack
-    layers: list[TransformerLayerWeights]
-    final_norm: tuple[Tensor, Tensor] | None
 
 
 class Lowering:
@@ -278,11 +243,12 @@ class Lowering:
 
     def _layers(self, source: Place, target: Place, weights: StackWeights) -> None:
         """Four launches a layer: its rows go from `source` to a map of their own and back to `target`, which may be
-        `source` itself."""
+        `source` itself. For few rows the projection is in a launch with the MLP's first half instead of alone."""
         stack, before = weights.stack, self._of(source)
         size, d, inner = before[1:3], before.channels, weights.layers[0].proj_weight.shape[1]
         rows = size[0] * size[1]
         heads, patch, scale = stack.num_heads, stack.patch_size, float(inner // stack.num_heads) ** -0.5
+        divided = preference.divides_mlp(self.batch * rows, d, self.dtype)
         x = source
         for layer in weights.layers:
             qkv, attended, middle = (self._new(size, width) for width in (3 * inner, inner, d))
@@ -296,9 +262,17 @@ class Lowering:
                 (attended, logsumexp),
                 partial(operations.patch_attention, heads, patch, scale),
             )
-            self._add("linear_residual", (attended, x), (middle,), partial(operations.linear_residual, layer))
-            make = partial(operations.layer_norm_mlp, layer, stack.eps)
-            self._add("layer_norm_mlp", (middle,), (target, *statistics[2:]), make)
+            if divided:
+                hidden = self._new(size, layer.fc1_weight.shape[0])
+                make = partial(operations.projection_norm_linear, layer, stack.eps)
+                self._add("projection_norm_linear", (attended, x), (middle, hidden), make)
+                make = partial(operations.linear_residual, layer.fc2_weight, layer.fc2_bias)
+                self._add("linear_residual", (hidden, middle), (target,), make)
+            else:
+                make = partial(operations.linear_residual, layer.proj_weight, layer.proj_bias)
+                self._add("linear_residual", (attended, x), (middle,), make)
+                make = partial(operations.layer_norm_mlp, layer, stack.eps)
+                self._add("layer_norm_mlp", (middle,), (target, *statistics[2:]), make)
             x = target
         if weights.final_norm is not None:
             statistics = [self._new((rows, 1), 1, torch.float32) for _ in range(2)]

@@ -1,20 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each operation of a `Lowering` launches: the Triton launch for views of what it reads and then writes, or
-PyTorch's copy. CUDA C++'s calls are made in `mvit_kernels.backends.cuda`.
+"""The operations of a `Lowering`, and what each launches: the Triton launch for views of what it reads and then writes,
+or PyTorch's copy. CUDA C++'s calls are made in `mvit_kernels.backends.cuda`.
 
 The kernels are imported when a network is prepared: they load Triton.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from ..backends.library import TransformerLayerWeights
+from .program import Place, Stack
 
 if TYPE_CHECKING:
     from ..backends.triton._launch import Launch
+
+
+class Operation(NamedTuple):
+    """What one launch does.
+
+    A launch is prepared by ``make(*views)``, with a view of each place in `reads` and then `writes`. Where `is_call`,
+    ``make(*views)`` is the call itself, of PyTorch or of CUDA C++, which writes the last of them.
+    """
+
+    name: str
+    reads: tuple[Place, ...]
+    writes: tuple[Place, ...]
+    make: Callable[..., Launch | None]
+    is_call: bool = False
+
+
+class InvertedResidualWeights(NamedTuple):
+    """An inverted residual's weights: of three launches, and of one."""
+
+    expand: tuple[Tensor, Tensor]
+    depthwise: tuple[Tensor, Tensor]
+    project: tuple[Tensor, Tensor]
+    packed: Tensor | None  # for CUDA C++; None where it is not there or has no such kernel
+
+
+class StackWeights(NamedTuple):
+    """A transformer's weights as the operators take them."""
+
+    stack: Stack
+    layers: list[TransformerLayerWeights]
+    final_norm: tuple[Tensor, Tensor] | None
 
 
 def convolution(
@@ -94,10 +127,19 @@ def patch_attention(
     return patch_attention.launch(qkv, out, logsumexp, heads, patch, scale)
 
 
-def linear_residual(layer: TransformerLayerWeights, x: Tensor, residual: Tensor, out: Tensor) -> Launch:
+def linear_residual(weight: Tensor, bias: Tensor, x: Tensor, residual: Tensor, out: Tensor) -> Launch:
     from ..backends.triton import linear_residual
 
-    return linear_residual.launch(x, layer.proj_weight, layer.proj_bias, residual, out)
+    return linear_residual.launch(x, weight, bias, residual, out)
+
+
+def projection_norm_linear(
+    layer: TransformerLayerWeights, eps: float, x: Tensor, residual: Tensor, middle: Tensor, hidden: Tensor
+) -> Launch:
+    from ..backends.triton import projection_norm_linear
+
+    proj, rest = (layer.proj_weight, layer.proj_bias), layer[6:10]
+    return projection_norm_linear.launch(x, *proj, residual, *rest, middle, hidden, eps)
 
 
 def layer_norm_mlp(

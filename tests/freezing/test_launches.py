@@ -42,8 +42,8 @@ BY_OPERATOR = dict(
     convolution=1 + 3 * 3 + 2,
     layer_norm_linear=LAYERS + 3,  # the stack's last norm is inside the 1 × 1 convolution behind it
     patch_attention=LAYERS,
+    projection_norm_linear=LAYERS,  # with the MLP's first half, which few rows have divided
     linear_residual=LAYERS,
-    layer_norm_mlp=LAYERS,
 )
 
 

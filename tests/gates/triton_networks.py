@@ -115,6 +115,23 @@ def others(dtype: torch.dtype) -> Iterator[tuple[str, object]]:
     yield "1×1 odd", convolution.launch(t(64, 9, 9, 49)[:, :, :, 2:], t(65, 47, 1, 1), t(65), None, t(64, 9, 9, 65))
 
 
+def of_stacks(dtype: torch.dtype) -> Iterator[tuple[str, object]]:
+    """What a stack of s adds to the operators' launches: for few rows the projection with the MLP's first half, and the
+    convolution behind the last norm, into a part of a map."""
+    from mvit_kernels.backends.triton import layer_norm_linear, projection_norm_linear
+
+    for side, d, out in ((32, 144, 96), (16, 192, 128), (8, 240, 160)):
+
+        def t(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+            return rows_of(*shape, dtype=of)
+
+        rows, norm, vectors = t(1, side, side, d), (t(d), t(d)), rows_of(side * side, dtype=torch.float32)
+        first = t(2 * d, d), t(2 * d), rows, t(1, side, side, 2 * d)
+        yield f"s {d} few rows", projection_norm_linear.launch(rows, t(d, d), t(d), rows, *norm, *first, 1e-5)
+        last = t(out, d), rows_of(out, dtype=torch.float32), t(1, side, side, 2 * out)[..., out:], vectors, vectors
+        yield f"s {d} last norm", layer_norm_linear.launch(rows, *norm, *last, 1e-5, "silu")
+
+
 def cases(target: int, sizes: tuple[str, ...] | None = None) -> Iterator[tuple[str, object]]:
     """(name, launch) of every layer of all sizes for 256 images in bfloat16, and of `others`; of s for one image too,
     and of its last layers in float16 and float32. Elsewhere than on ALL_SIZES_ON: s for 256 images, and `others`."""
@@ -129,8 +146,11 @@ def cases(target: int, sizes: tuple[str, ...] | None = None) -> Iterator[tuple[s
                     for batch in BATCHES if size == "s" and everything else BATCHES[-1:]:
                         yield f"{size} {layer.name} ×{batch}", launch_of(layer, batch, torch.bfloat16)
             yield from others(torch.bfloat16)
+            yield from of_stacks(torch.bfloat16)
             for dtype, precision in ((torch.float16, "highest"), (torch.float32, "high"), (torch.float32, "highest")):
                 torch.set_float32_matmul_precision(precision)
+                if dtype == torch.float16:
+                    yield from of_stacks(dtype)
                 for layer in layers("s")[-5:] if everything else layers("s")[-2:]:
                     yield f"s {layer.name} ×256", launch_of(layer, 256, dtype)
                 yield from others(dtype) if everything else ()

@@ -20,9 +20,16 @@ if backend.target.INTERPRETED:
 COMMITTED = table.committed(TABLE)
 
 
+PRODUCTS = (
+    "convolution._convolution",
+    "layer_norm_linear._normed_product",
+    "projection_norm_linear._projected",
+)
+
+
 def judge(row):
     name = judge_limits(row)
-    if row["kernel"] != "convolution._convolution" or "ieee" in row["dtype"]:
+    if row["kernel"] not in PRODUCTS or "ieee" in row["dtype"]:
         assert row["mma"] == "none", f"{name} rounds float32 to TF32"
     elif row["arch"] == 90 and any(f"BM={pixels} " in row["tile"] for pixels in (64, 128)):
         assert row["mma"] == "wgmma", f"{name} does not use wgmma"
