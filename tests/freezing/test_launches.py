@@ -15,6 +15,7 @@ from mvit_kernels.freezing import launched, program
 from mvit_kernels.freezing.lowering import Lowering
 from mvit_kernels.freezing.whole import whole_network
 from support import models
+from support.networks import Draw
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -29,7 +30,10 @@ def h200(monkeypatch):
 
 def lower(frozen, dtype, batch, side=256):
     """The lowering for images on a GPU, of weights on the CPU."""
-    builder = program.build(whole_network(frozen).links, dtype, launched.LaunchedNetwork.backends)
+    return lowered(program.build(whole_network(frozen).links, dtype, launched.LaunchedNetwork.backends), batch, side)
+
+
+def lowered(builder, batch, side):
     with torch.no_grad():
         weights = [launched._packed(builder, index) for index in range(len(builder.steps))]
     return Lowering(builder, weights, torch.device("cuda", 0), batch, (side, side))
@@ -59,3 +63,52 @@ def test_launches(h200, variant, name, dtype):
     assert len(one.operations) == 59
     assert Counter(operation.name for operation in many.operations) == {**AROUND, "transformer": 3}
     assert len(many.operations) == 26
+
+
+@pytest.mark.parametrize(
+    "kernel, act, times, fused",
+    [(1, "silu", 1, True), (1, False, 1, True), (1, "relu", 1, False), (3, "silu", 1, False), (1, "silu", 2, False)],
+    ids=["1 x 1", "linear", "ReLU", "3 x 3", "two readers"],
+)
+def test_the_last_norm_is_inside_the_convolution_that_alone_reads_it(h200, kernel, act, times, fused):
+    draw = Draw(9)
+    block = draw.block(24, 64, layers=1)
+    builder = program.Builder(24, torch.bfloat16, ("triton",))
+    rows = builder.chain(program.links_of(block.before), program.Place(0, 0, 24))
+    rows = builder.transformer(rows, block.layers(), block.final_norm(), 4, (2, 2), 1e-5)
+    for _ in range(times):
+        builder.convolution(draw.conv(64, 24, kernel, act=act), rows, None)
+    names = [operation.name for operation in lowered(builder, 1, 8).operations]
+    assert names.count("layer_norm") == (not fused) and names.count("layer_norm_linear") == 1 + fused
+    assert names.count("convolution") == 2 + times - fused
+
+
+@pytest.mark.parametrize(
+    "side, dtype, divided",
+    [(64, torch.bfloat16, True), (66, torch.float16, False), (64, torch.float32, False)],
+    ids=str,
+)
+def test_which_mlps_are_divided(h200, side, dtype, divided):
+    """Those of few rows, in 16 bits: up to 1024."""
+    draw = Draw(10)
+    block = draw.block(24, 64, layers=2)
+    builder = program.Builder(24, dtype, ("triton",))
+    rows = builder.chain(program.links_of(block.before), program.Place(0, 0, 24))
+    builder.transformer(rows, block.layers(), None, 4, (2, 2), 1e-5)
+    names = [operation.name for operation in lowered(builder, 1, side // 2).operations]
+    assert names.count("projection_norm_linear") == 2 * divided and names.count("layer_norm_mlp") == 2 * (not divided)
+    assert names.count("linear_residual") == 2
+
+
+@pytest.mark.parametrize("beside, whole", [(8, True), (4, False)])
+def test_an_inverted_residual_is_whole_where_pixels_are_whole_units(h200, beside, whole):
+    """Of 16 bytes, which CUDA C++ reads and writes at a time: in a map of 24 + 4 channels they are not."""
+    draw = Draw(11)
+    builder = program.Builder(3, torch.bfloat16, ("triton",))
+    first = builder.convolution(draw.conv(3, 16, 3, stride=2), program.Place(0, 0, 3), None)
+    target, other = builder.side_by_side(24, beside)
+    builder.inverted_residual(draw.inverted(16, 32, 24, stride=2), first, target)
+    builder.convolution(draw.conv(16, beside, 3, stride=2), first, other)
+    builder.convolution(draw.conv(24 + beside, 16), builder.whole(target), None)
+    names = [operation.name for operation in lowered(builder, 1, 32).operations]
+    assert names.count("inverted_residual") == whole and names.count("depthwise_convolution") == (not whole)

@@ -12,10 +12,15 @@ import importlib
 import os
 
 import pytest
+import torch
 
+from mvit_kernels.backends.triton import layer_norm_linear
+from support import few_rows
+from support.cases import call, convert, make
 from support.checks import check
 from support.ptx import serve_cpu_tensors
 from support.ptx.serve_cpu_tensors import launched
+from support.tolerance import assert_close_as_pytorch
 
 assert os.environ.get("MVIT_KERNELS_COMPILED") == "1", "run it with MVIT_KERNELS_COMPILED=1"
 
@@ -39,7 +44,7 @@ ATTENTION = [
 LIVE = dict(projection=0.1, mlp=0.1, path1=0.1, path2=0.1)
 KERNELS = {  # all of backends/triton
     *("_forward", "_backward", "_sum_parts", "_product", "_weight_gradients", "_normed_product", "_norm_backward"),
-    *("_mlp", "_hidden", "_drop", "_backward_whole", "_backward_blocks", "forward", "backward"),
+    *("_mlp", "_hidden", "_drop", "_backward_whole", "_backward_blocks", "forward", "backward", "_projected"),
 }
 # Of batch norm in parts. Those of frozen networks are executed by gates/executed.py.
 KERNELS |= {"_statistics", "_combine_statistics", "_normalise", "_sum_gradients", "_combine_gradients", "_gradient"}
@@ -81,6 +86,27 @@ def test_an_image_of_mobilevit_s(operator, more, side, d):
     """Forward at the sizes of one image of 256 pixels."""
     shape = (1, side, side) if operator == "patch_attention" else (1, side, side, d)
     check(operator, dict(shape=shape, **more(d)), dtype="bfloat16", path="triton", gradients=False)
+
+
+@pytest.mark.parametrize(
+    "rows, d, dtype", [(64, 240, "bfloat16"), (33, 192, "float16"), (520, 144, "bfloat16")], ids=str
+)
+def test_few_rows(rows, d, dtype):
+    """What a frozen network launches for them."""
+    few_rows.check(rows, d, d, 2 * d, getattr(torch, dtype))
+
+
+def test_the_convolution_behind_the_last_norm():
+    """Into a part of a map, whose other channels stay as they are; its bias is in float32."""
+    tensors, settings = make("layer_norm_linear", dict(shape=(70, 144), n=96, activation="silu"))
+    low = convert(tensors, torch.bfloat16)
+    low["bias"] = low["bias"].float()
+    whole, vectors = torch.full((70, 192), torch.nan, dtype=torch.bfloat16), torch.empty(2, 70)
+    layer_norm_linear.launch(*low.values(), whole[:, 96:], *vectors, settings["eps"], "silu").run()
+    assert whole[:, :96].isnan().all()
+    truth = call("layer_norm_linear", convert(low, torch.float64), settings, "oracle")
+    usual = call("layer_norm_linear", convert(low, torch.bfloat16), settings, "usual")
+    assert_close_as_pytorch("part", whole[:, 96:], usual, truth)
 
 
 @pytest.mark.parametrize("d", [144, 192, 240])
