@@ -32,9 +32,9 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference
 # bytes of Triton's three: for the seven of S at batch 256 some 8 µs an image instead of 18 (docs/kernels).
 PREDICTED = {"inverted_residual": ("cuda", "triton", "reference")}
 
-# Up to so many rows a frozen stack's MLP is divided, its first half being computed with the projection before it. Whole
+# Up to so many rows a frozen stack's MLP is divided, and its halves are in launches with the products around it. Whole
 # it has a program for 64 rows: one image's are on 16, 4 and 1 of an H200's 132 multiprocessors, and took 22 µs there in
-# CUDA C++ (profiled.jsonl:6), behind 10 of the projection. Predicted for the halves: 4 to 6 µs each. Not measured.
+# CUDA C++ (profiled.jsonl:6), beside 10 and 14 of those products. Predicted for each of two: 4 to 6 µs. Not measured.
 FEW_ROWS = 1024
 MOST_OF_FEW = 256  # columns: of more, the first half's weights leave no room in shared memory
 

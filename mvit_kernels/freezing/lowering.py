@@ -24,7 +24,7 @@ from ..ops.patch_attention import attention_call
 from ..ops.transformer import stack_call
 from . import operations
 from .arena import Region, place
-from .operations import InvertedResidualWeights, Operation, StackWeights
+from .operations import EndOfStack, InvertedResidualWeights, Operation, StackWeights
 from .program import (
     CONVOLUTION,
     COPY,
@@ -83,7 +83,7 @@ class Lowering:
         self.settings: tuple[str | None, str] = None, ""  # under which it was made
         self.any_image = _takes_any_image(builder)  # any strides and dtype; else channels-last, in the weights' dtype
         sizes = {IMAGE: size}
-        self._final_norm: tuple[tuple[Tensor, Tensor], float] | None = None  # of the last "layer_norm", and its eps
+        self._end_of_stack: EndOfStack | None = None  # of the last one that was lowered
         self._later = builder.steps  # behind the one that is lowered
         for index, (kind, *six_and_words) in enumerate(builder.steps):
             source, target, words = Place(*six_and_words[:3]), Place(*six_and_words[3:6]), six_and_words[6:]
@@ -158,15 +158,22 @@ class Lowering:
     def _norm_linear(
         self, source: Place, target: Place, weights: tuple[Tensor, Tensor], activation: str | None
     ) -> bool:
-        """Make one launch of a stack's last LayerNorm and the 1×1 convolution that follows, if that alone reads it."""
-        at, last = self._resolved(source), self.operations[-1] if self.operations else None
+        """Make one launch of a stack's last LayerNorm and the 1×1 convolution that follows, if that alone reads it; of
+        the MLP's second half too, where it is a launch of its own."""
+        at, last, end = self._resolved(source), self.operations[-1] if self.operations else None, self._end_of_stack
         if last is None or last.name != "layer_norm" or last.writes[0] != at or activation not in (None, "silu"):
             return False
-        if any(self.names[value] == at.value for _, value, *_ in self._later) or self._final_norm is None:
+        if any(self.names[value] == at.value for _, value, *_ in self._later) or end is None:
             return False
         self.operations.pop()
-        make = partial(operations.norm_convolution, *self._final_norm, *weights, activation)
-        self._add("layer_norm_linear", last.reads, (target, *last.writes[1:]), make)
+        convolution = weights[0].flatten(1), weights[1]
+        if end.product is None:
+            make = partial(operations.norm_linear, end.norm, convolution, end.eps, activation)
+            self._add("layer_norm_linear", last.reads, (target, *last.writes[1:]), make)
+        else:
+            before = self.operations.pop()
+            make = partial(operations.projection_norm_linear, end.product, end.norm, convolution, end.eps, activation)
+            self._add("projection_norm_linear", before.reads, (target,), make)
         return True
 
     def _inverted_residual(
@@ -243,42 +250,47 @@ class Lowering:
 
     def _layers(self, source: Place, target: Place, weights: StackWeights) -> None:
         """Four launches a layer: its rows go from `source` to a map of their own and back to `target`, which may be
-        `source` itself. For few rows the projection is in a launch with the MLP's first half instead of alone."""
+        `source` itself. For few rows three, of which two have a product, a LayerNorm and the next product: the
+        projection and the MLP's first half, the second half and the next layer's (`preference.divides_mlp`)."""
         stack, before = weights.stack, self._of(source)
         size, d, inner = before[1:3], before.channels, weights.layers[0].proj_weight.shape[1]
-        rows = size[0] * size[1]
+        rows, eps = size[0] * size[1], stack.eps
         heads, patch, scale = stack.num_heads, stack.patch_size, float(inner // stack.num_heads) ** -0.5
         divided = preference.divides_mlp(self.batch * rows, d, self.dtype)
-        x = source
-        for layer in weights.layers:
-            qkv, attended, middle = (self._new(size, width) for width in (3 * inner, inner, d))
-            statistics = [self._new((rows, 1), 1, torch.float32) for _ in range(4)]
-            logsumexp = self._new((rows, 1), heads, torch.float32)
-            make = partial(operations.layer_norm_linear, layer, stack.eps)
-            self._add("layer_norm_linear", (x,), (qkv, *statistics[:2]), make)
-            self._add(
-                "patch_attention",
-                (qkv,),
-                (attended, logsumexp),
-                partial(operations.patch_attention, heads, patch, scale),
-            )
+
+        def statistics() -> list[Place]:
+            return [self._new((rows, 1), 1, torch.float32) for _ in range(2)]
+
+        x, qkv = source, self._new(size, 3 * inner)
+        make = partial(operations.layer_norm_linear, weights.layers[0], eps)
+        self._add("layer_norm_linear", (x,), (qkv, *statistics()), make)
+        for layer, following in zip(weights.layers, (*weights.layers[1:], None), strict=True):
+            attended, middle = self._new(size, inner), self._new(size, d)
+            made = attended, self._new((rows, 1), heads, torch.float32)
+            self._add("patch_attention", (qkv,), made, partial(operations.patch_attention, heads, patch, scale))
+            qkv = qkv if following is None else self._new(size, 3 * inner)
             if divided:
                 hidden = self._new(size, layer.fc1_weight.shape[0])
-                make = partial(operations.projection_norm_linear, layer, stack.eps)
+                make = partial(operations.projection_norm_linear, layer[4:6], layer[6:8], layer[8:10], eps, "silu")
                 self._add("projection_norm_linear", (attended, x), (middle, hidden), make)
-                make = partial(operations.linear_residual, layer.fc2_weight, layer.fc2_bias)
-                self._add("linear_residual", (hidden, middle), (target,), make)
+                fc2 = layer[10:12]
+                if following is not None:
+                    make = partial(operations.projection_norm_linear, fc2, following[:2], following[2:4], eps, None)
+                    self._add("projection_norm_linear", (hidden, middle), (target, qkv), make)
+                else:
+                    self._add("linear_residual", (hidden, middle), (target,), partial(operations.linear_residual, *fc2))
             else:
-                make = partial(operations.linear_residual, layer.proj_weight, layer.proj_bias)
-                self._add("linear_residual", (attended, x), (middle,), make)
-                make = partial(operations.layer_norm_mlp, layer, stack.eps)
-                self._add("layer_norm_mlp", (middle,), (target, *statistics[2:]), make)
+                self._add("linear_residual", (attended, x), (middle,), partial(operations.linear_residual, *layer[4:6]))
+                make = partial(operations.layer_norm_mlp, layer, eps)
+                self._add("layer_norm_mlp", (middle,), (target, *statistics()), make)
+                if following is not None:
+                    make = partial(operations.layer_norm_linear, following, eps)
+                    self._add("layer_norm_linear", (target,), (qkv, *statistics()), make)
             x = target
         if weights.final_norm is not None:
-            statistics = [self._new((rows, 1), 1, torch.float32) for _ in range(2)]
-            self._final_norm = weights.final_norm, stack.eps
-            make = partial(operations.layer_norm, *self._final_norm)
-            self._add("layer_norm", (x,), (x, *statistics), make)
+            self._end_of_stack = EndOfStack(weights.final_norm, eps, weights.layers[-1][10:12] if divided else None)
+            make = partial(operations.layer_norm, weights.final_norm, eps)
+            self._add("layer_norm", (x,), (x, *statistics()), make)
 
     # -- values ---------------------------------------------------------------------------------------------------
 

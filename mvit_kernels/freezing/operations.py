@@ -42,6 +42,14 @@ class InvertedResidualWeights(NamedTuple):
     packed: Tensor | None  # for CUDA C++; None where it is not there or has no such kernel
 
 
+class EndOfStack(NamedTuple):
+    """What a convolution behind a stack needs for one launch with its last steps."""
+
+    norm: tuple[Tensor, Tensor]
+    eps: float
+    product: tuple[Tensor, Tensor] | None  # the MLP's second half, if it is a launch of its own
+
+
 class StackWeights(NamedTuple):
     """A transformer's weights as the operators take them."""
 
@@ -96,27 +104,23 @@ def resize(x: Tensor, out: Tensor) -> Launch:
 def layer_norm_linear(
     layer: TransformerLayerWeights, eps: float, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor
 ) -> Launch:
-    from ..backends.triton import layer_norm_linear
-
-    weights = layer.norm1_weight, layer.norm1_bias, layer.qkv_weight, layer.qkv_bias
-    return layer_norm_linear.launch(x, *weights, out, mean, rstd, eps)
+    return norm_linear(layer[:2], layer[2:4], eps, None, x, out, mean, rstd)
 
 
-def norm_convolution(
+def norm_linear(
     norm: tuple[Tensor, Tensor],
+    linear: tuple[Tensor, Tensor | None],
     eps: float,
-    weight: Tensor,
-    bias: Tensor,
     activation: str | None,
     x: Tensor,
     out: Tensor,
     mean: Tensor,
     rstd: Tensor,
 ) -> Launch:
-    """A 1×1 convolution of normalised rows, into a map that may be part of another one."""
+    """LayerNorm and a linear layer, into a map that may be part of another one."""
     from ..backends.triton import layer_norm_linear
 
-    return layer_norm_linear.launch(x, *norm, weight.flatten(1), bias, out, mean, rstd, eps, activation or "")
+    return layer_norm_linear.launch(x, *norm, *linear, out, mean, rstd, eps, activation or "")
 
 
 def patch_attention(
@@ -134,12 +138,22 @@ def linear_residual(weight: Tensor, bias: Tensor, x: Tensor, residual: Tensor, o
 
 
 def projection_norm_linear(
-    layer: TransformerLayerWeights, eps: float, x: Tensor, residual: Tensor, middle: Tensor, hidden: Tensor
+    product: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, Tensor],
+    following: tuple[Tensor, Tensor | None],
+    eps: float,
+    activation: str | None,
+    x: Tensor,
+    residual: Tensor,
+    *written: Tensor,
 ) -> Launch:
+    """Two linear layers, (weight, bias) each, and the LayerNorm between them. `written`: the rows between, unless
+    nobody reads them, and the result."""
     from ..backends.triton import projection_norm_linear
 
-    proj, rest = (layer.proj_weight, layer.proj_bias), layer[6:10]
-    return projection_norm_linear.launch(x, *proj, residual, *rest, middle, hidden, eps)
+    middle, out = written if len(written) == 2 else (None, *written)
+    layers = (*product, residual, *norm, *following)
+    return projection_norm_linear.launch(x, *layers, middle, out, eps, activation or "")
 
 
 def layer_norm_mlp(

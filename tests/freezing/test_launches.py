@@ -44,10 +44,11 @@ AROUND = {"convolution": 1 + 3 * 4 + 2, "inverted_residual": 7, "mean": 1}  # st
 BY_OPERATOR = dict(
     AROUND,
     convolution=1 + 3 * 3 + 2,
-    layer_norm_linear=LAYERS + 3,  # the stack's last norm is inside the 1 × 1 convolution behind it
+    layer_norm_linear=3,
     patch_attention=LAYERS,
-    projection_norm_linear=LAYERS,  # with the MLP's first half, which few rows have divided
-    linear_residual=LAYERS,
+    # The projection with the MLP's first half; its second half with the next layer's beginning, or with the stack's
+    # last norm and the 1 × 1 convolution behind it.
+    projection_norm_linear=2 * LAYERS,
 )
 
 
@@ -60,9 +61,17 @@ def test_launches(h200, variant, name, dtype):
     frozen = mvit_kernels.freeze(models.build(name, variant), dtype=dtype)
     one, many = lower(frozen, dtype, 1), lower(frozen, dtype, 256)
     assert Counter(operation.name for operation in one.operations) == BY_OPERATOR
-    assert len(one.operations) == 59
+    assert len(one.operations) == 50
     assert Counter(operation.name for operation in many.operations) == {**AROUND, "transformer": 3}
     assert len(many.operations) == 26
+
+
+def stack(block, dtype, final_norm=True):
+    """A builder with a block up to its stack, and the rows behind that."""
+    builder = program.Builder(24, dtype, ("triton",))
+    rows = builder.chain(program.links_of(block.before), program.Place(0, 0, 24))
+    norm = block.final_norm() if final_norm else None
+    return builder, builder.transformer(rows, block.layers(), norm, 4, (2, 2), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -70,34 +79,33 @@ def test_launches(h200, variant, name, dtype):
     [(1, "silu", 1, True), (1, False, 1, True), (1, "relu", 1, False), (3, "silu", 1, False), (1, "silu", 2, False)],
     ids=["1 x 1", "linear", "ReLU", "3 x 3", "two readers"],
 )
-def test_the_last_norm_is_inside_the_convolution_that_alone_reads_it(h200, kernel, act, times, fused):
+@pytest.mark.parametrize("side, divided", [(32, True), (34, False)])
+def test_the_end_of_a_stack_is_inside_the_convolution_that_alone_reads_it(
+    h200, side, divided, kernel, act, times, fused
+):
+    """Its last norm, and before that the second half of an MLP that is divided, which is a launch of its own else."""
     draw = Draw(9)
-    block = draw.block(24, 64, layers=1)
-    builder = program.Builder(24, torch.bfloat16, ("triton",))
-    rows = builder.chain(program.links_of(block.before), program.Place(0, 0, 24))
-    rows = builder.transformer(rows, block.layers(), block.final_norm(), 4, (2, 2), 1e-5)
+    builder, rows = stack(draw.block(24, 64, layers=1), torch.bfloat16)
     for _ in range(times):
         builder.convolution(draw.conv(64, 24, kernel, act=act), rows, None)
-    names = [operation.name for operation in lowered(builder, 1, 8).operations]
-    assert names.count("layer_norm") == (not fused) and names.count("layer_norm_linear") == 1 + fused
-    assert names.count("convolution") == 2 + times - fused
+    count = [operation.name for operation in lowered(builder, 1, side).operations].count
+    assert count("layer_norm") == (not fused) and count("convolution") == 2 + times - fused
+    assert count("layer_norm_linear") == 1 + (fused and not divided)
+    assert count("linear_residual") == (not fused or not divided) and count("layer_norm_mlp") == (not divided)
+    assert count("projection_norm_linear") == (1 + fused) * divided
 
 
 @pytest.mark.parametrize(
     "side, dtype, divided",
-    [(64, torch.bfloat16, True), (66, torch.float16, False), (64, torch.float32, False)],
+    [(32, torch.bfloat16, True), (34, torch.float16, False), (32, torch.float32, False)],
     ids=str,
 )
 def test_which_mlps_are_divided(h200, side, dtype, divided):
     """Those of few rows, in 16 bits: up to 1024."""
-    draw = Draw(10)
-    block = draw.block(24, 64, layers=2)
-    builder = program.Builder(24, dtype, ("triton",))
-    rows = builder.chain(program.links_of(block.before), program.Place(0, 0, 24))
-    builder.transformer(rows, block.layers(), None, 4, (2, 2), 1e-5)
-    names = [operation.name for operation in lowered(builder, 1, side // 2).operations]
-    assert names.count("projection_norm_linear") == 2 * divided and names.count("layer_norm_mlp") == 2 * (not divided)
-    assert names.count("linear_residual") == 2
+    builder, _ = stack(Draw(10).block(24, 64, layers=2), dtype, final_norm=False)
+    count = [operation.name for operation in lowered(builder, 1, side).operations].count
+    assert count("projection_norm_linear") == 3 * divided and count("layer_norm_mlp") == 2 * (not divided)
+    assert count("linear_residual") == (1 if divided else 2)
 
 
 @pytest.mark.parametrize("beside, whole", [(8, True), (4, False)])

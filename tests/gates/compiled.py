@@ -89,11 +89,19 @@ def test_an_image_of_mobilevit_s(operator, more, side, d):
 
 
 @pytest.mark.parametrize(
-    "rows, d, dtype", [(64, 240, "bfloat16"), (33, 192, "float16"), (520, 144, "bfloat16")], ids=str
+    "sizes, how",
+    [
+        ((64, 240, 240, 480, torch.bfloat16), {}),
+        ((17, 480, 240, 720, torch.bfloat16), dict(activation="")),
+        ((33, 192, 192, 384, torch.float16), {}),
+        ((520, 144, 144, 288, torch.bfloat16), {}),
+        ((17, 384, 192, 128, torch.bfloat16), dict(beside=128)),
+    ],
+    ids=str,
 )
-def test_few_rows(rows, d, dtype):
+def test_few_rows(sizes, how):
     """What a frozen network launches for them."""
-    few_rows.check(rows, d, d, 2 * d, getattr(torch, dtype))
+    few_rows.check(*sizes, **how)
 
 
 def test_the_convolution_behind_the_last_norm():

@@ -116,20 +116,24 @@ def others(dtype: torch.dtype) -> Iterator[tuple[str, object]]:
 
 
 def of_stacks(dtype: torch.dtype) -> Iterator[tuple[str, object]]:
-    """What a stack of s adds to the operators' launches: for few rows the projection with the MLP's first half, and the
-    convolution behind the last norm, into a part of a map."""
+    """What a stack of s adds to the operators' launches. Of one image, whose rows are few: the projection with the
+    MLP's first half, its second half with the next layer's first product or, at the end, the convolution behind the
+    last norm, into a part of a map; and for many rows that convolution with the norm alone."""
     from mvit_kernels.backends.triton import layer_norm_linear, projection_norm_linear
 
+    def t(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return rows_of(*shape, dtype=of)
+
     for side, d, out in ((32, 144, 96), (16, 192, 128), (8, 240, 160)):
-
-        def t(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-            return rows_of(*shape, dtype=of)
-
-        rows, norm, vectors = t(1, side, side, d), (t(d), t(d)), rows_of(side * side, dtype=torch.float32)
-        first = t(2 * d, d), t(2 * d), rows, t(1, side, side, 2 * d)
-        yield f"s {d} few rows", projection_norm_linear.launch(rows, t(d, d), t(d), rows, *norm, *first, 1e-5)
-        last = t(out, d), rows_of(out, dtype=torch.float32), t(1, side, side, 2 * out)[..., out:], vectors, vectors
-        yield f"s {d} last norm", layer_norm_linear.launch(rows, *norm, *last, 1e-5, "silu")
+        rows, hidden, norm = t(1, side, side, d), t(1, side, side, 2 * d), (t(d), t(d))
+        last = t(out, d), t(out, of=torch.float32)
+        part, vectors = t(1, side, side, 2 * out)[..., out:], t(side * side, of=torch.float32)
+        proj, fc2 = (rows, t(d, d), t(d), rows), (hidden, t(d, 2 * d), t(d), rows)
+        first, following = (t(2 * d, d), t(2 * d), rows, hidden), (t(3 * d, d), t(3 * d), rows, t(1, side, side, 3 * d))
+        yield f"s {d} few rows", projection_norm_linear.launch(*proj, *norm, *first, 1e-5, "silu")
+        yield f"s {d} few rows", projection_norm_linear.launch(*fc2, *norm, *following, 1e-5)
+        yield f"s {d} few rows", projection_norm_linear.launch(*fc2, *norm, *last, None, part, 1e-5, "silu")
+        yield f"s {d} last norm", layer_norm_linear.launch(rows, *norm, *last, part, vectors, vectors, 1e-5, "silu")
 
 
 def cases(target: int, sizes: tuple[str, ...] | None = None) -> Iterator[tuple[str, object]]:

@@ -11,11 +11,12 @@ from mvit_kernels.backends.triton import projection_norm_linear
 from support.tolerance import assert_close_as_pytorch
 
 
-def composed(x, proj_weight, proj_bias, residual, norm_weight, norm_bias, weight, bias, middle=None):
+def composed(x, proj_weight, proj_bias, residual, norm_weight, norm_bias, weight, bias, activation="silu", middle=None):
     """By PyTorch's operators: the rows between, and what the second half reads; of `middle` if it is given."""
     made = residual + F.linear(x, proj_weight, proj_bias)
     norm = F.layer_norm(made if middle is None else middle, made.shape[-1:], norm_weight, norm_bias, 1e-5)
-    return made, F.silu(F.linear(norm, weight, bias))
+    y = F.linear(norm, weight, bias)
+    return made, F.silu(y) if activation else y
 
 
 def draw(rows, inner, d, hidden, dtype, norm=None):
@@ -31,19 +32,26 @@ def draw(rows, inner, d, hidden, dtype, norm=None):
     ]
 
 
-def launched(tensors):
+def launched(tensors, activation="silu", beside=0):
+    """The rows between and the result, which lies in the middle of a map with `beside` channels more on both sides."""
     x, *_, weight, _ = tensors
-    middle, hidden = torch.full_like(tensors[3], torch.nan), x.new_full((x.shape[0], weight.shape[0]), torch.nan)
-    projection_norm_linear.launch(*tensors, middle, hidden, 1e-5).run()
-    return middle, hidden
+    middle, n = torch.full_like(tensors[3], torch.nan), weight.shape[0]
+    joined = x.new_full((x.shape[0], n + 2 * beside), torch.nan)
+    out = joined[:, beside : beside + n]
+    projection_norm_linear.launch(*tensors, middle, out, 1e-5, activation).run()
+    assert joined[:, :beside].isnan().all() and joined[:, beside + n :].isnan().all()
+    return middle, out
 
 
-def check(rows, inner, d, hidden, dtype, norm=None, change=None) -> None:
+def check(rows, inner, d, hidden, dtype, norm=None, change=None, activation="silu", bias=True, beside=0) -> None:
     tensors = draw(rows, inner, d, hidden, dtype, norm)
     if change is not None:
         change(tensors)
-    middle, found = launched(tensors)
-    low, exact = [tensor.to(dtype) for tensor in tensors], [tensor.double() for tensor in tensors]
+    if not bias:
+        tensors[-1] = None
+    middle, found = launched(tensors, activation, beside)
+    low, exact = ([None if t is None else t.to(kind) for t in tensors] for kind in (dtype, torch.float64))
     assert_close_as_pytorch("middle", middle, composed(*low)[0], composed(*exact)[0])
-    usual, truth = composed(*low, middle)[1], composed(*exact, middle.double())[1]  # of the rows as they were rounded
-    assert_close_as_pytorch("hidden", found, usual, truth)
+    usual = composed(*low, activation, middle)[1]
+    truth = composed(*exact, activation, middle.double())[1]  # of the rows as they were rounded
+    assert_close_as_pytorch("out", found, usual, truth)

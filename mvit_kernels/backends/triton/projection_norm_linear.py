@@ -2,13 +2,14 @@
 """``linear_residual`` and the ``layer_norm_linear`` behind it in one launch, for frozen networks on few rows.
 
 Example:
-    >>> launch(attended, *proj, x, *norm2, *fc1, middle, hidden, eps).run()    # fc2 is a linear_residual of hidden
+    >>> launch(attended, *proj, x, *norm2, *fc1, middle, hidden, eps, "silu").run()
+    >>> launch(hidden, *fc2, middle, *next_norm1, *next_qkv, x, qkv, eps).run()         # and the next layer's beginning
 
 `mvit_kernels.backends.triton.layer_norm_mlp` has all hidden columns of its rows in one program: for one image 16, 4 and
 1 programs of 64 rows in the three stages of MobileViT-S, on 132 multiprocessors, each with twelve to fifteen turns one
 after another. Here programs share the columns. What precedes the LayerNorm concerns whole rows, so that each of them
-computes the projection again: for 1024 rows of 144 that is five times 21 million multiply-adds, about a microsecond on
-an H200, where a launch of its own costs two and reads the rows back.
+computes the first product again: for 1024 rows of 144 and the MLP that is five times 21 million multiply-adds, about a
+microsecond on an H200, where a launch of its own costs two and reads the rows back.
 """
 
 from functools import lru_cache
@@ -65,9 +66,11 @@ def _projected(
     KC: tl.constexpr,
     NC: tl.constexpr,
     BN: tl.constexpr,
+    SILU: tl.constexpr,
+    GAP: tl.constexpr,
 ):
-    """middle = residual + x · proj_weightᵀ + proj_bias, out = silu(LN(middle) · weightᵀ + bias): BM rows and BN columns
-    a program, of which those of the first columns write `middle`.
+    """middle = residual + x · proj_weightᵀ + proj_bias, out = act(LN(middle) · weightᵀ + bias): BM rows and BN columns
+    a program, of which those of the first columns write `middle`, if it is wanted. GAP: as in `layer_norm_linear`.
 
     What does not depend on the first product is loaded before it: behind it, every chunk of `weight` would have to be
     waited for.
@@ -89,8 +92,9 @@ def _projected(
         columns = c * KC + tl.arange(0, KC)
         y = sums[c] + _rows.load_vector(proj_bias, columns, K, (c + 1) * KC > K)[None, :] + residuals[c].to(tl.float32)
         rounded = y.to(out.dtype.element_ty)
-        if tl.program_id(1) == 0:
-            _rows.store(middle + offset * K, rounded, rows, columns, end, K, K, (c + 1) * KC > K)
+        if middle is not None:
+            if tl.program_id(1) == 0:
+                _rows.store(middle + offset * K, rounded, rows, columns, end, K, K, (c + 1) * KC > K)
         chunks = chunks + (rounded,)
     mu, sigma = _mean_and_rstd(chunks, eps, K, KC, NC)
     y = tl.zeros([BM, BN], tl.float32)
@@ -98,8 +102,11 @@ def _projected(
         columns = c * KC + tl.arange(0, KC)
         operand = _rows.normalized(chunks[c], mu, sigma, norm_weight, norm_bias, columns, K, (c + 1) * KC > K)
         y = _rows.add_product(operand, weights[c], y, "tf32")
-    y += _rows.load_vector(bias, hs, N, N % BN != 0)[None, :]
-    _rows.store(out + offset * N, y * _rows.sigmoid(y), rows, hs, end, N, N, N % BN != 0)
+    if bias is not None:
+        y += _rows.load_vector(bias, hs, N, N % BN != 0)[None, :]
+    if SILU:
+        y = y * _rows.sigmoid(y)
+    _rows.store(out + offset * (N + GAP), y, rows, hs, end, N, N + GAP, N % BN != 0)
 
 
 # All widths are cut by 64: with a k step of 32, rows of 240 spill 24 bytes on 9.0. One image's rows in the stages of S
@@ -109,9 +116,9 @@ _ROWS, _MOST_OF_16 = (16, 32), 512
 
 
 @lru_cache(maxsize=4096)
-def _plan(device, dtypes, arch, BM, INNER, K, N):
+def _plan(device, dtypes, arch, BM, INNER, K, N, silu, gap):
     BK, KC, BN = (min(_WIDEST, max(next_power_of_2(width), 16)) for width in (INNER, K, N))
-    constants = (INNER, K, N, BM, BK, KC, ceil_div(K, KC), BN)
+    constants = (INNER, K, N, BM, BK, KC, ceil_div(K, KC), BN, silu, gap)
     # Three take 100 KB of shared memory above 192 columns, and a block of 8.6, 8.9 and 12.0 has 99.
     stages = 2 if K > 192 and is_small(arch) else 3
     return Plan(_projected, constants, num_warps=_WARPS, num_stages=stages), BN
@@ -125,27 +132,33 @@ def launch(
     norm_weight: Tensor,
     norm_bias: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    middle: Tensor,
+    bias: Tensor | None,
+    middle: Tensor | None,
     out: Tensor,
     eps: float,
+    activation: str = "",
 ) -> Launch:
-    """Prepare ``middle = residual + x Wpᵀ + bp`` and ``out = silu(LN(middle) Wᵀ + b)`` of contiguous tensors, in
-    bfloat16 or float16.
+    """Prepare ``middle = residual + x Wpᵀ + bp`` and ``out = act(LN(middle) Wᵀ + b)`` of contiguous tensors, in
+    bfloat16 or float16. The rows of `out` may lie further apart than they are long.
 
     Args:
         x: (..., inner).
         proj_weight, proj_bias: (K, inner), (K,).
         residual: (..., K).
         norm_weight, norm_bias: (K,), of LayerNorm.
-        weight, bias: (N, K), (N,).
-        middle, out: (..., K) and (..., N), written. `middle` is not `residual`: other programs read that.
+        weight, bias: (N, K), (N,); `bias` may be None.
+        middle, out: (..., K) and (..., N), written. `middle` is not `residual`, which other programs read; None if
+            nobody reads it.
         eps: LayerNorm's epsilon.
+        activation: "silu" or "".
     """
     (K, inner), N = proj_weight.shape, weight.shape[0]
     rows = x.numel() // inner
     BM = _ROWS[rows > _MOST_OF_16]
-    dtypes = x.dtype, proj_bias.dtype, norm_weight.dtype, norm_bias.dtype, bias.dtype
-    plan, BN = _plan(x.get_device(), dtypes, architecture(x), BM, inner, K, N)
+    vectors = (proj_bias, norm_weight, norm_bias, bias, middle)
+    dtypes = (x.dtype, *(None if vector is None else vector.dtype for vector in vectors))
+    gap = out.stride(-2) - N if rows > 1 else 0
+    device = x.get_device()
+    plan, BN = _plan(device, dtypes, architecture(x), BM, inner, K, N, activation == "silu", gap)
     tensors = (x, proj_weight, proj_bias, residual, norm_weight, norm_bias, weight, bias, middle, out)
     return Launch(plan, (ceil_div(rows, BM), ceil_div(N, BN)), tensors, (rows, eps))
