@@ -11,22 +11,22 @@ namespace {
 
 constexpr const char* kOp = "inverted_residual";
 
-InvertedResidualLaunch* kernel_of(const InvertedResidualLayout& layout, bool small, bool half) {
+InvertedResidualLaunch* kernel_of(const InvertedResidualLayout& layout, bool small, bool half, bool half_filter) {
   switch (layout.channels) {
-    case 16: return find_inverted_residual<16>(layout.out, layout.stride, small, half);
-    case 24: return find_inverted_residual<24>(layout.out, layout.stride, small, half);
-    case 32: return find_inverted_residual<32>(layout.out, layout.stride, small, half);
-    case 48: return find_inverted_residual<48>(layout.out, layout.stride, small, half);
-    case 64: return find_inverted_residual<64>(layout.out, layout.stride, small, half);
-    case 80: return find_inverted_residual<80>(layout.out, layout.stride, small, half);
-    case 96: return find_inverted_residual<96>(layout.out, layout.stride, small, half);
-    case 128: return find_inverted_residual<128>(layout.out, layout.stride, small, half);
+    case 16: return find_inverted_residual<16>(layout.out, layout.stride, small, half, half_filter);
+    case 24: return find_inverted_residual<24>(layout.out, layout.stride, small, half, half_filter);
+    case 32: return find_inverted_residual<32>(layout.out, layout.stride, small, half, half_filter);
+    case 48: return find_inverted_residual<48>(layout.out, layout.stride, small, half, half_filter);
+    case 64: return find_inverted_residual<64>(layout.out, layout.stride, small, half, half_filter);
+    case 80: return find_inverted_residual<80>(layout.out, layout.stride, small, half, half_filter);
+    case 96: return find_inverted_residual<96>(layout.out, layout.stride, small, half, half_filter);
+    case 128: return find_inverted_residual<128>(layout.out, layout.stride, small, half, half_filter);
     default: return nullptr;
   }
 }
 
 void inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t version, int64_t hidden, int64_t stride,
-                       bool residual, const Tensor& y) {
+                       bool residual, bool half_filter, const Tensor& y) {
   STD_TORCH_CHECK(x_argument.dim() == 4, kOp, ": x must be (B, H, W, C), not of ", x_argument.dim(), " axes");
   const ScalarType type = x_argument.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, kOp,
@@ -45,6 +45,8 @@ void inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t v
   InvertedResidualLayout layout = inverted_residual_layout(channels, out, stride, false);
   STD_TORCH_CHECK(layout.channels != 0, kOp, ": no kernel for ", channels, " channels in and ", out,
                   " out with stride ", stride);
+  STD_TORCH_CHECK(!half_filter || has_half_filter(channels, stride), kOp, ": no kernel that filters in float16 for ",
+                  channels, " channels in and ", out, " out with stride ", stride, "; give half_filter=False");
   STD_TORCH_CHECK(!residual || (stride == 1 && channels == out), kOp,
                   ": residual wants stride 1 and as many channels out as in");
   STD_TORCH_CHECK(hidden > 0 && hidden < most_hidden && packed.scalar_type() == ScalarType::Byte &&
@@ -70,7 +72,7 @@ void inverted_residual(const Tensor& x_argument, const Tensor& packed, int64_t v
   args.in = {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
   args.out = {y.mutable_data_ptr(), y.stride(0), y.stride(1), y.stride(2)};
   args.weights = static_cast<const unsigned char*>(packed.const_data_ptr());
-  check_launch(kOp, kernel_of(layout, small, type == ScalarType::Half)(args, device.stream()));
+  check_launch(kOp, kernel_of(layout, small, type == ScalarType::Half, half_filter)(args, device.stream()));
 }
 
 }  // namespace

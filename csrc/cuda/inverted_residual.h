@@ -99,6 +99,11 @@ constexpr InvertedResidualLayout kInvertedResiduals[] = {
     {128, 160, 2, {4, 8, 1, 1, 2, 1}},
 };
 
+// Whether a shape also has kernels that store the expanded map and filter in float16: those whose instructions take the
+// longest of all that an H200 does, by nvcc's count. Of the others it is shared memory that takes the longest, of which
+// float16 needs as much.
+constexpr bool has_half_filter(int64_t channels, int64_t stride) { return stride == 1 || channels <= 32; }
+
 // The layout of a shape, or the `small` one; `channels` is 0 if there is none.
 constexpr InvertedResidualLayout inverted_residual_layout(int64_t channels, int64_t out, int64_t stride, bool small) {
   for (const InvertedResidualLayout& layout : kInvertedResiduals)
@@ -148,10 +153,11 @@ inline InvertedResidualArgs inverted_residual_args(const InvertedResidualLayout&
   return args;
 }
 
-// The launch function for maps of CHANNELS in float16 (`half`) or bfloat16; null if that kernel is not compiled. It
-// returns a cudaError_t.
+// The launch function for maps of CHANNELS in float16 (`half`) or bfloat16, which stores the expanded map, filters and
+// projects in float16 with `half_filter`, for weights that are packed so; null if that kernel is not compiled. It returns
+// a cudaError_t.
 using InvertedResidualLaunch = int(const InvertedResidualArgs& args, CUstream_st* stream);
 template <int CHANNELS>
-InvertedResidualLaunch* find_inverted_residual(int64_t out, int64_t stride, bool small, bool half);
+InvertedResidualLaunch* find_inverted_residual(int64_t out, int64_t stride, bool small, bool half, bool half_filter);
 
 }  // namespace mvit

@@ -6,25 +6,31 @@
 //
 //   expand:  x · W₁ᵀ on tensor cores for all pixels that the tile's windows read, 16 at a time, and SiLU, into the wide
 //            buffer;
-//   filter:  a lane takes four channels (two halves of eight) of a patch of pixels from the wide buffer, in float32,
-//            and SiLU. What comes out, packed, is the left operand of
+//   filter:  a lane takes four channels (two halves of eight) of a patch of pixels from the wide buffer, in float32
+//            (or, with HALF_FILTER, in float16), and SiLU. What comes out, packed, is the left operand of
 //   project: · W₂ᵀ, whose sums stay in registers over all chunks.
 //
 // With two wide buffers, the next chunk is expanded between the same barriers as this one is filtered. Weights are
 // streamed through two slots each. Padding belongs to the expanded map: cells outside of the image are cleared once and
 // never written.
+//
+// With HALF_FILTER, the wide buffer, the filters and W₂ are float16, whatever T is: mvit_kernels.freezing.half_range says
+// for which weights and data that is within range.
 #include <type_traits>
 
 #include "fragments.h"
 #include "inverted_residual.h"
 #include "inverted_residual_block.h"
+#include "inverted_residual_filter.h"
 #include "launch.h"
 
 namespace mvit {
 
-template <typename T, int CHANNELS, int OUT, int STRIDE, bool SMALL>
+template <typename T, int CHANNELS, int OUT, int STRIDE, bool SMALL, bool HALF_FILTER = false>
 struct InvertedResidual : InvertedResidualBlock<T, CHANNELS, OUT, STRIDE, SMALL> {
   using Block = InvertedResidualBlock<T, CHANNELS, OUT, STRIDE, SMALL>;
+  using Channels = std::conditional_t<HALF_FILTER, HalfChannels, FloatChannels<T>>;
+  using Wide = typename Channels::Element;
   using Block::args, Block::layout, Block::warp, Block::patch_row, Block::patch_column;
   using Block::WARPS, Block::THREADS, Block::SHARES, Block::BUFFERS, Block::PATCH_ROWS, Block::PATCH_COLUMNS, Block::M;
   using Block::N, Block::K, Block::CHUNK_BYTES, Block::EXPANDED_TILES, Block::WIDE_ROW, Block::WIDE_BYTES, Block::X;
@@ -58,14 +64,6 @@ struct InvertedResidual : InvertedResidualBlock<T, CHANNELS, OUT, STRIDE, SMALL>
 
   // ----------------------------------------------------------------------------------------------------- arithmetic
 
-  // silu(2u). tanh.approx is accurate to 11 bits, which is enough for bfloat16 but not for float16.
-  static MVIT_DEVICE float silu_of_double(float u) {
-    if constexpr (std::is_same_v<T, Half>)
-      return 2 * u * reciprocal_approximate(1 + exp2_approximate(-2.8853900817779268f * u));  // 2 log2 e
-    else
-      return fmaf(u, tanh_approximate(u), u);
-  }
-
   // Lane t = lane % 4 has channels 8t to 8t + 7 of a pixel, over the four tiles of columns.
   MVIT_DEVICE void expand(int chunk) const {
     const int lane = lane_index();
@@ -96,13 +94,13 @@ struct InvertedResidual : InvertedResidualBlock<T, CHANNELS, OUT, STRIDE, SMALL>
       MVIT_UNROLL
       for (int n = 0; n < 4; ++n)
         MVIT_UNROLL
-        for (int i = 0; i < 4; ++i) u[n][i] = silu_of_double(u[n][i]);
+        for (int i = 0; i < 4; ++i) u[n][i] = silu_of_double<T>(u[n][i]);
       MVIT_UNROLL
       for (int half = 0; half < 2; ++half) {  // pixel g or g + 8, g = lane / 4
         const int place = load_shared<int>(PLACES + 4 * (16 * tile + 8 * half + lane / 4));
         uint32_t pairs[4];
         MVIT_UNROLL
-        for (int n = 0; n < 4; ++n) pairs[n] = pack<T>(u[n][2 * half], u[n][2 * half + 1]);
+        for (int n = 0; n < 4; ++n) pairs[n] = pack<Wide>(u[n][2 * half], u[n][2 * half + 1]);
         if (place >= 0) {
           store_shared(wide + place, Words2{pairs[0], pairs[1]});
           store_shared(wide + (place ^ 32), Words2{pairs[2], pairs[3]});
@@ -131,13 +129,13 @@ struct InvertedResidual : InvertedResidualBlock<T, CHANNELS, OUT, STRIDE, SMALL>
         MVIT_UNROLL
         for (int m = 0; m < M; ++m)
           MVIT_UNROLL
-          for (int i = 0; i < 2; ++i) mma<T>(sums[m][n + i], a[m], b[i]);
+          for (int i = 0; i < 2; ++i) mma<Wide>(sums[m][n + i], a[m], b[i]);
       }
       if constexpr (N % 2 == 1) {
         uint32_t b[1][2];
         load_fragments(b, from + (N - 1) * kFragmentBytes);
         MVIT_UNROLL
-        for (int m = 0; m < M; ++m) mma<T>(sums[m][N - 1], a[m], b[0]);
+        for (int m = 0; m < M; ++m) mma<Wide>(sums[m][N - 1], a[m], b[0]);
       }
     }
   }
@@ -145,24 +143,20 @@ struct InvertedResidual : InvertedResidualBlock<T, CHANNELS, OUT, STRIDE, SMALL>
   // The depthwise convolution and SiLU for four channels of this lane's patch. `near` and `far` are what place_of adds
   // in the patch's first four columns and in those after them.
   static MVIT_DEVICE void filter(uint32_t (&a)[M][4], Shared corner, int near, int far, Shared filters, Shared biases) {
-    uint32_t taps[9][2];
+    Words2 taps[9];
     MVIT_UNROLL
-    for (int tap = 0; tap < 9; ++tap) {
-      const auto four = load_shared<Words2>(filters + tap * 32);
-      taps[tap][0] = four.x, taps[tap][1] = four.y;
-    }
+    for (int tap = 0; tap < 9; ++tap) taps[tap] = load_shared<Words2>(filters + tap * 32);
     const auto bias = load_shared<Floats4>(biases);
-    float y[2 * M][4];
+    Channels y[2 * M];
     MVIT_UNROLL
-    for (int pixel = 0; pixel < 2 * M; ++pixel)
-      y[pixel][0] = bias.x, y[pixel][1] = bias.y, y[pixel][2] = bias.z, y[pixel][3] = bias.w;
+    for (int pixel = 0; pixel < 2 * M; ++pixel) y[pixel] = Channels::start(bias);
     MVIT_UNROLL
     for (int row = 0; row < WINDOW_ROWS; ++row) {
-      float values[WINDOW_COLUMNS][4];
+      Channels values[WINDOW_COLUMNS];
       MVIT_UNROLL
       for (int column = 0; column < WINDOW_COLUMNS; ++column) {
         const int order = (column % 2 * 2 ^ column / 2 % 2) * 32 ^ (column < kPatchSpan ? near : far);
-        unpack_four(values[column], load_shared<Words2>(corner + row * WIDE_ROW + column / 2 * 128 + order));
+        values[column] = Channels::unpacked(load_shared<Words2>(corner + row * WIDE_ROW + column / 2 * 128 + order));
       }
       MVIT_UNROLL
       for (int patch_row = 0; patch_row < PATCH_ROWS; ++patch_row) {
@@ -170,28 +164,16 @@ struct InvertedResidual : InvertedResidualBlock<T, CHANNELS, OUT, STRIDE, SMALL>
         if (tap_row < 0 || tap_row > 2) continue;
         MVIT_UNROLL
         for (int tap_column = 0; tap_column < 3; ++tap_column) {
-          float tap[4];
-          unpack_four(tap, Words2{taps[3 * tap_row + tap_column][0], taps[3 * tap_row + tap_column][1]});
+          const Channels tap = Channels::unpacked(taps[3 * tap_row + tap_column]);
           MVIT_UNROLL
           for (int pixel = 0; pixel < PATCH_COLUMNS; ++pixel)
-            MVIT_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              float& sum = y[patch_row * PATCH_COLUMNS + pixel][i];
-              sum = fmaf(values[pixel * STRIDE + tap_column][i], tap[i], sum);
-            }
+            y[patch_row * PATCH_COLUMNS + pixel].add_product(values[pixel * STRIDE + tap_column], tap);
         }
       }
     }
     MVIT_UNROLL
-    for (int i = 0; i < 4 * M; ++i) {  // pixels 2m and 2m + 1 are rows g and g + 8 of the product's tile m
-      const float(&four)[4] = y[i / 4 * 2 + i % 2];
-      a[i / 4][i % 4] = pack<T>(silu_of_double(four[i % 4 / 2 * 2]), silu_of_double(four[i % 4 / 2 * 2 + 1]));
-    }
-  }
-
-  static MVIT_DEVICE void unpack_four(float (&values)[4], const Words2& words) {
-    values[0] = unpack_low<T>(words.x), values[1] = unpack_high<T>(words.x);
-    values[2] = unpack_low<T>(words.y), values[3] = unpack_high<T>(words.y);
+    for (int i = 0; i < 4 * M; ++i)  // pixels 2m and 2m + 1 are rows g and g + 8 of the product's tile m
+      a[i / 4][i % 4] = y[i / 4 * 2 + i % 2].silu_of_double_pair(i % 4 / 2);
   }
 
   // ------------------------------------------------------------------------------------------------------- the block
@@ -232,46 +214,51 @@ struct InvertedResidual : InvertedResidualBlock<T, CHANNELS, OUT, STRIDE, SMALL>
   }
 };
 
-template <typename T, int CHANNELS, int OUT, int STRIDE, bool SMALL>
+template <typename T, int CHANNELS, int OUT, int STRIDE, bool SMALL, bool HALF_FILTER>
 MVIT_KERNEL((InvertedResidual<T, CHANNELS, OUT, STRIDE, SMALL>::THREADS),
             (InvertedResidual<T, CHANNELS, OUT, STRIDE, SMALL>::layout.tile.blocks))
 inverted_residual_kernel(const InvertedResidualArgs args) {
-  InvertedResidual<T, CHANNELS, OUT, STRIDE, SMALL>(args).run();
+  InvertedResidual<T, CHANNELS, OUT, STRIDE, SMALL, HALF_FILTER>(args).run();
 }
 
-template <typename T, int CHANNELS, int OUT, int STRIDE, bool SMALL>
+template <typename T, int CHANNELS, int OUT, int STRIDE, bool SMALL, bool HALF_FILTER = false>
 int launch_inverted_residual(const InvertedResidualArgs& args, CUstream_st* stream) {
   constexpr InvertedResidualLayout layout = inverted_residual_layout(CHANNELS, OUT, STRIDE, SMALL);
-  return launch(inverted_residual_kernel<T, CHANNELS, OUT, STRIDE, SMALL>, dim3(static_cast<unsigned>(args.blocks())),
-                32 * layout.warps(), layout.shared_bytes(), stream, args);
+  return launch(inverted_residual_kernel<T, CHANNELS, OUT, STRIDE, SMALL, HALF_FILTER>,
+                dim3(static_cast<unsigned>(args.blocks())), 32 * layout.warps(), layout.shared_bytes(), stream, args);
 }
 
-// Compiles a kernel for every entry of kInvertedResiduals with that many channels.
+// Compiles the kernels for every entry of kInvertedResiduals with that many channels.
 template <int CHANNELS, int ENTRY = 0>
-InvertedResidualLaunch* find_entry(int64_t out, int64_t stride, bool small, bool half) {
+InvertedResidualLaunch* find_entry(int64_t out, int64_t stride, bool small, bool half, bool half_filter) {
   if constexpr (ENTRY < sizeof(kInvertedResiduals) / sizeof(kInvertedResiduals[0])) {
     constexpr InvertedResidualLayout entry = kInvertedResiduals[ENTRY];
     if constexpr (entry.channels == CHANNELS) {
       constexpr InvertedResidualLayout first = inverted_residual_layout(CHANNELS, entry.out, entry.stride, false);
       constexpr bool is_small = first.shared_bytes() != entry.shared_bytes();
-      if (entry.out == out && entry.stride == stride && is_small == small)
-        return half ? launch_inverted_residual<Half, CHANNELS, entry.out, entry.stride, is_small>
-                    : launch_inverted_residual<BFloat16, CHANNELS, entry.out, entry.stride, is_small>;
+      if (entry.out == out && entry.stride == stride && is_small == small) {
+        if (!half_filter)
+          return half ? launch_inverted_residual<Half, CHANNELS, entry.out, entry.stride, is_small>
+                      : launch_inverted_residual<BFloat16, CHANNELS, entry.out, entry.stride, is_small>;
+        if constexpr (has_half_filter(CHANNELS, entry.stride))
+          return half ? launch_inverted_residual<Half, CHANNELS, entry.out, entry.stride, is_small, true>
+                      : launch_inverted_residual<BFloat16, CHANNELS, entry.out, entry.stride, is_small, true>;
+      }
     }
-    return find_entry<CHANNELS, ENTRY + 1>(out, stride, small, half);
+    return find_entry<CHANNELS, ENTRY + 1>(out, stride, small, half, half_filter);
   } else {
     return nullptr;
   }
 }
 
 template <int CHANNELS>
-InvertedResidualLaunch* find_inverted_residual(int64_t out, int64_t stride, bool small, bool half) {
-  return find_entry<CHANNELS>(out, stride, small, half);
+InvertedResidualLaunch* find_inverted_residual(int64_t out, int64_t stride, bool small, bool half, bool half_filter) {
+  return find_entry<CHANNELS>(out, stride, small, half, half_filter);
 }
 
 #ifdef MVIT_CHANNELS  // set by CMakeLists.txt; files that include this one need only the templates
 template InvertedResidualLaunch* find_inverted_residual<MVIT_CHANNELS>(int64_t out, int64_t stride, bool small,
-                                                                       bool half);
+                                                                       bool half, bool half_filter);
 #endif
 
 }  // namespace mvit

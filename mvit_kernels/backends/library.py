@@ -156,7 +156,7 @@ NATIVE_SCHEMAS = {
     "Tensor(a!) out) -> ()",
     # What `inverted_residual.cuda` launches; mvit_kernels.backends.cuda.inverted_residual packs the weights.
     "inverted_residual_packed.cuda": "(Tensor x, Tensor packed, int version, int hidden_features, int stride, "
-    "bool residual, Tensor(a!) out) -> ()",
+    "bool residual, bool half_filter, Tensor(a!) out) -> ()",
 }
 for _name, _schema in NATIVE_SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))

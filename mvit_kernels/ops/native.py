@@ -38,5 +38,5 @@ def _transformer_packed(x, packed, *settings_and_out):
 
 
 @register_native_fake("inverted_residual_packed.cuda")
-def _inverted_residual_packed(x, packed, version, hidden_features, stride, residual, out):
+def _inverted_residual_packed(x, packed, version, hidden_features, stride, residual, half_filter, out):
     return None

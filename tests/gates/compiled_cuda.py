@@ -13,7 +13,8 @@ import re
 import pytest
 import torch
 
-from backends.cuda import test_patch_attention, test_rows, test_transformer
+from backends.cuda import test_half_filter, test_patch_attention, test_rows, test_transformer
+from backends.cuda.test_inverted_residual import sizes_of
 from gates.cuda_gate import tool
 from support.emulation import EmulationFault
 from support.ptx.compiled_cuda import CompiledDriver
@@ -80,6 +81,12 @@ def test_attention_and_its_gradients(shape, heads, head_dim, patch, dtype):
 )
 def test_transformer_in_one_launch(sizes, dtype):
     test_transformer.check(driver("transformer"), sizes, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(32, 64, 2), (48, 48, 1)], ids=str)
+def test_an_inverted_residual_that_filters_in_float16(shape, dtype):
+    test_half_filter.check(driver("inverted_residual"), sizes_of(*shape), dtype)
 
 
 @pytest.mark.parametrize(

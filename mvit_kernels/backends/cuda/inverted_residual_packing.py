@@ -18,6 +18,7 @@ from .packing import fragments, joined
 
 VERSION = 1  # of this order; kInvertedResidualVersion in csrc/cuda/inverted_residual.h must equal it
 CHUNK = 32  # expanded channels at a time
+HALF_LIMIT = 65520.0  # from here on float16 rounds to infinity
 
 
 def packed_bytes(channels: int, hidden: int, out: int) -> int:
@@ -40,6 +41,7 @@ def pack_inverted_residual(
     project_bias: Tensor,
     *,
     dtype: torch.dtype,
+    half_filter: bool = False,
 ) -> Tensor:
     """All weights of a block as one uint8 tensor, on their device.
 
@@ -47,16 +49,34 @@ def pack_inverted_residual(
         expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias: as in
             `mvit_kernels.inverted_residual`, of any floating dtype.
         dtype: bfloat16 or float16, of the map and of the packed matrices and filters.
+        half_filter: pack filters and `project_weight` in float16 whatever `dtype` is, for the kernels that store the
+            expanded map and filter in float16.
 
     Returns:
         `packed_bytes` bytes.
+
+    Raises:
+        ValueError: with `half_filter`, a weight that float16 cannot hold.
     """
+    narrow = torch.float16 if half_filter else dtype
+    if half_filter:
+        for name, weight in (
+            ("depthwise_weight", depthwise_weight),
+            ("depthwise_bias", depthwise_bias),
+            ("project_weight", project_weight),
+        ):
+            largest = float(weight.detach().abs().max()) if weight.numel() else 0.0
+            if not largest < HALF_LIMIT:
+                raise ValueError(
+                    f"inverted_residual: {name} has values up to {largest:.3g}, and float16 ends at 65504; pack it "
+                    "without half_filter"
+                )
     hidden, channels = expand_weight.shape
     more = -hidden % CHUNK
     expand = F.pad(expand_weight.detach().double() / 2, (0, padded_channels(channels) - channels, 0, more)).to(dtype)
     biases = F.pad(torch.stack([expand_bias, depthwise_bias]).detach().double() / 2, (0, more)).float()
-    filters = F.pad(depthwise_weight.detach().double().view(hidden, 9) / 2, (0, 0, 0, more)).to(dtype)
-    project = F.pad(project_weight.detach(), (0, more)).to(dtype)[_output_columns(project_weight)]
+    filters = F.pad(depthwise_weight.detach().double().view(hidden, 9) / 2, (0, 0, 0, more)).to(narrow)
+    project = F.pad(project_weight.detach(), (0, more)).to(narrow)[_output_columns(project_weight)]
 
     # Of a chunk: the expanded channel at each column of four tiles of eight, and at each row of two products' sixteen.
     place = torch.arange(CHUNK, device=expand.device)

@@ -36,6 +36,9 @@ INVERTED_RESIDUALS = {
     (128, 160, 2): 93056,
 }
 
+# Those of which the kernels that filter in float16 are compiled as well; has_half_filter in that file is the same.
+HALF_FILTERS = frozenset(shape for shape in INVERTED_RESIDUALS if shape[2] == 1 or shape[0] <= 32)
+
 
 class Layout:
     """Sizes of the packed weights and of shared memory; TransformerLayout in csrc/cuda/transformer.h is its twin."""

@@ -2,7 +2,9 @@
 """The emulation that runs CUDA kernels on the CPU: right kernels pass and give the right numbers, and each fault is
 reported at every seed."""
 
+import math
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -275,3 +277,40 @@ def test_kernels_ask_for_nothing_but_what_simt_h_names():
         assert not foreign.search(code), f"{path.name}: {foreign.search(code)[0]}"
         checked += "MVIT_DEVICE" in code
     assert checked > 5
+
+
+def test_products_and_sums_of_pairs_are_rounded_once(examples):
+    """Random bits, NaN and infinities among them, and sums near the midpoint of two float16: against fractions."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.randint(-(1 << 15), 1 << 15, (3, 1 << 13), generator=generator).to(torch.int16).view(torch.float16)
+    a[::4] = 1 + a[::4].abs().clamp(max=1) * 2**-3  # of products with 22 bits the sums are seldom halves
+    b[::4] = b[::4].sign() * (1 + 2**-10)
+    c[::4] = c[::4].sign() * torch.tensor(2.0) ** -(12 + torch.arange(1 << 11) % 12)
+    out = torch.empty_like(a)
+    examples.halves(0, a, b, c, out, len(a) // 2)
+    finite = (a.isfinite() & b.isfinite() & c.isfinite()).tolist()
+    for i in (i for i, number in enumerate(finite) if number):
+        exact = Fraction(a[i].item()) * Fraction(b[i].item()) + Fraction(c[i].item())
+        assert out[i].item() == as_half(exact), (a[i], b[i], c[i])
+    wanted = a.double() * b.double() + c.double()
+    rest = ~torch.tensor(finite)
+    assert torch.equal(out[rest].isnan(), wanted[rest].isnan())
+    assert torch.equal(out[rest].nan_to_num(0), wanted[rest].half().nan_to_num(0))
+
+
+def as_half(value):
+    """The float16 next to a fraction, of two as near the even one."""
+    size = abs(value)
+    unit = Fraction(2) ** max(-24, math.floor(math.log2(size)) - 10) if size else Fraction(1)
+    unit = unit * 2 if size / unit >= 2048 else unit / 2 if unit > Fraction(2) ** -24 and size / unit < 1024 else unit
+    nearest = round(size / unit) * unit  # to even
+    return math.copysign(float("inf") if nearest > 65504 else float(nearest), value)
+
+
+def test_tanh_of_pairs(examples):
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    out = torch.empty_like(x)
+    examples.halves(0, x, None, None, out, len(x) // 2)
+    error = (out.double() - x.double().tanh()).abs()[~x.isnan()]
+    assert 2**-12 < error.max() <= 2**-10.987 and out[x.isnan()].isnan().all()
+    assert (out[~x.isnan()].abs() <= 1).all()

@@ -35,20 +35,20 @@ def sizes_of(channels, out, stride, shape=(1, 9, 19), hidden=None):
     return dict(shape=(*shape, channels), hidden=hidden, out=out, stride=stride, residual=residual)
 
 
-def launched(driver, sizes, dtype, tensors=None, seed=0, small=False, beside=0):
+def launched(driver, sizes, dtype, tensors=None, seed=0, small=False, beside=0, half_filter=False):
     """What the binding would launch, into memory full of NaN; `beside`: into the middle of a map that has so many
     channels more on both sides."""
     made, settings = make(OP, sizes)
     low = convert(tensors or made, dtype)
     x, *weights = low.values()
-    packed = packing.pack_inverted_residual(*weights, dtype=dtype)
+    packed = packing.pack_inverted_residual(*weights, dtype=dtype, half_filter=half_filter)
     b, h, w, c = x.shape
     hidden, out, stride = weights[0].shape[0], weights[4].shape[0], settings["stride"]
     assert packed.numel() == packing.packed_bytes(c, hidden, out)
     joined = torch.full((b, (h - 1) // stride + 1, (w - 1) // stride + 1, out + 2 * beside), torch.nan, dtype=dtype)
     y = joined[..., beside : beside + out]
     numbers = (b, h, w, c, hidden, out, stride, settings["residual"], small, y.stride(2))
-    driver.forward(seed, x.contiguous(), y, packed, dtype == torch.float16, *numbers, writes=[y])
+    driver.forward(seed, x.contiguous(), y, packed, dtype == torch.float16, half_filter, *numbers, writes=[y])
     assert joined[..., :beside].isnan().all() and joined[..., beside + out :].isnan().all()
     return y
 
@@ -219,12 +219,14 @@ def test_without_the_fault(driver, sizes):
 
 
 def test_sizes_are_those_of_the_kernel(driver):
-    out = torch.zeros(3, dtype=torch.int64)
+    out = torch.zeros(4, dtype=torch.int64)
     for (channels, wide, stride), least in plans.INVERTED_RESIDUALS.items():
         small = (channels, wide, stride) in SMALL
         for hidden in (32, 2 * channels + 8):
             driver.sizes(0, out, channels, wide, stride, small, hidden, writes=[out])
-            assert out.tolist() == [least, packing.packed_bytes(channels, hidden, wide), packing.VERSION]
+            half_filter = (channels, wide, stride) in plans.HALF_FILTERS
+            packed = packing.packed_bytes(channels, hidden, wide)
+            assert out.tolist() == [least, packed, packing.VERSION, half_filter]
         assert least <= 99 << 10  # every GPU of 8.0 and up
         driver.sizes(0, out, channels, wide, stride, True, 32, writes=[out])
         assert (out[0] > 0) == small

@@ -93,7 +93,7 @@ def packed_arguments(**change):
     packed = packing.pack_inverted_residual(*weights, dtype=torch.bfloat16)
     given = dict(x=x, packed=packed, version=packing.VERSION, hidden=32, stride=2, residual=False)
     out = torch.zeros(1, 2, 3, 24).bfloat16()
-    return tuple((given | dict(out=out) | change).values())
+    return tuple((given | dict(half_filter=False, out=out) | change).values())
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,10 @@ def packed_arguments(**change):
         (dict(x=torch.zeros(1, 4, 6, 40).bfloat16()), "no kernel for 40 channels in and 24 out with stride 2"),
         (dict(stride=2**40), "no kernel for 16 channels in"),
         (dict(residual=True), "residual wants stride 1"),
+        (
+            dict(x=torch.zeros(1, 4, 6, 80).bfloat16(), out=torch.zeros(1, 2, 3, 96).bfloat16(), half_filter=True),
+            "no kernel that filters in float16 for 80 channels in and 96 out",
+        ),
         (dict(hidden=64), "not those of 16 channels in, 64 hidden"),
         (dict(hidden=2**62), "not those of 16 channels in"),
         (dict(packed=torch.zeros(8)), "not those of 16 channels in"),

@@ -8,18 +8,19 @@ namespace {
 using namespace mvit;
 
 #ifdef MVIT_ONLY_ONE
-InvertedResidualLaunch* kernel_of(int64_t, int64_t, int64_t, bool, bool) { return MVIT_ONLY_ONE; }
+InvertedResidualLaunch* kernel_of(int64_t, int64_t, int64_t, bool, bool, bool) { return MVIT_ONLY_ONE; }
 #else
-InvertedResidualLaunch* kernel_of(int64_t channels, int64_t out, int64_t stride, bool small, bool half) {
+InvertedResidualLaunch* kernel_of(int64_t channels, int64_t out, int64_t stride, bool small, bool half,
+                                  bool half_filter) {
   switch (channels) {
-    case 16: return find_inverted_residual<16>(out, stride, small, half);
-    case 24: return find_inverted_residual<24>(out, stride, small, half);
-    case 32: return find_inverted_residual<32>(out, stride, small, half);
-    case 48: return find_inverted_residual<48>(out, stride, small, half);
-    case 64: return find_inverted_residual<64>(out, stride, small, half);
-    case 80: return find_inverted_residual<80>(out, stride, small, half);
-    case 96: return find_inverted_residual<96>(out, stride, small, half);
-    case 128: return find_inverted_residual<128>(out, stride, small, half);
+    case 16: return find_inverted_residual<16>(out, stride, small, half, half_filter);
+    case 24: return find_inverted_residual<24>(out, stride, small, half, half_filter);
+    case 32: return find_inverted_residual<32>(out, stride, small, half, half_filter);
+    case 48: return find_inverted_residual<48>(out, stride, small, half, half_filter);
+    case 64: return find_inverted_residual<64>(out, stride, small, half, half_filter);
+    case 80: return find_inverted_residual<80>(out, stride, small, half, half_filter);
+    case 96: return find_inverted_residual<96>(out, stride, small, half, half_filter);
+    case 128: return find_inverted_residual<128>(out, stride, small, half, half_filter);
     default: return nullptr;
   }
 }
@@ -30,10 +31,12 @@ InvertedResidualLaunch* kernel_of(int64_t channels, int64_t out, int64_t stride,
 extern "C" {
 
 // `pitch`: elements from one pixel of `out` to the next one, more than out_channels where it is part of a larger map.
-const char* forward(uint64_t seed, void* x, void* out, const unsigned char* packed, int64_t half, int64_t images,
-                    int64_t height, int64_t width, int64_t channels, int64_t hidden, int64_t out_channels,
-                    int64_t stride, int64_t residual, int64_t small, int64_t pitch) {
-  InvertedResidualLaunch* const launch = kernel_of(channels, out_channels, stride, small != 0, half != 0);
+const char* forward(uint64_t seed, void* x, void* out, const unsigned char* packed, int64_t half,
+                    int64_t half_filter, int64_t images, int64_t height, int64_t width, int64_t channels,
+                    int64_t hidden, int64_t out_channels, int64_t stride, int64_t residual, int64_t small,
+                    int64_t pitch) {
+  InvertedResidualLaunch* const launch =
+      kernel_of(channels, out_channels, stride, small != 0, half != 0, half_filter != 0);
   if (launch == nullptr) return emulation_result("there is no such instance");
   const InvertedResidualLayout layout = inverted_residual_layout(channels, out_channels, stride, small != 0);
   InvertedResidualArgs args = inverted_residual_args(layout, images, height, width, hidden, residual != 0);
@@ -53,6 +56,7 @@ const char* sizes(uint64_t, int64_t* out, int64_t channels, int64_t out_channels
   out[0] = known ? layout.shared_bytes() : 0;
   out[1] = known ? layout.packed_bytes((hidden + kExpandedChunk - 1) / kExpandedChunk) : 0;
   out[2] = kInvertedResidualVersion;
+  out[3] = has_half_filter(channels, stride);
   return nullptr;
 }
 }

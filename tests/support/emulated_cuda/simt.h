@@ -180,19 +180,19 @@ inline float from_half(uint16_t half) {
   return bits<float>(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
-inline uint16_t to_half(float value) {
-  const uint32_t sign = bits<uint32_t>(value) >> 16 & 0x8000;
-  const float size = std::fabs(value);
+// Rounded once, to nearest even, whatever the value has beyond float32.
+inline uint16_t to_half(double value) {
+  const uint64_t raw = bits<uint64_t>(value);
+  const auto sign = static_cast<uint32_t>(raw >> 48 & 0x8000);
+  const double size = std::fabs(value);
   if (std::isnan(value)) return 0x7fff;
   // At or above the midpoint between the largest number and the next.
-  if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
-  int exponent;
-  std::frexp(size, &exponent);                                           // size < 2^exponent
-  const int unit = (exponent < -13 ? -13 : exponent) - 11;               // subnormals are multiples of 2^-24
-  // Exact, then rounded to nearest even.
-  const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));
-  // If rounding carries to 2048 units, the resulting bit pattern is the first number of the next exponent.
-  return static_cast<uint16_t>(sign | (units < 1024 ? units : static_cast<uint32_t>(unit + 24) * 1024 + units));
+  if (size >= 65520.0) return static_cast<uint16_t>(sign | 0x7c00);
+  if (size < 0x1p-14)  // subnormals are multiples of 2^-24; 1024 units are the first number of the next exponent
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 24))));
+  // 42 bits are dropped; if rounding carries, the bits are the first number of the next exponent.
+  const uint64_t rounded = (raw & ~(uint64_t{1} << 63)) + 0x1ffffffffff + (raw >> 42 & 1);
+  return static_cast<uint16_t>(sign | static_cast<uint32_t>((rounded >> 42) - ((1023 - 15) << 10)));
 }
 
 inline uint16_t to_bfloat16(float value) {
@@ -217,8 +217,11 @@ inline float flushed(float x) {
 
 template <typename T>
 uint32_t pack(float low, float high) {
-  constexpr auto rounded = std::is_same_v<T, Half> ? emulation::to_half : emulation::to_bfloat16;
-  return rounded(low) | static_cast<uint32_t>(rounded(high)) << 16;
+  const auto rounded = [](float value) -> uint32_t {
+    if constexpr (std::is_same_v<T, Half>) return emulation::to_half(value);
+    return emulation::to_bfloat16(value);
+  };
+  return rounded(low) | rounded(high) << 16;
 }
 template <typename T>
 float unpack(T value) {
@@ -296,6 +299,25 @@ inline float rsqrt_approximate(float x) {
 }
 inline float tanh_approximate(float x) {
   return emulation::approximately(std::tanh(static_cast<double>(x)), x, 0x1p-11);
+}
+
+// A product of two float16 has 22 bits. Its sum with a third is exact in 53, or so far from it that the float16 next to
+// it is the same.
+inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+  const auto fma = [](float a, float b, float c) -> uint32_t {
+    return emulation::to_half(static_cast<double>(a) * b + c);
+  };
+  return fma(unpack_low<Half>(a), unpack_low<Half>(b), unpack_low<Half>(c)) |
+         fma(unpack_high<Half>(a), unpack_high<Half>(b), unpack_high<Half>(c)) << 16;
+}
+// The error is absolute: up to 2^-10.987, of which the result's rounding is at most 2^-12.
+inline uint32_t tanh_halves(uint32_t x) {
+  const auto tanh = [](float x) -> uint32_t {
+    const double error = emulation::approximately(1, x, 0x1p-11 - 0x1p-12) - 1;
+    const double found = std::tanh(static_cast<double>(x)) + error;
+    return emulation::to_half(std::fabs(found) > 1 ? std::copysign(1.0, found) : found);
+  };
+  return tanh(unpack_low<Half>(x)) | tanh(unpack_high<Half>(x)) << 16;
 }
 
 }  // namespace mvit

@@ -134,7 +134,7 @@ class Translator:
         return self._rounded(s, f"ptx::{function}({', '.join(values)})")
 
     def _fma(self, s: Statement) -> str:
-        return self._call(s, "fma")
+        return self._pairs(s, "fma_halves") if s.type == "f16x2" else self._call(s, "fma")
 
     def _neg(self, s: Statement) -> str:
         return self._call(s, "negative")
@@ -182,7 +182,12 @@ class Translator:
     _rsqrt = _sqrt = _rcp
 
     def _tanh(self, s: Statement) -> str:
-        return self._call(s, "tanh")
+        return self._pairs(s, "tanh_halves") if s.type == "f16x2" else self._call(s, "tanh")
+
+    def _pairs(self, s: Statement, function: str) -> str:
+        """An operation of simt.h on two float16 a register."""
+        values = (self.read(x, "b32") for x in s.operands[1:])
+        return self.write(s.operands[0], "b32", f"{function}({', '.join(values)})")
 
     def _setp(self, s: Statement) -> str:
         to, a, b, *other = s.operands
