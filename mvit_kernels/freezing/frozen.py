@@ -29,6 +29,7 @@ class Frozen(nn.Module):
     generation = 0  # incremented by every change that makes packed weights stale
     cuda_graph: CudaGraphs | None = None  # of its native call on a GPU
     _network: Native | NotNative | None = None
+    _composes = False  # while `mvit_kernels.freezing.half_range` looks at what is inside
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -52,7 +53,7 @@ class Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        kind = kind_for(x)
+        kind = None if self._composes else kind_for(x)
         if kind is not None:
             network = self.native(kind)
             plan = network.plan(x) if isinstance(network, Native) else None

@@ -200,11 +200,13 @@ def _packed(builder: Builder, index: int) -> Any:
     if kind == INVERTED_RESIDUAL:
         expand, depthwise, project = tensors(4), tensors(6), tensors(8)
         whole = (expand[0].flatten(1), expand[1], *depthwise, project[0].flatten(1), project[1])
+        half_filter = index in builder.half_filters and cuda.has_half_filter(whole[0], whole[4], words[1])
         return InvertedResidualWeights(
             (convolution.packed(expand[0]), expand[1]),
             (depthwise_convolution.packed(depthwise[0]), depthwise[1]),
             (convolution.packed(project[0]), project[1]),
-            cuda.BACKEND.packed_inverted_residual(whole, builder.dtype, *words[1:3]),
+            cuda.BACKEND.packed_inverted_residual(whole, builder.dtype, *words[1:3], half_filter),
+            half_filter,
         )
     if kind == TRANSFORMER:
         stack = builder.stacks[index]

@@ -219,7 +219,7 @@ class Lowering:
             return None  # Triton's operator is three launches and their allocations
         from ..backends.cuda.inverted_residual import prepared  # registers the operator, so the library must be loaded
 
-        return prepared(weights.packed, expand.shape[0], stride, residual)
+        return prepared(weights.packed, expand.shape[0], stride, residual, weights.half_filter)
 
     def _transformer(self, source: Place, target: Place, weights: StackWeights) -> None:
         stack = weights.stack

@@ -11,6 +11,7 @@ where not (`mvit_kernels.freezing.frozen`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..backends import reference
 from ..ops import inverted_residual
 from ..ops.inverted_residual import inverted_residual_call
 from .frozen import Frozen
+from .half_range import HalfRange
 from .native import Native, hooks_inside
 from .program import Builder, NotNative, Place, links_of
 
@@ -257,6 +259,10 @@ class FrozenInvertedResidual(Frozen):
         residual: whether the input is added.
     """
 
+    # What was found on an example, and the weights then: the tensors, and how often they were changed in place.
+    _half_range: HalfRange | None = None
+    _half_range_of: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
+
     def __init__(self, expand: FrozenConv2d, depthwise: FrozenConv2d, project: FrozenConv2d, residual: bool) -> None:
         super().__init__()
         self.expand, self.depthwise, self.project, self.residual = expand, depthwise, project, residual
@@ -264,6 +270,51 @@ class FrozenInvertedResidual(Frozen):
     @property
     def in_channels(self) -> int:
         return self.expand.in_channels
+
+    @property
+    def half_range(self) -> HalfRange | None:
+        """What float16 would have to hold here, on the example that `freeze` was given; None if there was none, or a
+        weight has changed since. A move to another device or dtype is no change."""
+        known = self._half_range
+        if known is None or len(self._half_range_of) != len(tensors := self._tensors()):
+            return None
+        for (known_tensor, version), tensor in zip(self._half_range_of, tensors, strict=True):
+            if known_tensor() is not tensor or tensor.is_inference() or tensor._version != version:
+                return None
+        return known
+
+    def note_half_range(self, known: HalfRange | None) -> None:
+        """`known` is of the weights as they are now."""
+        tensors = self._tensors()
+        if any(tensor.is_inference() for tensor in tensors):  # they do not count their changes
+            known = None
+        self._half_range = known
+        self._half_range_of = () if known is None else tuple((weakref.ref(t), t._version) for t in tensors)
+        self._changed()
+
+    def _tensors(self) -> list[Tensor]:
+        return [value for part in (self.expand, self.depthwise, self.project) for value in part.buffers()]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        known, before = self.half_range, self._tensors()
+        super()._apply(*args, **kwargs)
+        if known is not None and all(map(_is_the_same, before, self._tensors())):
+            self.note_half_range(known)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_half_range": self.half_range, "_half_range_of": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._half_range is not None:
+            self.note_half_range(self._half_range)
+
+    def extra_repr(self) -> str:
+        known = self.half_range
+        if known is None:
+            return ""
+        return f"float16 inside: {known.reason or f'within its range on the example, headroom {known.headroom:.3g}'}"
 
     def emit(self, builder: Builder, source: Place, target: Place | None) -> Place:
         if self.depthwise.stride[0] > 2:
@@ -282,3 +333,13 @@ class FrozenInvertedResidual(Frozen):
             rows = inverted_residual(rows, *weights, stride=stride, dilation=dilation, residual=self.residual)
             return rows.permute(0, 3, 1, 2)
         return project(depthwise(expand(x)), x if self.residual else None)
+
+
+def _is_the_same(before: Tensor, after: Tensor) -> bool:
+    """Whether a move left a weight as it was, but for what a dtype rounds."""
+    if before is after:
+        return True
+    if "meta" in (before.device.type, after.device.type) or before.shape != after.shape:
+        return False
+    # bfloat16 rounds by 2^-9, float16 next to zero by 2^-25: neither is a matter for a headroom of 4.
+    return torch.allclose(before.to(after.device, torch.float32), after.float(), rtol=2**-8, atol=2**-24)

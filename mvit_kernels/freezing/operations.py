@@ -40,6 +40,7 @@ class InvertedResidualWeights(NamedTuple):
     depthwise: tuple[Tensor, Tensor]
     project: tuple[Tensor, Tensor]
     packed: Tensor | None  # for CUDA C++; None where it is not there or has no such kernel
+    half_filter: bool  # whether they are packed for the kernel that filters in float16
 
 
 class EndOfStack(NamedTuple):

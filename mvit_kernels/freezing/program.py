@@ -97,6 +97,7 @@ class Builder:
         self.parts: dict[int, list[Place]] = {}  # of the values that `side_by_side` made
         self.takes: list[tuple[Link, int, int]] = []  # blocks that must accept a map: (block, its channels, halvings)
         self.stacks: dict[int, Stack] = {}  # the transformer of each step that is one
+        self.half_filters: set[int] = set()  # steps that are inverted residuals known to be within float16's range
         self._parts: list[Tensor] = []
         self._addresses: dict[int, int] = {}  # -> the index of the part there
         self._bytes = 0
@@ -171,6 +172,8 @@ class Builder:
     def inverted_residual(self, block: nn.Module, source: Place, target: Place | None) -> Place:
         """A `FrozenInvertedResidual`."""
         expand, depthwise, project = block.expand, block.depthwise, block.project
+        if block.half_range is not None and block.half_range.reason is None:
+            self.half_filters.add(len(self.steps))
         return self._step(
             INVERTED_RESIDUAL,
             source,

@@ -26,6 +26,7 @@ from .._utils.files import write_bytes
 from ..backends import cpu
 from ..backends.library import raw
 from .description import describe
+from .half_range import ranges_of
 from .network import call_packed, reads_rows
 from .program import STORED_TYPES, NotNative, Stored, build
 from .whole import whole_network
@@ -57,7 +58,8 @@ class Saver:
             >>> mvit_kernels.freeze(model).save("pets.mvit", labels=("cat", "dog"))
 
         The whole network is in the file, from the image to the logits (pooling and classifier included), or to the last
-        map of a network that does not classify. Results are the bits that the frozen model gives.
+        map of a network that does not classify. Results are the bits that the frozen model gives. What ``freeze`` found
+        on an `example` is ``half_ranges`` of its metadata; the networks of files run on CPUs, where it changes nothing.
 
         Args:
             path: the file; an existing one is replaced when the new one is complete.
@@ -81,6 +83,9 @@ class Saver:
             raise ValueError(f"save: {reason}") from reason
         known = describe(self._model, labels=labels)
         known["preprocessing"] = {**(known.get("preprocessing") or {}), **(preprocessing or {})}
+        ranges = ranges_of(self._model)
+        if ranges:
+            known["half_ranges"] = {name: known_range._asdict() for name, known_range in ranges.items()}
         if size is not None:
             known["preprocessing"]["size"] = [size, size] if isinstance(size, int) else list(size)
         dtype = next(whole.links.buffers()).dtype

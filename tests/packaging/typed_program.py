@@ -47,6 +47,7 @@ def models(images: Tensor) -> None:
     assert_type(restore(model), MobileViT)
     assert_type(freeze(model, dtype=torch.bfloat16), MobileViT)
     assert_type(freeze(model, cuda_graph=CudaGraphs(shapes=2, more="run")), MobileViT)
+    assert_type(freeze(model, example=[images, images]), MobileViT)
     assert_type(load_checkpoint(model, Path("weights.pth")), MobileViT)
     assert_type(load_checkpoint(model, {"classifier.weight": images}), MobileViT)
     assert_type(model.forward_features(images), Tensor)

@@ -20,7 +20,7 @@ from ..contract import Backend, Call, StackPlan
 from ..library import flatten, load, loaded_paths
 from ..preference import one_launch_pays
 from .operators import DTYPES, HEADS, SUPPORTS
-from .plans import INVERTED_RESIDUALS, is_compiled
+from .plans import HALF_FILTERS, INVERTED_RESIDUALS, is_compiled
 
 
 class CudaBackend(Backend):
@@ -57,7 +57,7 @@ class CudaBackend(Backend):
             packed_weights(flatten(layers, zeros=False), final_norm, num_heads, dtype)
 
     def packed_inverted_residual(
-        self, weights: Sequence[Tensor], dtype: torch.dtype, stride: int, dilation: int
+        self, weights: Sequence[Tensor], dtype: torch.dtype, stride: int, dilation: int, half_filter: bool = False
     ) -> Tensor | None:
         """An inverted residual's weights in its kernel's order; None if there is no kernel for them here.
 
@@ -65,13 +65,19 @@ class CudaBackend(Backend):
             weights: the six of `mvit_kernels.inverted_residual`.
             dtype: of the maps.
             stride, dilation: of the depthwise convolution.
+            half_filter: for the kernel that filters in float16, which only shapes with `has_half_filter` have.
         """
         known = (weights[0].shape[1], weights[4].shape[0], stride) in INVERTED_RESIDUALS and dilation == 1
         if dtype not in DTYPES or not known or self.unavailable(weights[0].device.type):
             return None
         from .inverted_residual_packing import pack_inverted_residual
 
-        return pack_inverted_residual(*weights, dtype=dtype)
+        return pack_inverted_residual(*weights, dtype=dtype, half_filter=half_filter)
+
+
+def has_half_filter(expand_weight: Tensor, project_weight: Tensor, stride: int) -> bool:
+    """Whether inverted residuals of this shape have a kernel that filters in float16."""
+    return (expand_weight.shape[1], project_weight.shape[0], stride) in HALF_FILTERS
 
 
 def _one_launch_pays(stack: Call, alone: bool) -> bool:
