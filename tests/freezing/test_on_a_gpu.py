@@ -47,7 +47,28 @@ def call(frozen, x):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 3, 256, 256), (64, 3, 256, 256), (2, 3, 65, 97)], ids=str)
 def test_launches(model, shape, dtype):
-    frozen, x = mvit_kernels.freeze(model, dtype=dtype), models.images(*shape[:1], *shape[2:]).cuda()
+    x = models.images(*shape[:1], *shape[2:]).cuda()
+    judge(mvit_kernels.freeze(model, dtype=dtype), x, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_filters_in_float16(model, dtype):
+    """Of inverted residuals, where CUDA C++ has them: of other bits, and as exact as the rule wants them."""
+    if why := backends.unavailable("cuda", "cuda"):
+        pytest.skip(why[0])
+    x = models.images(4, 256, 256).cuda()
+    frozen = mvit_kernels.freeze(model, dtype=dtype, example=x)
+    ranges = frozen.freeze_report.half_ranges
+    assert len(ranges) == 7 and all(known.reason is None for _, known in ranges)
+    ours = judge(frozen, x, dtype)
+    assert not torch.equal(ours, call(mvit_kernels.freeze(model, dtype=dtype), x))
+    on_cpu = mvit_kernels.freeze(models.build("own"), dtype=dtype, example=x.cpu()).freeze_report.half_ranges
+    for (_, known), (_, other) in zip(ranges, on_cpu, strict=True):
+        torch.testing.assert_close(torch.tensor(known), torch.tensor(other), rtol=0.1, atol=0)
+
+
+def judge(frozen, x, dtype):
+    """Two calls give the same bits, by the rule; returns them."""
     ours = [call(frozen, x) for _ in range(2)]  # by tensors, then by addresses
     assert torch.equal(*ours)
     with torch.inference_mode():
@@ -55,6 +76,7 @@ def test_launches(model, shape, dtype):
             usual = frozen(x)
         truth = models.build("own").double().cuda()(x.to(dtype).double())
     assert_close_as_pytorch("logits", ours[0].cpu(), usual.cpu(), truth.cpu())
+    return ours[0]
 
 
 def test_graphs(plain, fast):
