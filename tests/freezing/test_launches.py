@@ -108,15 +108,17 @@ def test_which_mlps_are_divided(h200, side, dtype, divided):
     assert count("linear_residual") == (1 if divided else 2)
 
 
-@pytest.mark.parametrize("beside, whole", [(8, True), (4, False)])
-def test_an_inverted_residual_is_whole_where_pixels_are_whole_units(h200, beside, whole):
-    """Of 16 bytes, which CUDA C++ reads and writes at a time: in a map of 24 + 4 channels they are not."""
+@pytest.mark.parametrize("others, whole", [((8, 8), True), ((8, 4), False), ((4, 4), False)], ids=str)
+def test_an_inverted_residual_is_whole_where_pixels_are_whole_units(h200, others, whole):
+    """Of 16 bytes, which CUDA C++ reads and writes at a time: in a map of 8 + 24 + 4 channels they are not, and in one
+    of 4 + 24 + 4 its part begins between two."""
     draw = Draw(11)
     builder = program.Builder(3, torch.bfloat16, ("triton",))
     first = builder.convolution(draw.conv(3, 16, 3, stride=2), program.Place(0, 0, 3), None)
-    target, other = builder.side_by_side(24, beside)
+    before, target, behind = builder.side_by_side(others[0], 24, others[1])
     builder.inverted_residual(draw.inverted(16, 32, 24, stride=2), first, target)
-    builder.convolution(draw.conv(16, beside, 3, stride=2), first, other)
-    builder.convolution(draw.conv(24 + beside, 16), builder.whole(target), None)
+    for part in (before, behind):
+        builder.convolution(draw.conv(16, part.channels, 3, stride=2), first, part)
+    builder.convolution(draw.conv(24 + sum(others), 16), builder.whole(target), None)
     names = [operation.name for operation in lowered(builder, 1, 32).operations]
     assert names.count("inverted_residual") == whole and names.count("depthwise_convolution") == (not whole)
