@@ -323,12 +323,12 @@ def test_float32_follows_both_settings_of_pytorch(default_precision, legacy, eve
 # ------------------------------------------------------------------------------------------------------ the interpreter
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (TESTS / "gates").glob("interpreted*.py")))
-def test_in_the_interpreter(file):
-    """Each in a process of its own."""
+def test_in_the_interpreter():
+    """In one process: another for each file would take four seconds before its first test."""
     pytest.importorskip("triton", reason="Triton is not installed")
+    files = sorted((TESTS / "gates").glob("interpreted*.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS / "gates" / file],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         capture_output=True,
         text=True,
