@@ -111,35 +111,19 @@ def _draw(operator, sizes, dtype, path, layout, norm_dtype, gradients, seed) -> 
         assert torch.equal(view if buffer is None else buffer, copy), (
             f"{where}: {name} or what lies around it was written"
         )
-    case = (operator, repr(sizes), dtype, layout, norm_dtype, gradients, seed, device_of(path))
-    usual, truth, careful = _yardsticks(case, tensors, settings)
-    return {
-        f"{where}: {name}": Compared(value, usual[name], truth[name], functools.partial(careful, name))
-        for name, value in ours.items()
-    }
-
-
-_latest: dict[tuple, tuple] = {}  # of the case that was last checked: a test's paths follow each other
-
-
-def _yardsticks(case: tuple, tensors: Tensors, settings: dict[str, Any]) -> tuple:
-    """What a case is judged by, computed once for all of its paths: PyTorch's usual way, the truth, and samples of
-    careful arithmetic."""
-    operator, _, dtype, layout, _, gradients, _, _ = case
-    key = (*case, torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled)
+    as_usual = convert(tensors, torch.float32) if dtype == "float64" else tensors
 
     def in_pytorch(t: Tensors) -> Tensor:
         return call(operator, t, settings, "usual")
 
-    if key not in _latest:
-        as_usual = convert(tensors, torch.float32) if dtype == "float64" else tensors
-        usual = evaluate(in_pytorch, as_usual, gradients, layout)
-        doubles = convert(tensors, torch.float64)
-        truth = evaluate(lambda t: call(operator, t, settings, "oracle"), doubles, gradients, layout)
-        kind = as_usual["qkv" if operator == "patch_attention" else "x"].dtype
-        _latest.clear()
-        _latest[key] = usual, truth, carefully(in_pytorch, doubles, gradients, kind)
-    return _latest[key]
+    usual = evaluate(in_pytorch, as_usual, gradients, layout)
+    doubles = convert(tensors, torch.float64)
+    truth = evaluate(lambda t: call(operator, t, settings, "oracle"), doubles, gradients, layout)
+    careful = carefully(in_pytorch, doubles, gradients, as_usual["qkv" if operator == "patch_attention" else "x"].dtype)
+    return {
+        f"{where}: {name}": Compared(value, usual[name], truth[name], functools.partial(careful, name))
+        for name, value in ours.items()
+    }
 
 
 def check_autocast(operator: str, sizes: dict[str, Any], path: str = "reference") -> None:
