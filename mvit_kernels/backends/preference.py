@@ -7,9 +7,9 @@ Example:
     >>> one_launch_pays(tokens=64, sequences=256, processors=132, alone=False)
     True
 
-It depends on shapes, dtypes and the device alone, so that ``torch.compile`` folds it. Whoever is unavailable or cannot
-serve the call is passed over. Nothing is measured at call time: ``python -m mvit_kernels.bench.choice`` prints rows of
-the tables from measurements.
+It depends on shapes, dtypes and the device, and on whether ``torch.compile`` is tracing, which folds it. Whoever is
+unavailable or cannot serve the call is passed over. Nothing is measured at call time: ``python -m
+mvit_kernels.bench.choice`` prints rows of the tables from measurements.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference
 # What comes first by prediction alone. An inverted residual is one launch in CUDA C++, which moves an eighth of the
 # bytes of Triton's three: for the seven of S at batch 256 some 8 µs an image instead of 18 (docs/kernels).
 PREDICTED = {"inverted_residual": ("cuda", "triton", "reference")}
+
+# A map of fewer elements leaves batch norm to PyTorch in eager training: by arithmetic, not by measurement. The kernel
+# spares 3.75 bytes an element forward and 5.5 backward (docs/kernels/triton.md), 3.4 ps at the 2.7 TB/s at which an
+# H200 copies, and costs the host 28 to 32 µs more than PyTorch's operators (with launches that do nothing, on a Xeon),
+# which it buys back from 2²³ elements on. Compiled, the host is out of it.
+LEAST_MAP = {"batch_norm_activation": 2**23}
 
 # Up to so many rows a frozen stack's MLP is divided, and its halves are in launches with the products around it. Whole
 # it has a program for 64 rows: one image's are on 16, 4 and 1 of an H200's 132 multiprocessors, and took 22 µs there in
@@ -172,12 +178,22 @@ def order(call: Call) -> tuple[str, ...]:
     up to as many rows as were measured: what they write between two operators grows with the rows.
     """
     default = PREFERENCE.get(call.device_type, ("reference",))
+    if call.device_type == "cuda" and _is_bound_by_host(call):
+        return ("reference", *default[:-1])
     if call.device_type != "cuda" or call.needs_grad or call.dtype not in (torch.bfloat16, torch.float16):
         return default
     if call.operator not in _ORDERS:
         return PREDICTED.get(call.operator, default)
     found, beyond, _ = _place(call)
     return (*found[1:], "reference") if found[0] == "reference" and beyond else found
+
+
+def _is_bound_by_host(call: Call) -> bool:
+    """Whether a training step is predicted to lose more of the host's time to the kernel than the GPU's it gains."""
+    least = LEAST_MAP.get(call.operator)
+    if least is None or not call.needs_grad or torch.compiler.is_compiling():
+        return False
+    return math.prod(call.shape) < least
 
 
 def _place(call: Call) -> tuple[tuple[str, ...], bool, Operator]:

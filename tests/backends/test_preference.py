@@ -123,6 +123,27 @@ def test_what_was_not_measured_has_the_default(a_gpu):
     assert order(mlp._replace(device_type="mps")) == ("reference",)
 
 
+def a_map(*shape, needs_grad=True):
+    facts = (("layout", "channels_last"),)
+    return Call("batch_norm_activation", "cuda", HALF, needs_grad, shape, facts)
+
+
+def test_small_maps_are_left_to_pytorch_in_eager_training(a_gpu):
+    """Where the kernel's additional time on the host is more than what it saves on the GPU."""
+    small, large = a_map(8, 64, 127, 128), a_map(8, 64, 128, 128)
+    assert [backends.server(each.operator, each) for each in (small, large)] == [None, "triton"]
+    assert backends.server(small.operator, small, "triton") == "triton"
+    assert order(small._replace(needs_grad=False)) == order(large) == preference.PREFERENCE["cuda"]
+    assert order(small._replace(device_type="cpu")) == ("cpu", "reference")
+
+    def first(x):
+        return x + ("triton", "cuda", "reference").index(order(small._replace(shape=x.shape))[0])
+
+    x = torch.ones(2, 3)
+    assert torch.equal(first(x), x + 2)
+    assert torch.equal(torch.compile(first, fullgraph=True, dynamic=True, backend="eager")(x), x)
+
+
 def test_without_one_of_the_two(a_gpu):
     a_gpu("triton")
     assert chosen(64, 3) | chosen(64, 3, needs_grad=True) == {
