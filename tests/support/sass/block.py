@@ -209,10 +209,10 @@ class Block:
         a, b = (registers.read(operand) & LOW for operand in operands[1:3])
         if {"WIDE", "HI"} & set(parts):
             product = a * b if "U32" in parts else unsigned(signed(a) * signed(b))
+            product = product + registers.read_wide(operands[3])  # of HI too, 64 bits are added
             if "WIDE" in parts:
-                return registers.write(operands[0], product + registers.read_wide(operands[3]), active, 2)
-            high = product >> np.uint64(32) if "U32" in parts else unsigned(product.astype(np.int64) >> 32)
-            return registers.write(operands[0], high + registers.read(operands[3]), active)
+                return registers.write(operands[0], product, active, 2)
+            return registers.write(operands[0], product >> np.uint64(32), active)
         total = a * b + registers.read(operands[3])
         if "X" in parts:
             total = total + registers.read_predicate(operands[4]).astype(np.uint64)
