@@ -27,7 +27,7 @@ import numpy as np
 
 from gates import cuda_gate
 from support import ROOT, cuda_sources, emulation
-from support.sass import launches
+from support.sass import launches, lines
 from support.sass.control import scheduled
 from support.sass.launches import Launch, cuda_launch, operators
 from support.sass.multiprocessor import BUILT, REASONS, Result, simulate
@@ -131,11 +131,11 @@ def predicted(launch: Launch, machine: Machine, file: Path | None = None, known:
     return Prediction(launch, microseconds, resident, used["registers"], result, known, code)
 
 
-def report(found: Prediction, hot: int) -> str:
+def report(found: Prediction, file: Path, hot: int) -> str:
     """What `main` prints."""
     launch, result = found.launch, found.result
     pipes = ("tensor", "shared memory", "special", "integer", "multiply", "float")
-    lines = [
+    printed = [
         f"{cuda_gate.readable([launch.kernel])[0]}: {found.microseconds:.1f} µs",
         f"  {int(np.prod(launch.grid))} blocks of {launch.threads} threads, {found.registers} registers, "
         f"{launch.shared} bytes of shared memory; {found.resident} at a time",
@@ -145,13 +145,33 @@ def report(found: Prediction, hot: int) -> str:
         "cycles of warps by reason:",
     ]
     total, by_reason = result.waits.sum(), result.waits.sum(0)
-    lines += [f"  {by_reason[k] / total:6.1%}  {REASONS[k]}" for k in _largest(by_reason, 0.002)]
-    lines += ["", f"by place, the {hot} stretches of code without a jump that take most:"]
+    printed += [f"  {by_reason[k] / total:6.1%}  {REASONS[k]}" for k in _largest(by_reason, 0.002)]
+    printed += ["", f"by place, the {hot} stretches of code without a jump that take most:"]
     for first, last, waits in stretches(found)[:hot]:
-        reasons = ", ".join(f"{REASONS[k]} {waits[k] / waits.sum():.0%}" for k in _largest(waits, 0.04)[:5])
         place = f"{found.code[first].address:#7x} to {found.code[last].address:#7x}"
-        lines.append(f"  {waits.sum() / total:6.1%}  {place}: {reasons}")
-    return "\n".join(lines)
+        printed.append(f"  {waits.sum() / total:6.1%}  {place}: {_reasons(waits)}")
+    if of_lines := by_line(found, file)[:hot]:
+        printed += ["", f"by line, the {hot} that take most:"]
+    for line, waits in of_lines:
+        place = f"{Path(line.file).name}:{line.number}"
+        printed.append(f"  {waits.sum() / total:6.1%}  {place}: {_reasons(waits)}\n          | {line.text()[:100]}")
+    return "\n".join(printed)
+
+
+def _reasons(waits: np.ndarray) -> str:
+    return ", ".join(f"{REASONS[k]} {waits[k] / waits.sum():.0%}" for k in _largest(waits, 0.04)[:5])
+
+
+def by_line(found: Prediction, file: Path) -> list[tuple[lines.Line, np.ndarray]]:
+    """(line of the source, cycles by reason), the costliest first."""
+    command = [cuda_gate.tool("nvdisasm"), "-c", "-gi", str(file)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    places = lines.of(printed.splitlines(), found.launch.kernel)
+    sums: dict[lines.Line, np.ndarray] = {}
+    for one, waits in zip(found.code, found.result.waits, strict=True):
+        if (line := places.get(one.address)) is not None and waits.any():
+            sums[line] = sums.get(line, 0) + waits
+    return sorted(sums.items(), key=lambda each: -each[1].sum())
 
 
 def _largest(values: np.ndarray, part: float) -> np.ndarray:
@@ -186,6 +206,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--side", type=int, default=32, help="of the map: 32, 16, 8 for stages 3 to 5 at 256 pixels")
     parser.add_argument("--width", type=int, default=144)
     parser.add_argument("--hot", type=int, default=12, help="how many places to list")
+    parser.add_argument("--triton", action="store_true", help="the Triton kernel, as Triton compiles it here")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose kernels are timed")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of support.sass.pipes.Machine")
     parser.add_argument("--size", nargs="*", default=[], metavar="NAME=VALUE", help="more sizes: layers=2, tiles=1")
@@ -197,8 +218,14 @@ def main() -> None:
     use(given.root)
     machine = Machine(**{name: float(value) for name, value in (each.split("=") for each in given.set)})
     more = {name: int(value) for name, value in (each.split("=") for each in given.size)}
-    launch = cuda_launch(given.operator, given.batch, given.side, given.width, **more)
-    print(report(predicted(launch, machine), given.hot))
+    if given.triton:
+        from support.sass.triton_launches import triton_launch
+
+        launch, file = triton_launch(given.operator, given.batch, given.side, given.width)
+    else:
+        launch = cuda_launch(given.operator, given.batch, given.side, given.width, **more)
+        file = cubin(launch.source)
+    print(report(predicted(launch, machine, file), file, given.hot))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ struct Static {  // an instruction of the code
 };
 
 struct Dynamic {  // an execution of it by a warp
-  int32_t number, shared, l1, l2, dram;
+  int32_t number, shared, l1, l2, dram, lines;
 };
 
 struct Machine {
   double shared_request, queue, l1_latency, l2_latency, dram_latency, l2_rate, dram_rate, barrier, branch, block_start,
-      fetch_lines, fetch_miss;
+      fetch_lines, fetch_miss, line, store_line;
 };
 
 struct Scoreboard {
@@ -42,7 +42,7 @@ struct Warp {
   std::vector<double> groups;    // ends of groups of asynchronous products
   double products = 0;
   Scoreboard boards[kScoreboards];
-  int32_t block = -1, last_number = -1;
+  int32_t block = -1, last_number = -64;  // no instruction
   double waits_for = 0;  // cache of when the next instruction may be issued, but for pipes
   int32_t cause = 0;     // of the wait, and
   double fixed = 0;      // the part of it that is a stall
@@ -198,7 +198,7 @@ extern "C" double simulate(const Static* code, const Dynamic* entries, const int
     const auto through_shared = [&](double units) {
       const double begin = std::max(now, shared_free);
       shared_free = begin + std::max(machine.shared_request, units);
-      pipe_busy[7] += std::max(0.0, units);
+      
       return begin;
     };
     const auto from_memory = [&](double begin) {  // when all sectors are there
@@ -216,6 +216,7 @@ extern "C" double simulate(const Static* code, const Dynamic* entries, const int
     double stall = std::max<double>(one.stall, 1);
     switch (one.act) {
       case kShared: {
+        pipe_busy[7] += here.shared;
         if (here.shared > 0) {
           const double begin = through_shared(here.shared);
           end = begin + one.latency + here.shared - 1, read_end = begin + one.read_latency;
@@ -230,14 +231,15 @@ extern "C" double simulate(const Static* code, const Dynamic* entries, const int
       case kLoad: {
         const int sectors = here.l1 + here.l2 + here.dram;
         if (sectors > 0) {
-          const double begin = through_shared((sectors + 3) / 4);
+          const double begin = through_shared(std::max((sectors + 3) / 4.0, machine.line * here.lines));
           end = from_memory(begin), read_end = begin + one.read_latency;
         }
         break;
       }
       case kCopy: {
+        pipe_busy[7] += here.shared;
         const int sectors = here.l1 + here.l2 + here.dram;
-        const double begin = through_shared(std::max(here.shared, 1));
+        const double begin = through_shared(std::max<double>({1.0, 1.0 * here.shared, machine.line * here.lines}));
         if (sectors > 0) warp.copies = std::max(warp.copies, from_memory(begin));
         read_end = begin + one.read_latency;
         break;
@@ -245,7 +247,7 @@ extern "C" double simulate(const Static* code, const Dynamic* entries, const int
       case kStore: {
         const int sectors = here.l1 + here.l2 + here.dram;
         if (sectors > 0) {
-          const double begin = through_shared((sectors + 3) / 4);
+          const double begin = through_shared(std::max((sectors + 3) / 4.0, machine.store_line * here.lines));
           if (here.l2 + here.dram > 0) l2_free = std::max(begin, l2_free) + 32.0 * (here.l2 + here.dram) / machine.l2_rate;
           if (here.dram > 0) dram_free = std::max(begin, dram_free) + 32.0 * here.dram / machine.dram_rate;
           end = read_end = std::max(begin + one.read_latency, l2_free - 512);  // a store waits where many wait

@@ -38,17 +38,17 @@ REASONS = (
     *("issued", "stall", "not selected", "branch", "barrier", "instruction fetch", "", ""),
     *(f"{name} pipe" for name in PIPES),
     *KINDS,
-    *[""] * 8,
+    *[""] * (16 - len(KINDS)),
 )
 _STATIC = np.dtype(
     [(name, np.int32) for name in ("act", "pipe", "stall", "written", "read", "wait", "count", "kind")]
     + [(name, np.float64) for name in ("interval", "latency", "read_latency")],
     align=True,
 )
-_DYNAMIC = np.dtype([(name, np.int32) for name in ("number", "shared", "l1", "l2", "dram")])
+_DYNAMIC = np.dtype([(name, np.int32) for name in ("number", "shared", "l1", "l2", "dram", "lines")])
 _MACHINE = (
     *("shared_request", "queue", "l1_latency", "l2_latency", "dram_latency", "l2_rate", "dram_rate", "barrier"),
-    *("branch", "block_start", "fetch_lines", "fetch_miss"),
+    *("branch", "block_start", "fetch_lines", "fetch_miss", "line", "store_line"),
 )
 
 

@@ -25,7 +25,7 @@ ACTS = (
     *("variable", "group", "group wait"),
 )
 PIPES = ("float", "multiply", "integer", "special", "tensor", "memory", "control", "shared memory")
-KINDS = ("other", "shared load", "shuffle", "global load", "copy", "special", "constant", "store or operand")
+KINDS = ("other", "shared load", "shuffle", "global load", "copy", "special", "constant", "store or operand", "product")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Machine:
     launch: float = 1.2  # µs, of an empty kernel in a graph; measured
     mma: float = 6.5  # cycles of a scheduler's tensor core for mma.sync of 16 × 8 × 16; half of it for 16 × 8 × 8
     wgmma: float = 512  # multiply-adds a cycle of a scheduler's tensor core
-    wgmma_latency: float = 60
+    wgmma_latency: float = 30
     shared_request: float = 2  # cycles that the multiprocessor takes at least for an access to shared memory
     queue: float = 48  # cycles of such work that may wait before schedulers are held back
     shared_latency: float = 25
@@ -60,6 +60,8 @@ class Machine:
     block_start: float = 400
     fetch_lines: float = 0
     fetch_miss: float = 0
+    store_line: float = 1
+    line: float = 1  # cycles of the memory pipe for each 128 bytes of global memory that an access touches
 
 
 class Described(NamedTuple):
@@ -90,7 +92,7 @@ def described(one: Instruction, machine: Machine) -> Described:
     if base == "HGMMA":
         columns = int(re.search(r"64x(\d+)x", one.name)[1])
         interval = 16 * 16 * columns / machine.wgmma
-        return Described("group", "tensor", interval, machine.wgmma_latency, count="gsb" in one.operands)
+        return Described("group", "tensor", interval, machine.wgmma_latency, count=int("gsb" in one.operands))
     if base in ("LDS", "LDSM", "STS", "STSM"):
         return Described("shared", "memory", 2, machine.shared_latency, machine.operand_latency, "shared load")
     if base == "SHFL":
@@ -107,7 +109,7 @@ def described(one: Instruction, machine: Machine) -> Described:
         found = re.search(r"SB(\d), 0x([0-9a-f]+)", one.operands)
         return Described("wait", "control", 1, kind="copy", count=int(found[2], 16), board=int(found[1]))
     if base == "WARPGROUP" and parts[0] == "DEPBAR":
-        return Described("group wait", "control", 1, count=int(one.operands.rsplit("0x", 1)[-1], 16))
+        return Described("group wait", "control", 1, kind="product", count=int(one.operands.rsplit("0x", 1)[-1], 16))
     if base in ("LDC", "S2R", "S2UR", "CS2R", "R2UR") and base != "CS2R":
         return Described("variable", "control", 2, machine.constant_latency, machine.operand_latency, "constant")
     if base in _SPECIAL:

@@ -33,6 +33,7 @@ ONE = np.uint64(0x3F800000)  # 1.0, what floating-point results are taken for
 _COMPARED = {"FSETP", "DSETP", "HSETP2", "FCHK"}
 _MORE_FLOATING = {"I2FP", "HADD2", "FRND", "MUFU", "F2FP", "HFMA2"} | FLOATING
 _VOTES = {"VOTE", "VOTEU"}
+_COUNTED = ("shared", "l1", "l2", "dram", "lines")
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Trace:
     l1: list[np.ndarray]  # sectors of 32 bytes from there
     l2: list[np.ndarray]
     dram: list[np.ndarray]
+    lines: list[np.ndarray]  # of 128 bytes of global memory, in which the sectors are
     resident: set[int] = field(default_factory=set)  # tensors that other blocks read too
 
     @property
@@ -219,7 +221,7 @@ def _by_tensor(block: Traced) -> dict[int, np.ndarray]:
 
 def _assembled(block: Traced, resident: set[int]) -> Trace:
     steps, active = np.array(block.steps, np.int32), np.array(block.active)
-    counts = {name: np.zeros(active.shape, np.int32) for name in ("shared", "l1", "l2", "dram")}
+    counts = {name: np.zeros(active.shape, np.int32) for name in _COUNTED}
     for step, found in block.wavefronts.items():
         counts["shared"][step] = found
     for step, found in block.spilled.items():
@@ -227,25 +229,30 @@ def _assembled(block: Traced, resident: set[int]) -> Trace:
     in_l1: set[int] = set()
     in_l2: set[int] = set()
     written: set[int] = set()
+    coming: set[int] = set()  # into L1, for the instruction that warps execute at the same time: they all wait for it
+    last = -1
     for step, warp, stores, bypasses, sectors in block.sectors:
+        if step != last:
+            in_l1 |= coming
+            coming, last = set(), step
+        counts["lines"][step, warp] += len(np.unique(sectors >> np.uint64(2)))
         of_l2 = int(sectors[0]) >> (APART - 5) in resident
         for sector in sectors.tolist():
             if stores:
                 level = "l2" if sector in written else "dram"  # a sector's parts meet in L2
                 written.add(sector)
-                in_l2.add(sector)
             elif not bypasses and sector in in_l1:
                 level = "l1"
             else:
-                level = "l2" if of_l2 or sector in in_l2 else "dram"
-                in_l2.add(sector)
+                level = "l2" if of_l2 or (sector in in_l2 and sector not in coming) else "dram"
                 if not bypasses:
-                    in_l1.add(sector)
+                    coming.add(sector)
+            in_l2.add(sector)
             counts[level][step, warp] += 1
     of = [active[:, warp] for warp in range(block.warps)]
     return Trace(
         [steps[each] for each in of],
-        *([counts[name][each, warp] for warp, each in enumerate(of)] for name in ("shared", "l1", "l2", "dram")),
+        *([counts[name][each, warp] for warp, each in enumerate(of)] for name in _COUNTED),
         resident,
     )
 

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model of a multiprocessor (`gates.timing`): each of its mechanisms on a few instructions whose cycles can be
+counted by hand, the tracing of a block, and a kernel's prediction beside its measured time."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from gates.sass import Instruction
+from support.sass.control import NONE, Control, control, scheduled
+from support.sass.multiprocessor import REASONS, simulate
+from support.sass.pipes import Machine
+from support.sass.trace import Trace, wavefronts
+
+MACHINE = Machine(shared_latency=30, special_latency=20, barrier=10, branch=12, fetch_lines=0, block_start=100)
+
+
+def program(*lines):
+    """(instructions, schedules) of (text, stall, written, read, wait), of which the last ones may be left out."""
+    code, controls = [], []
+    for number, (text, *schedule) in enumerate(lines):
+        name, _, operands = text.partition(" ")
+        code.append(Instruction(16 * number, "", name, operands))
+        stall, written, read, wait = (*schedule, *(1, NONE, NONE, 0)[len(schedule) :])
+        controls.append(Control(stall, written, read, wait))
+    return code, controls
+
+
+def of(paths, **counts):
+    """A trace of warps that execute these instructions; `counts`: by number of the instruction, for all executions."""
+    paths = [np.array(path, np.int32) for path in paths]
+    zero = [np.zeros(len(path), np.int32) for path in paths]
+    names = ("shared", "l1", "l2", "dram", "lines")
+    made = {
+        name: [np.array([counts.get(name, {}).get(n, 0) for n in path], np.int32) for path in paths]
+        if name in counts
+        else zero
+        for name in names
+    }
+    return Trace(paths, **made)
+
+
+def cycles(code, controls, traced, resident=1, blocks=1, machine=MACHINE, **more):
+    """The cycle in which the last instruction is issued, and the cycles by reason."""
+    result = simulate(code, controls, traced, resident, blocks, machine, **more)
+    return result.cycles, dict(zip(REASONS, result.waits.sum(0).tolist(), strict=True))
+
+
+def test_control_codes_of_a_listing():
+    """Of the first instructions of a division: I2F holds scoreboard 1, and MUFU waits for it and holds it."""
+    listing = """
+        Function : f
+        /*0000*/                   I2F.RP R3, R10 ;             /* 0x0000000a00037306 */
+                                                                /* 0x000e620000209400 */
+        /*0010*/                   MUFU.RCP R3, R3 ;            /* 0x0000000300037308 */
+                                                                /* 0x002e640000001000 */
+        /*0020*/                   VIADD R4, R3, 0xffffffe ;    /* 0x0ffffffe03047836 */
+                                                                /* 0x002fcc0000000000 */
+    """
+    code, controls = dict(scheduled(listing.splitlines()))["f"]
+    assert [each.name for each in code] == ["I2F.RP", "MUFU.RCP", "VIADD"]
+    assert controls == [Control(1, 1, NONE, 0), Control(2, 1, NONE, 0b10), Control(6, NONE, NONE, 0b10)]
+    assert control(0x000FE20000000000) == Control(1, NONE, NONE, 0)
+    with pytest.raises(ValueError, match="MUFU.RCP R3, R3 at 0x10 has no encoding"):
+        dict(scheduled(line for line in listing.splitlines() if "2e64" not in line))
+
+
+def test_stalls_are_counted():
+    code, controls = program(("FADD R0, R1, R2", 4), ("FADD R0, R0, R2", 2), ("EXIT", 5))
+    found, reasons = cycles(code, controls, of([[0, 1, 2]]))
+    assert found == 4 + 2
+    assert (reasons["issued"], reasons["stall"]) == (3, 3 + 1)
+
+
+def test_a_scoreboard_is_waited_for():
+    code, controls = program(
+        ("LDS R0, [R1]", 2, 3), ("FADD R4, R5, R6", 1), ("FADD R0, R0, R2", 1, NONE, NONE, 0b1000), ("EXIT",)
+    )
+    found, reasons = cycles(code, controls, of([[0, 1, 2, 3]], shared={0: 1}))
+    assert found == 30 + 1
+    assert reasons["shared load"] == 30 - 2 - 1
+    found, _ = cycles(code, controls, of([[0, 1, 2, 3]], shared={0: 4}))
+    assert found == 30 + 3 + 1, "four wavefronts take three cycles more than one"
+    controls[2] = controls[2]._replace(wait=0b0100)
+    assert cycles(code, controls, of([[0, 1, 2, 3]], shared={0: 1}))[0] == 2 + 1 + 1, "another scoreboard is free"
+
+
+def test_a_pipe_is_taken():
+    """A special function takes a scheduler's quarter of the pipe, four lanes a cycle, for eight cycles."""
+    code, controls = program(*[("MUFU.EX2 R0, R1",)] * 5, ("EXIT",))
+    found, reasons = cycles(code, controls, of([range(6)]))
+    assert found == 4 * 8 + 1
+    assert reasons["special pipe"] == 4 * 7
+    code, controls = program(*[("HMMA.16816.F32.BF16 R0, R4, R8, R0", 4)] * 5, ("EXIT",))
+    machine = dataclasses.replace(MACHINE, mma=6)
+    assert cycles(code, controls, of([range(6)]), machine=machine)[0] == 4 * 6 + 4
+
+
+def test_shared_memory_is_one_for_all_schedulers():
+    """Four warps, one on each scheduler, with accesses of 16 wavefronts each."""
+    code, controls = program(("LDS.128 R0, [R4]", 1, 0), ("FADD R0, R0, R2", 1, NONE, NONE, 1), ("EXIT",))
+    found, _ = cycles(code, controls, of([[0, 1, 2]] * 4, shared={0: 16}))
+    assert found == 3 * 16 + 30 + 15 + 1
+
+
+def test_a_barrier_holds_all_warps_of_the_block():
+    """One warp computes for 20 cycles before it, the other goes there at once."""
+    code, controls = program(("FADD R0, R1, R2", 10), ("FADD R0, R0, R2", 10), ("BAR.SYNC 0x0", 5), ("EXIT",))
+    found, reasons = cycles(code, controls, of([[0, 1, 2, 3], [2, 3]]))
+    assert found == 20 + 10
+    assert reasons["barrier"] == pytest.approx((30 - 1) + (10 - 1))
+    alone, _ = cycles(code, controls, of([[0, 1, 2, 3], [3]]))
+    assert alone == 20 + 10, "a warp that has ended is not waited for"
+
+
+def test_warps_hide_each_others_latency():
+    """Eight warps, two a scheduler: the second's load is under way while the first waits."""
+    code, controls = program(*[("LDS R0, [R1]", 1, 0), ("FADD R0, R0, R2", 4, NONE, NONE, 1)] * 4, ("EXIT",))
+    one, _ = cycles(code, controls, of([range(9)], shared={0: 1, 2: 1, 4: 1, 6: 1}))
+    eight, _ = cycles(code, controls, of([range(9)] * 8, shared={0: 1, 2: 1, 4: 1, 6: 1}))
+    assert one == 4 * (30 + 4)
+    assert one <= eight < 1.5 * one
+
+
+def test_what_waits_is_accounted_for():
+    """Every cycle of a warp has one reason."""
+    code, controls = program(
+        ("LDS.128 R0, [R4]", 2, 0), ("MUFU.EX2 R8, R9", 1, 1), ("HMMA.16816.F32.BF16 R0, R4, R8, R0", 6, NONE, NONE, 3),
+        ("BAR.SYNC 0x0", 5), ("STS [R4], R0", 1, NONE, 2), ("IADD3 R4, R4, R5, RZ", 3, NONE, NONE, 4), ("EXIT",),
+    )  # fmt: skip
+    result = simulate(code, controls, of([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6]] * 12, shared={0: 4, 4: 2}), 1, 1, MACHINE)
+    assert result.issued == 12 * 10
+    assert result.waits.sum() <= 12 * (result.cycles + 1)
+    assert result.waits.sum() >= 12 * (result.cycles + 1) * 0.8, "all warps end at about the same time"
+    assert result.waits.min() >= 0
+
+
+def test_copies_are_waited_for_by_groups():
+    """Two groups of copies from DRAM: one may be under way at the first wait, none at the second."""
+    machine = dataclasses.replace(
+        MACHINE, l1_latency=10, l2_latency=100, dram_latency=500, l2_rate=32, dram_all=32 * 132
+    )
+    code, controls = program(
+        ("LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64]", 1), ("LDGDEPBAR", 1, 0),
+        ("LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64]", 1), ("LDGDEPBAR", 1, 0),
+        ("DEPBAR.LE SB0, 0x1", 4), ("DEPBAR.LE SB0, 0x0", 4), ("EXIT",),
+    )  # fmt: skip
+    traced = of([range(7)], dram={0: 16, 2: 16}, shared={0: 4, 2: 4})
+    result = simulate(code, controls, traced, 1, 1, machine)
+    waits = result.waits[:, REASONS.index("copy")]
+    assert waits[4] == 16 + 500 - 4, "16 sectors at a sector a cycle"
+    assert waits[5] == pytest.approx(16 - 4, abs=4)
+
+
+def test_products_of_a_warp_group_are_waited_for():
+    code, controls = program(
+        ("HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4], R24, gsb0",), ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 2), ("EXIT",)
+    )  # fmt: skip
+    machine = dataclasses.replace(MACHINE, wgmma=512, wgmma_latency=40)
+    found, reasons = cycles(code, controls, of([range(3)]), machine=machine)
+    assert found == 64 * 16 * 16 // 512 + 40 + 2
+    assert reasons["product"] == found - 2 - 1
+
+
+def test_a_jump_costs():
+    code, controls = program(("FADD R0, R0, R1", 1), ("BRA 0x0", 5), ("EXIT",))
+    found, reasons = cycles(code, controls, of([[0, 1, 0, 1, 2]]))
+    assert found == (1 + 12) + 1 + 5
+    assert reasons["branch"] == 12 - 1
+
+
+def test_code_is_fetched():
+    """Of lines of eight instructions, the next one is there, and one that is jumped to is not, the first time."""
+    code, controls = program(*[("FADD R0, R0, R1", 1)] * 40, ("EXIT",))
+    machine = dataclasses.replace(MACHINE, fetch_lines=4, fetch_miss=30, branch=1)
+    path = [*range(16), *range(32, 41)]
+    found, reasons = cycles(code, controls, of([path]), machine=machine)
+    assert reasons["instruction fetch"] == pytest.approx(2 * 30, abs=2)  # the first, and the one that is jumped to
+    assert found == pytest.approx(len(path) - 1 + 2 * 30, abs=2)
+    again, _ = cycles(code, controls, of([[*path, *range(32, 41)]]), machine=machine)
+    assert again == found + 9
+
+
+def test_blocks_follow_each_other():
+    code, controls = program(("FADD R0, R1, R2", 10), ("EXIT",))
+    found, _ = cycles(code, controls, of([[0, 1]]), resident=2, blocks=4)
+    assert found == 10 + 100 + 10
+
+
+@pytest.mark.parametrize(
+    "address, size, expected",
+    [
+        (np.arange(32) * 4, 4, 1),
+        (np.zeros(32), 4, 1),  # one word for all
+        (np.arange(32) * 8, 4, 2),
+        (np.arange(32) * 128, 4, 32),  # all in one bank
+        (np.arange(32) * 8, 8, 2),
+        (np.arange(32) * 16, 16, 4),
+        (np.arange(32) * 32, 16, 8),
+        (np.arange(32) * 48, 16, 4),  # an odd number of units of 16 bytes apart
+    ],
+)
+def test_wavefronts(address, size, expected):
+    active = np.ones((1, 32), bool)
+    assert wavefronts(address.astype(np.uint64).reshape(1, 32), size, active).tolist() == [expected]
+    assert wavefronts(address.astype(np.uint64).reshape(1, 32), size, ~active).tolist() == [0]
