@@ -29,7 +29,7 @@ from gates import cuda_gate
 from support import ROOT, cuda_sources, emulation
 from support.sass import launches, lines
 from support.sass.control import scheduled
-from support.sass.launches import Launch, cuda_launch, operators
+from support.sass.launches import Launch, cuda_launches, operators
 from support.sass.multiprocessor import BUILT, REASONS, Result, simulate
 from support.sass.pipes import Machine
 from support.sass.trace import Trace, trace
@@ -56,19 +56,25 @@ class Prediction:
         return self.result.busy[pipe] / (1 if pipe == "shared memory" else 4) / self.result.cycles
 
 
-def cubin(name: str) -> Path:
-    """A source of csrc/cuda compiled for sm_90; again when it, a header or nvcc is another.
+def cubin(kernel: str) -> Path:
+    """What nvcc makes, for sm_90, of the source of csrc/cuda that has a kernel, by its mangled name; compiled again
+    when it, a header or nvcc is another.
 
     Raises:
-        LookupError: no such source.
+        LookupError: no source has it.
     """
-    source = next((each for each in cuda_sources.cuda_sources() if each.name == name), None)
-    if source is None:
-        raise LookupError(f"csrc/cuda has no source {name}")
+    for source in cuda_sources.cuda_sources():
+        value = f"Li{source.value}E" if source.value.isdigit() else f"{len(source.value)}{source.value}E"
+        if f"{len(source.path.stem)}{source.path.stem}I" in kernel and value in kernel:
+            return _compiled(source)
+    raise LookupError(f"no source of csrc/cuda has the kernel {kernel}")
+
+
+def _compiled(source: cuda_sources.Source) -> Path:
     command = [cuda_gate.tool("nvcc"), *cuda_gate.FLAGS.split(), "-lineinfo", source.define, "-arch=sm_90", "-cubin"]
     read = [path.read_text() for path in (*sorted(source.path.parent.glob("*.h")), source.path)]
     digest = hashlib.sha256("\0".join([cuda_gate.nvcc_version(), *command, *read]).encode()).hexdigest()[:16]
-    file = BUILT / f"{name}-{digest}.cubin"
+    file = BUILT / f"{source.name}-{digest}.cubin"
     if not file.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         own = file.with_suffix(f".{os.getpid()}")
@@ -110,7 +116,7 @@ def predicted(launch: Launch, machine: Machine, file: Path | None = None, known:
         file: the cubin that has its kernel; compiled if it is None.
         known: its trace, if it was made before.
     """
-    file = file or cubin(launch.source)
+    file = file or cubin(launch.kernel)
     code, controls = listing(file, launch.kernel)
     used = cuda_gate.usage(file, 90)[launch.kernel]
     resident = resident_blocks(launch, used["registers"], used["shared"], machine)
@@ -219,13 +225,16 @@ def main() -> None:
     machine = Machine(**{name: float(value) for name, value in (each.split("=") for each in given.set)})
     more = {name: int(value) for name, value in (each.split("=") for each in given.size)}
     if given.triton:
-        from support.sass.triton_launches import triton_launch
+        from support.sass.triton_launches import triton_launches
 
-        launch, file = triton_launch(given.operator, given.batch, given.side, given.width)
+        found = triton_launches(given.operator, given.batch, given.side, given.width)
     else:
-        launch = cuda_launch(given.operator, given.batch, given.side, given.width, **more)
-        file = cubin(launch.source)
-    print(report(predicted(launch, machine, file), file, given.hot))
+        found = [
+            (launch, cubin(launch.kernel))
+            for launch in cuda_launches(given.operator, given.batch, given.side, given.width, **more)
+        ]
+    for launch, file in found:
+        print(report(predicted(launch, machine, file), file, given.hot), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 own host code.
 
 Example:
-    >>> launch = cuda_launch("transformer", batch=256, side=32, width=144)
+    >>> launch, = cuda_launches("transformer", batch=256, side=32, width=144)
     >>> launch.kernel, launch.grid, launch.threads
     ('_ZN4mvit18transformer_kernel…', (1024, 1, 1), 256)
 
@@ -31,7 +31,6 @@ _WATCHER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *([ctypes.c_int64] * 4), ctyp
 @dataclass(frozen=True)
 class Launch:
     kernel: str  # mangled
-    source: str  # of csrc/cuda, as support.cuda_sources names it
     grid: tuple[int, int, int]
     threads: int
     shared: int  # bytes, dynamic
@@ -50,16 +49,16 @@ def address(number: int) -> int:
     return (number + 1) << APART
 
 
-def cuda_launch(operator: str, batch: int, side: int, width: int, **more: int) -> Launch:
-    """The launch of an operator on `batch` maps of side × side × width in bfloat16, with patches of 2 × 2, four heads
+def cuda_launches(operator: str, batch: int, side: int, width: int, **more: int) -> list[Launch]:
+    """The launches of an operator on `batch` maps of side × side × width in bfloat16, with patches of 2 × 2, four heads
     and twice the width in the MLP, as MobileViT-S has them.
 
     Args:
-        more: other sizes: ``layers``, ``tiles`` and ``sequences`` (of a block) of transformer; ``outs`` of
-            layer_norm_linear and linear_residual; ``hidden``.
+        more: other sizes: ``layers``, ``hidden`` and what a plan has of transformer (``tiles``,
+            ``sequences_of_a_block``); ``outs`` of layer_norm_linear and linear_residual; ``hidden`` of layer_norm_mlp.
 
     Raises:
-        LookupError: no such operator.
+        LookupError: no such operator, or no kernel for these sizes.
     """
     if operator not in _OPERATORS:
         raise LookupError(f"no launch of {operator} is known; {', '.join(_OPERATORS)} are")
@@ -75,12 +74,12 @@ def _driver(name: str, *macros: str) -> Driver:
     return Driver(name, macros=macros)
 
 
-def _watched(driver: Driver, source: str, call: Callable[[], None]) -> Launch:
+def _watched(driver: Driver, call: Callable[[], None]) -> list[Launch]:
     found: list[Launch] = []
 
     def watch(kernel, blocks_x, blocks_y, threads, shared, parameters, count):
         given = ctypes.string_at(parameters, count)
-        found.append(Launch(kernel.decode(), source, (blocks_x, blocks_y, 1), threads, shared, given))
+        found.append(Launch(kernel.decode(), (blocks_x, blocks_y, 1), threads, shared, given))
 
     watcher = _WATCHER(watch)
     driver._library.emulation_watch(watcher)
@@ -88,14 +87,12 @@ def _watched(driver: Driver, source: str, call: Callable[[], None]) -> Launch:
         call()
     finally:
         driver._library.emulation_watch(_WATCHER())
-    if len(found) != 1:
-        raise RuntimeError(f"{driver.name} launched {len(found)} kernels; one is wanted")
-    return found[0]
+    if not found:
+        raise RuntimeError(f"the call of {driver.name} launched nothing")
+    return found
 
 
-def _transformer(
-    batch: int, side: int, width: int, layers: int = 0, tiles: int = 0, sequences: int = 0, hidden: int = 0
-) -> Launch:
+def _transformer(batch: int, side: int, width: int, layers: int = 0, hidden: int = 0, **cut: int) -> list[Launch]:
     from mvit_kernels.backends.cuda import plans
 
     tokens, head_dim = side * side // 4, width // 4
@@ -105,53 +102,38 @@ def _transformer(
     layers = layers or {32: 2, 16: 4, 8: 3}.get(side, 2)
     driver = _driver("transformer_launch", f"MVIT_WIDTH={width}")
     sizes = (0, batch, side, side, head_dim, 2, 2, layers, hidden or 2 * width, 1)
-    cut = (tiles or plan.tiles, sequences or plan.sequences_of_a_block)
     pointers = map(address, range(3))
-    return _watched(driver, f"transformer_kernel_{width}", lambda: driver.transformer(0, *pointers, *sizes, EPS, *cut))
+    return _watched(driver, lambda: driver.transformer(0, *pointers, *sizes, EPS, *plan._replace(**cut)))
 
 
-def _layer_norm_linear(batch: int, side: int, width: int, outs: int = 0) -> Launch:
+def _layer_norm_linear(batch: int, side: int, width: int, outs: int = 0) -> list[Launch]:
     driver, sizes = _driver("rows", "MVIT_ONLY_BFLOAT16"), (batch * side * side, width, outs or 3 * width)
-    pointers = map(address, range(8))
-    return _watched(
-        driver,
-        "row_product_kernel_BFloat16",
-        lambda: driver.layer_norm_linear(0, *pointers, *sizes, EPS, 0, 1, MULTIPROCESSORS, SHARED_LIMIT, 0),
-    )
+    pointers, limits = map(address, range(8)), (MULTIPROCESSORS, SHARED_LIMIT)
+    return _watched(driver, lambda: driver.layer_norm_linear(0, *pointers, *sizes, EPS, 0, 1, *limits, 0))
 
 
-def _linear_residual(batch: int, side: int, width: int, outs: int = 0) -> Launch:
+def _linear_residual(batch: int, side: int, width: int, outs: int = 0) -> list[Launch]:
     driver, sizes = _driver("rows", "MVIT_ONLY_BFLOAT16"), (batch * side * side, width, outs or width)
-    pointers = map(address, range(5))
-    return _watched(
-        driver,
-        "row_product_kernel_BFloat16",
-        lambda: driver.linear_residual(0, *pointers, *sizes, MULTIPROCESSORS, SHARED_LIMIT, 0),
-    )
+    pointers, limits = map(address, range(5)), (MULTIPROCESSORS, SHARED_LIMIT)
+    return _watched(driver, lambda: driver.linear_residual(0, *pointers, *sizes, *limits, 0))
 
 
-def _layer_norm_mlp(batch: int, side: int, width: int, hidden: int = 0) -> Launch:
+def _layer_norm_mlp(batch: int, side: int, width: int, hidden: int = 0) -> list[Launch]:
     driver, sizes = _driver("rows", "MVIT_ONLY_BFLOAT16"), (batch * side * side, width, hidden or 2 * width)
     pointers = map(address, range(10))
-    return _watched(
-        driver, "layer_norm_mlp_kernel_BFloat16", lambda: driver.layer_norm_mlp(0, *pointers, *sizes, EPS, 1, 0)
-    )
+    return _watched(driver, lambda: driver.layer_norm_mlp(0, *pointers, *sizes, EPS, 1, 0))
 
 
-def _patch_attention(batch: int, side: int, width: int) -> Launch:
+def _patch_attention(batch: int, side: int, width: int) -> list[Launch]:
     driver, head_dim, half = _driver("patch_attention", "MVIT_ONLY_BFLOAT16"), width // 4, side // 2
     qkv = (address(0), side * side * 3 * width, side * 3 * width, 3 * width)
     out = (address(1), side * side * width, side * width, width)
     copy = next(size for size in (16, 8, 4) if 2 * head_dim % size == 0)
     sizes = (batch, half, half, 2, 2, 4, head_dim)
-    return _watched(
-        driver,
-        "patch_attention_kernel_BFloat16",
-        lambda: driver.forward(0, *qkv, *out, address(2), *sizes, head_dim**-0.5, copy, 0),
-    )
+    return _watched(driver, lambda: driver.forward(0, *qkv, *out, address(2), *sizes, head_dim**-0.5, copy, 0))
 
 
-_OPERATORS: dict[str, Callable[..., Launch]] = {
+_OPERATORS: dict[str, Callable[..., list[Launch]]] = {
     "transformer": _transformer,
     "layer_norm_linear": _layer_norm_linear,
     "linear_residual": _linear_residual,

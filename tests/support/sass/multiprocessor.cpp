@@ -192,7 +192,8 @@ extern "C" double simulate(const Static* code, const Dynamic* entries, const int
     account[kNotSelected] += std::max(0.0, now - std::max(warp.waits_for, warp.issued + 1) - piped);
 
     // What it does.
-    pipe_free[s][one.pipe] = std::max(pipe_free[s][one.pipe], now) + one.interval;
+    double& pipe = pipe_free[s][one.pipe];  // parts of a cycle are kept, so that intervals of 6.5 are 6 and 7
+    pipe = (pipe > now - 1 ? pipe : now) + one.interval;
     pipe_busy[one.pipe] += one.interval;
     double end = now + one.latency, read_end = now + one.read_latency;
     const auto through_shared = [&](double units) {

@@ -2,7 +2,7 @@
 """Launches of the Triton kernels as an H200 would get them, and their machine code.
 
 Example:
-    >>> launch, file = triton_launch("layer_norm_mlp", batch=256, side=32, width=144)
+    >>> (launch, file), = triton_launches("layer_norm_mlp", batch=256, side=32, width=144)
 
 Triton compiles for sm_90 as `gates.triton_gate` does, so with the assembler that the backend takes.
 """
@@ -37,8 +37,8 @@ class TritonLaunch:
         return self.constants
 
 
-def triton_launch(operator: str, batch: int, side: int, width: int) -> tuple[TritonLaunch, Path]:
-    """The launch of an operator in bfloat16 at MobileViT-S's sizes, and the cubin that has its kernel.
+def triton_launches(operator: str, batch: int, side: int, width: int) -> list[tuple[TritonLaunch, Path]]:
+    """The launches of an operator in bfloat16 at MobileViT-S's sizes, each with the cubin that has its kernel.
 
     Raises:
         LookupError: no such operator.
@@ -53,15 +53,18 @@ def triton_launch(operator: str, batch: int, side: int, width: int) -> tuple[Tri
 
     with watching(90) as launches:
         _OPERATORS[operator](t, t(batch, side, side, width), width)
-    launch = launches[0]
+    return [_described(launch) for launch in launches]
+
+
+def _described(launch) -> tuple[TritonLaunch, Path]:
     compiled = compiled_for(launch, 90)
-    file = BUILT / f"{operator}-{hashlib.sha256(compiled.asm['cubin']).hexdigest()[:16]}.cubin"
+    name = launch.plan.kernel.fn.__name__
+    file = BUILT / f"{name}-{hashlib.sha256(compiled.asm['cubin']).hexdigest()[:16]}.cubin"
     BUILT.mkdir(parents=True, exist_ok=True)
     file.write_bytes(compiled.asm["cubin"])
     bank, _ = constants(launch)
     grid = (*launch.grid, 1, 1)[:3]
-    threads = 32 * launch.plan.num_warps
-    return TritonLaunch(launch.plan.kernel.fn.__name__, grid, threads, compiled.metadata.shared, bank), file
+    return TritonLaunch(name, grid, 32 * launch.plan.num_warps, compiled.metadata.shared, bank), file
 
 
 def _norm(t: Callable, d: int) -> tuple:
