@@ -34,7 +34,7 @@ from support.sass.multiprocessor import BUILT, REASONS, Result, simulate
 from support.sass.pipes import Machine
 from support.sass.trace import Trace, trace
 
-STRETCH = 4  # times as many blocks are simulated as are resident; more follow in the same step
+STRETCH = 8  # times as many blocks are simulated as are resident; more follow in the same step
 
 
 @dataclasses.dataclass

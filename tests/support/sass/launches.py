@@ -55,7 +55,8 @@ def cuda_launches(operator: str, batch: int, side: int, width: int, **more: int)
 
     Args:
         more: other sizes: ``layers``, ``hidden`` and what a plan has of transformer (``tiles``,
-            ``sequences_of_a_block``); ``outs`` of layer_norm_linear and linear_residual; ``hidden`` of layer_norm_mlp.
+            ``sequences_of_a_block``); ``outs`` of layer_norm_linear and linear_residual; ``hidden`` of layer_norm_mlp;
+            ``outs``, ``stride``, ``hidden`` and ``small`` of inverted_residual.
 
     Raises:
         LookupError: no such operator, or no kernel for these sizes.
@@ -133,12 +134,23 @@ def _patch_attention(batch: int, side: int, width: int) -> list[Launch]:
     return _watched(driver, lambda: driver.forward(0, *qkv, *out, address(2), *sizes, head_dim**-0.5, copy, 0))
 
 
+def _inverted_residual(
+    batch: int, side: int, width: int, outs: int = 0, stride: int = 1, hidden: int = 0, small: int = 0
+) -> list[Launch]:
+    outs = outs or width
+    one = f"find_inverted_residual<{width}>({outs}, {stride}, {'true' if small else 'false'}, false)"
+    driver = _driver("inverted_residual", f"MVIT_ONLY_ONE={one}")
+    sizes = (batch, side, side, width, hidden or 4 * width, outs, stride, stride == 1 and width == outs, small)
+    return _watched(driver, lambda: driver.forward(0, *map(address, range(3)), 0, *sizes))
+
+
 _OPERATORS: dict[str, Callable[..., list[Launch]]] = {
     "transformer": _transformer,
     "layer_norm_linear": _layer_norm_linear,
     "linear_residual": _linear_residual,
     "layer_norm_mlp": _layer_norm_mlp,
     "patch_attention": _patch_attention,
+    "inverted_residual": _inverted_residual,
 }
 
 
