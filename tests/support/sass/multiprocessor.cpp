@@ -178,6 +178,7 @@ extern "C" double simulate(const Static* code, const Dynamic* entries, const int
         continue;
       }
     }
+    const int32_t before = std::max(warp.last_number, 0);
     warp.last_number = here.number;
 
     // Where the cycles since its last instruction went.
@@ -186,8 +187,11 @@ extern "C" double simulate(const Static* code, const Dynamic* entries, const int
     const double waited = std::max(0.0, warp.waits_for - std::max(warp.fixed, warp.issued + 1));
     const double piped = std::max(0.0, std::min(now, std::ceil(pipe_free[s][one.pipe])) - std::max(warp.waits_for, warp.issued + 1));
     account[kIssued] += 1;
-    account[warp.cause == kBarrierWait || warp.cause == kFetch || warp.cause == kBranchWait ? warp.cause : kStall] += stalled;
-    account[warp.cause] += waited;
+    // A wait at a barrier and behind a jump is the barrier's and the jump's, not that of what follows.
+    const bool behind = warp.cause == kBarrierWait || warp.cause == kBranchWait;
+    double* const waited_at = behind ? waits + before * kReasons : account;
+    waited_at[behind || warp.cause == kFetch ? warp.cause : kStall] += stalled;
+    waited_at[warp.cause] += waited;
     account[kPipes + one.pipe] += piped;
     account[kNotSelected] += std::max(0.0, now - std::max(warp.waits_for, warp.issued + 1) - piped);
 
