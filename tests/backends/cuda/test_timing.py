@@ -114,6 +114,8 @@ def test_a_barrier_holds_all_warps_of_the_block():
     assert reasons["barrier"] == pytest.approx((30 - 1) + (10 - 1))
     alone, _ = cycles(code, controls, of([[0, 1, 2, 3], [3]]))
     assert alone == 20 + 10, "a warp that has ended is not waited for"
+    left, _ = cycles(code, controls, of([[0, 1, 3], [2, 3]]))
+    assert left == 22 + 10, "nor one that ends while others wait, here after a jump of 12 cycles"
 
 
 def test_warps_hide_each_others_latency():
@@ -300,6 +302,10 @@ def test_integers_are_divided_as_the_compiler_does_it():
     block = Traced(code, 256, bank(), (0, 0, 0))
     block.run()
     assert block.registers.numbers["R8"].tolist() == [37 * thread // 18 for thread in range(256)]
+    code = traced_code("MOV R2, 0x1000001", "I2F.U32.RP R3, R2", "EXIT")
+    block = Traced(code, 32, bank(), (0, 0, 0))
+    block.run()
+    assert set(block.registers.numbers["R3"].tolist()) == {0x4B800001}, "2**24 + 1 is rounded up"
 
 
 # ------------------------------------------------------------------------------------------------------ whole kernels
@@ -341,6 +347,7 @@ def test_resident_blocks():
     assert timing.resident_blocks(dataclasses.replace(launch, shared=76_000), 64, 0, Machine()) == 3
     assert timing.resident_blocks(dataclasses.replace(launch, shared=0), 32, 0, Machine()) == 8  # 64 warps
     assert timing.resident_blocks(launch, 255, 0, Machine()) == 1
+    assert timing.resident_blocks(dataclasses.replace(launch, shared=0), 81, 0, Machine()) == 2  # 88 × 256
 
 
 def test_the_committed_table():
