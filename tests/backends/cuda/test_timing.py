@@ -12,6 +12,7 @@ from gates.sass import Instruction
 from support.sass.control import NONE, Control, control, scheduled
 from support.sass.launches import Launch, cuda_launches
 from support.sass.multiprocessor import REASONS, simulate
+from support.sass.operands import Unknown
 from support.sass.pipes import Machine
 from support.sass.trace import Trace, Traced, trace, wavefronts
 
@@ -116,6 +117,14 @@ def test_a_barrier_holds_all_warps_of_the_block():
     assert alone == 20 + 10, "a warp that has ended is not waited for"
     left, _ = cycles(code, controls, of([[0, 1, 3], [2, 3]]))
     assert left == 22 + 10, "nor one that ends while others wait, here after a jump of 12 cycles"
+
+
+def test_named_barriers_are_refused():
+    code, controls = program(("BAR.SYNC.DEFER_BLOCKING 0x1, 0x40", 5), ("EXIT",))
+    with pytest.raises(
+        Unknown, match="BAR.SYNC.DEFER_BLOCKING 0x1, 0x40: of barriers, only the one of the whole block"
+    ):
+        cycles(code, controls, of([[0, 1]]))
 
 
 def test_warps_hide_each_others_latency():

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gates.sass import Instruction
+from support.sass.operands import Unknown
 
 ACTS = (
     *("plain", "shared", "shuffle", "load", "copy", "store", "close", "wait", "barrier", "branch", "exit"),
@@ -86,7 +87,11 @@ _CONTROL = {
 
 
 def described(one: Instruction, machine: Machine) -> Described:
-    """What an instruction takes."""
+    """What an instruction takes.
+
+    Raises:
+        Unknown: a barrier of a part of the block.
+    """
     base, *parts = one.name.split(".")
     if base in ("HMMA", "IMMA", "DMMA"):
         return Described("plain", "tensor", machine.mma / (2 if parts[0] == "1688" else 1))
@@ -116,6 +121,8 @@ def described(one: Instruction, machine: Machine) -> Described:
     if base in _SPECIAL:
         return Described("variable", "special", 8, machine.special_latency, machine.operand_latency, "special")
     if base == "BAR":
+        if one.operands != "0x0":
+            raise Unknown(f"{one}: of barriers, only the one of the whole block is modelled")
         return Described("barrier", "control", 1)
     if base in _CONTROL:
         return Described("branch" if base in ("BRA", "BRX", "CALL", "RET") else "plain", "control", 1)
