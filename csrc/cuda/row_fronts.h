@@ -6,12 +6,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "rows.h"
+#include "row_product.h"
 #include "tensors.h"
 
 namespace mvit {
 
-// Blocks of 32 rows are far below the grid limit; Triton's limit is the same.
+// Blocks of 16 rows are far below the grid limit; Triton's limit is the same.
 constexpr int64_t kMostRows = int64_t{1} << 31;
 
 // A contiguous tensor, aligned to 16 bytes: the argument itself if it already is one.
@@ -108,8 +108,7 @@ class Arguments {
 inline void run_row_product(const char* op, const RowProduct& args, bool half, const Device& device) {
   if (args.count == 0) return;
   const Limits limits(op);
-  const RowProductPlan plan =
-      plan_row_product(args.count, args.channels, args.out_channels, limits.multiprocessors, limits.shared_bytes);
+  const RowProductPlan plan = plan_row_product(args, limits.multiprocessors, limits.shared_bytes);
   STD_TORCH_CHECK(plan.shared_bytes <= limits.shared_bytes, op, ": rows of ", args.channels, " channels want ",
                   plan.shared_bytes, " bytes of shared memory, and this GPU has ", limits.shared_bytes);
   const auto launch = half ? launch_row_product<true> : launch_row_product<false>;

@@ -92,17 +92,14 @@ def _row_bytes(width: int) -> int:
     return 16 * (width // 8 | 1)
 
 
-def product_bytes(width: int) -> int:
-    """The least shared memory of a product's block, in bytes: 32 rows, and two slots for 64 rows of weights.
-
-    Weights of more than 256 channels pass in parts of at most 256.
+def product_bytes(width: int, normed: bool) -> int:
+    """The least shared memory of a product's block, in bytes: one warp's 16 rows, and 32 columns' weights and biases.
 
     Args:
         width: elements of a row of x, a multiple of 8.
+        normed: of `layer_norm_linear`, which keeps LayerNorm's parameters there too.
     """
-    parts = max(1, math.ceil(width / 256))
-    depth = width if parts == 1 else 16 * math.ceil(math.ceil(width / parts) / 16)
-    return 32 * _row_bytes(width) + 2 * 64 * _row_bytes(depth)
+    return (16 + 32) * _row_bytes(16 * math.ceil(width / 16)) + 64 + (8 * width if normed else 0)
 
 
 def mlp_bytes(width: int) -> int:
@@ -117,13 +114,13 @@ def mlp_bytes(width: int) -> int:
 def _linear_residual(call: Call) -> list[str]:
     width = call.shape[-1]
     reasons = _rows(call, "x", "residual") + _width("the width of x", width)
-    return reasons + _width("out_features", call.fact("out_features")) + _fits(product_bytes(width))
+    return reasons + _width("out_features", call.fact("out_features")) + _fits(product_bytes(width, normed=False))
 
 
 def _layer_norm_linear(call: Call) -> list[str]:
     width = call.shape[-1]
     reasons = _rows(call, "x") + _width("the width of x", width) + _norm_width(width)
-    return reasons + _width("out_features", call.fact("out_features")) + _fits(product_bytes(width))
+    return reasons + _width("out_features", call.fact("out_features")) + _fits(product_bytes(width, normed=True))
 
 
 def _layer_norm_mlp(call: Call) -> list[str]:

@@ -33,7 +33,7 @@ DIVISIONS = {
     "patch_attention_backward_kernel": 2,
     "patch_attention_backward_whole_kernel": 1,
     "patch_attention_kernel": 1,
-    "row_product_kernel": 3,
+    "row_product_kernel": 0,
     "transformer_kernel": 0,
 }
 

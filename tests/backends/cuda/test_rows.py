@@ -2,16 +2,22 @@
 """``layer_norm_linear``, ``linear_residual`` and ``layer_norm_mlp`` in CUDA C++: their own source, run on the CPU with
 a race check on, against float64."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
+from mvit_kernels.backends.cuda import operators
 from support.cases import call, convert, make
 from support.emulation import Driver
 from support.tolerance import assert_close_as_pytorch
 
 WIDTHS = (64, 80, 96, 120, 144, 192, 240)  # of xxs, xs and s
 DTYPES = (torch.bfloat16, torch.float16)
-H100, SMALL = (132, 232448), (4, 101376)  # multiprocessors, and bytes of shared memory that a block may have
+# Multiprocessors, and bytes of shared memory that a block may have. ODD is none: on it, blocks of two warps have one
+# group of columns each, and some of their warps one tile more than others.
+H100, SMALL, ODD = (132, 232448), (4, 101376), (14, 20000)
 
 
 @pytest.fixture(scope="module")
@@ -95,26 +101,63 @@ def test_other_widths(driver, width):
 
 @pytest.mark.parametrize("width", [264, 480, 960])
 def test_linear_residual_of_wide_rows(driver, width):
-    """Their weights are loaded in parts."""
+    """They pass through registers in parts; with few multiprocessors a warp has several tiles of them."""
     check(driver, "linear_residual", dict(shape=(35, width), n=72), torch.bfloat16, (0, 1))
+    check(driver, "linear_residual", dict(shape=(35, width), n=72), torch.bfloat16, gpu=(1, 110000))
 
 
-@pytest.mark.parametrize("rows", [1, 31, 32, 63, 64, 65, 129])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 63, 64, 65, 129])
 def test_rows(driver, rows):
-    check(driver, "layer_norm_linear", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=(1, H100[1]))
-    check(driver, "linear_residual", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=(1, H100[1]))
+    check(driver, "layer_norm_linear", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=(1, SMALL[1]))
+    check(driver, "linear_residual", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=ODD)
     check(driver, "layer_norm_mlp", dict(shape=(rows, 80), hidden=80), torch.bfloat16)
 
 
-@pytest.mark.parametrize("gpu", [(1, H100[1]), (1, SMALL[1]), (8, H100[1]), H100], ids=str)
+def plan_of(driver, count, channels, out_channels, normed, gpu):
+    """The launch of a row product: warps, blocks along the rows, groups of 32 columns a block, blocks along the columns,
+    tiles of 16 channels, and bytes of shared memory."""
+    numbers = torch.zeros(6, dtype=torch.int64)
+    driver.row_product_plan(0, numbers, count, channels, out_channels, normed, *gpu)
+    return numbers.tolist()
+
+
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual"])
-def test_plans(driver, operator, gpu):
-    """Blocks of four, two and one warps, and columns divided among one, some and many blocks give the same bits."""
-    tensors, settings = make(operator, dict(shape=(150, 240), n=400))
+def test_plans(driver, operator):
+    """One tile a warp, several, and warps without one; columns of one block and of many: all give the same bits."""
+    sizes = dict(shape=(150, 120), n=200)
+    tensors, settings = make(operator, sizes)
     tensors = convert(tensors, torch.bfloat16)
-    one, other = (launch(driver, operator, tensors, settings, 0, each)["out"] for each in (gpu, SMALL))
-    assert torch.equal(one, other) and one.isfinite().all()
-    check(driver, operator, dict(shape=(150, 240), n=400), torch.bfloat16, gpu=gpu)
+    gpus = [(1, H100[1]), (1, SMALL[1]), (1, 30000), (8, H100[1]), H100, ODD]
+    plans = [plan_of(driver, 150, 120, 200, operator == "layer_norm_linear", gpu) for gpu in gpus]
+    turns = [10 / (warps * blocks) for warps, blocks, *_ in plans]
+    assert min(turns) < 1 and 1 < max(turns)
+    assert {blocks_y for _, _, _, blocks_y, _, _ in plans} >= {1, 2, 7}
+    check(driver, operator, sizes, torch.bfloat16, gpu=gpus[0])
+    results = [launch(driver, operator, tensors, settings, seed, gpu) for seed, gpu in enumerate(gpus)]
+    for gpu, result in zip(gpus, results, strict=True):
+        for name, value in result.items():
+            assert torch.equal(value, results[0][name]), f"{name} on {gpu}"
+
+
+@pytest.mark.parametrize("gpu", [H100, (108, 166912), (84, 101376), (1, 101376)], ids=str)
+def test_plans_of_the_published_models(driver, gpu):
+    """They fit, every tile and column has one block, and there are no more blocks than multiprocessors."""
+    multiprocessors, shared = gpu
+    for width, images, rows in itertools.product(WIDTHS, (1, 16, 256), (64, 256, 1024)):
+        for normed, features in ((True, 3 * width), (True, 2 * width), (False, width)):
+            warps, blocks_x, groups, blocks_y, depth, used = plan_of(driver, images * rows, width, features, normed, gpu)
+            assert used <= shared and 1 <= warps <= 16 and depth == math.ceil(width / 16)
+            assert groups * (blocks_y - 1) < math.ceil(features / 32) <= groups * blocks_y
+            assert warps * (blocks_x - 1) < math.ceil(images * rows / 16)
+            assert blocks_x * blocks_y <= max(multiprocessors, blocks_y)
+            if gpu == H100:  # with many rows, warps enough to hide latency; with few, work for many multiprocessors
+                assert images * rows < 65536 or warps * blocks_x * blocks_y >= 12 * 120
+                assert images * rows > 1024 or blocks_x * blocks_y >= min(100, math.ceil(features / 32))
+
+
+def test_the_least_shared_memory_is_what_python_says(driver):
+    for width, normed in itertools.product((*range(8, 264, 8), 960, 1032, 2400, 4096), (True, False)):
+        assert plan_of(driver, 1, width, 8, normed, H100)[-1] == operators.product_bytes(width, normed)
 
 
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "layer_norm_mlp"])
@@ -173,18 +216,27 @@ def test_matrices_lie_in_different_banks(driver):
 
 RACE = "no barrier after|nobody wrote it|in flight"
 WRONG = "error .* is over"
-NEXT = "sync_threads();  // the next tile"
+OUTSIDE = "outside of every buffer"
 FC1, HIDDEN = "sync_threads();  // fc1's rows", "sync_threads();  // hidden values"
-PRODUCT, MLP, TILES = "row_product_kernel.cu", "layer_norm_mlp_kernel.cu", "row_tiles.h"
+PRODUCT, FRAGMENTS = "row_product_kernel.cu", "row_fragments.h"
+MLP, TILES = "layer_norm_mlp_kernel.cu", "row_tiles.h"
 FAULTS = [
-    (PRODUCT, NEXT, "//", RACE),
-    (PRODUCT, f"wait_copies<0>();\n    {NEXT}", NEXT, "in flight"),
-    (PRODUCT, "wait_copies<1>();\n    sync_warp();", "wait_copies<1>();", RACE),
-    (PRODUCT, "copy_matrix(slots + stage % 2 * slot_bytes", "copy_matrix(slots", RACE),
-    (PRODUCT, "c >= args.out_channels", "c > args.out_channels", "outside of every buffer|no barrier after"),
-    (PRODUCT, "row >= left", "row > left", "outside of every buffer"),
-    (PRODUCT, "wait_copies<0>();\n  sync_threads();", "wait_copies<0>();", RACE),
-    (TILES, "row < valid_rows && unit < valid_units", "true", "outside of every buffer"),
+    (PRODUCT, "sync_warp();  // all lanes' copies are in the slice", "", RACE),
+    (PRODUCT, "sync_warp();  // all lanes have read the slice", "", RACE),
+    (PRODUCT, "sync_warp();  // all lanes are done with the slice", "", RACE),
+    (PRODUCT, "sync_threads();  // LayerNorm's parameters are there", "", RACE),
+    (PRODUCT, "sync_threads();  // weights and biases are there", "", RACE),
+    (PRODUCT, "wait_copies<1>();\n      sync_threads();", "sync_threads();", "in flight"),
+    (PRODUCT, "if (weights_there)\n      wait_copies<0>();\n    else", "", "in flight"),
+    (PRODUCT, "int64_t{plan.blocks_x} * plan.warps;", "plan.warps;", RACE),
+    (PRODUCT, "block_index_y() * plan.groups * kColumnGroup", "block_index_y() * kColumnGroup", RACE),
+    (PRODUCT, "row / 2 % 4 * 8 + row / 8 % 4 * 2", "row / 8 % 4 * 8 + row / 2 % 4 * 2", WRONG),
+    (PRODUCT, "column < columns && row", "row", f"{OUTSIDE}|{RACE}"),
+    (PRODUCT, "&& row + 8 * half < args.count; }", "; }", OUTSIDE),
+    (PRODUCT, "of_group + 32 * k", "of_group", WRONG),
+    (FRAGMENTS, "row < valid_rows && at.unit < valid_units", "row < valid_rows", f"{OUTSIDE}|{WRONG}"),
+    (FRAGMENTS, "k + 1 < kDepthTiles && k + 1 < tiles", "k + 1 < kDepthTiles && k + 2 < tiles", WRONG),
+    (TILES, "row < valid_rows && unit < valid_units", "true", OUTSIDE),
     (TILES, "rstds[pass] * weight[j]", "weight[j]", WRONG),
     (TILES, "if (k < depth) step", "if (false) step", WRONG),
     (TILES, "count = static_cast<float>(channels)", "count = static_cast<float>(channels + 8)", WRONG),
@@ -192,29 +244,35 @@ FAULTS = [
     (MLP, HIDDEN, "//", RACE),
     (MLP, f"wait_copies<0>();\n    {HIDDEN}", HIDDEN, "in flight"),
     (MLP, "copy_fc1(h + kHiddenTile);", "copy_fc1(h);", WRONG),
-    (MLP, "h + column < args.hidden_channels", "true", "outside of every buffer"),
+    (MLP, "h + column < args.hidden_channels", "true", OUTSIDE),
 ]
 
 
 @pytest.mark.parametrize("header, text, other, says", FAULTS, ids=range(len(FAULTS)))
 def test_a_planted_fault_is_found(header, text, other, says):
-    driver = Driver("rows", [(header, text, other)], ["MVIT_ONLY_BFLOAT16"])
+    kernels = "MVIT_ONLY_PRODUCTS" if header in (PRODUCT, FRAGMENTS) else "MVIT_ONLY_MLP"
+    driver = Driver("rows", [(header, text, other)], ["MVIT_ONLY_BFLOAT16", kernels])
     for seed in range(5 if says in (RACE, "in flight") else 2):  # without a race, any order has the same values
         with pytest.raises(AssertionError, match=says):
-            run_all(driver, seed)
+            run_all(driver, seed, kernels)
 
 
 def test_a_mean_by_the_reciprocal_alone_is_found():
     """1 / 120 is rounded, and a sum of 120 equal values times it is not always the value."""
     text = "fmaf(fmaf(-mean, count, sum), one_of, mean)"
-    driver = Driver("rows", [("fragments.h", text, "mean")], ["MVIT_ONLY_BFLOAT16"])
+    driver = Driver("rows", [("fragments.h", text, "mean")], ["MVIT_ONLY_BFLOAT16", "MVIT_ONLY_PRODUCTS"])
     assert any(not torch.equal(ours["mean"], x[:, 0].float()) for x, ours, _ in of_equal_values(driver, 120))
 
 
-def test_without_a_fault_the_same_is_right():
-    run_all(Driver("rows", macros=["MVIT_ONLY_BFLOAT16"]), 0)
+def test_without_a_fault_the_same_is_right(driver):
+    for kernels in ("MVIT_ONLY_PRODUCTS", "MVIT_ONLY_MLP"):
+        run_all(driver, 0, kernels)
 
 
-def run_all(driver, seed):
-    check(driver, "layer_norm_linear", dict(shape=(70, 120), n=200), torch.bfloat16, (seed,), (1, H100[1]))
-    check(driver, "layer_norm_mlp", dict(shape=(70, 120), hidden=200), torch.bfloat16, (seed,))
+def run_all(driver, seed, kernels):
+    if kernels == "MVIT_ONLY_MLP":
+        check(driver, "layer_norm_mlp", dict(shape=(70, 120), hidden=200), torch.bfloat16, (seed,))
+        return
+    check(driver, "layer_norm_linear", dict(shape=(70, 120), n=200), torch.bfloat16, (seed,), ODD)
+    check(driver, "layer_norm_linear", dict(shape=(37, 120), n=200), torch.bfloat16, (seed,), (2, 60000))
+    check(driver, "linear_residual", dict(shape=(40, 264), n=72), torch.bfloat16, (seed,), (1, 40000))

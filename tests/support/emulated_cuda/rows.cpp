@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Driver for tests/backends/cuda/test_rows.py: launches the kernels of the row-wise operators.
+// Driver for tests/backends/cuda/test_rows.py: launches the kernels of the row-wise operators. With MVIT_ONLY_MLP or
+// MVIT_ONLY_PRODUCTS, only some of them are compiled; with MVIT_ONLY_BFLOAT16, only those.
+#ifndef MVIT_ONLY_PRODUCTS
 #include <layer_norm_mlp_kernel.cu>
+#endif
+#ifndef MVIT_ONLY_MLP
 #include <row_product_kernel.cu>
+#endif
 
 using namespace mvit;
 
-// With MVIT_ONLY_BFLOAT16, only the bfloat16 kernels are compiled.
 #ifdef MVIT_ONLY_BFLOAT16
 constexpr bool kHalf = false;
 #else
@@ -13,6 +17,21 @@ constexpr bool kHalf = true;
 #endif
 
 extern "C" {
+
+#ifndef MVIT_ONLY_MLP
+
+// The plan of layer_norm_linear (normed) or linear_residual, as six numbers.
+const char* row_product_plan(uint64_t, int64_t* numbers, int64_t count, int64_t channels, int64_t out_channels,
+                             int64_t normed, int64_t multiprocessors, int64_t shared_limit) {
+  RowProduct args{};
+  args.count = count;
+  args.channels = static_cast<int>(channels), args.out_channels = static_cast<int>(out_channels);
+  args.residual = normed ? nullptr : numbers;
+  const auto plan = plan_row_product(args, static_cast<int>(multiprocessors), static_cast<int>(shared_limit));
+  const int of_plan[] = {plan.warps, plan.blocks_x, plan.groups, plan.blocks_y, plan.depth_tiles, plan.shared_bytes};
+  for (const int number : of_plan) *numbers++ = number;
+  return nullptr;
+}
 
 const char* layer_norm_linear(uint64_t seed, const void* x, const void* norm_weight, const void* norm_bias,
                               const void* weight, const void* bias, void* out, float* mean, float* rstd, int64_t count,
@@ -24,8 +43,7 @@ const char* layer_norm_linear(uint64_t seed, const void* x, const void* norm_wei
   args.channels = static_cast<int>(channels), args.out_channels = static_cast<int>(out_channels);
   args.silu = silu != 0;
   args.norm = {norm_weight, norm_bias, norm_in_float != 0, norm_in_float != 0, static_cast<float>(eps)};
-  const RowProductPlan plan = plan_row_product(count, args.channels, args.out_channels,
-                                               static_cast<int>(multiprocessors), static_cast<int>(shared_limit));
+  const auto plan = plan_row_product(args, static_cast<int>(multiprocessors), static_cast<int>(shared_limit));
   emulation::seed = seed;
   (half ? launch_row_product<kHalf> : launch_row_product<false>)(args, plan, nullptr);
   return emulation_result(emulation::last_report);
@@ -38,12 +56,14 @@ const char* linear_residual(uint64_t seed, const void* x, const void* weight, co
   args.x = x, args.weight = weight, args.bias = bias, args.out = out, args.residual = residual;
   args.count = count;
   args.channels = static_cast<int>(channels), args.out_channels = static_cast<int>(out_channels);
-  const RowProductPlan plan = plan_row_product(count, args.channels, args.out_channels,
-                                               static_cast<int>(multiprocessors), static_cast<int>(shared_limit));
+  const auto plan = plan_row_product(args, static_cast<int>(multiprocessors), static_cast<int>(shared_limit));
   emulation::seed = seed;
   (half ? launch_row_product<kHalf> : launch_row_product<false>)(args, plan, nullptr);
   return emulation_result(emulation::last_report);
 }
+
+#endif
+#ifndef MVIT_ONLY_PRODUCTS
 
 const char* layer_norm_mlp(uint64_t seed, const void* x, const void* norm_weight, const void* norm_bias,
                            const void* fc1_weight, const void* fc1_bias, const void* fc2_weight, const void* fc2_bias,
@@ -59,5 +79,7 @@ const char* layer_norm_mlp(uint64_t seed, const void* x, const void* norm_weight
   (half ? launch_layer_norm_mlp<kHalf> : launch_layer_norm_mlp<false>)(args, nullptr);
   return emulation_result(emulation::last_report);
 }
+
+#endif
 
 }  // extern "C"
