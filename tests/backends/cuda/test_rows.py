@@ -114,8 +114,8 @@ def test_rows(driver, rows):
 
 
 def plan_of(driver, count, channels, out_channels, normed, gpu):
-    """The launch of a row product: warps, blocks along the rows, groups of 32 columns a block, blocks along the columns,
-    tiles of 16 channels, and bytes of shared memory."""
+    """The launch of a row product: warps, blocks along the rows; groups of 32 columns a block, blocks along them;
+    tiles of 16 channels, bytes of shared memory."""
     numbers = torch.zeros(6, dtype=torch.int64)
     driver.row_product_plan(0, numbers, count, channels, out_channels, normed, *gpu)
     return numbers.tolist()
@@ -145,7 +145,8 @@ def test_plans_of_the_published_models(driver, gpu):
     multiprocessors, shared = gpu
     for width, images, rows in itertools.product(WIDTHS, (1, 16, 256), (64, 256, 1024)):
         for normed, features in ((True, 3 * width), (True, 2 * width), (False, width)):
-            warps, blocks_x, groups, blocks_y, depth, used = plan_of(driver, images * rows, width, features, normed, gpu)
+            plan = plan_of(driver, images * rows, width, features, normed, gpu)
+            warps, blocks_x, groups, blocks_y, depth, used = plan
             assert used <= shared and 1 <= warps <= 16 and depth == math.ceil(width / 16)
             assert groups * (blocks_y - 1) < math.ceil(features / 32) <= groups * blocks_y
             assert warps * (blocks_x - 1) < math.ceil(images * rows / 16)
