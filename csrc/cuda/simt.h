@@ -42,6 +42,7 @@ using Shared = uint32_t;  // an address in the block's shared memory: bytes from
 #define MVIT_DEVICE __device__ __forceinline__
 #define MVIT_UNROLL _Pragma("unroll")
 #define MVIT_ROLLED _Pragma("unroll 1")
+#define MVIT_UNROLL_BY_4 _Pragma("unroll 4")
 
 namespace mvit {
 

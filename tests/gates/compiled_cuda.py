@@ -44,6 +44,12 @@ def test_rows_in_bfloat16(operator, sizes):
     test_rows.check(driver("rows"), operator, sizes, torch.bfloat16)
 
 
+@pytest.mark.parametrize("width", [120, 240])
+def test_rows_of_warps_with_32(width):
+    sizes = dict(shape=(70, width), n=72)
+    test_rows.check(driver("rows"), "layer_norm_linear", sizes, torch.bfloat16, gpu=test_rows.PAIRS)
+
+
 @pytest.mark.parametrize("operator", ["linear_residual", "layer_norm_linear", "layer_norm_mlp"])
 def test_rows_in_float16(operator):
     sizes = dict(shape=(2, 3, 5, 120), **({"hidden": 240} if "mlp" in operator else {"n": 120}))

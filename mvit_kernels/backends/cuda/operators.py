@@ -99,7 +99,7 @@ def product_bytes(width: int, normed: bool) -> int:
         width: elements of a row of x, a multiple of 8.
         normed: of `layer_norm_linear`, which keeps LayerNorm's parameters there too.
     """
-    return (16 + 32) * _row_bytes(16 * math.ceil(width / 16)) + 64 + (8 * width if normed else 0)
+    return (16 + 32) * _row_bytes(16 * math.ceil(width / 16)) + 64 + (16 * width if normed else 0)
 
 
 def mlp_bytes(width: int) -> int:

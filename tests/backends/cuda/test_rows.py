@@ -15,9 +15,10 @@ from support.tolerance import assert_close_as_pytorch
 
 WIDTHS = (64, 80, 96, 120, 144, 192, 240)  # of xxs, xs and s
 DTYPES = (torch.bfloat16, torch.float16)
-# Multiprocessors, and bytes of shared memory that a block may have. ODD is none: on it, blocks of two warps have one
-# group of columns each, and some of their warps one tile more than others.
-H100, SMALL, ODD = (132, 232448), (4, 101376), (14, 20000)
+H100, SMALL = (132, 232448), (4, 101376)  # multiprocessors, and bytes of shared memory that a block may have
+# Or a plan of a row product: row tiles of a warp, warps, blocks along the rows, groups of 32 columns of a block. In the
+# first, warps have two turns or one of 70 rows; in the second, one or none; the third is for rows in parts.
+ODD, PAIRS, DEEP = (1, 2, 2, 1), (2, 2, 2, 2), (1, 2, 1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,10 @@ def driver():
 
 
 def launch(driver, operator, tensors, settings, seed, gpu, out=None):
-    """The raw operator's results, by emulation."""
+    """The raw operator's results, by emulation. `gpu`: two numbers, or a plan's four."""
+    if len(gpu) == 4:
+        driver.set_row_product_plan(0, *gpu)
+        gpu = (0, -1)
     x = tensors["x"]
     count, half, in_float = x.numel() // x.shape[-1], x.dtype == torch.float16, False
     features = x.shape[-1] if operator == "layer_norm_mlp" else tensors["weight"].shape[0]
@@ -75,6 +79,7 @@ def check(driver, operator, sizes, dtype, seeds=(0,), gpu=H100, norm_dtype=None)
 def test_layer_norm_linear(driver, width, dtype):
     check(driver, "layer_norm_linear", dict(shape=(2, 3, 5, width), n=3 * width), dtype, (0, 1, 2))
     check(driver, "layer_norm_linear", dict(shape=(33, width), n=72, activation="silu", bias=False), dtype)
+    check(driver, "layer_norm_linear", dict(shape=(70, width), n=72, activation="silu"), dtype, gpu=(2, 1, 2, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,64 +106,67 @@ def test_other_widths(driver, width):
 
 @pytest.mark.parametrize("width", [264, 480, 960])
 def test_linear_residual_of_wide_rows(driver, width):
-    """They pass through registers in parts; with few multiprocessors a warp has several tiles of them."""
+    """They pass through registers in parts."""
     check(driver, "linear_residual", dict(shape=(35, width), n=72), torch.bfloat16, (0, 1))
-    check(driver, "linear_residual", dict(shape=(35, width), n=72), torch.bfloat16, gpu=(1, 110000))
+    check(driver, "linear_residual", dict(shape=(35, width), n=72), torch.bfloat16, gpu=DEEP)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 63, 64, 65, 129])
 def test_rows(driver, rows):
-    check(driver, "layer_norm_linear", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=(1, SMALL[1]))
+    check(driver, "layer_norm_linear", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=PAIRS)
     check(driver, "linear_residual", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=ODD)
     check(driver, "layer_norm_mlp", dict(shape=(rows, 80), hidden=80), torch.bfloat16)
 
 
 def plan_of(driver, count, channels, out_channels, normed, gpu):
-    """The launch of a row product: warps, blocks along the rows; groups of 32 columns a block, blocks along them;
-    tiles of 16 channels, bytes of shared memory."""
-    numbers = torch.zeros(6, dtype=torch.int64)
-    driver.row_product_plan(0, numbers, count, channels, out_channels, normed, *gpu)
+    """The launch of a row product: row tiles of a warp, warps, blocks along the rows; groups of 32 columns of a block,
+    blocks along them; tiles of 16 channels, bytes of shared memory."""
+    numbers = torch.zeros(7, dtype=torch.int64)
+    driver.planned_row_product(0, numbers, count, channels, out_channels, normed, *gpu)
     return numbers.tolist()
 
 
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual"])
 def test_plans(driver, operator):
-    """One tile a warp, several, and warps without one; columns of one block and of many: all give the same bits."""
+    """16 rows a warp and 32; many turns of a warp, one and none; columns of one block and of many: the same bits."""
     sizes = dict(shape=(150, 120), n=200)
     tensors, settings = make(operator, sizes)
     tensors = convert(tensors, torch.bfloat16)
-    gpus = [(1, H100[1]), (1, SMALL[1]), (1, 30000), (8, H100[1]), H100, ODD]
-    plans = [plan_of(driver, 150, 120, 200, operator == "layer_norm_linear", gpu) for gpu in gpus]
-    turns = [10 / (warps * blocks) for warps, blocks, *_ in plans]
-    assert min(turns) < 1 and 1 < max(turns)
-    assert {blocks_y for _, _, _, blocks_y, _, _ in plans} >= {1, 2, 7}
-    check(driver, operator, sizes, torch.bfloat16, gpu=gpus[0])
-    results = [launch(driver, operator, tensors, settings, seed, gpu) for seed, gpu in enumerate(gpus)]
-    for gpu, result in zip(gpus, results, strict=True):
-        for name, value in result.items():
-            assert torch.equal(value, results[0][name]), f"{name} on {gpu}"
+    check(driver, operator, sizes, torch.bfloat16)
+    plain = launch(driver, operator, tensors, settings, 0, H100)
+    plans = [(1, 1, 1, 7), (1, 16, 1, 4), (1, 2, 3, 1)]
+    if operator == "layer_norm_linear":
+        plans += [(2, 1, 2, 3), (2, 8, 1, 7), PAIRS]
+    for seed, plan in enumerate(plans):
+        for name, value in launch(driver, operator, tensors, settings, seed, plan).items():
+            assert torch.equal(value, plain[name]), f"{name} with {plan}"
 
 
 @pytest.mark.parametrize("gpu", [H100, (108, 166912), (84, 101376), (1, 101376)], ids=str)
 def test_plans_of_the_published_models(driver, gpu):
-    """They fit, every tile and column has one block, and there are no more blocks than multiprocessors."""
+    """They fit, every row and column has one warp, and there are no more blocks than multiprocessors."""
     multiprocessors, shared = gpu
-    for width, images, rows in itertools.product(WIDTHS, (1, 16, 256), (64, 256, 1024)):
+    for width, images, tokens in itertools.product(WIDTHS, (1, 16, 256), (64, 256, 1024)):
+        rows = images * tokens
         for normed, features in ((True, 3 * width), (True, 2 * width), (False, width)):
-            plan = plan_of(driver, images * rows, width, features, normed, gpu)
-            warps, blocks_x, groups, blocks_y, depth, used = plan
-            assert used <= shared and 1 <= warps <= 16 and depth == math.ceil(width / 16)
+            plan = plan_of(driver, rows, width, features, normed, gpu)
+            row_tiles, warps, blocks_x, groups, blocks_y, depth, used = plan
+            assert used <= shared and 1 <= warps <= 16 // row_tiles and depth == math.ceil(width / 16)
             assert groups * (blocks_y - 1) < math.ceil(features / 32) <= groups * blocks_y
-            assert warps * (blocks_x - 1) < math.ceil(images * rows / 16)
+            assert warps * (blocks_x - 1) < math.ceil(rows / (16 * row_tiles))
             assert blocks_x * blocks_y <= max(multiprocessors, blocks_y)
-            if gpu == H100:  # with many rows, warps enough to hide latency; with few, work for many multiprocessors
-                assert images * rows < 65536 or warps * blocks_x * blocks_y >= 12 * 120
-                assert images * rows > 1024 or blocks_x * blocks_y >= min(100, math.ceil(features / 32))
+            if gpu == H100:  # many rows: warps that hide latency; few: work for many multiprocessors
+                assert rows < 65536 or (row_tiles == 1 + normed and row_tiles * warps * blocks_x * blocks_y >= 1440)
+                assert rows > 1024 or blocks_x * blocks_y >= min(60, math.ceil(features / 32))
 
 
 def test_the_least_shared_memory_is_what_python_says(driver):
-    for width, normed in itertools.product((*range(8, 264, 8), 960, 1032, 2400, 4096), (True, False)):
-        assert plan_of(driver, 1, width, 8, normed, H100)[-1] == operators.product_bytes(width, normed)
+    driver.set_row_product_plan(0, 1, 1, 1, 1)
+    for width, normed in itertools.product((*range(8, 264, 8), 960, 1032, 2400), (True, False)):
+        needed = operators.product_bytes(width, normed)
+        assert plan_of(driver, 1000, width, 72, normed, (0, -1))[-1] == needed
+        assert plan_of(driver, 1000, width, 72, normed, (132, needed))[-1] <= needed
+        assert plan_of(driver, 1000, width, 72, normed, (132, needed - 1))[-1] == needed  # and it is refused
 
 
 @pytest.mark.parametrize("operator", ["layer_norm_linear", "layer_norm_mlp"])
@@ -228,15 +236,15 @@ FAULTS = [
     (PRODUCT, "sync_threads();  // LayerNorm's parameters are there", "", RACE),
     (PRODUCT, "sync_threads();  // weights and biases are there", "", RACE),
     (PRODUCT, "wait_copies<1>();\n      sync_threads();", "sync_threads();", "in flight"),
-    (PRODUCT, "if (weights_there)\n      wait_copies<0>();\n    else", "", "in flight"),
-    (PRODUCT, "int64_t{plan.blocks_x} * plan.warps;", "plan.warps;", RACE),
+    (PRODUCT, "wait_copies<0>();", "wait_copies<1>();", "in flight"),
+    (PRODUCT, "int64_t{plan.blocks_x} * plan.warps * kRows;", "plan.warps * kRows;", RACE),
     (PRODUCT, "block_index_y() * plan.groups * kColumnGroup", "block_index_y() * kColumnGroup", RACE),
     (PRODUCT, "row / 2 % 4 * 8 + row / 8 % 4 * 2", "row / 8 % 4 * 8 + row / 2 % 4 * 2", WRONG),
     (PRODUCT, "column < columns && row", "row", f"{OUTSIDE}|{RACE}"),
-    (PRODUCT, "&& row + 8 * half < args.count; }", "; }", OUTSIDE),
+    (PRODUCT, "&& row + 8 * i < args.count; }", "; }", OUTSIDE),
     (PRODUCT, "of_group + 32 * k", "of_group", WRONG),
-    (FRAGMENTS, "row < valid_rows && at.unit < valid_units", "row < valid_rows", f"{OUTSIDE}|{WRONG}"),
-    (FRAGMENTS, "k + 1 < kDepthTiles && k + 1 < tiles", "k + 1 < kDepthTiles && k + 2 < tiles", WRONG),
+    (FRAGMENTS, "const bool valid = unit < valid_units", "const bool valid = true", f"{OUTSIDE}|{WRONG}"),
+    (FRAGMENTS, "k + 1 < TILES && k + 1 < tiles", "k + 1 < TILES && k + 2 < tiles", WRONG),
     (TILES, "row < valid_rows && unit < valid_units", "true", OUTSIDE),
     (TILES, "rstds[pass] * weight[j]", "weight[j]", WRONG),
     (TILES, "if (k < depth) step", "if (false) step", WRONG),
@@ -275,5 +283,5 @@ def run_all(driver, seed, kernels):
         check(driver, "layer_norm_mlp", dict(shape=(70, 120), hidden=200), torch.bfloat16, (seed,))
         return
     check(driver, "layer_norm_linear", dict(shape=(70, 120), n=200), torch.bfloat16, (seed,), ODD)
-    check(driver, "layer_norm_linear", dict(shape=(37, 120), n=200), torch.bfloat16, (seed,), (2, 60000))
-    check(driver, "linear_residual", dict(shape=(40, 264), n=72), torch.bfloat16, (seed,), (1, 40000))
+    check(driver, "layer_norm_linear", dict(shape=(70, 120), n=200), torch.bfloat16, (seed,), PAIRS)
+    check(driver, "linear_residual", dict(shape=(40, 264), n=72), torch.bfloat16, (seed,), DEEP)

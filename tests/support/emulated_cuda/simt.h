@@ -14,6 +14,7 @@
 #define MVIT_DEVICE inline
 #define MVIT_UNROLL
 #define MVIT_ROLLED
+#define MVIT_UNROLL_BY_4
 
 namespace mvit {
 
