@@ -101,7 +101,7 @@ def test_an_inverted_residual_that_filters_in_float16(shape, dtype):
         (r"bar\.sync\s+0;", "", "no barrier|nobody wrote it|in flight"),
         (r"cp\.async\.wait_group\s+\d;", "", "in flight|ends with copies"),
         (r"(st\.global\S+\s+\[%rd\d+)\]", r"\1+65536]", "a write of .* is outside of every buffer"),
-        (r"selp\.b(\d+)\s+(%rd?\d+), (%rd\d+|16), 0, %p\d+;", r"mov.b\1 \2, \3;", "a read .* is outside of every"),
+        (r"selp\.b32\s+(%r\d+), (?:16, 0|0, 16), %p\d+;", r"mov.b32 \1, 16;", "a read .* is outside of every"),
     ],
     ids=["barriers", "waits", "stores", "copies past the end"],
 )
