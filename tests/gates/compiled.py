@@ -8,7 +8,6 @@ Triton's interpreter (interpreted.py) runs the source instead; there no layout, 
 compiler's exists.
 """
 
-import importlib
 import os
 
 import pytest
@@ -20,6 +19,7 @@ from support.cases import call, convert, make
 from support.checks import check
 from support.ptx import serve_cpu_tensors
 from support.ptx.serve_cpu_tensors import launched
+from support.row_tiles import as_for_many_rows
 from support.tolerance import assert_close_as_pytorch
 
 assert os.environ.get("MVIT_KERNELS_COMPILED") == "1", "run it with MVIT_KERNELS_COMPILED=1"
@@ -43,7 +43,8 @@ ATTENTION = [
 ]
 LIVE = dict(projection=0.1, mlp=0.1, path1=0.1, path2=0.1)
 KERNELS = {  # all of backends/triton
-    *("_forward", "_backward", "_sum_parts", "_product", "_weight_gradients", "_normed_product", "_norm_backward"),
+    *("_forward", "_backward", "_sum_parts", "_product", "_product_resident", "_weight_gradients"),
+    *("_normed_product", "_norm_backward"),
     *("_mlp", "_hidden", "_drop", "_backward_whole", "_backward_blocks", "forward", "backward", "_projected"),
 }
 # Of batch norm in parts. Those of frozen networks are executed by gates/executed.py.
@@ -117,12 +118,20 @@ def test_the_convolution_behind_the_last_norm():
     assert_close_as_pytorch("part", whole[:, 96:], usual, truth)
 
 
-@pytest.mark.parametrize("d", [144, 192, 240])
-def test_the_tiles_for_many_rows(monkeypatch, d):
-    """Those of a batch from 8193 rows on, at a few."""
-    module = importlib.import_module("mvit_kernels.backends.triton.linear_residual")
-    monkeypatch.setattr(module, "_FEW_ROWS", 0)
-    check("linear_residual", dict(shape=(70, d), n=d), dtype="bfloat16", path="triton")
+@pytest.mark.parametrize(
+    "operator, sizes",
+    [
+        ("layer_norm_linear", dict(shape=(130, 80), n=150)),
+        ("layer_norm_mlp", dict(shape=(70, 80), hidden=80)),
+        ("linear_residual", dict(shape=(130, 80), n=80)),
+        ("linear_residual", dict(shape=(70, 192), n=192)),  # too wide for the weight to stay
+    ],
+    ids=str,
+)
+def test_the_tiles_for_many_rows(monkeypatch, operator, sizes):
+    """Those of 9.0, with two programs where they share tiles of rows."""
+    as_for_many_rows(monkeypatch)
+    check(operator, sizes, dtype="bfloat16", path="triton", gradients=False)
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

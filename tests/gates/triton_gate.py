@@ -144,8 +144,7 @@ def source(launch) -> tuple[object, dict]:
             constants[(index,)] = value
         else:
             signature[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
-    return ASTSource(kernel, signature, constants, attributes), options
+    return ASTSource(kernel, signature, constants, attributes), dict(plan.options)
 
 
 def tile(launch) -> str:
@@ -153,7 +152,9 @@ def tile(launch) -> str:
     names = [p.name for p in launch.plan.kernel.params][-len(launch.plan.constants) :]
     pairs = zip(names, launch.plan.constants, strict=True)
     shown = [f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in pairs if v]
-    return " ".join([*shown, f"warps={launch.plan.num_warps}", f"stages={launch.plan.num_stages}"])
+    plan = launch.plan
+    limit = [f"maxnreg={plan.registers}"] if plan.registers else []
+    return " ".join([*shown, f"warps={plan.num_warps}", f"stages={plan.num_stages}", *limit])
 
 
 def compiled_for(launch, arch: int):

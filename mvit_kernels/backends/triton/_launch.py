@@ -52,11 +52,19 @@ _target: int | None = None  # the architecture to plan for, when nothing is laun
 class Plan:
     """One kernel with its constants and options, and its compiled form for each device."""
 
-    __slots__ = ("kernel", "constants", "num_warps", "num_stages", "_compiled")
+    __slots__ = ("kernel", "constants", "num_warps", "num_stages", "registers", "_compiled")
 
-    def __init__(self, kernel: Any, constants: tuple[Any, ...], *, num_warps: int, num_stages: int) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        constants: tuple[Any, ...],
+        *,
+        num_warps: int,
+        num_stages: int,
+        registers: int | None = None,
+    ) -> None:
         self.kernel, self.constants = kernel, constants
-        self.num_warps, self.num_stages = num_warps, num_stages
+        self.num_warps, self.num_stages, self.registers = num_warps, num_stages, registers
         self._compiled: dict[int, Any] = {}  # device index -> compiled kernel, for 16-byte-aligned pointers
 
     def __call__(
@@ -114,6 +122,12 @@ class Plan:
             *self.constants,
         )
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the kernel is compiled with. `registers` is the most that a thread may have, where that is limited."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
+
     def by_triton(self, device: int, grid: tuple[int, ...], arguments: Sequence[Any]) -> Any:
         """Launch as Triton itself does, which compiles the kernel or finds it; return the compiled kernel.
 
@@ -123,13 +137,7 @@ class Plan:
             arguments: of the kernel, the constants included.
         """
         with assembler.sound(_architecture(device)) as options:
-            return self.kernel[grid](
-                *arguments,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
-                enable_fp_fusion=FP_FUSION,
-                **options,
-            )
+            return self.kernel[grid](*arguments, **self.options, **options)
 
 
 def _profiled() -> bool:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _rows
+
 MAX_PIXELS = 2**31 - 1
 
 
@@ -131,19 +133,10 @@ def places(first, BM: tl.constexpr, H: tl.constexpr, W: tl.constexpr, WIDE: tl.c
 
 
 @triton.jit
-def silu(y):
-    """y / (1 + exp(−y)) in six instructions instead of twelve. A quotient and `exp` check for operands that would be
-    flushed to 0; `exp2` and `rsqrt` do not, and 1/d is rsqrt(d · d) for d ≥ 1. Where d · d overflows, from y = −44 on,
-    the result is −0 instead of −3e-18."""
-    d = 1.0 + tl.exp2(y * -1.4426950408889634)
-    return y * tl.rsqrt(d * d)
-
-
-@triton.jit
 def activated(y, ACTIVATION: tl.constexpr):
     """SiLU, ReLU, or y itself."""
     if ACTIVATION == "silu":
-        return silu(y)
+        return _rows.silu(y)
     elif ACTIVATION == "relu":
         return tl.where(y < 0, 0.0, y)  # NaN stays NaN, as in PyTorch
     else:

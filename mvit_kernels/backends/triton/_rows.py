@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the row-wise kernels share: tiles of rows, LayerNorm's statistics, and a product over whole rows.
 
-A row is held as a tuple of NC chunks of KC columns. Tiles must be powers of two wide, and widths such as 144 = 9 · 16
-are not: padded to 256, half of the work and of the registers would be wasted (LayerNorm + linear: 215 registers a
-thread instead of 128; the whole MLP spills). Tuples can also be carried through a loop, so accumulators have the same
-form.
+A row is held as a tuple of NC chunks of KC columns, and one of KT more unless KT is 0. Tiles must be powers of two
+wide, and widths such as 144 = 128 + 16 are not: padded to 256, half of the work and of the registers would be wasted
+(LayerNorm + linear: 215 registers a thread instead of 128; the whole MLP spills). Tuples can also be carried through a
+loop, so accumulators have the same form. Only the last chunk can be wider than what is left of a row.
+
+Why few and wide chunks, and not 9 · 16: with wgmma a product of one chunk is waited for before the next one begins, and
+a warp's load of 16 columns is of 16 lines of the cache, one of 64 columns of 4.
 
 Offsets inside a tile are 32 bits wide, and that of its first element is a 64-bit scalar: 64-bit tile offsets cost 10 to
 22 instructions, 64-bit scalars none.
@@ -57,12 +60,22 @@ def load_vector(base, i, end, CHECK: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, rows, end, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
+def columns_of(c: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr, KT: tl.constexpr):
+    """The columns of chunk c."""
+    if c < NC:
+        return c * KC + tl.arange(0, KC)
+    else:
+        return NC * KC + tl.arange(0, KT)
+
+
+@triton.jit
+def load_rows(base, rows, end, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr, KT: tl.constexpr = 0):
     """Rows of K contiguous elements as a tuple of chunks."""
     chunks = ()
     for c in tl.static_range(NC):
-        columns = c * KC + tl.arange(0, KC)
-        chunks = chunks + (load(base, rows, columns, end, K, K, 1, True, (c + 1) * KC > K),)
+        chunks = chunks + (load(base, rows, columns_of(c, KC, NC, KT), end, K, K, 1, True, (c + 1) * KC > K),)
+    if KT > 0:
+        chunks = chunks + (load(base, rows, columns_of(NC, KC, NC, KT), end, K, K, 1, True, NC * KC + KT > K),)
     return chunks
 
 
@@ -77,29 +90,37 @@ def centred(x, middle, columns, K: tl.constexpr, CHECK: tl.constexpr):
 
 @triton.jit
 def mean_and_rstd(first, shift, squares, mean, eps, K: tl.constexpr):
-    """`mean`, which is first + shift rounded, and 1/sqrt(variance + eps), with that rounding error taken out."""
+    """`mean`, which is first + shift rounded, and 1/sqrt(variance + eps), with that rounding error taken out; `squares`
+    are summed up."""
     error = shift - (mean - first)
-    variance = tl.sum(squares, axis=1) * (1.0 / K) - error * error
+    variance = squares * (1.0 / K) - error * error
     return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
 
 @triton.jit
-def statistics(base, chunks, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
+def statistics(base, chunks, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr, KT: tl.constexpr = 0):
     """Mean and 1/sqrt(variance + eps) of each row, in two passes over registers: E[x²] − E[x]² cancels where
     |mean| ≫ σ. The mean is taken of differences from the row's first element, so that the mean of equal values is that
     value exactly (the sum of 144 times 7.1, over 144, is not 7.1, and 1/σ makes 316 times as much of the difference).
     Chunks are added up before columns are, for a shorter sum."""
     first = tl.load(base + rows * K, mask=rows < end, other=0.0).to(tl.float32)
-    total = centred(chunks[0], first, tl.arange(0, KC), K, KC > K)
+    total = centred(chunks[0], first, columns_of(0, KC, NC, KT), K, KC > K)
     for c in tl.static_range(1, NC):
-        total += centred(chunks[c], first, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
-    shift = tl.sum(total, axis=1) * (1.0 / K)
+        total += centred(chunks[c], first, columns_of(c, KC, NC, KT), K, (c + 1) * KC > K)
+    total = tl.sum(total, axis=1)
+    if KT > 0:
+        total += tl.sum(centred(chunks[NC], first, columns_of(NC, KC, NC, KT), K, NC * KC + KT > K), axis=1)
+    shift = total * (1.0 / K)
     mean = first + shift
-    difference = centred(chunks[0], mean, tl.arange(0, KC), K, KC > K)
+    difference = centred(chunks[0], mean, columns_of(0, KC, NC, KT), K, KC > K)
     squares = difference * difference
     for c in tl.static_range(1, NC):
-        difference = centred(chunks[c], mean, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
+        difference = centred(chunks[c], mean, columns_of(c, KC, NC, KT), K, (c + 1) * KC > K)
         squares += difference * difference
+    squares = tl.sum(squares, axis=1)
+    if KT > 0:
+        difference = centred(chunks[NC], mean, columns_of(NC, KC, NC, KT), K, NC * KC + KT > K)
+        squares += tl.sum(difference * difference, axis=1)
     return mean_and_rstd(first, shift, squares, mean, eps, K)
 
 
@@ -120,7 +141,7 @@ def statistics_of_long_rows(base, rows, end, eps, K: tl.constexpr, KC: tl.conste
         x = load(base, rows, columns, end, K, K, 1, True, K % KC != 0)
         difference = centred(x, mean, columns, K, K % KC != 0)
         squares += difference * difference
-    return mean_and_rstd(first, shift, squares, mean, eps, K)
+    return mean_and_rstd(first, shift, tl.sum(squares, axis=1), mean, eps, K)
 
 
 @triton.jit
@@ -133,12 +154,26 @@ def normalized(x, mean, rstd, norm_weight, norm_bias, columns, K: tl.constexpr, 
 
 
 @triton.jit
-def normalized_rows(chunks, mean, rstd, norm_weight, norm_bias, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
+def normalized_rows(
+    chunks,
+    mean,
+    rstd,
+    norm_weight,
+    norm_bias,
+    K: tl.constexpr,
+    KC: tl.constexpr,
+    NC: tl.constexpr,
+    KT: tl.constexpr = 0,
+):
     """`normalized` for every chunk."""
     results = ()
     for c in tl.static_range(NC):
-        columns = c * KC + tl.arange(0, KC)
+        columns = columns_of(c, KC, NC, KT)
         results = results + (normalized(chunks[c], mean, rstd, norm_weight, norm_bias, columns, K, (c + 1) * KC > K),)
+    if KT > 0:
+        columns = columns_of(NC, KC, NC, KT)
+        last = normalized(chunks[NC], mean, rstd, norm_weight, norm_bias, columns, K, NC * KC + KT > K)
+        results = results + (last,)
     return results
 
 
@@ -176,11 +211,13 @@ def add_product(a, b, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def zero_rows(BM: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
+def zero_rows(BM: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr, KT: tl.constexpr = 0):
     """Accumulators for a tile of rows."""
     chunks = ()
     for _ in tl.static_range(NC):
         chunks = chunks + (tl.zeros([BM, KC], tl.float32),)
+    if KT > 0:
+        chunks = chunks + (tl.zeros([BM, KT], tl.float32),)
     return chunks
 
 
@@ -224,6 +261,15 @@ def sigmoid(x):
     """1 / (1 + exp(−x)), without overflow: exp is only taken of −|x|."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def silu(y):
+    """y / (1 + exp(−y)) in six instructions instead of twelve. A quotient and `exp` check for operands that would be
+    flushed to 0; `exp2` and `rsqrt` do not, and 1/d is rsqrt(d · d) for d ≥ 1. Where d · d overflows, from y = −44 on,
+    the result is −0 instead of −3e-18."""
+    d = 1.0 + tl.exp2(y * -1.4426950408889634)
+    return y * tl.rsqrt(d * d)
 
 
 @triton.jit

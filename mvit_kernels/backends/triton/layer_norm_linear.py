@@ -14,6 +14,7 @@ import triton.language as tl
 from . import _rows
 from ._launch import Launch, Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
 from ._row_gradients import norm_backward
+from ._tiles import FEW_ROWS, Tile, tailed
 from ._weight_gradients import Norm, Product, weight_gradients
 
 OP = "layer_norm_linear"
@@ -38,6 +39,7 @@ def _normed_product(
     BN: tl.constexpr,
     KC: tl.constexpr,
     NC: tl.constexpr,
+    KT: tl.constexpr,
     RESIDENT: tl.constexpr,
     SILU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -55,27 +57,28 @@ def _normed_product(
     rows, end = tl.arange(0, BM), M - first_row
     x += offset * K
     if RESIDENT:
-        chunks = _rows.load_rows(x, rows, end, K, KC, NC)
+        chunks = _rows.load_rows(x, rows, end, K, KC, NC, KT)
     if grad_out is not None:
         mu = tl.load(mean + offset + rows, mask=rows < end, other=0.0)
         sigma = tl.load(rstd + offset + rows, mask=rows < end, other=0.0)
     else:
         if RESIDENT:
-            mu, sigma = _rows.statistics(x, chunks, rows, end, eps, K, KC, NC)
+            mu, sigma = _rows.statistics(x, chunks, rows, end, eps, K, KC, NC, KT)
         else:
             mu, sigma = _rows.statistics_of_long_rows(x, rows, end, eps, K, KC, BM)
         if tl.program_id(1) == 0:
             tl.store(mean + offset + rows, mu, mask=rows < end)
             tl.store(rstd + offset + rows, sigma, mask=rows < end)
+    LAST: tl.constexpr = NC if KT > 0 else NC - 1
     if RESIDENT:
-        operands = _rows.normalized_rows(chunks, mu, sigma, norm_weight, norm_bias, K, KC, NC)
+        operands = _rows.normalized_rows(chunks, mu, sigma, norm_weight, norm_bias, K, KC, NC, KT)
     for n in range(tl.program_id(1) * BN, N, tl.num_programs(1) * BN):
         columns = n + tl.arange(0, BN)
         y = tl.zeros([BM, BN], tl.float32)
         if RESIDENT:
-            for c in tl.static_range(NC):
-                ks = c * KC + tl.arange(0, KC)
-                w = _rows.load(weight, ks, columns, K, N, 1, K, (c + 1) * KC > K, N % BN != 0)
+            for c in tl.static_range(LAST + 1):
+                ks = _rows.columns_of(c, KC, NC, KT)
+                w = _rows.load(weight, ks, columns, K, N, 1, K, c == LAST and NC * KC + KT > K, N % BN != 0)
                 y = _rows.add_product(operands[c], w, y, PRECISION)
         else:
             for k in range(0, K, KC):
@@ -90,28 +93,52 @@ def _normed_product(
             grad = _rows.load(grad_out + offset * N, rows, columns, end, N, N, 1, True, N % BN != 0)
             y = _rows.silu_backward(grad.to(tl.float32), y)
         elif SILU:
-            y = y * _rows.sigmoid(y)
+            y = _rows.silu(y)
         _rows.store(out + offset * (N + GAP), y, rows, columns, end, N, N + GAP, N % BN != 0)
 
 
-# By kind: rows, columns, widest chunk of k, warps, stages; RESIDENT up to this width.
+# Columns are those of a turn. Up to _RESIDENT columns, rows of 16 bits stay on chip.
+#
+# On 9.0 (wgmma): the weights' copies are three stages deep, for with two a turn begins by waiting for what the turn
+# before began last. 128 rows share a tile of weights; 128 registers a thread leave room for two programs an SM.
 _TILES = {
-    "half": (64, 64, 64, 4, 2, 256),
-    "tf32": (64, 64, 32, 4, 2, 0),
-    "ieee": (32, 32, 16, 4, 2, 0),  # chunks of 32 spill 8 to 24 bytes
+    "wgmma 160": Tile(128, 64, 64, 8, 3, 128),  # up to 160 columns: 106 KB at 144
+    "wgmma 160 float16": Tile(128, 64, 32, 8, 3, 128),  # chunks of 64 spill 8 bytes with Triton 3.8
+    "wgmma 192": Tile(128, 32, 64, 8, 3, 128),  # 92 KB; with 64 columns 136, and one program
+    "wgmma 256": Tile(64, 32, 64, 4, 3),  # 84 KB; 128 rows spill within 128 registers
+    "wgmma few": Tile(64, 64, 64, 4, 3),  # up to FEW_ROWS rows of 192 columns; 104 KB at 192
+    "half": Tile(64, 64, 64, 4, 2),
+    "half 256": Tile(64, 64, 64, 4, 1),  # above 192 columns two stages take 104 KB, and 8.6, 8.9 and 12.0 have 99
+    "tf32": Tile(64, 64, 32, 4, 2),
+    "ieee": Tile(32, 32, 16, 4, 2),  # chunks of 32 spill 8 to 24 bytes
 }
+_RESIDENT = 256
 _PROGRAMS = 264  # two for each SM of a large GPU: with fewer tiles of rows, programs share the columns
 
 
+def tile_key(kind: str, arch: int, K: int, few: bool) -> str:
+    """Which row of `_TILES` serves rows of K columns."""
+    if kind != "half":
+        return kind
+    if arch != 90 or K > _RESIDENT:
+        return "half 256" if is_small(arch) and K > 192 else "half"
+    return "wgmma few" if few and K <= 192 else f"wgmma {next(most for most in (160, 192, 256) if K <= most)}"
+
+
 @lru_cache(maxsize=4096)
-def _plan(device, dtype, vectors, kind, arch, K, N, activation, backward, gap):
-    BM, BN, widest, warps, stages, resident = _TILES[kind]
-    BN = min(BN, max(next_power_of_2(N), 16))
-    KC, NC = chunked(K, widest if K <= resident else min(widest, 32))
-    if K > 192 and kind == "half" and is_small(arch):
-        stages = 1  # two take 104 KB of shared memory, and a block of 8.6, 8.9 and 12.0 has 99
-    constants = (K, N, BM, BN, KC, NC, K <= resident, activation == "silu", "ieee" if kind == "ieee" else "tf32", gap)
-    return Plan(_normed_product, constants, num_warps=warps, num_stages=stages), BM, ceil_div(N, BN)
+def _plan(device, dtype, vectors, kind, arch, K, N, few, activation, backward, gap):
+    key = tile_key(kind, arch, K, few)
+    key = f"{key} float16" if dtype == torch.float16 and f"{key} float16" in _TILES else key
+    tile, resident = _TILES[key], kind == "half" and K <= _RESIDENT
+    BN = min(tile.columns, max(next_power_of_2(N), 16))
+    if key.startswith("wgmma"):
+        chunks = tailed(K, tile.chunk)
+    else:
+        chunks = (*chunked(K, tile.chunk if resident else min(tile.chunk, 32)), 0)
+    precision = "ieee" if kind == "ieee" else "tf32"
+    constants = (K, N, tile.rows, BN, *chunks, resident, activation == "silu", precision, gap)
+    plan = Plan(_normed_product, constants, num_warps=tile.warps, num_stages=tile.stages, registers=tile.registers)
+    return plan, tile.rows, ceil_div(N, BN)
 
 
 def launch(
@@ -128,6 +155,7 @@ def launch(
         architecture(x),
         K,
         N,
+        rows <= FEW_ROWS,
         activation,
         grad_out is not None,
         out.stride(-2) - N if rows > 1 else 0,

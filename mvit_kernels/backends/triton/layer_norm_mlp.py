@@ -16,6 +16,7 @@ from . import _rows
 from ._dropout import NOTHING, Dropped, element_factor, row_factor
 from ._launch import Launch, Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
 from ._row_gradients import norm_backward
+from ._tiles import FEW_ROWS, Tile, tailed
 from ._weight_gradients import Norm, Product, weight_gradients
 
 OP = "layer_norm_mlp"
@@ -46,6 +47,7 @@ def _mlp(
     BH: tl.constexpr,
     KC: tl.constexpr,
     NC: tl.constexpr,
+    KT: tl.constexpr,
     PRECISION: tl.constexpr,
     DROP: tl.constexpr,
     PATH: tl.constexpr,
@@ -61,39 +63,41 @@ def _mlp(
     offset = first_row.to(tl.int64)
     rows, end = tl.arange(0, BM), M - first_row
     x += offset * K
-    chunks = _rows.load_rows(x, rows, end, K, KC, NC)
-    mu, sigma = _rows.statistics(x, chunks, rows, end, eps, K, KC, NC)
+    chunks = _rows.load_rows(x, rows, end, K, KC, NC, KT)
+    mu, sigma = _rows.statistics(x, chunks, rows, end, eps, K, KC, NC, KT)
     tl.store(mean + offset + rows, mu, mask=rows < end)
     tl.store(rstd + offset + rows, sigma, mask=rows < end)
-    operands = _rows.normalized_rows(chunks, mu, sigma, norm_weight, norm_bias, K, KC, NC)
+    operands = _rows.normalized_rows(chunks, mu, sigma, norm_weight, norm_bias, K, KC, NC, KT)
     CHECK_H: tl.constexpr = HIDDEN % BH != 0
-    accumulators = _rows.zero_rows(BM, KC, NC)
+    LAST: tl.constexpr = NC if KT > 0 else NC - 1
+    RAGGED: tl.constexpr = NC * KC + KT > K
+    accumulators = _rows.zero_rows(BM, KC, NC, KT)
     for h in range(0, HIDDEN, BH):
         hs = h + tl.arange(0, BH)
         hidden = tl.zeros([BM, BH], tl.float32)
-        for c in tl.static_range(NC):
-            ks = c * KC + tl.arange(0, KC)
-            w = _rows.load(fc1_weight, ks, hs, K, HIDDEN, 1, K, (c + 1) * KC > K, CHECK_H)
+        for c in tl.static_range(LAST + 1):
+            ks = _rows.columns_of(c, KC, NC, KT)
+            w = _rows.load(fc1_weight, ks, hs, K, HIDDEN, 1, K, RAGGED and c == LAST, CHECK_H)
             hidden = _rows.add_product(operands[c], w, hidden, PRECISION)
         hidden += _rows.load_vector(fc1_bias, hs, HIDDEN, CHECK_H)[None, :]
-        active = (hidden * _rows.sigmoid(hidden)).to(x.dtype.element_ty)
+        active = _rows.silu(hidden).to(x.dtype.element_ty)
         updated = ()
-        for c in tl.static_range(NC):
-            ks = c * KC + tl.arange(0, KC)
-            w = _rows.load(fc2_weight, hs, ks, HIDDEN, K, 1, HIDDEN, CHECK_H, (c + 1) * KC > K)
+        for c in tl.static_range(LAST + 1):
+            ks = _rows.columns_of(c, KC, NC, KT)
+            w = _rows.load(fc2_weight, hs, ks, HIDDEN, K, 1, HIDDEN, CHECK_H, RAGGED and c == LAST)
             updated = updated + (_rows.add_product(active, w, accumulators[c], PRECISION),)
         accumulators = updated
     if PATH:
         kept = row_factor(seed, first_row, path_threshold, path_scale, BRANCH, H, W, PH, PW, BM)
-    for c in tl.static_range(NC):
-        columns = c * KC + tl.arange(0, KC)
-        y = accumulators[c] + _rows.load_vector(fc2_bias, columns, K, (c + 1) * KC > K)[None, :]
+    for c in tl.static_range(LAST + 1):
+        columns = _rows.columns_of(c, KC, NC, KT)
+        y = accumulators[c] + _rows.load_vector(fc2_bias, columns, K, RAGGED and c == LAST)[None, :]
         if DROP:
-            y *= element_factor(seed, first_row, c * KC, threshold, scale, BRANCH, BM, KC)
+            y *= element_factor(seed, first_row, c * KC, threshold, scale, BRANCH, BM, KC if c < NC else KT)
         if PATH:
             y *= kept[:, None]
-        y += _rows.load(x, rows, columns, end, K, K, 1, True, (c + 1) * KC > K).to(tl.float32)
-        _rows.store(out + offset * K, y, rows, columns, end, K, K, (c + 1) * KC > K)
+        y += _rows.load(x, rows, columns, end, K, K, 1, True, RAGGED and c == LAST).to(tl.float32)
+        _rows.store(out + offset * K, y, rows, columns, end, K, K, RAGGED and c == LAST)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -144,14 +148,21 @@ def _hidden(
     _rows.store(grad_hidden + offset * HIDDEN, _rows.silu_backward(grad, t), rows, hs, end, HIDDEN, HIDDEN, CHECK_H)
 
 
-# By kind: rows, hidden chunk, widest chunk of columns, warps, stages.
+# Columns are hidden ones, a turn's.
+#
+# On 9.0 (wgmma) four warps have whole rows: with eight for 64 rows a product is 16 or 8 columns wide, and what it
+# costs to begin one counts. Three stages: with two, a turn begins by waiting for what the turn before began last.
 _TILES = {
-    "half": (64, 32, 64, 8, 2),
-    "tf32": (32, 16, 64, 8, 2),
-    "ieee": (16, 16, 32, 8, 1),  # a chunk is also one of the partial sums of fc1, which must be short
+    "wgmma 160": Tile(64, 32, 64, 4, 3, 168),  # up to 160 columns: 72 KB at 144, three programs an SM
+    "wgmma 192": Tile(64, 32, 64, 4, 3),  # 96 KB, two
+    "wgmma 256": Tile(128, 32, 64, 8, 3),  # 160 KB: one, of 128 rows; two of 64 would have room for two stages
+    "wgmma few": Tile(64, 32, 64, 4, 3),  # up to FEW_ROWS rows
+    "half": Tile(64, 32, 64, 8, 2),
+    "half 256": Tile(32, 32, 64, 8, 2),  # above 192 columns, 64 rows spill 112 bytes
+    "tf32": Tile(32, 16, 64, 8, 2),
+    "ieee": Tile(16, 16, 32, 8, 1),  # a chunk is also one of the partial sums of fc1, which must be short
+    "wide": Tile(16, 16, 64, 8, 1),  # above 256 columns
 }
-_TILE_WIDE = (16, 16, 64, 8, 1)  # above 256 columns
-_TILE_240 = (32, 32, 64, 8, 2)  # with mma.sync, 64 rows of 256 columns spill 112 bytes
 # By kind: rows, hidden columns, k step, warps, stages.
 _HIDDEN_TILES = {
     "half": (64, 64, 16, 4, 2),
@@ -160,15 +171,25 @@ _HIDDEN_TILES = {
 }
 
 
-@lru_cache(maxsize=4096)
-def _plan(device, dtype, norm_dtype, kind, arch, K, HIDDEN, drop):
-    BM, BH, widest, warps, stages = _TILES[kind]
+def tile_key(kind: str, arch: int, K: int, few: bool) -> str:
+    """Which row of `_TILES` serves rows of K columns."""
     if K > 256:
-        BM, BH, widest, warps, stages = _TILE_WIDE
-    elif K > 192 and kind == "half" and is_small(arch):
-        BM, BH, widest, warps, stages = _TILE_240
-    constants = (K, HIDDEN, BM, BH, *chunked(K, widest), "ieee" if kind == "ieee" else "tf32", *drop)
-    return Plan(_mlp, constants, num_warps=warps, num_stages=stages), BM
+        return "wide"
+    if kind != "half":
+        return kind
+    if arch != 90:
+        return "half 256" if is_small(arch) and K > 192 else "half"
+    return "wgmma few" if few else f"wgmma {next(most for most in (160, 192, 256) if K <= most)}"
+
+
+@lru_cache(maxsize=4096)
+def _plan(device, dtype, norm_dtype, kind, arch, K, HIDDEN, few, drop):
+    key = tile_key(kind, arch, K, few)
+    tile = _TILES[key]
+    chunks = tailed(K, tile.chunk) if key.startswith("wgmma") else (*chunked(K, tile.chunk), 0)
+    constants = (K, HIDDEN, tile.rows, tile.columns, *chunks, "ieee" if kind == "ieee" else "tf32", *drop)
+    plan = Plan(_mlp, constants, num_warps=tile.warps, num_stages=tile.stages, registers=tile.registers)
+    return plan, tile.rows
 
 
 @lru_cache(maxsize=4096)
@@ -190,9 +211,9 @@ def launch(
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, mean, rstd, eps, drop: Dropped = NOTHING
 ) -> Launch:
     """Prepare ``out = x + fc2(silu(fc1(LN(x))))`` with its `mean` and `rstd`, of contiguous tensors."""
-    plan, BM = _plan(*_key(x, norm_weight, norm_bias, fc1_weight), drop.constants)
-    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, drop.seed, out, mean, rstd)
     rows = mean.numel()
+    plan, BM = _plan(*_key(x, norm_weight, norm_bias, fc1_weight), rows <= FEW_ROWS, drop.constants)
+    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, drop.seed, out, mean, rstd)
     return Launch(plan, (ceil_div(rows, BM),), tensors, (rows, eps, *drop.scalars))
 
 

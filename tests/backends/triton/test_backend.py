@@ -175,6 +175,12 @@ def test_a_kernel_is_looked_up_once(launch):
     ]
 
 
+def test_registers_can_be_limited(launch):
+    kernel = Kernel()
+    launch.Plan(kernel, (), num_warps=8, num_stages=3, registers=128)((1,), (torch.zeros(8),))
+    assert kernel.slow[0][2] == dict(num_warps=8, num_stages=3, enable_fp_fusion=True, maxnreg=128)
+
+
 def test_kernels_for_hopper_are_assembled_soundly(launch, monkeypatch):
     """`assembler.sound` is entered for the compilation, and its options reach the launch."""
     entered = []
@@ -339,49 +345,3 @@ def test_in_the_interpreter():
 
 def test_info_knows_the_backend():
     assert set(backends.operators("triton")) == set(FACTS)
-
-
-# ------------------------------------------------------------------------------------------------------------ the tuner
-
-
-def test_the_tuner_says_that_it_needs_a_gpu(monkeypatch, capsys):
-    from mvit_kernels.backends.triton import tune
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main(["--width", "144"]) == 2
-    assert capsys.readouterr().err.startswith("tune: it measures on a GPU, and the Triton backend has none here: ")
-
-
-def test_the_tuner_finds_the_fastest_row_and_leaves_the_table_alone():
-    """Timed by a fake clock, over plans for GPUs that are not there."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from mvit_kernels.backends.triton import (
-        _row_gradients,
-        _weight_gradients,
-        layer_norm_linear,
-        layer_norm_mlp,
-        linear_residual,
-        tune,
-    )
-    from mvit_kernels.backends.triton._launch import watching
-
-    modules = [_row_gradients, _weight_gradients, layer_norm_linear, layer_norm_mlp, linear_residual]
-    seen = set()
-
-    def clock(run):
-        launches.clear()
-        run()
-        plan = launches[0].plan
-        seen.add((plan.num_warps, plan.num_stages))
-        if plan.num_stages == 1:
-            raise RuntimeError("out of resources")
-        return 1.0 if (plan.num_warps, plan.num_stages) == (8, 3) else 2.0
-
-    with watching(target=90) as launches:
-        for name, table, run in tune.jobs(64, 1, torch.bfloat16, "meta"):
-            before = dict(table)
-            row, took, standing = tune.best_row(table, "half", run, clock, modules)
-            assert (took, standing) == (1.0, 2.0), name
-            assert 8 in row and 3 in row and len(row) == len(before["half"])
-            assert table == before
-    assert seen == {(warps, stages) for warps in (4, 8) for stages in (1, 2, 3)}
