@@ -273,6 +273,16 @@ def silu(y):
 
 
 @triton.jit
+def silu_as(y, PRECISION: tl.constexpr):
+    """SiLU behind a product of that precision: `silu`, whose reciprocal is off by up to a unit of float32, unless all
+    else is in full float32."""
+    if PRECISION == "ieee":
+        return y * sigmoid(y)
+    else:
+        return silu(y)
+
+
+@triton.jit
 def silu_backward(grad, x):
     """The gradient before SiLU, from the gradient behind it and the value x before it."""
     s = sigmoid(x)

@@ -93,7 +93,7 @@ def _normed_product(
             grad = _rows.load(grad_out + offset * N, rows, columns, end, N, N, 1, True, N % BN != 0)
             y = _rows.silu_backward(grad.to(tl.float32), y)
         elif SILU:
-            y = _rows.silu(y)
+            y = _rows.silu_as(y, PRECISION)
         _rows.store(out + offset * (N + GAP), y, rows, columns, end, N, N + GAP, N % BN != 0)
 
 
@@ -103,7 +103,7 @@ def _normed_product(
 # before began last. 128 rows share a tile of weights; 128 registers a thread leave room for two programs an SM.
 _TILES = {
     "wgmma 160": Tile(128, 64, 64, 8, 3, 128),  # up to 160 columns: 106 KB at 144
-    "wgmma 160 float16": Tile(128, 64, 32, 8, 3, 128),  # chunks of 64 spill 8 bytes with Triton 3.8
+    "wgmma 160 tight": Tile(128, 64, 32, 8, 3, 128),  # where chunks of 64 spill 8 bytes, see `_plan`
     "wgmma 192": Tile(128, 32, 64, 8, 3, 128),  # 92 KB; with 64 columns 136, and one program
     "wgmma 256": Tile(64, 32, 64, 4, 3),  # 84 KB; 128 rows spill within 128 registers
     "wgmma few": Tile(64, 64, 64, 4, 3),  # up to FEW_ROWS rows of 192 columns; 104 KB at 192
@@ -128,7 +128,8 @@ def tile_key(kind: str, arch: int, K: int, few: bool) -> str:
 @lru_cache(maxsize=4096)
 def _plan(device, dtype, vectors, kind, arch, K, N, few, activation, backward, gap):
     key = tile_key(kind, arch, K, few)
-    key = f"{key} float16" if dtype == torch.float16 and f"{key} float16" in _TILES else key
+    if dtype == torch.float16 or activation:  # 8 bytes of stack with Triton 3.8, and with 3.6
+        key = "wgmma 160 tight" if key == "wgmma 160" else key
     tile, resident = _TILES[key], kind == "half" and K <= _RESIDENT
     BN = min(tile.columns, max(next_power_of_2(N), 16))
     if key.startswith("wgmma"):

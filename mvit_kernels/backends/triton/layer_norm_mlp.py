@@ -80,7 +80,7 @@ def _mlp(
             w = _rows.load(fc1_weight, ks, hs, K, HIDDEN, 1, K, RAGGED and c == LAST, CHECK_H)
             hidden = _rows.add_product(operands[c], w, hidden, PRECISION)
         hidden += _rows.load_vector(fc1_bias, hs, HIDDEN, CHECK_H)[None, :]
-        active = _rows.silu(hidden).to(x.dtype.element_ty)
+        active = _rows.silu_as(hidden, PRECISION).to(x.dtype.element_ty)
         updated = ()
         for c in tl.static_range(LAST + 1):
             ks = _rows.columns_of(c, KC, NC, KT)

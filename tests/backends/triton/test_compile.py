@@ -64,7 +64,9 @@ def test_the_whole_table():
         judge(row)
 
 
-@pytest.mark.parametrize("kernel", ["_product", "_normed_product", "_mlp", "_weight_gradients", "_norm_backward"])
+@pytest.mark.parametrize(
+    "kernel", ["_product", "_product_resident", "_normed_product", "_mlp", "_weight_gradients", "_norm_backward"]
+)
 def test_large_products_are_hopper_s_own(kernel):
     """wgmma reads its operand from shared memory once for 64 rows; smaller tiles silently fall back to mma.sync."""
     rows = [r for r in COMMITTED if r["kernel"].endswith(f".{kernel}") and r["arch"] == 90 and "16" in r["dtype"]]
@@ -79,8 +81,9 @@ def test_the_table_is_of_what_would_be_launched(arch):
 
 # Every kernel, and every architecture, but not each on each: a kernel takes two to six seconds.
 AGAIN = [
-    *((90, 144, name, "") for name in ("_normed_product", "_mlp", "_norm_backward", "_backward_whole", "_product")),
-    *((90, 144, name, "DROP=1") for name in ("_mlp", "_product", "_drop")),
+    *((90, 144, name, "") for name in ("_normed_product", "_mlp", "_norm_backward", "_backward_whole", "_resident")),
+    *((90, 144, name, "DROP=1") for name in ("_mlp", "_resident", "_drop")),
+    *((90, 240, name, "DROP=1") for name in ("residual._product",)),
     *((80, 144, name, "") for name in ("_hidden", "patch_attention._forward", "layer_norm._backward")),
     (80, 144, "_weight_gradients", "N3="),  # a whole layer's
     (100, 192, "patch_attention._forward", ""),
@@ -110,6 +113,22 @@ def test_compiled_again(arch, d, name, has, monkeypatch):
     assert committed, "run `make gate`"
     if row["triton"] == committed[0]["triton"]:
         assert row in committed, f"{row} is not what {TABLE.name} has: run `make gate` and look at its diff"
+
+
+@pytest.mark.parametrize("kernel, waits", [("_normed_product", 3), ("_mlp", 4), ("_product_resident", 9)])
+def test_rows_on_hopper_take_wide_products_and_copies(kernel, waits, monkeypatch):
+    """144 = 64 + 64 + 16 columns: all but the last 16 are multiplied 32 and more at a time and copied by 16 bytes, and
+    a wait comes behind the products of a chunk. (With chunks of 16 the MLP had 36 products of 16 and 8 columns, copied
+    by 4 bytes.)"""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(TABLE.parents[2] / "build" / "triton"))
+    launches = stage(144, 64, torch.bfloat16, "highest", 90, 0.0)
+    launch = next(each for each in launches if each.plan.kernel.fn.__name__ == kernel)
+    ptx = compiled_for(launch, 90).asm["ptx"]
+    columns = [int(n) for n in re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k16", ptx)]
+    sizes = [int(n, 16) for n in re.findall(r"cp\.async\.c\S+ \[[^]]*\], \[[^]]*\], (0x\w+)", ptx)]
+    assert sum(n for n in columns if n >= 32) >= 0.85 * sum(columns) > 0
+    assert sum(n for n in sizes if n == 16) >= 0.8 * sum(sizes) > 0
+    assert ptx.count("wgmma.wait_group") <= waits
 
 
 @pytest.mark.parametrize(
