@@ -70,7 +70,9 @@ def test_the_whole_table():
 def test_large_products_are_hopper_s_own(kernel):
     """wgmma reads its operand from shared memory once for 64 rows; smaller tiles silently fall back to mma.sync."""
     rows = [r for r in COMMITTED if r["kernel"].endswith(f".{kernel}") and r["arch"] == 90 and "16" in r["dtype"]]
-    assert rows and all(row["mma"] == "wgmma" and row["async_copies"] for row in rows)
+    assert rows and all(row["mma"] == "wgmma" for row in rows)
+    one_turn = [row for row in rows if row["tile"].startswith("K=64 ") and "BK=64" in row["tile"]]  # nothing to overlap
+    assert all(row["async_copies"] for row in rows if row not in one_turn)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
