@@ -26,7 +26,7 @@ TransformerLaunch* kernel_of(int64_t width, int64_t head_dim, int64_t tiles, boo
 
 void transformer(const Tensor& x_argument, const Tensor& packed, int64_t version, int64_t layers, int64_t head_dim,
                  int64_t hidden, bool final_norm, std::vector<int64_t> patch, double eps, int64_t tiles,
-                 int64_t sequences_of_a_block, const Tensor& out) {
+                 int64_t sequences_of_a_block, int64_t slot, const Tensor& out) {
   STD_TORCH_CHECK(x_argument.dim() == 4, "transformer: x must be (B, H, W, d), not of ", x_argument.dim(), " axes");
   STD_TORCH_CHECK(patch.size() == 2 && patch[0] > 0 && patch[1] > 0 && x_argument.size(1) % patch[0] == 0 &&
                       x_argument.size(2) % patch[1] == 0,
@@ -57,7 +57,10 @@ void transformer(const Tensor& x_argument, const Tensor& packed, int64_t version
   STD_TORCH_CHECK(sequences_of_a_block > 0 && sequences_of_a_block <= kMostWarps && tokens <= kMostWarps * 16 * tiles &&
                       images * patch[0] * patch[1] < (int64_t{1} << 31),
                   "transformer: ", sequences_of_a_block, " sequences of ", tokens, " tokens are no block");
-  TransformerArgs args = transformer_args({tiles, sequences_of_a_block}, images, height, width, patch[0], patch[1], layers,
+  constexpr int64_t most_slot = 1 << 20;
+  STD_TORCH_CHECK(slot >= layout.least_slot() && slot % 128 == 0 && slot < most_slot, "transformer: slots of ", slot,
+                  " bytes; multiples of 128 from ", layout.least_slot(), " on are wanted");
+  TransformerArgs args = transformer_args(layout, {tiles, sequences_of_a_block, slot}, images, height, width, patch[0], patch[1], layers,
                                           hidden, final_norm, eps);
   STD_TORCH_CHECK(args.warps <= kMostWarps, "transformer: ", sequences_of_a_block, " sequences of ", tokens,
                   " tokens are no block");

@@ -64,7 +64,9 @@ struct TransformerLayout {
   constexpr int proj_tiles() const { return tiles() / proj_parts(); }
   constexpr int proj_chunk() const { return proj_tiles() * proj_tile(); }
 
-  constexpr int slot() const {
+  // The least that a slot of the ring has. A larger one holds several chunks of the MLP, or all parts of the key and
+  // value or of the out-projection, which then are copied at once and share a barrier (see Copies).
+  constexpr int least_slot() const {
     int most = mlp_chunk();
     for (int bytes : {head_chunk(), q_chunk(), proj_chunk()}) most = bytes > most ? bytes : most;
     return (most + 127) / 128 * 128;
@@ -88,7 +90,7 @@ struct TransformerLayout {
   constexpr int keys() const { return norms() + 16 * 8; }
   constexpr int values() const { return keys() + 16 * key_stride(); }
   constexpr int tile_bytes() const { return values() + 16 * value_stride(); }
-  constexpr int shared_bytes(int rows) const { return 2 * slot() + rows / 16 * tile_bytes(); }
+  constexpr int shared_bytes(int rows, int slot) const { return 2 * slot + rows / 16 * tile_bytes(); }
 
  private:
   constexpr int kv_chunk(int parts) const { return padded() / parts * 2 * head() * 2 + 2 * head() * 8; }
@@ -112,6 +114,21 @@ constexpr bool divides_rightly() {
 }
 static_assert(divides_rightly());
 
+// How many chunks are copied at once into a slot of so many bytes: of key and value, and of the out-projection, one or
+// all.
+struct Copies {
+  int kv, proj, mlp;
+
+  constexpr Copies() : Copies(TransformerLayout{16, 8}, 0, 1) {}
+  constexpr Copies(const TransformerLayout& layout, int slot, int hidden_chunks)
+      : kv(layout.kv_parts() * layout.kv_chunk() <= slot ? layout.kv_parts() : 1),
+        proj(layout.proj_parts() * layout.proj_chunk() <= slot ? layout.proj_parts() : 1),
+        mlp(slot > layout.mlp_chunk() ? slot / layout.mlp_chunk() : 1) {
+    const int times = (hidden_chunks + mlp - 1) / mlp;  // about as many each time
+    mlp = (hidden_chunks + times - 1) / times;
+  }
+};
+
 struct TransformerArgs {
   TransformerMap in, out;  // both aligned to 16 bytes
   const unsigned char* weights;
@@ -126,6 +143,8 @@ struct TransformerArgs {
   int layers;
   int hidden_chunks;
   int warps;
+  int slot;  // bytes of each of the ring's two
+  Copies copies;
   bool final_norm;
   float eps;
 
@@ -139,16 +158,18 @@ struct TransformerArgs {
   }
 };
 
-// Launch plan: a warp processes `tiles` · 16 rows of one sequence, a block `sequences_of_a_block` sequences.
+// Launch plan: a warp processes `tiles` · 16 rows of one sequence, a block `sequences_of_a_block` sequences, and a slot
+// of the ring has `slot` bytes, a multiple of 128.
 struct TransformerPlan {
   int64_t tiles;
   int64_t sequences_of_a_block;
+  int64_t slot;
 };
 
 // Arguments for maps of images × height × width rows; the caller fills in both maps and the weights.
-inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t images, int64_t height, int64_t width,
-                                        int64_t patch_height, int64_t patch_width, int64_t layers, int64_t hidden,
-                                        bool final_norm, double eps) {
+inline TransformerArgs transformer_args(const TransformerLayout& layout, const TransformerPlan& plan, int64_t images,
+                                        int64_t height, int64_t width, int64_t patch_height, int64_t patch_width,
+                                        int64_t layers, int64_t hidden, bool final_norm, double eps) {
   const int64_t rows = 16 * plan.tiles, tokens = height / patch_height * (width / patch_width);
   const int64_t padded = (tokens + rows - 1) / rows * rows;
   TransformerArgs args{};
@@ -164,6 +185,8 @@ inline TransformerArgs transformer_args(const TransformerPlan& plan, int64_t ima
   args.layers = static_cast<int>(layers);
   args.hidden_chunks = static_cast<int>((hidden + kHiddenChunk - 1) / kHiddenChunk);
   args.warps = static_cast<int>(plan.sequences_of_a_block * padded / rows);
+  args.slot = static_cast<int>(plan.slot);
+  args.copies = Copies(layout, args.slot, args.hidden_chunks);
   args.final_norm = final_norm;
   args.eps = static_cast<float>(eps);
   return args;

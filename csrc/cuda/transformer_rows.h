@@ -45,7 +45,7 @@ struct TransformerRows {
   const TransformerArgs& args;
   Shared own = tiles_from(warp_index() * M);  // the warp's first tile
 
-  static MVIT_DEVICE Shared tiles_from(int tile) { return 2 * layout.slot() + tile * layout.tile_bytes(); }
+  MVIT_DEVICE Shared tiles_from(int tile) const { return 2 * args.slot + tile * layout.tile_bytes(); }
   // Address of mean and 1 / σ of row g (+ 8) of tile m, g = lane / 4.
   MVIT_DEVICE Shared norm_of(int m, int half) const {
     return own + m * layout.tile_bytes() + layout.norms() + (half * 8 + lane_index() / 4) * 8;
@@ -71,22 +71,35 @@ struct TransformerRows {
     MVIT_UNROLL
     for (int m = 0; m < M; ++m) {
       const char* const from[2] = {find_row(m, 0, args.in), find_row(m, 1, args.in)};
-      MVIT_ROLLED
-      for (int pair = 0; pair < TILES / 2; ++pair) read_part<2>(m, 2 * pair, from);
-      if constexpr (TILES % 2 == 1) read_part<1>(m, TILES - 1, from);
+      // All are under way before the first is waited for: one by one, they are 2 to 4 % of a launch.
+      Words4 pairs[TILES / 2][2];
+      Words2 single[2];
+      MVIT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        MVIT_UNROLL
+        for (int i = 0; i < TILES / 2; ++i) pairs[i][half] = read_part<2>(2 * i, from[half]);
+        if constexpr (TILES % 2 == 1) single[half] = read_part<1>(TILES - 1, from[half]);
+      }
+      MVIT_UNROLL
+      for (int i = 0; i < TILES / 2; ++i) {
+        const Words4 &low = pairs[i][0], &high = pairs[i][1];
+        store_shared(row_tile(m, 2 * i), Words4{low.x, high.x, low.y, high.y});
+        store_shared(row_tile(m, 2 * i + 1), Words4{low.z, high.z, low.w, high.w});
+      }
+      if constexpr (TILES % 2 == 1)
+        store_shared(row_tile(m, TILES - 1), Words4{single[0].x, single[1].x, single[0].y, single[1].y});
     }
   }
 
-  // Reads this lane's columns of COUNT adjacent tiles.
+  // This lane's columns of COUNT adjacent tiles in the row that starts at `from`; zeros if there is none.
   template <int COUNT>
-  MVIT_DEVICE void read_part(int m, int tile, const char* const (&from)[2]) const {
-    Part<COUNT> part[2] = {};
-    MVIT_UNROLL
-    for (int half = 0; half < 2; ++half)
-      if (from[half] != nullptr && Lanes::has(tile))
-        part[half] = load_constant<Part<COUNT>>(from[half] + 2 * Lanes::template first<COUNT>(tile));
-    store_shared(row_tile(m, tile), Words4{part[0].x, part[1].x, part[0].y, part[1].y});
-    if constexpr (COUNT == 2) store_shared(row_tile(m, tile + 1), Words4{part[0].z, part[1].z, part[0].w, part[1].w});
+  MVIT_DEVICE Part<COUNT> read_part(int tile, const char* from) const {
+    // Read anyway, from the map's start: with a branch for each, one load would wait for the other.
+    const bool valid = from != nullptr && Lanes::has(tile);
+    const char* const start = static_cast<const char*>(args.in.data);
+    const char* const at = valid ? from + 2 * Lanes::template first<COUNT>(tile) : start;
+    const auto part = load_constant<Part<COUNT>>(at);
+    return valid ? part : Part<COUNT>{};
   }
 
   MVIT_DEVICE void write_rows() const {

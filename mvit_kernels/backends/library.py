@@ -153,7 +153,7 @@ NATIVE_SCHEMAS = {
     # `out`, of this one and the next, may be part of a larger map.
     "transformer_packed.cuda": "(Tensor x, Tensor packed, int version, int num_layers, int head_dim, "
     "int hidden_features, bool final_norm, int[2] patch_size, float eps, int tiles, int sequences_of_a_block, "
-    "Tensor(a!) out) -> ()",
+    "int slot, Tensor(a!) out) -> ()",
     # What `inverted_residual.cuda` launches; mvit_kernels.backends.cuda.inverted_residual packs the weights.
     "inverted_residual_packed.cuda": "(Tensor x, Tensor packed, int version, int hidden_features, int stride, "
     "bool residual, bool half_filter, Tensor(a!) out) -> ()",

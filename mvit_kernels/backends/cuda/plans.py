@@ -15,6 +15,7 @@ MOST_WARPS = 8  # in a block, at up to 255 registers a thread
 # Warps of 32 rows read weights from shared memory half as often as warps of 16, and up to this width registers suffice.
 WIDEST_FOR_32_ROWS = 192
 HIDDEN_CHUNK = 32
+MOST_SLOT = 64 * 1024  # bytes of weights copied at once; what is longer is not there when it is needed
 
 # Shapes of inverted residuals that have a kernel, (channels in, channels out, stride), with the least shared memory, in
 # bytes, that its block needs: kInvertedResiduals in csrc/cuda/inverted_residual.h has their tiles, and a test compares.
@@ -57,17 +58,28 @@ class Layout:
         self.proj_parts = self._parts(lambda parts: self.tiles // parts * proj_tile, most)
         self.proj_chunk = self.tiles // self.proj_parts * proj_tile
 
-    def _parts(self, chunk, most: int) -> int:
-        return next(p for p in range(1, self.tiles + 1) if self.tiles % p == 0 and chunk(p) <= most)
-
-    def shared_bytes(self, rows: int) -> int:
-        """The shared memory, in bytes, of a block with that many rows: the rows, their means and deviations, keys and
-        values of one head, and two slots for chunks of weights."""
         joint = self.kv_parts == 1 and self.kv_chunk + self.q_chunk <= 26624
         head_chunk = self.kv_chunk + (self.q_chunk if joint else 0)
         slot = max(self.mlp_chunk, head_chunk, self.q_chunk, self.proj_chunk)
+        self.least_slot = -(-slot // 128) * 128
+
+    def shared_bytes(self, rows: int, slot: int = 0) -> int:
+        """The shared memory, in bytes, of a block with that many rows: the rows, their means and deviations, keys and
+        values of one head, and two slots for chunks of weights, the least or of `slot` bytes."""
         value_stride = 16 * (self.head // 8 | 1)
-        return rows * (2 * self.padded + 8 + 2 * self.head + value_stride) + 2 * (-(-slot // 128) * 128)
+        return rows * (2 * self.padded + 8 + 2 * self.head + value_stride) + 2 * (slot or self.least_slot)
+
+    def largest_slot(self, rows: int, shared_bytes: int) -> int:
+        """The bytes of a slot that are of use beside that many rows: of several chunks of the MLP, of all parts of key
+        and value or of the out-projection, which are one barrier instead of many."""
+        most = min(MOST_SLOT, self.least_slot + (shared_bytes - self.shared_bytes(rows)) // 2)
+        mlp = most // self.mlp_chunk * self.mlp_chunk
+        sizes = (mlp, self.kv_parts * self.kv_chunk, self.proj_parts * self.proj_chunk)
+        largest = max((size for size in sizes if size <= most // 128 * 128), default=0)
+        return max(self.least_slot, -(-largest // 128) * 128)
+
+    def _parts(self, chunk, most: int) -> int:
+        return next(p for p in range(1, self.tiles + 1) if self.tiles % p == 0 and chunk(p) <= most)
 
     def packed_bytes(self, layers: int, hidden: int) -> int:
         """The size in bytes of all packed weights of a stack."""
@@ -77,10 +89,12 @@ class Layout:
 
 
 class TransformerPlan(NamedTuple):
-    """How many tiles of 16 rows a warp has, all of one sequence, and how many sequences a block has."""
+    """How many tiles of 16 rows a warp has, all of one sequence, how many sequences a block has, and how many bytes of
+    weights are copied at once (twice of them lie in shared memory)."""
 
     tiles: int
     sequences_of_a_block: int
+    slot: int
 
 
 def is_compiled(width: int, head_dim: int) -> bool:
@@ -122,4 +136,6 @@ def plan_transformer(
             f"this GPU has {shared_bytes} per block"
         )
     # Not so many sequences a block that multiprocessors are left idle.
-    return TransformerPlan(tiles, max(1, min(most, -(-sequences // processors))))
+    of_a_block = max(1, min(most, -(-sequences // processors)))
+    slot = layout.largest_slot(of_a_block * warps * 16 * tiles, shared_bytes)
+    return TransformerPlan(tiles, of_a_block, slot)

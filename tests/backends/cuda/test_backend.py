@@ -206,7 +206,10 @@ def test_every_plan_is_a_launch(d, shared):
                 padded = -(-tokens // rows) * rows
                 warps = plan.sequences_of_a_block * padded // rows
                 assert 1 <= warps <= plans.MOST_WARPS
-                assert layout.shared_bytes(plan.sequences_of_a_block * padded) <= shared
+                assert plan.slot % 128 == 0 and layout.least_slot <= plan.slot <= max(
+                    layout.least_slot, plans.MOST_SLOT
+                )
+                assert layout.shared_bytes(plan.sequences_of_a_block * padded, plan.slot) <= shared
                 assert plan.sequences_of_a_block == 1 or (plan.sequences_of_a_block - 1) * 132 < many
 
 
@@ -225,7 +228,8 @@ def test_the_operator(emulated, dtype):
     mixed = convert(tensors, dtype, torch.float32)
     with torch.no_grad():
         ours = mvit_kernels.transformer(**structured(OP, mixed), **settings)
-    assert emulated == [(64, 16, 6, 8, plans.TransformerPlan(1, 1))]
+    ((*call_of, plan),) = emulated
+    assert (call_of, plan[:2]) == ([64, 16, 6, 8], (1, 1)) and plan.slot >= plans.Layout(64, 16).least_slot
     truth = call(OP, convert(mixed, torch.float64), settings, "oracle")
     assert_close_as_pytorch("out", ours, call(OP, convert(mixed, dtype), settings, "usual"), truth)
 

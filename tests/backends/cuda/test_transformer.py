@@ -27,8 +27,9 @@ def driver():
     return Driver(OP)
 
 
-def launched(driver, sizes, dtype, per_block=None, tiles=None, tensors=None, seed=0):
-    """The kernel's result for the case, planned as for an H100 or with the given sequences a block and tiles a warp."""
+def launched(driver, sizes, dtype, per_block=None, tiles=None, slot=None, tensors=None, seed=0):
+    """The kernel's result for the case, planned as for an H100 or with the given sequences a block, tiles a warp and
+    bytes copied at once (0: the least that it can be)."""
     made, settings = make(OP, sizes)
     tensors = convert(tensors or made, dtype)
     s = structured(OP, tensors)
@@ -39,7 +40,9 @@ def launched(driver, sizes, dtype, per_block=None, tiles=None, tensors=None, see
     tokens = x.shape[1] * x.shape[2] // places
     plan = plans.plan_transformer(x.shape[3], head_dim, tokens, x.shape[0] * places, *H100)
     assert not isinstance(plan, str), plan
-    plan = plans.TransformerPlan(tiles or plan.tiles, per_block or plan.sequences_of_a_block)
+    least = plans.Layout(x.shape[3], head_dim).least_slot
+    slot = plan.slot if slot is None else slot or least
+    plan = plans.TransformerPlan(tiles or plan.tiles, per_block or plan.sequences_of_a_block, slot)
     packed = packing.pack_transformer(layers, s["final_norm"], num_heads=heads, dtype=dtype)
     hidden, final_norm = layers[0].fc1_weight.shape[0], s["final_norm"] is not None
     return run(driver, x, packed, len(layers), head_dim, hidden, final_norm, patch, settings["eps"], plan, seed)
@@ -93,6 +96,14 @@ def test_full_size(driver, d):
 )
 def test_shapes(driver, sizes, per_block):
     check(driver, dict(heads=4, layers=1) | sizes, torch.bfloat16, per_block=per_block)
+
+
+@pytest.mark.parametrize("d", [80, 144, 240])
+def test_what_is_copied_at_once_changes_no_bit(driver, d):
+    """Several chunks of the MLP, all of key and value and of the out-projection, or one of each at a time."""
+    sizes = dict(shape=(1, 4, 6, d), heads=4, patch=(2, 2))
+    at_once, single = (launched(driver, sizes, torch.bfloat16, slot=slot) for slot in (None, 0))
+    assert torch.equal(at_once, single)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,16 +217,18 @@ def test_permuted_tokens_permute_the_result(driver):
 # Where the ring advances.
 WAITS = "    wait_copies<0>();\n    sync_threads();\n    const Shared ready"
 SEVERAL = dict(shape=(1, 10, 14, 80), heads=4, patch=(2, 2), layers=2)  # N = 35: two warps, the second with three rows
+TWO_CHUNKS = 2 * plans.Layout(80, 20).mlp_chunk  # of five, at once
 FEW = dict(shape=(1, 2, 6, 80), heads=4, patch=(2, 2), layers=1)  # N = 3
 
 REPORTED = {
     "the ring's barrier": (WAITS, "    wait_copies<0>();\n    const Shared ready"),
     "the wait for copies": (WAITS, "    sync_threads();\n    const Shared ready"),
     "a wait that is one group short": (WAITS, WAITS.replace("0", "1")),
-    "a slot that is still read": ("here = SLOT - here;", "here = 0;"),
+    "a slot that is still read": ("here = args.slot - here;", "here = 0;"),
     "the barrier behind keys and values": ("          sync_threads();  // keys and values are there\n", ""),
     "a chunk that is too short": ("i < bytes; i += threads * 16", "i < bytes - 16; i += threads * 16"),
-    "a step too many": ("step < args.tokens; step += ROWS", "step < args.tokens + ROWS; step += ROWS"),
+    "scores behind the last keys": ("if (step + 16 < args.tokens) tile +=", "tile +=", SEVERAL_STEPS),
+    "a chunk of the MLP too many": ("ahead = args.copies.mlp - 1;", "ahead = args.copies.mlp;"),
     "rows past the sequence": ("|| token >= args.tokens) return nullptr", ") return nullptr"),
     "the row seven further on": ("+ half * 8 + lane_index() / 4;", "+ half * 7 + lane_index() / 4;"),
 }
@@ -227,6 +240,10 @@ WRONG = {
         SEVERAL_STEPS,
         low_scores,
     ),
+    "a step too few": ("step < args.tokens; step += 16", "step + 16 < args.tokens; step += 16", SEVERAL, None),
+    "values of the next step": ("from = here + layout", "from = tile + layout", SEVERAL, None),
+    "scores of the step before": ("score(next, query, tile,", "score(next, query, here,", SEVERAL, None),
+    "a reference that moves once": ("limit = as_integer(slack);", "limit = 0x7fffffff;", SEVERAL_STEPS, sharp_scores),
     "sums that are not scaled": ("            sum[m][half] *= factor;\n", "", SEVERAL_STEPS, sharp_scores),
     "results that are not scaled": ("o[m][n][2 * half] *= factor, ", "", SEVERAL_STEPS, sharp_scores),
     "a column of the statistics": ("sum[m][half] += low + high; });", "sum[m][half] += low; });", SEVERAL, None),
@@ -238,10 +255,11 @@ WRONG = {
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_planted_races_are_reported(name):
-    faulty = Driver(OP, [REPORTED[name]], macros=["MVIT_ONLY_ONE"])
+    text, other, *sizes = REPORTED[name]
+    faulty = Driver(OP, [(text, other)], macros=["MVIT_ONLY_ONE"])
     for seed in range(3):
         with pytest.raises(EmulationFault):
-            launched(faulty, SEVERAL, torch.bfloat16, per_block=2, seed=seed)
+            launched(faulty, *(sizes or [SEVERAL]), torch.bfloat16, per_block=2, slot=TWO_CHUNKS, seed=seed)
 
 
 @pytest.mark.parametrize("name", WRONG)

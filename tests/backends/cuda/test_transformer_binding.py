@@ -15,7 +15,7 @@ def emulated(monkeypatch):
         yield
 
 
-PACKED = dict(version=packing.VERSION, layers=2, head_dim=16, hidden=128, tiles=1, sequences=1)
+PACKED = dict(version=packing.VERSION, layers=2, head_dim=16, hidden=128, tiles=1, sequences=1, slot=8448)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,9 @@ PACKED = dict(version=packing.VERSION, layers=2, head_dim=16, hidden=128, tiles=
         (dict(layers=2**62), "not those of 4611686018427387904 layers"),
         (dict(hidden=2**63 - 1), "not those of 2 layers with 9223372036854775807 hidden units"),
         (dict(tiles=2**62), "no kernel for rows of 64"),
+        (dict(slot=8447), "slots of 8447 bytes; multiples of 128 from 8448 on"),
+        (dict(slot=8320), "slots of 8320 bytes; multiples of 128 from 8448 on"),
+        (dict(slot=2**40), "slots of 1099511627776 bytes"),
         (dict(x=torch.zeros(1, 4, 6, 64)), "take float16 and bfloat16"),
         (dict(x=torch.zeros(4, 6, 64).bfloat16()), "not of 3 axes"),
         (dict(x=torch.zeros(1, 3, 6, 64).bfloat16()), "a map of 3 x 6 does not divide"),
@@ -69,14 +72,14 @@ def call_packed(**given):
     packed = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
     given = dict(packed=packed) | PACKED | given
     named = [given[name] for name in ("x", "packed", "version", "layers", "head_dim", "hidden")]
-    last = [given[name] for name in ("tiles", "sequences", "out")]
+    last = [given[name] for name in ("tiles", "sequences", "slot", "out")]
     torch.ops.mvit_kernels.transformer_packed.cuda(*named, True, (2, 2), 1e-5, *last)
 
 
 def test_the_binding_is_what_its_fake_says(emulated):
     layers, final_norm = packable(64)
     packed = packing.pack_transformer(layers, final_norm, num_heads=4, dtype=torch.bfloat16)
-    settings = (packing.VERSION, 2, 16, 128, True, (2, 2), 1e-5, 1, 1)
+    settings = (packing.VERSION, 2, 16, 128, True, (2, 2), 1e-5, 1, 1, 8448)
     for x in (torch.randn(1, 4, 6, 64), torch.randn(2, 64, 4, 6).permute(0, 2, 3, 1)):
         tests = ("test_schema", "test_faketensor")
         operator = torch.ops.mvit_kernels.transformer_packed.cuda

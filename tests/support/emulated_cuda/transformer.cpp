@@ -41,8 +41,10 @@ extern "C" {
 
 const char* forward(uint64_t seed, void* x, void* out, const unsigned char* packed, int64_t half, int64_t images,
                     int64_t height, int64_t width, int64_t d, int64_t head_dim, int64_t patch_height, int64_t patch_width, int64_t layers,
-                    int64_t hidden, int64_t final_norm, double eps, int64_t tiles, int64_t sequences_of_a_block) {
-  TransformerArgs args = transformer_args({tiles, sequences_of_a_block}, images, height, width, patch_height, patch_width,
+                    int64_t hidden, int64_t final_norm, double eps, int64_t tiles, int64_t sequences_of_a_block,
+                    int64_t slot) {
+  const TransformerLayout layout{static_cast<int>(d), static_cast<int>(head_dim)};
+  TransformerArgs args = transformer_args(layout, {tiles, sequences_of_a_block, slot}, images, height, width, patch_height, patch_width,
                                           layers, hidden, final_norm, eps);
   args.in = {x, height * width * d, width * d, d};
   args.out = {out, height * width * d, width * d, d};
@@ -56,7 +58,7 @@ const char* forward(uint64_t seed, void* x, void* out, const unsigned char* pack
 // The sizes that the Python side computes as well, for a number of rows, layers and hidden units.
 const char* sizes(uint64_t, int64_t* out, int64_t width, int64_t head_dim, int64_t rows, int64_t layers, int64_t hidden) {
   const TransformerLayout layout{static_cast<int>(width), static_cast<int>(head_dim)};
-  out[0] = layout.shared_bytes(static_cast<int>(rows));
+  out[0] = layout.shared_bytes(static_cast<int>(rows), layout.least_slot());
   out[1] = layout.packed_bytes(layers, (hidden + kHiddenChunk - 1) / kHiddenChunk);
   out[2] = kTransformerVersion;
   return nullptr;

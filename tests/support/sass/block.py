@@ -302,6 +302,14 @@ class Block:
         a, b = map(self.registers.read, operands[1:3])
         self.registers.write(operands[0], np.where(self.registers.read_predicate(operands[3]), a, b), active)
 
+    def _vimnmx3(self, operands: list[str], parts: list[str], active: np.ndarray) -> None:
+        """The smallest of three where the predicate is true, else the largest."""
+        read = self.registers.read
+        values = [unsigned(read(each)) if "U32" in parts else signed(read(each)) for each in operands[1:4]]
+        smallest = self.registers.read_predicate(operands[4])
+        chosen = np.where(smallest, np.minimum.reduce(values), np.maximum.reduce(values))
+        self.registers.write(operands[0], chosen, active)
+
     def _isetp(self, operands: list[str], parts: list[str], active: np.ndarray) -> None:
         registers = self.registers
         a, b = (registers.read(each) & LOW for each in operands[2:4])
