@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binding of layer_norm_mlp.cuda: argument checks and allocation around layer_norm_mlp_kernel.cu.
+// Binding of layer_norm_mlp.cuda: argument checks and allocation around layer_norm_mlp_kernel.cu and
+// few_rows_mlp_kernel.cu.
 #include <tuple>
 
+#include "layer_norm_mlp.h"
 #include "row_fronts.h"
 
 namespace mvit {
@@ -29,11 +31,14 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor&
   args.mean = static_cast<float*>(mean.mutable_data_ptr());
   args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   if (args.count > 0) {
-    const int bytes = row_mlp_shared_bytes(args.channels), limit = Limits(kOp).shared_bytes;
-    STD_TORCH_CHECK(bytes <= limit, kOp, ": rows of ", args.channels, " channels want ", bytes,
-                    " bytes of shared memory, and this GPU has ", limit);
-    const auto launch = read.is_half() ? launch_layer_norm_mlp<true> : launch_layer_norm_mlp<false>;
-    check_launch(kOp, launch(args, device.stream()));
+    const Limits limits(kOp);
+    const RowMlpPlan plan = plan_row_mlp(args.count, args.channels, args.hidden_channels, limits.multiprocessors,
+                                         limits.shared_bytes);
+    STD_TORCH_CHECK(plan.shared_bytes <= limits.shared_bytes, kOp, ": rows of ", args.channels, " channels want ",
+                    plan.shared_bytes, " bytes of shared memory, and this GPU has ", limits.shared_bytes);
+    const auto launch = read.is_half() ? (plan.few ? launch_few_rows_mlp<true> : launch_layer_norm_mlp<true>)
+                                       : (plan.few ? launch_few_rows_mlp<false> : launch_layer_norm_mlp<false>);
+    check_launch(kOp, launch(args, plan, device.stream()));
   }
   return {out, mean, rstd};
 }

@@ -1,124 +1,185 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fused MLP, layer_norm_mlp. A block holds 64 normalised rows in shared memory, computes 64 of their hidden units
-// at a time and accumulates these into the whole result, which stays in registers. Its eight warps are arranged as two
-// row parts × four column parts, of the hidden units and of the result. The weights of one product are prefetched while
-// the other is computed.
+// The fused MLP, layer_norm_mlp, of many rows (layer_norm_mlp.h).
 #include <type_traits>
 
 #include "launch.h"
-#include "row_tiles.h"
+#include "mlp_rows.h"
 
 namespace mvit {
 
-// COLUMNS: the maximum number of tiles of 16 result columns per warp.
-template <typename T, int COLUMNS>
-MVIT_KERNEL(32 * kMlpWarps, 2)
-layer_norm_mlp_kernel(const RowMlp args) {
-  constexpr int kTiles = 2, kSplit = kMlpColumnParts;
-  const int warp = warp_index(), lane = lane_index(), threads = 32 * kMlpWarps;
-  const int row_part = warp / kSplit, column_part = warp % kSplit;
-  const int channels = args.channels, units = channels / 8, column_tiles = (channels + 15) / 16;
-  const int64_t first = block_index() * kMlpRows, left = args.count - first;
-  const Shared stride = shared_row_bytes(channels), hidden_stride = shared_row_bytes(kHiddenTile);
-  const Shared hidden = kMlpRows * stride, fc1 = hidden + kMlpRows * hidden_stride, fc2 = fc1 + kHiddenTile * stride;
+// The ring of slots through which the weights pass, chunk by chunk.
+template <int TILES>
+struct MlpRing {
+  const RowMlp& args;
+  Shared begin, end;    // of all slots
+  Shared filled, read;  // the slots to be filled and to be read next
+  int warps;
 
-  const auto copy_fc1 = [&](int h) {  // rows h to h + 63
-    if (h < args.hidden_channels)
-      copy_matrix(fc1, stride, static_cast<const char*>(args.fc1_weight) + static_cast<int64_t>(2) * h * channels,
-                  2 * channels, kHiddenTile, units, args.hidden_channels - h, units, thread_index(), threads);
-    commit_copies();
-  };
-  const auto copy_fc2 = [&](int h) {  // columns h to h + 63
-    copy_matrix(fc2, hidden_stride, static_cast<const char*>(args.fc2_weight) + 2 * h, 2 * args.hidden_channels,
-                16 * column_tiles, kHiddenTile / 8, channels, (args.hidden_channels - h) / 8, thread_index(), threads);
-    commit_copies();
+  static constexpr Shared kSlot = mlp_chunk_bytes(TILES);
+  static constexpr int kWarps = mlp_warps(TILES);
+  static constexpr bool kPasses = TILES > 9;  // at the published widths no GPU keeps all weights
+
+  MVIT_DEVICE MlpRing(const RowMlp& args, const RowMlpPlan& plan, Shared begin)
+      : args(args), begin(begin), end(begin + plan.slots * kSlot), filled(begin), read(begin), warps(plan.warps) {}
+
+  // Starts the copies of a chunk.
+  MVIT_DEVICE void fill(int chunk) {
+    const int first = kMlpChunk * chunk, left = args.hidden_channels - first;
+    if (kPasses && warps == kWarps && left >= kMlpChunk && args.channels == 16 * TILES)
+      fill_slot<kPasses>(first, left);
+    else
+      fill_slot<false>(first, left);
+    filled = next(filled);
+  }
+
+  // A warp takes every so many rows of fc1, 16 bytes a lane, and four threads one of fc2. WHOLE: there is nothing that
+  // does not exist and has to become zero, and as many warps as the kernel has registers for. Copies in loops were a
+  // quarter of a warp's time at width 192 (predicted).
+  template <bool WHOLE>
+  MVIT_DEVICE void fill_slot(int first, int left) {
+    constexpr int kUnits = 2 * TILES, kRows = 16 * TILES;
+    static_assert(kUnits <= 32);
+    const int lane = lane_index();
+    const auto fc1 = static_cast<const char*>(args.fc1_weight) + 2 * static_cast<int64_t>(first) * args.channels;
+    const auto fc2 = static_cast<const char*>(args.fc2_weight) + 2 * first;
+    const auto copy_fc1 = [&](int row) {
+      if (lane < kUnits && row < kMlpChunk)
+        copy_async<16>(filled + in_lines(row, lane, kUnits), fc1 + 2 * (row * args.channels + 8 * lane),
+                       WHOLE || (row < left && 8 * lane < args.channels));
+    };
+    const auto copy_fc2 = [&](int row, int unit) {
+      if (row < kRows)
+        copy_async<16>(filled + SharedChunk<TILES>::kFc1 + in_lines(row, unit, 4),
+                       fc2 + 2 * (static_cast<int64_t>(row) * args.hidden_channels + 8 * unit),
+                       WHOLE || (row < args.channels && 8 * unit < left));
+    };
+    const int unit = thread_index() % 4;
+    if constexpr (WHOLE) {
+      MVIT_UNROLL
+      for (int k = 0; k < kMlpChunk; k += kWarps) copy_fc1(thread_index() / 32 + k);
+      if constexpr (TILES <= 12) {
+        MVIT_UNROLL
+        for (int k = 0; k < kRows; k += 8 * kWarps) copy_fc2(thread_index() / 4 + k, unit);
+      } else {  // 8 bytes would be spilled
+        MVIT_ROLLED
+        for (int k = 0; k < kRows; k += 8 * kWarps) copy_fc2(thread_index() / 4 + k, unit);
+      }
+    } else {
+      MVIT_ROLLED
+      for (int row = thread_index() / 32; row < kMlpChunk; row += warps) copy_fc1(row);
+      MVIT_ROLLED
+      for (int row = thread_index() / 4; row < kRows; row += 8 * warps) copy_fc2(row, unit);
+    }
+    if (thread_index() < 4)
+      copy_async<16>(filled + SharedChunk<TILES>::kBias + 16 * unit,
+                     static_cast<const char*>(args.fc1_bias) + 2 * (first + 8 * unit), WHOLE || 8 * unit < left);
+  }
+
+  MVIT_DEVICE Shared next(Shared slot) const { return slot + kSlot < end ? slot + kSlot : begin; }
+
+  MVIT_DEVICE SharedChunk<TILES> advance() {
+    const Shared at = read;
+    read = next(read);
+    return SharedChunk<TILES>(at);
+  }
+};
+
+template <typename T, int TILES>
+MVIT_KERNEL(32 * mlp_warps(TILES), 1)
+layer_norm_mlp_kernel(const RowMlp args, const RowMlpPlan plan) {
+  constexpr int kPadded = 16 * TILES;
+  constexpr Shared kVectors = 0, kSlots = mlp_vector_bytes(TILES);
+  const int warp = warp_index();
+  const Shared slice = kSlots + plan.slots * mlp_chunk_bytes(TILES) + warp * mlp_slice_bytes(args.channels);
+  const SharedLaneRows<T, TILES> rows{slice, args.channels};
+  const int tiles = static_cast<int>((args.count + kMlpRows - 1) / kMlpRows), at_once = plan.blocks * plan.warps;
+  // Tiles go to the blocks in turn, then to their warps, so that all multiprocessors have some.
+  int tile = static_cast<int>(block_index()) + warp * plan.blocks;
+  const bool stays = plan.slots >= plan.chunks;
+  MlpRing<TILES> ring(args, plan, kSlots);
+
+  const auto copy_next = [&] {  // its group of copies is that of chunks that are asked for later, or of none
+    sync_warp();  // all lanes have read the slice
+    if (tile + at_once < tiles) copy_tile(slice, args, tile + at_once, lane_index(), 32);
   };
 
-  // Each warp copies and normalises eight rows.
-  constexpr int kOwn = kMlpRows / kMlpWarps;
-  const int64_t own_left = left - kOwn * warp;
-  copy_matrix(kOwn * warp * stride, stride,
-              static_cast<const char*>(args.x) + (own_left > 0 ? 2 * (first + kOwn * warp) * channels : 0),
-              2 * channels, kOwn, units, own_left, units, lane, 32);
+  if (tile < tiles) copy_tile(slice, args, tile, lane_index(), 32);
   commit_copies();
-  copy_fc1(0);
-  wait_copies<1>();
-  sync_warp();
-  normalize_rows<T, kOwn / 4>(kOwn * warp * stride, stride, args.norm, channels, args.mean + first + kOwn * warp,
-                              args.rstd + first + kOwn * warp, own_left);
-
-  float sums[kTiles][COLUMNS][2][4] = {};
-  const Shared rows = 32 * row_part * stride, hidden_rows = hidden + 32 * row_part * hidden_stride;
+  int asked = 0;  // chunks of this pass whose copies have been started; then those of the next one
   MVIT_ROLLED
-  for (int h = 0; h < args.hidden_channels; h += kHiddenTile) {
-    wait_copies<0>();
-    sync_threads();  // fc1's rows are there, and all warps are done with the last hidden values and fc2's columns
-    copy_fc2(h);
-    float values[kTiles][1][2][4] = {};
-    multiply_shared<T>(values, rows, stride, fc1 + 16 * column_part * stride, stride, 0, channels, 1);
-    MVIT_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int column = 16 * column_part + 8 * half + lane % 4 * 2;
-      const bool exists = h + column < args.hidden_channels;
-      const uint32_t bias =
-          exists ? load_constant<uint32_t>(static_cast<const char*>(args.fc1_bias) + 2 * (h + column)) : 0;
-      MVIT_UNROLL
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const float low = values[i / 2][0][half][i % 2 * 2] + unpack_low<T>(bias);
-        const float high = values[i / 2][0][half][i % 2 * 2 + 1] + unpack_high<T>(bias);
-        store_shared(hidden_rows + (8 * i + lane / 4) * hidden_stride + 2 * column,
-                     pack<T>(silu<T>(low), silu<T>(high)));
-      }
+  for (; asked < plan.group && asked < plan.chunks; ++asked) ring.fill(asked);
+  commit_copies();
+  store_vectors<T>(kVectors, args, kPadded, thread_index(), 32 * plan.warps);
+  wait_copies<1>();
+  sync_threads();  // the slice and the vectors are there
+  bool arriving = true;  // the weights
+  MVIT_ROLLED
+  for (int first = static_cast<int>(block_index()); first < tiles; first += at_once, tile += at_once) {
+    const bool has_tile = tile < tiles;
+    uint32_t x[TILES][4] = {};      // normalised
+    float sums[2 * TILES][4] = {};  // of the result
+    if (has_tile) {
+      float mean[2], rstd[2];
+      begin_sums(sums, mean, rows, kVectors + 8 * kPadded);
+      rows.deviations(rstd, mean, args.norm.eps);
+      for_parts<TILES>([&](auto part, auto count) {
+        if (16 * part() >= args.channels) return;
+        uint32_t a[count()][4];
+        rows.template normalized<count()>(a, part, kVectors, kVectors + 4 * kPadded, mean, rstd);
+        MVIT_UNROLL
+        for (int i = 0; i < 4 * count(); ++i) x[part + i / 4][i % 4] = a[i / 4][i % 4];
+      });
+      store_statistics(args, int64_t{kMlpRows} * tile, mean, rstd);
+      copy_next();
     }
-    wait_copies<0>();
-    sync_threads();  // hidden values and fc2's columns are there, and all warps are done with fc1's rows
-    copy_fc1(h + kHiddenTile);
-    // The tiles of this column part are column_part, column_part + 4, …
-    multiply_shared<T>(sums, hidden_rows, hidden_stride, fc2 + 16 * column_part * hidden_stride, hidden_stride,
-                       16 * kSplit * hidden_stride, kHiddenTile, (column_tiles - column_part + kSplit - 1) / kSplit);
-  }
-  wait_copies<0>();
-
-  MVIT_UNROLL
-  for (int n = 0; n < COLUMNS; ++n) {
-    MVIT_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int c = 16 * (column_part + kSplit * n) + 8 * half + lane % 4 * 2;
-      if (c >= channels) continue;
-      const auto bias = load_constant<uint32_t>(static_cast<const char*>(args.fc2_bias) + 2 * c);
-      MVIT_UNROLL
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const int row = 32 * row_part + 8 * i + lane / 4;
-        if (row >= left) continue;
-        const int64_t place = 2 * ((first + row) * channels + c);
-        const auto x = load_constant<uint32_t>(static_cast<const char*>(args.x) + place);
-        const float low = sums[i / 2][n][half][i % 2 * 2] + unpack_low<T>(bias) + unpack_low<T>(x);
-        const float high = sums[i / 2][n][half][i % 2 * 2 + 1] + unpack_high<T>(bias) + unpack_high<T>(x);
-        store_global(static_cast<char*>(args.out) + place, pack<T>(low, high));
+    const auto left = [&](uint32_t(&a)[4], int k) {
+      a[0] = x[k][0], a[1] = x[k][1], a[2] = x[k][2], a[3] = x[k][3];
+    };
+    const int columns = has_tile ? args.channels : 0;
+    int group = 0;  // its first chunk
+    const int all = stays || first + at_once >= tiles ? plan.chunks : 2 * plan.chunks;
+    MVIT_ROLLED
+    for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+      if (arriving && (chunk == 0 || chunk == group + plan.group)) {
+        group = chunk;
+        commit_copies();
+        wait_copies<0>();
+        sync_threads();  // the group is there for all warps, and all are done with the one before it
       }
+      const auto weights = ring.advance();
+      uint32_t values[2][4] = {};
+      if (has_tile) hidden_values<T, TILES>(values, left, weights, args.channels);
+      // Into the slots of the group before, so that the last chunk of the next group is asked for early in this one.
+      // Between the products, which also keeps the compiler from loading all of fc2 before it has hidden values: for
+      // that it has no registers.
+      if (arriving) {
+        MVIT_ROLLED
+        for (; asked < all && asked < group + 2 * plan.group && asked < chunk + plan.group + 2; ++asked)
+          ring.fill(asked < plan.chunks ? asked : asked - plan.chunks);
+      }
+      add_chunk<T, TILES>(sums, values, weights, columns);
     }
+    asked -= plan.chunks;
+    if (has_tile) store_tile<T, TILES>(args, int64_t{kMlpRows} * tile, sums);
+    arriving = !stays;
+    commit_copies();
+    wait_copies<0>();
+    sync_warp();  // the slice has the next tile
   }
-}
-
-// Launches the kernel with the fewest column tiles per warp that hold the rows; each tile takes 16 registers.
-template <bool HALF, int COLUMNS = 1>
-int launch_layer_norm_mlp_of(const RowMlp& args, CUstream_st* stream) {
-  constexpr int kHeld = 16 * kMlpColumnParts * COLUMNS;
-  if constexpr (kHeld < kMostNormChannels)
-    if (args.channels > kHeld) return launch_layer_norm_mlp_of<HALF, COLUMNS + 1>(args, stream);
-  return launch(layer_norm_mlp_kernel<std::conditional_t<HALF, Half, BFloat16>, COLUMNS>,
-                dim3(static_cast<unsigned>((args.count + kMlpRows - 1) / kMlpRows)), 32 * kMlpWarps,
-                row_mlp_shared_bytes(args.channels), stream, args);
 }
 
 template <bool HALF>
-int launch_layer_norm_mlp(const RowMlp& args, CUstream_st* stream) {
-  return launch_layer_norm_mlp_of<HALF>(args, stream);
+int launch_layer_norm_mlp(const RowMlp& args, const RowMlpPlan& plan, CUstream_st* stream) {
+  using T = std::conditional_t<HALF, Half, BFloat16>;
+  return with_tiles<kMlpTiles>(args.channels, [&](auto tiles) {
+    return launch(layer_norm_mlp_kernel<T, tiles()>, dim3(static_cast<unsigned>(plan.blocks)), 32 * plan.warps,
+                  plan.shared_bytes, stream, args, plan);
+  });
 }
 
 #ifdef MVIT_TYPE  // set by CMakeLists.txt; files that include this one need only the templates
 constexpr bool kHalf = std::is_same_v<MVIT_TYPE, Half>;
-template int launch_layer_norm_mlp<kHalf>(const RowMlp& args, CUstream_st* stream);
+template int launch_layer_norm_mlp<kHalf>(const RowMlp& args, const RowMlpPlan& plan, CUstream_st* stream);
 #endif
 
 }  // namespace mvit

@@ -3,7 +3,7 @@
 // multiplied by weights that stay in shared memory.
 #pragma once
 
-#include "row_tiles.h"
+#include "row_values.h"
 
 namespace mvit {
 

@@ -41,17 +41,6 @@ struct RowMlp {
   float *mean, *rstd;
 };
 
-// A block of layer_norm_mlp_kernel holds 64 rows, their hidden values for 64 hidden units at a time, and the parts of
-// both weights for these units.
-constexpr int kMlpRows = 64, kMlpWarps = 8, kMlpColumnParts = 4, kHiddenTile = 64;
-
-inline int row_mlp_shared_bytes(int channels) {
-  return (kMlpRows + kHiddenTile) * shared_row_bytes(channels) +
-         (kMlpRows + (channels + 15) / 16 * 16) * shared_row_bytes(kHiddenTile);
-}
-
-// Kernel launches (and launch_row_product in row_product.h); each returns a cudaError_t.
-template <bool HALF>  // false: bfloat16
-int launch_layer_norm_mlp(const RowMlp& args, CUstream_st* stream);
+// Kernel launches are in row_product.h and layer_norm_mlp.h.
 
 }  // namespace mvit

@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 
-from backends.cuda import test_half_filter, test_patch_attention, test_rows, test_transformer
+from backends.cuda import test_half_filter, test_mlp, test_patch_attention, test_rows, test_transformer
 from backends.cuda.test_inverted_residual import sizes_of
 from gates.cuda_gate import tool
 from support.emulation import EmulationFault
@@ -24,6 +24,10 @@ if tool("nvcc") is None:
 
 DTYPES = (torch.bfloat16, torch.float16)
 driver = functools.cache(CompiledDriver)
+
+
+def driver_of(operator):
+    return driver("mlp" if operator == "layer_norm_mlp" else "rows")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,7 @@ driver = functools.cache(CompiledDriver)
     ids=str,
 )
 def test_rows_in_bfloat16(operator, sizes):
-    test_rows.check(driver("rows"), operator, sizes, torch.bfloat16)
+    test_rows.check(driver_of(operator), operator, sizes, torch.bfloat16)
 
 
 @pytest.mark.parametrize("width", [120, 240])
@@ -53,7 +57,21 @@ def test_rows_of_warps_with_32(width):
 @pytest.mark.parametrize("operator", ["linear_residual", "layer_norm_linear", "layer_norm_mlp"])
 def test_rows_in_float16(operator):
     sizes = dict(shape=(2, 3, 5, 120), **({"hidden": 240} if "mlp" in operator else {"n": 120}))
-    test_rows.check(driver("rows"), operator, sizes, torch.float16)
+    test_rows.check(driver_of(operator), operator, sizes, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "sizes, gpu",
+    [
+        (dict(shape=(1, 32, 32, 144), hidden=288), test_mlp.STAY),
+        (dict(shape=(150, 192), hidden=384), test_mlp.PASS),
+        (dict(shape=(70, 64), hidden=200), test_mlp.TWO_SLOTS),
+        (dict(shape=(40, 232), hidden=136), test_mlp.STAY),
+    ],
+    ids=str,
+)
+def test_the_mlp_of_many_rows(sizes, gpu):
+    test_rows.check(driver("mlp"), "layer_norm_mlp", sizes, torch.bfloat16, gpu=gpu)
 
 
 @pytest.mark.parametrize(

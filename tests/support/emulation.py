@@ -159,7 +159,7 @@ ROWS = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
 KERNELS_OF = {  # the kernels that an operator's bindings launch
     "layer_norm_linear": ("row_product_kernel",),
     "linear_residual": ("row_product_kernel",),
-    "layer_norm_mlp": ("layer_norm_mlp_kernel",),
+    "layer_norm_mlp": ("layer_norm_mlp_kernel", "few_rows_mlp_kernel"),
     "patch_attention": (
         "patch_attention_kernel",
         "patch_attention_backward_kernel",

@@ -88,6 +88,16 @@ def test_long_sequences():
         assert_close_as_pytorch(name, value, usual[name], truth[name])
 
 
+def test_an_mlp_of_many_rows():
+    """It is another kernel than that of few rows."""
+    tensors, settings = make("layer_norm_mlp", dict(shape=(4100, 8), hidden=8))
+    inputs = convert(tensors, torch.bfloat16)
+    ours = apply("layer_norm_mlp", inputs, settings)
+    usual = call("layer_norm_mlp", inputs, settings, "usual")
+    truth = call("layer_norm_mlp", convert(inputs, torch.float64), settings, "oracle")
+    assert_close_as_pytorch("out", ours, usual, truth)
+
+
 REFUSED = [
     ("patch_attention", dict(qkv=lambda t: t.float()), "the CUDA kernels take bfloat16 and float16"),
     ("patch_attention", dict(qkv=lambda t: t[..., :114]), "heads of even widths up to 64, not of 19"),
@@ -203,7 +213,9 @@ def test_predicates_say_why(monkeypatch):
     )
     assert "out_features is 12; a positive multiple of 8" in reasons("layer_norm_linear", n=12)
     assert "rows of 264 are too wide to be normalised" in reasons("layer_norm_mlp", shape=(2, 264))
-    assert "needs 107264 bytes of shared memory; this GPU has 101376 per block" in reasons(
-        "layer_norm_mlp", shape=(2, 240)
+    needed = cuda.operators.product_bytes(2048)
+    assert f"needs {needed} bytes of shared memory; this GPU has 101376 per block" in reasons(
+        "linear_residual", shape=(2, 2048)
     )
+    assert reasons("layer_norm_mlp", shape=(2, 256)) == ""
     assert "2147483648 rows; at most 2147483647 are supported" in reasons("linear_residual", shape=(2**31, 40))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm_linear``, ``linear_residual`` and ``layer_norm_mlp`` in CUDA C++: their own source, run on the CPU with
-a race check on, against float64."""
+"""``layer_norm_linear`` and ``linear_residual`` in CUDA C++: their own source, run on the CPU with a race check on,
+against float64. (And what test_mlp.py has of it.)"""
 
 import itertools
 import math
@@ -43,7 +43,8 @@ def launch(driver, operator, tensors, settings, seed, gpu, out=None):
     if operator == "layer_norm_linear":
         rest = (features, settings["eps"], settings["activation"] is not None, in_float, *gpu, half)
     else:
-        rest = (tensors["fc1_weight"].shape[0], settings["eps"], in_float, half)
+        few_rows = gpu[2] if len(gpu) > 2 else -1
+        rest = (tensors["fc1_weight"].shape[0], settings["eps"], in_float, *gpu[:2], few_rows, half)
     run = getattr(driver, operator)
     run(seed, *tensors.values(), out, mean, rstd, count, x.shape[-1], *rest, writes=[out, mean, rstd])
     return {"out": out, "mean": mean, "rstd": rstd}
@@ -89,19 +90,10 @@ def test_linear_residual(driver, width, dtype):
     check(driver, "linear_residual", dict(shape=(33, 32), n=width, bias=False), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_layer_norm_mlp(driver, width, dtype):
-    check(driver, "layer_norm_mlp", dict(shape=(2, 3, 5, width), hidden=2 * width), dtype, (0, 1))
-    if width in (64, 144):
-        check(driver, "layer_norm_mlp", dict(shape=(65, width), hidden=4 * width), dtype)
-
-
 @pytest.mark.parametrize("width", [8, 16, 24, 200, 256])
 def test_other_widths(driver, width):
     check(driver, "layer_norm_linear", dict(shape=(5, width), n=8), torch.bfloat16)
     check(driver, "linear_residual", dict(shape=(5, width), n=136), torch.bfloat16)
-    check(driver, "layer_norm_mlp", dict(shape=(5, width), hidden=40), torch.bfloat16)
 
 
 @pytest.mark.parametrize("width", [264, 480, 960])
@@ -115,7 +107,6 @@ def test_linear_residual_of_wide_rows(driver, width):
 def test_rows(driver, rows):
     check(driver, "layer_norm_linear", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=PAIRS)
     check(driver, "linear_residual", dict(shape=(rows, 80), n=80), torch.bfloat16, gpu=ODD)
-    check(driver, "layer_norm_mlp", dict(shape=(rows, 80), hidden=80), torch.bfloat16)
 
 
 def plan_of(driver, count, channels, out_channels, normed, gpu):
@@ -169,12 +160,11 @@ def test_the_least_shared_memory_is_what_python_says(driver):
         assert plan_of(driver, 1000, width, 72, normed, (132, needed - 1))[-1] == needed  # and it is refused
 
 
-@pytest.mark.parametrize("operator", ["layer_norm_linear", "layer_norm_mlp"])
 @pytest.mark.parametrize("mean", [0.0, 1e3])
-def test_norm_in_float_and_large_means(driver, operator, mean):
-    more = dict(n=48) if operator == "layer_norm_linear" else dict(hidden=48)
-    check(driver, operator, dict(shape=(9, 120), mean=mean, **more), torch.bfloat16, norm_dtype=torch.float32)
-    check(driver, operator, dict(shape=(9, 144), mean=mean, **more), torch.float16)
+def test_norm_in_float_and_large_means(driver, mean):
+    sizes = dict(shape=(9, 120), mean=mean, n=48)
+    check(driver, "layer_norm_linear", sizes, torch.bfloat16, norm_dtype=torch.float32)
+    check(driver, "layer_norm_linear", dict(shape=(9, 144), mean=mean, n=48), torch.float16)
 
 
 def of_equal_values(driver, width):
@@ -204,11 +194,10 @@ def test_squares_beyond_float32(driver):
     assert (ours["rstd"] == 0).all() and ours["mean"].isfinite().all() and ours["out"].isfinite().all()
 
 
-@pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual", "layer_norm_mlp"])
+@pytest.mark.parametrize("operator", ["layer_norm_linear", "linear_residual"])
 def test_nothing_is_written_beside_the_result(driver, operator):
     """The memory before and after it belongs to others; and the emulation reports every store outside the tensor."""
-    more = dict(hidden=48) if operator == "layer_norm_mlp" else dict(n=24)
-    tensors, settings = make(operator, dict(shape=(37, 24), **more))
+    tensors, settings = make(operator, dict(shape=(37, 24), n=24))
     tensors = convert(tensors, torch.bfloat16)
     buffer = torch.full((40, 24), 42.0, dtype=torch.bfloat16)
     launch(driver, operator, tensors, settings, 0, H100, out=buffer[1:38])
@@ -226,9 +215,7 @@ def test_matrices_lie_in_different_banks(driver):
 RACE = "no barrier after|nobody wrote it|in flight"
 WRONG = "error .* is over"
 OUTSIDE = "outside of every buffer"
-FC1, HIDDEN = "sync_threads();  // fc1's rows", "sync_threads();  // hidden values"
 PRODUCT, FRAGMENTS = "row_product_kernel.cu", "row_fragments.h"
-MLP, TILES = "layer_norm_mlp_kernel.cu", "row_tiles.h"
 FAULTS = [
     (PRODUCT, "sync_warp();  // all lanes' copies are in the slice", "", RACE),
     (PRODUCT, "sync_warp();  // all lanes have read the slice", "", RACE),
@@ -245,43 +232,29 @@ FAULTS = [
     (PRODUCT, "of_group + 32 * k", "of_group", WRONG),
     (FRAGMENTS, "const bool valid = unit < valid_units", "const bool valid = true", f"{OUTSIDE}|{WRONG}"),
     (FRAGMENTS, "k + 1 < TILES && k + 1 < tiles", "k + 1 < TILES && k + 2 < tiles", WRONG),
-    (TILES, "row < valid_rows && unit < valid_units", "true", OUTSIDE),
-    (TILES, "rstds[pass] * weight[j]", "weight[j]", WRONG),
-    (TILES, "if (k < depth) step", "if (false) step", WRONG),
-    (TILES, "count = static_cast<float>(channels)", "count = static_cast<float>(channels + 8)", WRONG),
-    (MLP, FC1, "//", RACE),
-    (MLP, HIDDEN, "//", RACE),
-    (MLP, f"wait_copies<0>();\n    {HIDDEN}", HIDDEN, "in flight"),
-    (MLP, "copy_fc1(h + kHiddenTile);", "copy_fc1(h);", WRONG),
-    (MLP, "h + column < args.hidden_channels", "true", OUTSIDE),
 ]
 
 
 @pytest.mark.parametrize("header, text, other, says", FAULTS, ids=range(len(FAULTS)))
 def test_a_planted_fault_is_found(header, text, other, says):
-    kernels = "MVIT_ONLY_PRODUCTS" if header in (PRODUCT, FRAGMENTS) else "MVIT_ONLY_MLP"
-    driver = Driver("rows", [(header, text, other)], ["MVIT_ONLY_BFLOAT16", kernels])
+    driver = Driver("rows", [(header, text, other)], ["MVIT_ONLY_BFLOAT16"])
     for seed in range(5 if says in (RACE, "in flight") else 2):  # without a race, any order has the same values
         with pytest.raises(AssertionError, match=says):
-            run_all(driver, seed, kernels)
+            run_all(driver, seed)
 
 
 def test_a_mean_by_the_reciprocal_alone_is_found():
     """1 / 120 is rounded, and a sum of 120 equal values times it is not always the value."""
     text = "fmaf(fmaf(-mean, count, sum), one_of, mean)"
-    driver = Driver("rows", [("fragments.h", text, "mean")], ["MVIT_ONLY_BFLOAT16", "MVIT_ONLY_PRODUCTS"])
+    driver = Driver("rows", [("fragments.h", text, "mean")], ["MVIT_ONLY_BFLOAT16"])
     assert any(not torch.equal(ours["mean"], x[:, 0].float()) for x, ours, _ in of_equal_values(driver, 120))
 
 
 def test_without_a_fault_the_same_is_right(driver):
-    for kernels in ("MVIT_ONLY_PRODUCTS", "MVIT_ONLY_MLP"):
-        run_all(driver, 0, kernels)
+    run_all(driver, 0)
 
 
-def run_all(driver, seed, kernels):
-    if kernels == "MVIT_ONLY_MLP":
-        check(driver, "layer_norm_mlp", dict(shape=(70, 120), hidden=200), torch.bfloat16, (seed,))
-        return
+def run_all(driver, seed):
     check(driver, "layer_norm_linear", dict(shape=(70, 120), n=200), torch.bfloat16, (seed,), ODD)
     check(driver, "layer_norm_linear", dict(shape=(70, 120), n=200), torch.bfloat16, (seed,), PAIRS)
     check(driver, "linear_residual", dict(shape=(40, 264), n=72), torch.bfloat16, (seed,), DEEP)

@@ -1,12 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Driver for tests/backends/cuda/test_rows.py: launches the kernels of the row-wise operators. With MVIT_ONLY_MLP or
-// MVIT_ONLY_PRODUCTS, only some of them are compiled; with MVIT_ONLY_BFLOAT16, only those.
-#ifndef MVIT_ONLY_PRODUCTS
-#include <layer_norm_mlp_kernel.cu>
-#endif
-#ifndef MVIT_ONLY_MLP
+// Driver for tests/backends/cuda/test_rows.py: launches row_product_kernel.cu. With MVIT_ONLY_BFLOAT16, only those of
+// bfloat16 are compiled.
 #include <row_product_kernel.cu>
-#endif
 
 using namespace mvit;
 
@@ -17,8 +12,6 @@ constexpr bool kHalf = true;
 #endif
 
 extern "C" {
-
-#ifndef MVIT_ONLY_MLP
 
 // Row products are planned for a GPU of so many multiprocessors and so much shared memory; or, if the latter is negative,
 // they have the plan that was set here.
@@ -77,25 +70,5 @@ const char* linear_residual(uint64_t seed, const void* x, const void* weight, co
   (half ? launch_row_product<kHalf> : launch_row_product<false>)(args, plan, nullptr);
   return emulation_result(emulation::last_report);
 }
-
-#endif
-#ifndef MVIT_ONLY_PRODUCTS
-
-const char* layer_norm_mlp(uint64_t seed, const void* x, const void* norm_weight, const void* norm_bias,
-                           const void* fc1_weight, const void* fc1_bias, const void* fc2_weight, const void* fc2_bias,
-                           void* out, float* mean, float* rstd, int64_t count, int64_t channels,
-                           int64_t hidden_channels, double eps, int64_t norm_in_float, int64_t half) {
-  RowMlp args{};
-  args.x = x, args.fc1_weight = fc1_weight, args.fc1_bias = fc1_bias, args.fc2_weight = fc2_weight;
-  args.fc2_bias = fc2_bias, args.out = out, args.mean = mean, args.rstd = rstd;
-  args.count = count;
-  args.channels = static_cast<int>(channels), args.hidden_channels = static_cast<int>(hidden_channels);
-  args.norm = {norm_weight, norm_bias, norm_in_float != 0, norm_in_float != 0, static_cast<float>(eps)};
-  emulation::seed = seed;
-  (half ? launch_layer_norm_mlp<kHalf> : launch_layer_norm_mlp<false>)(args, nullptr);
-  return emulation_result(emulation::last_report);
-}
-
-#endif
 
 }  // extern "C"
