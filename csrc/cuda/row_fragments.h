@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A warp's rows in registers, as left operands of tensor-core products: loaded from shared memory, normalised there, and
-// multiplied by weights that stay in shared memory.
+// A warp's rows in registers, as left operands of tensor-core products: loaded from shared memory, normalised there,
+// and multiplied by weights that stay in shared memory.
 #pragma once
 
 #include "row_values.h"
@@ -12,8 +12,9 @@ namespace mvit {
 template <int TILES>
 using RowFragments = uint32_t[TILES][4];
 
-// Copies `rows` rows to rows of `stride` bytes, a warp one, two or four of them at once, so that nothing is divided. Row i is read from from + source(i) · row_bytes; rows for which source(i)
-// is at least valid_rows, and units from valid_units on, become zero.
+// Copies `rows` rows to rows of `stride` bytes, a warp one, two or four of them at once, so that nothing is divided.
+// Row i is read from from + source(i) · row_bytes; rows for which source(i) is at least valid_rows, and units from
+// valid_units on, become zero.
 template <typename Source>
 MVIT_DEVICE void copy_rows(int rows, Shared to, Shared stride, const char* from, int row_bytes, int valid_rows,
                            int units, int valid_units, int warp, int warps, const Source& source) {
@@ -77,9 +78,9 @@ MVIT_DEVICE void convert_parameters(Shared parameters, Shared raw, const Norm& n
   }
 }
 
-// Mean and 1 / σ of row lane % (16 · ROWS) in shared memory. Two passes in float32; the one-pass formula cancels where the
-// mean is large. Even and odd 16-byte units are summed for themselves, by two lanes where a warp has 16 rows, so that
-// the order of sums is one whatever ROWS is.
+// Mean and 1 / σ of row lane % (16 · ROWS) in shared memory. Two passes in float32; the one-pass formula cancels where
+// the mean is large. Even and odd 16-byte units are summed for themselves, by two lanes where a warp has 16 rows, so
+// that the order of sums is one whatever ROWS is.
 template <typename T, int ROWS>
 MVIT_DEVICE void row_statistics(Shared rows, Shared stride, int channels, float eps, float& mean, float& rstd) {
   const Shared row = rows + lane_index() % (16 * ROWS) * stride;
@@ -131,8 +132,8 @@ MVIT_DEVICE void normalize(RowFragments<TILES> (&rows)[ROWS], int tiles, Shared 
   }
 }
 
-// sums (ROWS times 16 × 32) += rows · weightsᵀ, the next weights on their way meanwhile. Each tile of 8 columns is 8 rows
-// of weights in shared memory.
+// sums (ROWS times 16 × 32) += rows · weightsᵀ, the next weights on their way meanwhile. Each tile of 8 columns is 8
+// rows of weights in shared memory.
 template <typename T, int ROWS, int TILES>
 MVIT_DEVICE void multiply_group(float (&sums)[ROWS][4][4], const RowFragments<TILES> (&rows)[ROWS], Shared weights,
                                 Shared stride, int tiles) {

@@ -17,8 +17,8 @@ constexpr int kColumnGroup = 32;
 constexpr int kMostDepthTiles = 16;  // of 16 channels, that a warp's 16 rows in registers may have
 
 // For layer_norm_linear, the widths of MobileViT xxs, xs and s, in tiles of 16 channels, have kernels of their own, in
-// which a warp has 32 rows: that halves its reads of the weights, and wants up to 255 registers. linear_residual is bound
-// by the bytes that it moves either way.
+// which a warp has 32 rows: that halves its reads of the weights, and wants up to 255 registers. linear_residual is
+// bound by the bytes that it moves either way.
 #define MVIT_DEPTHS MVIT_DEPTH(4) MVIT_DEPTH(5) MVIT_DEPTH(6) MVIT_DEPTH(8) MVIT_DEPTH(9) MVIT_DEPTH(12) MVIT_DEPTH(15)
 constexpr int row_tiles_of(int depth_tiles) {
 #define MVIT_DEPTH(DEPTH) || depth_tiles == DEPTH
@@ -52,9 +52,9 @@ inline RowProductPlan row_product_plan(const RowProduct& args, int row_tiles, in
           static_cast<int>(bytes < INT32_MAX ? bytes : INT32_MAX)};
 }
 
-// An estimate in cycles of what a plan takes: the copy of the weights (64 bytes a cycle from L2); then, for each turn of
-// a warp, what all warps read from shared memory (128 bytes a cycle: weights, rows, parameters) and the latency of one
-// warp's own steps, of which other warps hide only a part.
+// An estimate in cycles of what a plan takes: the copy of the weights (64 bytes a cycle from L2); then, for each turn
+// of a warp, what all warps read from shared memory (128 bytes a cycle: weights, rows, parameters) and the latency of
+// one warp's own steps, of which other warps hide only a part.
 inline int64_t row_product_cycles(const RowProduct& args, const RowProductPlan& plan, int multiprocessors) {
   const int64_t depth = plan.depth_tiles, row_tiles = plan.row_tiles;
   const int64_t copied = (kColumnGroup * plan.groups + 16 * row_tiles * plan.warps) * depth / 2;

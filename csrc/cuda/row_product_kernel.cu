@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_linear (NORMED) and linear_residual. The weights stay in shared memory; every warp goes its own way through
-// the rows (row_product.h). It takes its rows from its slice into registers, starts the copy of its next rows into the
-// same slice, normalises, and multiplies by one group of 32 columns after the other. Once the weights are there, no
-// warp waits for another.
+// layer_norm_linear (NORMED) and linear_residual. The weights stay in shared memory; every warp goes its own way
+// through the rows (row_product.h). It takes its rows from its slice into registers, starts the copy of its next rows
+// into the same slice, normalises, and multiplies by one group of 32 columns after the other. Once the weights are
+// there, no warp waits for another.
 //
 // Rows of weights lie in shared memory in the order in which a lane then holds eight adjacent columns of the result
 // (column_of), so that it reads and writes 16 bytes at a time.
@@ -29,7 +29,8 @@ row_product_kernel(const RowProduct args, const RowProductPlan plan) {
   const int depth = DEPTH ? DEPTH : plan.depth_tiles, channels = args.channels;
   const Shared stride = shared_row_bytes(16 * depth);
   const Shared bias = kColumnGroup * plan.groups * stride, parameters = bias + 2 * kColumnGroup * plan.groups;
-  const Shared raw = parameters + 8 * channels, slice = parameters + (NORMED ? 16 * channels : 0) + kRows * warp * stride;
+  const Shared raw = parameters + 8 * channels;
+  const Shared slice = parameters + (NORMED ? 16 * channels : 0) + kRows * warp * stride;
   const int row_bytes = 2 * channels, units = 2 * depth, valid_units = channels / 8;
   const int first_column = block_index_y() * plan.groups * kColumnGroup, columns = args.out_channels - first_column;
   const int groups = columns < kColumnGroup * plan.groups ? (columns + kColumnGroup - 1) / kColumnGroup : plan.groups;
@@ -67,7 +68,7 @@ row_product_kernel(const RowProduct args, const RowProductPlan plan) {
   RowFragments<DEPTH ? DEPTH : kMostDepthTiles> rows[kTiles];
   bool weights_there = false;
   do {
-    const bool some = first < args.count;  // false for warps that have no row at all, which only take part in the barrier
+    const bool some = first < args.count;  // false for warps without any row: they only take part in the barrier
     sync_warp();  // all lanes' copies are in the slice
     const int64_t row = first + lane / 4;  // and every eighth one further down
     float mean = 0, rstd = 0;              // of row lane % kRows

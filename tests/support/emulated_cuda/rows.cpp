@@ -13,8 +13,8 @@ constexpr bool kHalf = true;
 
 extern "C" {
 
-// Row products are planned for a GPU of so many multiprocessors and so much shared memory; or, if the latter is negative,
-// they have the plan that was set here.
+// Row products are planned for a GPU of so many multiprocessors and so much shared memory; or, if the latter is
+// negative, they have the plan that was set here.
 static int64_t set_plan[4];
 static RowProductPlan plan_for(const RowProduct& args, int64_t multiprocessors, int64_t shared_limit) {
   if (shared_limit >= 0)
