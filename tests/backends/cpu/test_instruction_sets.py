@@ -37,8 +37,9 @@ OWN_TESTS = [
 ]
 NETWORK_TESTS = [TESTS / "freezing" / f"test_{name}.py" for name in ("network", "network_file")]
 # What Python code decides, and no kernel: whether an operator is registered, and its graph; how a library's model
-# becomes a network, of which our own model's, equal to all others', stays.
-SAME_ON_ALL = ("test_registration", "test_graph", "throughout and not own")
+# becomes a network, of which our own model's, equal to all others', stays. And float16, which no kernel knows: it is
+# float32 before (csrc/cpu/float16.h). A name that has it as "bfloat16" is another.
+SAME_ON_ALL = ("test_registration", "test_graph", "throughout and not own", "-float16", "[float16")
 
 ISAS = instruction_sets()
 
