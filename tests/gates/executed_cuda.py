@@ -61,12 +61,13 @@ def transformer(**sizes) -> Callable[[], CompiledDriver]:
     return call
 
 
-def inverted_residual(*shape, small: bool = False, **more) -> Callable[[], CompiledDriver]:
-    """An inverted residual of (channels in, channels out, stride), in its larger or its smaller tile."""
+def inverted_residual(*shape, **how: bool) -> Callable[[], CompiledDriver]:
+    """An inverted residual of (channels in, channels out, stride), in its larger or its `small` tile, with filters in
+    float32 or with `half_filter`."""
 
     def call() -> CompiledDriver:
         driver = driver_of("inverted_residual")
-        test_inverted_residual.launched(driver, test_inverted_residual.sizes_of(*shape, **more), DTYPE, small=small)
+        test_inverted_residual.launched(driver, test_inverted_residual.sizes_of(*shape), DTYPE, **how)
         return driver
 
     return call
@@ -98,6 +99,8 @@ CALLS: dict[str, list[Callable[[], CompiledDriver]]] = {
         inverted_residual(48, 64, 2),
         inverted_residual(64, 64, 1),
         inverted_residual(64, 64, 1, small=True),
+        inverted_residual(64, 64, 1, half_filter=True),
+        inverted_residual(32, 64, 2, half_filter=True),
         inverted_residual(128, 160, 2),
         inverted_residual(128, 160, 2, small=True),
     ],

@@ -152,7 +152,7 @@ def kind_of(s: Statement) -> str:
     if s.base == "div":
         return "div" if s.type != "f32" else "special"
     if s.base in ("fma", "mul", "add", "sub"):
-        return "float" if s.type == "f32" else "integer"
+        return "float" if s.type in ("f32", "f16x2") else "integer"
     if s.base == "cvt":
         return "convert" if {"f32", "bf16", "f16", "bf16x2", "f16x2"} & set(s.modifiers) else "integer"
     return KINDS.get(s.base, "other" if s.base in ("mov", "bra", "ret") else "integer")
