@@ -243,11 +243,6 @@ MVIT_DEVICE float unpack_high(uint32_t pair) {
   return unpack<T>(T{static_cast<uint16_t>(pair >> 16)});
 }
 
-// A float as a signed integer: positive ones keep their order. The largest of three integers is one instruction from
-// compute capability 9.0 on, where floats take two.
-MVIT_DEVICE int as_integer(float value) { return __float_as_int(value); }
-MVIT_DEVICE int largest_of(int a, int b, int c) { return __vimax3_s32(a, b, c); }
-
 // One special-function instruction each: 2^x and log2 x to within 2 ulp, 1 / x and 1 / sqrt(x) to within 1 or 2 ulp,
 // tanh to within 2^-11.
 MVIT_DEVICE float exp2_approximate(float x) {

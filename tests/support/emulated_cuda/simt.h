@@ -3,7 +3,6 @@
 // source with -DMVIT_EMULATED and run it through `emulate`.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -281,9 +280,6 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const fl
   std::memcpy(d, c, sizeof d);
   mma<T>(d, a, b, where);
 }
-
-inline int as_integer(float value) { return emulation::bits<int>(value); }
-inline int largest_of(int a, int b, int c) { return std::max(std::max(a, b), c); }
 
 inline float exp2_approximate(float x) {
   x = emulation::flushed(x);

@@ -331,12 +331,15 @@ class Block:
             value = self.registers.read(operands[2])[np.arange(len(lane)) // 32 * 32 + lane]
         self.registers.write(operands[1], value, active)
 
-    def _p2r(self, operands: list[str], parts: list[str], active: np.ndarray) -> None:
+    def _p2r(self, operands: list[str], parts: list[str], active: np.ndarray, kind: str = "P") -> None:
         mask = int(operands[3], 16)
         value = self.registers.read(operands[2]) & np.uint64(~mask & 0xFFFFFFFF)
         for k in (k for k in range(7) if mask >> k & 1):
-            value = value | self.registers.read_predicate(f"P{k}").astype(np.uint64) << np.uint64(k)
+            value = value | self.registers.read_predicate(f"{kind}{k}").astype(np.uint64) << np.uint64(k)
         self.registers.write(operands[0], value, active)
+
+    def _p2ur(self, operands: list[str], parts: list[str], active: np.ndarray) -> None:
+        self._p2r(operands, parts, active, "UP")
 
     def _r2p(self, operands: list[str], parts: list[str], active: np.ndarray) -> None:
         mask, value = int(operands[2], 16), self.registers.read(operands[1])

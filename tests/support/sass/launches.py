@@ -120,9 +120,9 @@ def _linear_residual(batch: int, side: int, width: int, outs: int = 0) -> list[L
 
 
 def _layer_norm_mlp(batch: int, side: int, width: int, hidden: int = 0) -> list[Launch]:
-    driver, sizes = _driver("rows", "MVIT_ONLY_BFLOAT16"), (batch * side * side, width, hidden or 2 * width)
-    pointers = map(address, range(10))
-    return _watched(driver, lambda: driver.layer_norm_mlp(0, *pointers, *sizes, EPS, 1, 0))
+    driver, sizes = _driver("mlp", "MVIT_ONLY_BFLOAT16"), (batch * side * side, width, hidden or 2 * width)
+    pointers, limits = map(address, range(10)), (MULTIPROCESSORS, SHARED_LIMIT)
+    return _watched(driver, lambda: driver.layer_norm_mlp(0, *pointers, *sizes, EPS, 1, *limits, -1, 0))
 
 
 def _patch_attention(batch: int, side: int, width: int) -> list[Launch]:
@@ -138,7 +138,7 @@ def _inverted_residual(
     batch: int, side: int, width: int, outs: int = 0, stride: int = 1, hidden: int = 0, small: int = 0
 ) -> list[Launch]:
     outs = outs or width
-    one = f"find_inverted_residual<{width}>({outs}, {stride}, {'true' if small else 'false'}, false)"
+    one = f"find_inverted_residual<{width}>({outs}, {stride}, {'true' if small else 'false'}, false, false)"
     driver = _driver("inverted_residual", f"MVIT_ONLY_ONE={one}")
     sizes = (batch, side, side, width, hidden or 4 * width, outs, stride, stride == 1 and width == outs, small)
     return _watched(driver, lambda: driver.forward(0, *map(address, range(3)), 0, *sizes))
