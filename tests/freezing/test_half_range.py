@@ -311,7 +311,7 @@ def test_a_file_says_what_was_found(frozen, tmp_path):
         (IMAGES / 0, ValueError, "freeze: example has values that are not finite"),
         (IMAGES[:, :2], ValueError, r"freeze: the model does not take the example, torch.float32 of \(2, 2, 20, 22\)"),
     ],
-    ids=str,
+    ids=range(11),
 )
 def test_refuses(example, error, says):
     model = made()
