@@ -16,7 +16,7 @@ namespace mvit {
 constexpr int kMlpRows = 16, kMlpChunk = 32;
 // Fewer rows than this would leave most warps of the ring's blocks without a tile. The two sum in different orders, so
 // the choice is by the call's shape and not by the GPU.
-constexpr int64_t kFewMlpRows = 4096;
+constexpr int64_t kFewMlpRows = 2048;
 constexpr int kMostMlpGroup = 4;
 
 // The kernels are compiled for these numbers of tiles of 16 channels; rows are filled up with zeros. Wider rows than the

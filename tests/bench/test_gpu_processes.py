@@ -185,7 +185,7 @@ def test_predictions_stand_beside_what_an_h200_measured(part):
     table = predictions.table(folder)
     assert len(table) == 1 + len(known)
     stack = next(line for line in table if line.startswith("stack s/3 b256, one launch"))
-    assert stack.split()[-4:] == ["1610.0", "896.0", "1.80", "1610.0"]
+    assert stack.split()[-4:] == ["1610.0", "1008.0", "1.60", "1610.0"]
     assert predictions.table(ROOT / "benchmarks") == []
 
 

@@ -281,7 +281,7 @@ def test_a_frozen_model(emulated, monkeypatch):
     fast = mvit_kernels.freeze(model, dtype=torch.bfloat16)
     assert len(kept.packed) == before + 3
     images = torch.rand(1, 3, 64, 64)
-    for module in ("whole", "modules"):  # the CPU's own ways to run it
+    for module in ("whole", "frozen"):  # the CPU's own ways to run it
         monkeypatch.setattr(f"mvit_kernels.freezing.{module}.kind_for", lambda x: None)
     with preferred(monkeypatch, "inverted_residual", inverted_residual.forward):
         with torch.inference_mode():
