@@ -88,6 +88,32 @@ def network() -> list:
     return convolutions + more
 
 
+def rows_of_their_own() -> list:
+    """What frozen networks launch for few rows of one image, and 9.0's tiles for many rows."""
+    import pytest
+
+    from mvit_kernels.backends.triton import layer_norm_linear, layer_norm_mlp, linear_residual, projection_norm_linear
+    from mvit_kernels.backends.triton._launch import watching
+    from support.row_tiles import as_for_many_rows
+
+    def t(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=torch.bfloat16)
+
+    with watching(ARCH) as many, pytest.MonkeyPatch.context() as patched:
+        few = [
+            projection_norm_linear.launch(
+                *(t(rows, inner), t(d, inner), t(d), t(rows, d), t(d), t(d), t(n, d), t(n), t(rows, d), t(rows, n)),
+                1e-5,
+            )
+            for rows, inner, d, n in ((64, 240, 240, 480), (520, 144, 144, 288))
+        ]
+        as_for_many_rows(patched)
+        linear_residual.forward(t(130, 80), t(80, 80), t(80), t(130, 80))
+        layer_norm_linear.forward(t(130, 80), t(80), t(80), t(150, 80), t(150), 1e-5, "")
+        layer_norm_mlp.forward(t(70, 80), t(80), t(80), t(80, 80), t(80), t(80, 80), t(80), 1e-5)
+    return [*few, *many]
+
+
 def _stage(width: int) -> Callable[[], list]:
     """One image in bfloat16, forward and backward, with dropout."""
     return functools.partial(stage, width, 1, torch.bfloat16, "highest", ARCH, 0.1)
@@ -98,6 +124,7 @@ TRITON: dict[str, Callable[[], list]] = {
     "attention": attentions,
     "batch norm": batch_norms,
     "s network": network,
+    "few and many rows": rows_of_their_own,
     "s stage 4": _stage(192),
     "s stage 3": _stage(144),
 }

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from backends.cuda import test_inverted_residual, test_patch_attention, test_rows, test_transformer
+from backends.cuda import test_inverted_residual, test_mlp, test_patch_attention, test_rows, test_transformer
 from gates.cuda_gate import nvcc_version, readable, tool
 from support.cases import convert, make
 from support.ptx.compiled_cuda import CompiledDriver, Launch
@@ -24,13 +24,13 @@ from support.ptx.compiled_cuda import CompiledDriver, Launch
 DTYPE = torch.bfloat16
 
 
-def rows(operator: str, **sizes) -> Callable[[], CompiledDriver]:
+def rows(operator: str, gpu: tuple[int, ...] = test_rows.H100, **sizes) -> Callable[[], CompiledDriver]:
     """A row-wise operator."""
 
     def call() -> CompiledDriver:
-        driver = driver_of("rows")
+        driver = driver_of("mlp" if operator == "layer_norm_mlp" else "rows")
         tensors, settings = make(operator, sizes)
-        test_rows.launch(driver, operator, convert(tensors, DTYPE), settings, 0, test_rows.H100)
+        test_rows.launch(driver, operator, convert(tensors, DTYPE), settings, 0, gpu)
         return driver
 
     return call
@@ -80,6 +80,7 @@ def stage(side: int, width: int, layers: int) -> list[Callable[[], CompiledDrive
         rows("layer_norm_linear", shape=shape, n=3 * width),
         rows("linear_residual", shape=shape, n=width),
         rows("layer_norm_mlp", shape=shape, hidden=2 * width),
+        rows("layer_norm_mlp", (*test_rows.H100, 0), shape=shape, hidden=2 * width),
         attention((1, side // 2, side // 2), width // 4),
         transformer(shape=shape, layers=layers),
     ]
@@ -91,6 +92,7 @@ CALLS: dict[str, list[Callable[[], CompiledDriver]]] = {
         rows("linear_residual", shape=(35, 480), n=72),  # weights in parts
         rows("layer_norm_linear", shape=(33, 80), n=72, activation="silu"),
         rows("layer_norm_mlp", shape=(65, 64), hidden=256),
+        rows("layer_norm_mlp", test_mlp.STAY, shape=(65, 64), hidden=256),  # the kernel for many rows
         attention((2, 4, 4), 8),
         attention((1, 5, 13), 36, heads=1),  # 65 tokens
         transformer(shape=(1, 4, 6, 64)),

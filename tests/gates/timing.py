@@ -92,8 +92,8 @@ def listing(file: Path, kernel: str):
 
 
 def resident_blocks(launch: Launch, registers: int, static: int, machine: Machine) -> int:
-    """How many blocks a multiprocessor holds at once: by registers (256 at a time), shared memory and threads. nvcc counts
-    the kilobyte that the system has of each block's shared memory as `static`, Triton does not."""
+    """How many blocks a multiprocessor holds at once: by registers (256 at a time), shared memory and threads. nvcc
+    counts the kilobyte that the system has of each block's shared memory as `static`, Triton does not."""
     warps = launch.threads // 32
     of_warp = -(-registers * 32 // 256) * 256
     return min(
