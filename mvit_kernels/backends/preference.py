@@ -69,6 +69,9 @@ class Operator(NamedTuple):
 
 # An H200, PyTorch 2.11, Triton 3.6, commit 5c7d698, S at 256 px, batch 64: docs/kernels/measured.md, "Operators". The
 # files are that run's raw lines.
+# CUDA C++'s row products and MLP are new kernels since, and Triton's have other tiles. What is predicted of them
+# (benchmarks/gpu_run/predictions.py) would put CUDA C++ before Triton for row products of width 144, and either before
+# PyTorch for the MLP of 240; a prediction changes no order that was measured.
 OPERATORS = (
     Operator("patch_attention", 144, 65536, 355.67, 95.64, 82.43, "bench_core.jsonl:37-39"),
     Operator("layer_norm_linear", 144, 65536, 125.10, 101.49, 72.74, "bench_core.jsonl:40-42"),
