@@ -213,7 +213,7 @@ def test_predicates_say_why(monkeypatch):
     )
     assert "out_features is 12; a positive multiple of 8" in reasons("layer_norm_linear", n=12)
     assert "rows of 264 are too wide to be normalised" in reasons("layer_norm_mlp", shape=(2, 264))
-    needed = cuda.operators.product_bytes(2048)
+    needed = cuda.operators.product_bytes(2048, normed=False)
     assert f"needs {needed} bytes of shared memory; this GPU has 101376 per block" in reasons(
         "linear_residual", shape=(2, 2048)
     )
