@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launches that were measured on an H200 beside what `gates.timing` predicts of today's kernels.
+"""The launches that were measured on an H200 beside what `gates.timing` predicts of a checkout's kernels.
 
 Example:
-    $ git worktree add ../measured 139a1a6       # the last commit whose kernels are those that were measured
-    $ PYTHONPATH=../measured:. python -m gates.timing_table --root ../measured    # writes tests/data/timing.csv
+    $ git worktree add ../measured b167d52       # the last commit whose kernels are those that were measured
+    $ cd ../measured/tests && python -m gates.timing_table         # writes tests/data/timing.csv
     $ python -m gates.timing_table --dry --only patch_attention    # of the kernels here
 
 `microseconds` and `issue` (per cent of the issue slots) were measured: with ncu, which empties the caches before, or as

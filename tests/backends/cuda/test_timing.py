@@ -342,10 +342,10 @@ def test_a_triton_kernel_is_timed():
 
 def test_a_cuda_launch_is_the_librarys():
     """Grid, threads and shared memory as ncu reported them on an H200."""
-    [launch] = cuda_launches("layer_norm_mlp", batch=256, side=32, width=144)
-    assert (launch.grid, launch.threads) == ((4096, 1, 1), 256)
-    assert "layer_norm_mlp_kernel" in launch.kernel
-    assert launch.bank()[0x210:0x218] == (1 << 40).to_bytes(8, "little")
+    [launch] = cuda_launches("patch_attention", batch=256, side=32, width=144)
+    assert (launch.grid, launch.threads) == ((4096, 2, 1), 128)
+    assert "patch_attention_kernel" in launch.kernel
+    assert launch.bank()[0x230:0x238] == (1 << 40).to_bytes(8, "little")
     with pytest.raises(LookupError, match="no launch of gelu is known; transformer, "):
         cuda_launches("gelu", 1, 8, 64)
 
