@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "simt.h"
 
@@ -55,6 +56,16 @@ template <typename T>
 MVIT_DEVICE void multiply(float (&d)[4], const Tile& tile, uint32_t b) {
   const uint32_t half[1] = {b};
   mma<T>(d, tile, half);
+}
+
+// silu(2u) = u · (1 + tanh u), which takes a single special-function instruction. tanh.approx is accurate to 11 bits,
+// which is enough for bfloat16 but not for float16.
+template <typename T>
+MVIT_DEVICE float silu_of_double(float u) {
+  if constexpr (std::is_same_v<T, Half>)
+    return 2 * u * reciprocal_approximate(1 + exp2_approximate(-2.8853900817779268f * u));  // 2 log2 e
+  else
+    return fmaf(u, tanh_approximate(u), u);
 }
 
 // sum / count, correctly rounded (one Newton step). With sum · (1 / count) alone, the mean of equal 16-bit values

@@ -9,15 +9,6 @@
 
 namespace mvit {
 
-// silu(2u). tanh.approx is accurate to 11 bits, which is enough for bfloat16 but not for float16.
-template <typename T>
-MVIT_DEVICE float silu_of_double(float u) {
-  if constexpr (std::is_same_v<T, Half>)
-    return 2 * u * reciprocal_approximate(1 + exp2_approximate(-2.8853900817779268f * u));  // 2 log2 e
-  else
-    return fmaf(u, tanh_approximate(u), u);
-}
-
 // In float32, of values, taps and operands of T.
 template <typename T>
 struct FloatChannels {

@@ -4,8 +4,9 @@
 //
 // A block owns whole sequences; a warp owns M tiles of 16 rows of one of them, and everything but attention involves
 // only a warp's own rows. Shared memory holds the residual stream in 16 bits, key and value of one head for all rows,
-// and a ring of two slots through which the weights are streamed. There is one barrier per chunk, which also orders the
-// exchange of keys and values between warps. LayerNorm is folded into the next product: with W' = γ∘W, rounded,
+// and a ring of two slots through which the weights are streamed. There is one barrier for what is copied at once,
+// which also orders the exchange of keys and values between warps. LayerNorm is folded into the next product: with
+// W' = γ∘W, rounded,
 //
 //     LN(x) Wᵀ + b  =  rstd · (x W'ᵀ − mean · ΣW') + (W β + b)
 //

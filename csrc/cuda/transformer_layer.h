@@ -133,15 +133,6 @@ struct Transformer : TransformerAttention<T, WIDTH, HEAD_DIM, M> {
     for (int m = 0; m < M; ++m) add_to_rows(m, tile, d[m][0], d[m][1]);
   }
 
-  // silu(2u); the packed fc1 is halved. silu(h) = h/2 · (1 + tanh(h/2)) takes a single special-function instruction.
-  // tanh.approx is accurate to 11 bits, which is enough for bfloat16 but not for float16.
-  static MVIT_DEVICE float silu_of_double(float u) {
-    if constexpr (std::is_same_v<T, Half>)
-      return 2 * u * reciprocal_approximate(1 + exp2_approximate(-2.8853900817779268f * u));  // 2 log2 e
-    else
-      return u + u * tanh_approximate(u);
-  }
-
   MVIT_DEVICE void mlp_half(int layer, int threads) {
     const int bytes_of_next = layer + 1 < args.layers ? bytes_of_head() : 0;
     statistics();
@@ -178,7 +169,7 @@ struct Transformer : TransformerAttention<T, WIDTH, HEAD_DIM, M> {
           MVIT_UNROLL
           for (int n = 0; n < UNITS; ++n) {
             MVIT_UNROLL
-            for (int i = 0; i < 4; ++i) u[m][n][i] = silu_of_double(u[m][n][i]);
+            for (int i = 0; i < 4; ++i) u[m][n][i] = silu_of_double<T>(u[m][n][i]);  // the packed fc1 is halved
             pack_tile<T>(hidden[m][first + n], u[m][n]);
           }
       }

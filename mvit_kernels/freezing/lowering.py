@@ -208,10 +208,9 @@ class Lowering:
         """CUDA C++'s call of one launch; None for three of Triton's. This is the one place where that is chosen."""
         if weights.packed is None or IMAGE in (source.value, self.names[source.value]):
             return None
+        # Its kernel moves 16 bytes at a time, so that it would copy the one, and cannot write the other.
         if not self._has_whole_units(source) or not self._has_whole_units(target):
-            return (
-                None  # its kernel moves 16 bytes at a time, so that it would copy the one, and cannot write the other
-            )
+            return None
         x, expand, project = self._stand_in(source), weights.expand[0].flatten(1), weights.project[0].flatten(1)
         call = inverted_residual_call(x, expand, project, (x,), stride, dilation, residual)
         call = call._replace(device_type=self.device.type)

@@ -23,35 +23,28 @@ from gates import machine_code
 from gates.sass import Instruction
 from gates.triton_gate import compiled_for, different
 from support.sass.block import Access, Block
-from support.sass.operands import PARAMETERS
+from support.sass.operands import address, constant_bank
 
 ARCH = 90
 SHARED = 0x400  # where a block's dynamic shared memory begins; what is below is the system's
-APART = 1 << 40  # bytes between the tensors' addresses, so that no offset leads from one into another
 
 
-def constants(launch) -> tuple[bytes, list[tuple[int, int]]]:
-    """Constant bank 0 of a launch, and the first and last addresses of its tensors."""
-    bank, at, ranges = bytearray(0x1000), PARAMETERS, []
-    grid, threads = (*launch.grid, 1, 1)[:3], 32 * launch.plan.num_warps
-    for place, value in enumerate((threads, 1, 1, *grid)):
-        bank[4 * place : 4 * place + 4] = value.to_bytes(4, "little")
+def parameters(launch) -> tuple[bytes, list[tuple[int, int]]]:
+    """What a launch hands its kernel, and the first and last addresses of its tensors."""
+    given, ranges = bytearray(), []
     for number, tensor in enumerate(each for each in launch.tensors if each is not None):
-        address = (number + 1) * APART
-        ranges.append((address, address + tensor.numel() * tensor.element_size()))
-        at = -(-at // 8) * 8
-        bank[at : at + 8] = address.to_bytes(8, "little")
-        at += 8
+        first = address(number)
+        ranges.append((first, first + tensor.numel() * tensor.element_size()))
+        given += first.to_bytes(8, "little")
     for scalar in launch.scalars:
         bits = int(np.float32(scalar).view(np.uint32)) if isinstance(scalar, float) else scalar & 0xFFFFFFFF
-        bank[at : at + 4] = bits.to_bytes(4, "little")
-        at += 4
-    return bytes(bank), ranges
+        given += bits.to_bytes(4, "little")
+    return bytes(given), ranges
 
 
 def corners(grid: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """The first and the last block along each axis."""
-    return itertools.product(*(sorted({0, count - 1}) for count in (*grid, 1, 1)[:3]))
+    return itertools.product(*(sorted({0, count - 1}) for count in grid))
 
 
 def is_outside(access: Access, ranges: Iterable[tuple[int, int]], shared: int) -> np.ndarray:
@@ -64,10 +57,12 @@ def is_outside(access: Access, ranges: Iterable[tuple[int, int]], shared: int) -
 
 def outside(code: Sequence[Instruction], launch, shared: int) -> list[str]:
     """What a launch accesses outside of its tensors and its shared memory, an instruction a line."""
-    bank, ranges = constants(launch)
+    given, ranges = parameters(launch)
+    threads, grid = 32 * launch.plan.num_warps, (*launch.grid, 1, 1)[:3]
+    bank = constant_bank(threads, grid, given)
     found: dict[str, int] = {}
-    for place in corners(launch.grid):
-        block = Block(code, 32 * launch.plan.num_warps, bank, place)
+    for place in corners(grid):
+        block = Block(code, threads, bank, place)
         block.run()
         for access in block.accesses:
             wrong = is_outside(access, ranges, shared)

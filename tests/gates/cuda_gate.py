@@ -82,12 +82,15 @@ def rows(file: Path, arch: int, nvcc: str) -> list[dict[str, object]]:
     ]
 
 
+def command(source: Source, arch: int) -> list[str]:
+    """What compiles a source to a cubin; ``-o`` and the cubin's name are to follow."""
+    return [tool("nvcc"), *FLAGS.split(), source.define, f"-arch=sm_{arch}", "-cubin", str(source.path)]
+
+
 def compiled(source: Source, arch: int) -> Path:
     BUILT.mkdir(parents=True, exist_ok=True)
     target = BUILT / f"{source.name}.sm_{arch}.cubin"
-    command = [tool("nvcc"), *FLAGS.split(), source.define, f"-arch=sm_{arch}", "-cubin", "-o", str(target)]
-    command.append(str(source.path))
-    subprocess.run(command, check=True)
+    subprocess.run([*command(source, arch), "-o", str(target)], check=True)
     return target
 
 

@@ -71,14 +71,14 @@ def cubin(kernel: str) -> Path:
 
 
 def _compiled(source: cuda_sources.Source) -> Path:
-    command = [cuda_gate.tool("nvcc"), *cuda_gate.FLAGS.split(), "-lineinfo", source.define, "-arch=sm_90", "-cubin"]
+    command = [*cuda_gate.command(source, 90), "-lineinfo"]
     read = [path.read_text() for path in (*sorted(source.path.parent.glob("*.h")), source.path)]
     digest = hashlib.sha256("\0".join([cuda_gate.nvcc_version(), *command, *read]).encode()).hexdigest()[:16]
     file = BUILT / f"{source.name}-{digest}.cubin"
     if not file.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         own = file.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, str(source.path), "-o", str(own)], check=True)
+        subprocess.run([*command, "-o", str(own)], check=True)
         os.replace(own, file)
     return file
 

@@ -127,13 +127,15 @@ def of_stacks(dtype: torch.dtype) -> Iterator[tuple[str, object]]:
     for side, d, out in ((32, 144, 96), (16, 192, 128), (8, 240, 160)):
         rows, hidden, norm = t(1, side, side, d), t(1, side, side, 2 * d), (t(d), t(d))
         last = t(out, d), t(out, of=torch.float32)
-        part, vectors = t(1, side, side, 2 * out)[..., out:], t(side * side, of=torch.float32)
+        part = t(1, side, side, 2 * out)[..., out:]
         proj, fc2 = (rows, t(d, d), t(d), rows), (hidden, t(d, 2 * d), t(d), rows)
         first, following = (t(2 * d, d), t(2 * d), rows, hidden), (t(3 * d, d), t(3 * d), rows, t(1, side, side, 3 * d))
         yield f"s {d} few rows", projection_norm_linear.launch(*proj, *norm, *first, 1e-5, "silu")
         yield f"s {d} few rows", projection_norm_linear.launch(*fc2, *norm, *following, 1e-5)
         yield f"s {d} few rows", projection_norm_linear.launch(*fc2, *norm, *last, None, part, 1e-5, "silu")
-        yield f"s {d} last norm", layer_norm_linear.launch(rows, *norm, *last, part, vectors, vectors, 1e-5, "silu")
+        many, parts = t(256, side, side, d), t(256, side, side, 2 * out)[..., out:]
+        vectors = t(256 * side * side, of=torch.float32)
+        yield f"s {d} last norm", layer_norm_linear.launch(many, *norm, *last, parts, vectors, vectors, 1e-5, "silu")
 
 
 def cases(target: int, sizes: tuple[str, ...] | None = None) -> Iterator[tuple[str, object]]:

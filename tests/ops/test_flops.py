@@ -60,7 +60,8 @@ def test_models(library):
     with torch.no_grad():
         expected, _ = counted(lambda: model(x))
         assert counted(lambda: models.accelerated(model)(x))[0] == expected > 5e7
-        assert counted(lambda: freeze(model)(x))[0] == expected
+        frozen = freeze(model)  # which tries a cvnets model once in a process, on images of its own
+        assert counted(lambda: frozen(x))[0] == expected
 
 
 @pytest.mark.skipif(bool(cpu.BACKEND.unavailable("cpu")), reason="needs the compiled library")
@@ -72,4 +73,4 @@ def test_a_network():
     assert isinstance(network, Network)
     with torch.no_grad():
         expected, _ = counted(lambda: stages(x))
-        assert counted(lambda: network(x))[0] == expected > 1e8
+        assert counted(lambda: network(x, network.plan(x)))[0] == expected > 1e8

@@ -7,8 +7,9 @@ Example:
 
 A driver's functions take int64_t, double and pointers, launch kernels by ``emulation::emulate`` and return what that
 reports. A call raises `EmulationFault` for a race, a deadlock, memory read before it was written, and every access out
-of a tensor that the call names or to a tensor that `writes` does not. Nothing is seen of the hardware's rounding inside
-a product, of time, or of bank conflicts other than `Driver.matrix_conflicts`.
+of a tensor that the call names or to a tensor that `writes` does not. `Driver.on_host` is for functions that launch
+nothing. Nothing is seen of the hardware's rounding inside a product, of time, or of bank conflicts other than
+`Driver.matrix_conflicts`.
 
 `faults` plants errors: (file, text, other text), the text being there once; the file may be left out. Such drivers
 are compiled for one test each, so there are macros that leave out what it does not need.
@@ -26,10 +27,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -48,11 +49,34 @@ class EmulationFault(AssertionError):
     """What a kernel did that it must not, by the emulation's report."""
 
 
+class Buffer(NamedTuple):
+    """Memory at `host` that kernels know as `begin`."""
+
+    begin: int
+    size: int
+    writable: bool
+    host: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, begin: int, writable: bool) -> Buffer:
+        # From the first element to the last, whatever lies between them.
+        elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        return cls(begin, elements * tensor.element_size() if tensor.numel() else 0, writable, tensor.data_ptr())
+
+
+def may_access(library: ctypes.CDLL, buffers: Sequence[Buffer]) -> None:
+    """What the kernels of a library may access from now on, and nothing else."""
+    library.emulation_forget_buffers()
+    for buffer in buffers:
+        library.emulation_add_buffer(*map(ctypes.c_uint64, buffer))
+
+
 class Driver:
     """``emulated_cuda/<name>.cpp``, compiled; see the module. One launch at a time: it is no use to threads."""
 
     def __init__(self, name: str, faults: Sequence[tuple[str, ...]] = (), macros: Sequence[str] = ()) -> None:
         self.name = name
+        self.buffers: Sequence[Buffer] = ()  # what the call may access
         self._library = ctypes.CDLL(str(_build(name, tuple(faults), tuple(macros))))
 
     def matrix_conflicts(self) -> int:
@@ -63,28 +87,32 @@ class Driver:
     def __getattr__(self, function: str) -> Any:
         return functools.partial(self._call, function)
 
+    def on_host(self, function: str, *arguments: Any) -> None:
+        """Call a function that launches nothing: its tensors are memory of the host's, with nothing checked."""
+        given = (_as_c(value, torch.Tensor.data_ptr) for value in arguments)
+        getattr(self._library, function)(ctypes.c_uint64(0), *given)
+
     def _call(self, function: str, seed: int, *arguments: Any, writes: Sequence[torch.Tensor] = ()) -> None:
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        storages = sorted({tensor.untyped_storage().data_ptr() for tensor in tensors})
+
+        def address(tensor: torch.Tensor) -> int:
+            """Every storage is 2⁴⁰ bytes from the others, so that what leaves one is in no other."""
+            host = tensor.untyped_storage().data_ptr()
+            return (storages.index(host) + 1 << 40) + host % 4096 + tensor.data_ptr() - host
+
+        self.buffers = [Buffer.of(t, address(t), any(t is other for other in writes)) for t in tensors]
+        may_access(self._library, self.buffers)
         call = getattr(self._library, function)
         call.restype = ctypes.c_char_p
-        self._library.emulation_forget_buffers()
-        for tensor in arguments:
-            if isinstance(tensor, torch.Tensor) and tensor.numel():
-                written = any(tensor is other for other in writes)
-                # From the first element to the last, whatever lies between them.
-                elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-                self._library.emulation_add_buffer(
-                    ctypes.c_uint64(tensor.data_ptr()),
-                    ctypes.c_uint64(elements * tensor.element_size()),
-                    ctypes.c_int64(written),
-                )
-        report = call(ctypes.c_uint64(seed), *map(_as_c, arguments))
+        report = call(ctypes.c_uint64(seed), *(_as_c(value, address) for value in arguments))
         if report is not None:
             raise EmulationFault(f"{self.name}.{function}, seed {seed}: {report.decode()}")
 
 
-def _as_c(value: Any) -> Any:
+def _as_c(value: Any, address: Callable[[torch.Tensor], int]) -> Any:
     if value is None or isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(None if value is None else value.data_ptr())
+        return ctypes.c_void_p(address(value) if value is not None and value.numel() else None)
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 

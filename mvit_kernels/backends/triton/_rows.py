@@ -99,11 +99,17 @@ def mean_and_rstd(first, shift, squares, mean, eps, K: tl.constexpr):
 
 @triton.jit
 def statistics(base, chunks, rows, end, eps, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr, KT: tl.constexpr = 0):
+    """`statistics_of_chunks` of rows that lie at `base`."""
+    first = tl.load(base + rows * K, mask=rows < end, other=0.0).to(tl.float32)
+    return statistics_of_chunks(first, chunks, eps, K, KC, NC, KT)
+
+
+@triton.jit
+def statistics_of_chunks(first, chunks, eps, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr, KT: tl.constexpr = 0):
     """Mean and 1/sqrt(variance + eps) of each row, in two passes over registers: E[x²] − E[x]² cancels where
     |mean| ≫ σ. The mean is taken of differences from the row's first element, so that the mean of equal values is that
     value exactly (the sum of 144 times 7.1, over 144, is not 7.1, and 1/σ makes 316 times as much of the difference).
     Chunks are added up before columns are, for a shorter sum."""
-    first = tl.load(base + rows * K, mask=rows < end, other=0.0).to(tl.float32)
     total = centred(chunks[0], first, columns_of(0, KC, NC, KT), K, KC > K)
     for c in tl.static_range(1, NC):
         total += centred(chunks[c], first, columns_of(c, KC, NC, KT), K, (c + 1) * KC > K)

@@ -7,9 +7,9 @@ Example:
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ._launch import ceil_div, next_power_of_2
+from ._launch import Plan, ceil_div, next_power_of_2
 
 FEW_ROWS = 8192  # at most one tile of 64 rows for each of 128 SMs: what is chosen then is chosen for latency
 
@@ -23,6 +23,10 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None  # the most a thread may have; more would leave room for fewer programs at a time
+
+    def plan(self, kernel: Any, constants: tuple[Any, ...]) -> Plan:
+        """The plan of a kernel with this tile, which `constants` have been made of."""
+        return Plan(kernel, constants, num_warps=self.warps, num_stages=self.stages, registers=self.registers)
 
 
 class Resident(NamedTuple):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import _rows
-from ._launch import Launch, Plan, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
+from ._launch import Launch, architecture, ceil_div, chunked, dense, is_small, kind_of, next_power_of_2, register
 from ._row_gradients import norm_backward
 from ._tiles import FEW_ROWS, Tile, tailed
 from ._weight_gradients import Norm, Product, weight_gradients
@@ -105,6 +105,7 @@ _TILES = {
     "wgmma 160": Tile(128, 64, 64, 8, 3, 128),  # up to 160 columns: 106 KB at 144
     "wgmma 160 tight": Tile(128, 64, 32, 8, 3, 128),  # where chunks of 64 spill 8 bytes, see `_plan`
     "wgmma 192": Tile(128, 32, 64, 8, 3, 128),  # 92 KB; with 64 columns 136, and one program
+    "wgmma 192 tight": Tile(128, 32, 32, 8, 3, 128),  # where chunks of 64 spill 16 bytes; predicted 5 % slower
     "wgmma 256": Tile(64, 32, 64, 4, 3),  # 84 KB; 128 rows spill within 128 registers
     "wgmma few": Tile(64, 64, 64, 4, 3),  # up to FEW_ROWS rows of 192 columns; 104 KB at 192
     "half": Tile(64, 64, 64, 4, 2),
@@ -128,8 +129,11 @@ def tile_key(kind: str, arch: int, K: int, few: bool) -> str:
 @lru_cache(maxsize=4096)
 def _plan(device, dtype, vectors, kind, arch, K, N, few, activation, backward, gap):
     key = tile_key(kind, arch, K, few)
-    if dtype == torch.float16 or activation:  # 8 bytes of stack with Triton 3.8, and with 3.6
-        key = "wgmma 160 tight" if key == "wgmma 160" else key
+    # 8 and 16 bytes of stack with Triton 3.8, and with 3.6.
+    if key == "wgmma 160" and (dtype == torch.float16 or activation):
+        key = "wgmma 160 tight"
+    elif key == "wgmma 192" and dtype == torch.float16 and N < K:
+        key = "wgmma 192 tight"
     tile, resident = _TILES[key], kind == "half" and K <= _RESIDENT
     BN = min(tile.columns, max(next_power_of_2(N), 16))
     if key.startswith("wgmma"):
@@ -138,7 +142,7 @@ def _plan(device, dtype, vectors, kind, arch, K, N, few, activation, backward, g
         chunks = (*chunked(K, tile.chunk if resident else min(tile.chunk, 32)), 0)
     precision = "ieee" if kind == "ieee" else "tf32"
     constants = (K, N, tile.rows, BN, *chunks, resident, activation == "silu", precision, gap)
-    plan = Plan(_normed_product, constants, num_warps=tile.warps, num_stages=tile.stages, registers=tile.registers)
+    plan = tile.plan(_normed_product, constants)
     return plan, tile.rows, ceil_div(N, BN)
 
 

@@ -188,7 +188,7 @@ def _plan(device, dtype, norm_dtype, kind, arch, K, HIDDEN, few, drop):
     tile = _TILES[key]
     chunks = tailed(K, tile.chunk) if key.startswith("wgmma") else (*chunked(K, tile.chunk), 0)
     constants = (K, HIDDEN, tile.rows, tile.columns, *chunks, "ieee" if kind == "ieee" else "tf32", *drop)
-    plan = Plan(_mlp, constants, num_warps=tile.warps, num_stages=tile.stages, registers=tile.registers)
+    plan = tile.plan(_mlp, constants)
     return plan, tile.rows
 
 

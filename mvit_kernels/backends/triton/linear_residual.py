@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import _rows
 from ._dropout import NOTHING, Dropped, element_factor, row_factor
-from ._launch import Launch, Plan, architecture, ceil_div, chunked, dense, kind_of, next_power_of_2, register
+from ._launch import Launch, architecture, ceil_div, chunked, dense, kind_of, next_power_of_2, register
 from ._tiles import FEW_ROWS, Resident, Tile, tailed
 from ._weight_gradients import Product, weight_gradients
 
@@ -270,7 +270,7 @@ def _plan(device, dtype, kind, arch, K, N, transposed, few, bias, residual, drop
         BK = min(tile.chunk, chunked(K, tile.chunk, tile.chunk)[0])
     strides = (1, K) if transposed else (N, 1)
     constants = (K, N, *strides, tile.rows, BK, NB, NC, early, "ieee" if kind == "ieee" else "tf32", *drop)
-    plan = Plan(_product, constants, num_warps=tile.warps, num_stages=tile.stages, registers=tile.registers)
+    plan = tile.plan(_product, constants)
     return plan, tile.rows, NB * NC
 
 
@@ -279,7 +279,7 @@ def _resident_plan(device, dtype, tile, K, N, transposed, bias, residual, drop):
     strides = (1, K) if transposed else (N, 1)
     chunks = (*tailed(K, tile.chunk), *tailed(N, tile.columns))
     constants = (K, N, *strides, tile.rows, *chunks, "tf32", *drop)
-    return Plan(_product_resident, constants, num_warps=tile.warps, num_stages=tile.stages, registers=tile.registers)
+    return tile.plan(_product_resident, constants)
 
 
 def product(x, weight, bias, residual, out, rows, *, transposed, drop: Dropped = NOTHING) -> Launch:

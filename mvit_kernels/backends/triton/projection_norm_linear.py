@@ -24,26 +24,6 @@ from ._launch import Launch, Plan, architecture, ceil_div, is_small, next_power_
 NAME = "projection_norm_linear"
 
 
-@triton.jit
-def _mean_and_rstd(chunks, eps, K: tl.constexpr, KC: tl.constexpr, NC: tl.constexpr):
-    """Of rows that were just computed; two passes, of differences from the first element, as in `_rows.statistics`."""
-    is_first = (tl.arange(0, KC) == 0)[None, :]
-    first = tl.sum(tl.where(is_first, chunks[0].to(tl.float32), 0.0), axis=1)
-    total = _rows.centred(chunks[0], first, tl.arange(0, KC), K, KC > K)
-    for c in tl.static_range(1, NC):
-        total += _rows.centred(chunks[c], first, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
-    shift = tl.sum(total, axis=1) * (1.0 / K)
-    mean = first + shift
-    difference = _rows.centred(chunks[0], mean, tl.arange(0, KC), K, KC > K)
-    squares = difference * difference
-    for c in tl.static_range(1, NC):
-        difference = _rows.centred(chunks[c], mean, c * KC + tl.arange(0, KC), K, (c + 1) * KC > K)
-        squares += difference * difference
-    error = shift - (mean - first)
-    variance = tl.sum(squares, axis=1) * (1.0 / K) - error * error
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-
-
 @triton.jit(do_not_specialize=["M"])
 def _projected(
     x,
@@ -96,7 +76,9 @@ def _projected(
             if tl.program_id(1) == 0:
                 _rows.store(middle + offset * K, rounded, rows, columns, end, K, K, (c + 1) * KC > K)
         chunks = chunks + (rounded,)
-    mu, sigma = _mean_and_rstd(chunks, eps, K, KC, NC)
+    is_first = (tl.arange(0, KC) == 0)[None, :]
+    first_element = tl.sum(tl.where(is_first, chunks[0].to(tl.float32), 0.0), axis=1)
+    mu, sigma = _rows.statistics_of_chunks(first_element, chunks, eps, K, KC, NC)
     y = tl.zeros([BM, BN], tl.float32)
     for c in tl.static_range(NC):
         columns = c * KC + tl.arange(0, KC)

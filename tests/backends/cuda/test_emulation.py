@@ -184,7 +184,7 @@ def special_floats():
 def test_rounding(examples, dtype):
     values = special_floats()
     out = torch.empty(values.shape, dtype=dtype)
-    examples.rounded(0, values, out, values.numel(), dtype == torch.float16)
+    examples.on_host("rounded", values, out, values.numel(), dtype == torch.float16)
     wanted = values.to(dtype)
     assert torch.equal(out.isnan(), wanted.isnan())
     assert torch.equal(out.view(torch.int16)[~out.isnan()], wanted.view(torch.int16)[~out.isnan()])
@@ -194,7 +194,7 @@ def test_rounding(examples, dtype):
 def test_widening(examples, dtype):
     values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
     out = torch.empty(values.shape)
-    examples.widened(0, values, out, values.numel(), dtype == torch.float16)
+    examples.on_host("widened", values, out, values.numel(), dtype == torch.float16)
     wanted = values.float()
     assert torch.equal(out.isnan(), wanted.isnan())
     assert torch.equal(out.view(torch.int32)[~out.isnan()], wanted.view(torch.int32)[~out.isnan()])
@@ -216,13 +216,13 @@ def test_special_functions(examples, index, exact, low, high, relative, absolute
     else:
         x = torch.linspace(low, high, 1 << 14)
     out = torch.empty_like(x)
-    examples.approximated(0, x, out, x.numel(), index)
+    examples.on_host("approximated", x, out, x.numel(), index)
     error = (out.double() - exact(x.double())).abs()
     allowed = relative * exact(x.double()).abs() + absolute
     assert (error <= allowed).all()
     assert error.max() > 0  # it is no more exact than the hardware
     again = torch.empty_like(x)
-    examples.approximated(1, x, again, x.numel(), index)
+    examples.on_host("approximated", x, again, x.numel(), index)
     assert torch.equal(out, again)
 
 
@@ -238,11 +238,11 @@ def test_special_functions_at_the_ends(examples):
     for index, pairs in cases.items():
         x, wanted = torch.tensor(pairs).unbind(-1)
         x, out = x.contiguous(), torch.empty(len(pairs))
-        examples.approximated(0, x, out, len(pairs), index)
+        examples.on_host("approximated", x, out, len(pairs), index)
         torch.testing.assert_close(out, wanted, rtol=2**-10, atol=0)
         assert torch.equal(out == 0, wanted == 0)
         bad, out = torch.tensor([torch.nan]), torch.zeros(1)
-        examples.approximated(0, bad, out, 1, index)
+        examples.on_host("approximated", bad, out, 1, index)
         assert out.isnan().all()
 
 
@@ -287,7 +287,7 @@ def test_products_and_sums_of_pairs_are_rounded_once(examples):
     b[::4] = b[::4].sign() * (1 + 2**-10)
     c[::4] = c[::4].sign() * torch.tensor(2.0) ** -(12 + torch.arange(1 << 11) % 12)
     out = torch.empty_like(a)
-    examples.halves(0, a, b, c, out, len(a) // 2)
+    examples.on_host("halves", a, b, c, out, len(a) // 2)
     finite = (a.isfinite() & b.isfinite() & c.isfinite()).tolist()
     for i in (i for i, number in enumerate(finite) if number):
         exact = Fraction(a[i].item()) * Fraction(b[i].item()) + Fraction(c[i].item())
@@ -310,7 +310,7 @@ def as_half(value):
 def test_tanh_of_pairs(examples):
     x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     out = torch.empty_like(x)
-    examples.halves(0, x, None, None, out, len(x) // 2)
+    examples.on_host("halves", x, None, None, out, len(x) // 2)
     error = (out.double() - x.double().tanh()).abs()[~x.isnan()]
     assert 2**-12 < error.max() <= 2**-10.987 and out[x.isnan()].isnan().all()
     assert (out[~x.isnan()].abs() <= 1).all()

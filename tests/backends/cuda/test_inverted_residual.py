@@ -223,12 +223,12 @@ def test_sizes_are_those_of_the_kernel(driver):
     for (channels, wide, stride), least in plans.INVERTED_RESIDUALS.items():
         small = (channels, wide, stride) in SMALL
         for hidden in (32, 2 * channels + 8):
-            driver.sizes(0, out, channels, wide, stride, small, hidden, writes=[out])
+            driver.on_host("sizes", out, channels, wide, stride, small, hidden)
             half_filter = (channels, wide, stride) in plans.HALF_FILTERS
             packed = packing.packed_bytes(channels, hidden, wide)
             assert out.tolist() == [least, packed, packing.VERSION, half_filter]
         assert least <= 99 << 10  # every GPU of 8.0 and up
-        driver.sizes(0, out, channels, wide, stride, True, 32, writes=[out])
+        driver.on_host("sizes", out, channels, wide, stride, True, 32)
         assert (out[0] > 0) == small
 
 

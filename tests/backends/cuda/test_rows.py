@@ -113,7 +113,7 @@ def plan_of(driver, count, channels, out_channels, normed, gpu):
     """The launch of a row product: row tiles of a warp, warps, blocks along the rows; groups of 32 columns of a block,
     blocks along them; tiles of 16 channels, bytes of shared memory."""
     numbers = torch.zeros(7, dtype=torch.int64)
-    driver.planned_row_product(0, numbers, count, channels, out_channels, normed, *gpu)
+    driver.on_host("planned_row_product", numbers, count, channels, out_channels, normed, *gpu)
     return numbers.tolist()
 
 

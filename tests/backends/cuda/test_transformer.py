@@ -220,6 +220,8 @@ SEVERAL = dict(shape=(1, 10, 14, 80), heads=4, patch=(2, 2), layers=2)  # N = 35
 TWO_CHUNKS = 2 * plans.Layout(80, 20).mlp_chunk  # of five, at once
 FEW = dict(shape=(1, 2, 6, 80), heads=4, patch=(2, 2), layers=1)  # N = 3
 
+ONE = ["MVIT_ONLY_ONE=launch_transformer<BFloat16, 80, 20, 2>"]
+
 REPORTED = {
     "the ring's barrier": (WAITS, "    wait_copies<0>();\n    const Shared ready"),
     "the wait for copies": (WAITS, "    sync_threads();\n    const Shared ready"),
@@ -251,7 +253,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_planted_races_are_reported(name):
-    faulty = Driver(OP, [REPORTED[name]], macros=["MVIT_ONLY_ONE"])
+    faulty = Driver(OP, [REPORTED[name]], macros=ONE)
     for seed in range(3):
         with pytest.raises(EmulationFault):
             launched(faulty, SEVERAL, torch.bfloat16, per_block=2, slot=TWO_CHUNKS, seed=seed)
@@ -261,9 +263,9 @@ def test_planted_races_are_reported(name):
 def test_planted_errors_are_out_of_tolerance(name):
     text, other, sizes, change = WRONG[name]
     with pytest.raises(AssertionError, match="is over"):
-        check(Driver(OP, [(text, other)], macros=["MVIT_ONLY_ONE"]), sizes, torch.bfloat16, change, tiles=2)
+        check(Driver(OP, [(text, other)], macros=ONE), sizes, torch.bfloat16, change, tiles=2)
 
 
 @pytest.mark.parametrize("sizes, change", [(s, c) for *_, s, c in WRONG.values()], ids=list(WRONG))
 def test_without_the_fault(sizes, change):
-    check(Driver(OP, macros=["MVIT_ONLY_ONE"]), sizes, torch.bfloat16, change, tiles=2)
+    check(Driver(OP, macros=ONE), sizes, torch.bfloat16, change, tiles=2)

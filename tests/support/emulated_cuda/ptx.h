@@ -310,10 +310,6 @@ void kernel();  // the translation
 // ------------------------------------------------------------------------------------------ for support/ptx/program.py
 
 extern "C" {
-// Memory at `host` that the kernel knows as `begin`.
-__attribute__((used)) inline void ptx_add_buffer(uint64_t begin, uint64_t bytes, int64_t writable, uint64_t host) {
-  mvit::emulation::machine.buffers.emplace_back(begin, bytes, writable != 0, host);
-}
 // Null, or what is wrong. `visits` has a count for each stretch of the kernel, to which this launch's are added.
 __attribute__((used)) inline const char* ptx_launch(uint64_t seed, int64_t blocks_x, int64_t blocks_y, int64_t threads,
                                                     int64_t shared_bytes, const unsigned char* parameters,

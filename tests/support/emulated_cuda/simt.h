@@ -325,11 +325,13 @@ inline uint32_t tanh_halves(uint32_t x) {
 
 // -------------------------------------------------------------------------------------- for tests/support/emulation.py
 
-// The global memory that kernels may access from now on; with no buffers, they may access all memory.
+// The global memory that kernels may access from now on, at `host` and known to them as `begin`; with no buffers, they
+// may access all memory.
 extern "C" {
 __attribute__((used)) inline void emulation_forget_buffers() { mvit::emulation::machine.buffers.clear(); }
-__attribute__((used)) inline void emulation_add_buffer(uintptr_t begin, uint64_t bytes, int64_t writable) {
-  mvit::emulation::machine.buffers.emplace_back(begin, bytes, writable != 0, begin);
+__attribute__((used)) inline void emulation_add_buffer(uintptr_t begin, uint64_t bytes, int64_t writable,
+                                                        uintptr_t host) {
+  mvit::emulation::machine.buffers.emplace_back(begin, bytes, writable != 0, host);
 }
 // Number of times since the library was loaded that two rows of one ldmatrix matrix were in the same banks.
 __attribute__((used)) inline int64_t emulation_matrix_conflicts() { return mvit::emulation::machine.matrix_conflicts; }

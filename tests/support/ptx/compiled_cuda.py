@@ -6,8 +6,7 @@ Example:
     >>> driver.linear_residual(seed, x, weight, bias, residual, out, …, writes=[out])
 
 The driver's host code plans the launch, and hands over the kernel's name and its parameters; nvcc's PTX of that kernel
-for sm_80 is then what is executed. What it may touch are the tensors of the call, each of them alone: their addresses
-are moved apart.
+for sm_80 is then what is executed, with the driver's buffers.
 """
 
 from __future__ import annotations
@@ -93,9 +92,8 @@ class CompiledDriver(Driver):
                 if name not in self.programs:
                     self.programs[name] = Program(self.change(text_of(name)), name)
                 program = self.programs[name]
-                tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
-                given = program.moved(ctypes.string_at(parameters, count), tensors, writes)
-                program.run(blocks_x, blocks_y, threads, shared, given, seed)
+                given = ctypes.string_at(parameters, count)
+                program.run(blocks_x, blocks_y, threads, shared, given, self.buffers, seed)
                 self.launched.append(Launch(name, blocks_x * blocks_y, threads, shared, program.counts()))
             except BaseException as error:  # nothing passes through C++
                 raised.append(error)

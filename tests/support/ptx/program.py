@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from support import ROOT, TESTS
-from support.emulation import EMULATION, FLAGS, KERNELS, EmulationFault, compiler, precompiled
+from support.emulation import EMULATION, FLAGS, KERNELS, Buffer, EmulationFault, compiler, may_access, precompiled
 
 from .parse import Kernel, Statement, parse, size_of
 from .translate import translate
@@ -71,14 +71,13 @@ class Program:
         """
         blocks = (*grid, 1, 1)[:3]
         assert blocks[2] == 1, f"a grid of {grid}: two dimensions are emulated"
-        packed = bytearray(self.kernel.parameter_bytes)
-        self._library.emulation_forget_buffers()
+        packed, buffers = bytearray(self.kernel.parameter_bytes), []
         for index, (parameter, value) in enumerate(zip(self.kernel.parameters, arguments, strict=False)):
             if isinstance(value, torch.Tensor):
                 assert value.device.type == "cpu", parameter.name
                 # On 16 bytes and on no more, as PyTorch's allocator and the launches promise.
                 address = ((index + 1) << 40) + 16
-                self._add_buffer(address, value, index in self._written)
+                buffers.append(Buffer.of(value, address, index in self._written))
                 value = address
             kind = {"f32": "<f", "f64": "<d"}.get(parameter.type)
             if kind:
@@ -86,29 +85,20 @@ class Program:
             else:
                 size = parameter.size
                 packed[parameter.offset : parameter.offset + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
-        self.run(blocks[0], blocks[1], threads, shared, bytes(packed), seed)
+        self.run(blocks[0], blocks[1], threads, shared, bytes(packed), buffers, seed)
 
-    def moved(self, parameters: bytes, tensors: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> bytes:
-        """The parameters with the addresses of tensors that they have, in structs too, replaced by those under which
-        the kernel may access them from now on."""
-        self._library.emulation_forget_buffers()
-        words = list(struct.unpack(f"<{len(parameters) // 8}Q", parameters[: len(parameters) // 8 * 8]))
-        for index, tensor in enumerate(tensors):
-            address = ((index + 1) << 40) + tensor.data_ptr() % 4096  # as well aligned as it is
-            size = self._add_buffer(address, tensor, any(tensor is other for other in writes))
-            begin = tensor.data_ptr()
-            words = [word - begin + address if begin <= word < begin + max(size, 1) else word for word in words]
-        return struct.pack(f"<{len(words)}Q", *words) + parameters[8 * len(words) :]
-
-    def _add_buffer(self, address: int, tensor: torch.Tensor, writable: bool) -> int:
-        # From the first element to the last, whatever lies between them.
-        elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        size = elements * tensor.element_size() if tensor.numel() else 0
-        host = tensor.data_ptr()
-        self._library.ptx_add_buffer(*map(ctypes.c_uint64, (address, size, writable, host)))
-        return size
-
-    def run(self, blocks_x: int, blocks_y: int, threads: int, shared: int, parameters: bytes, seed: int) -> None:
+    def run(
+        self,
+        blocks_x: int,
+        blocks_y: int,
+        threads: int,
+        shared: int,
+        parameters: bytes,
+        buffers: Sequence[Buffer],
+        seed: int,
+    ) -> None:
+        """The same with the parameters' bytes, by which the kernel knows the buffers."""
+        may_access(self._library, buffers)
         numbers = map(ctypes.c_int64, (blocks_x, blocks_y, threads, shared + self.kernel.shared_size))
         ctypes.memset(self.visits, 0, ctypes.sizeof(self.visits))
         report = self._library.ptx_launch(

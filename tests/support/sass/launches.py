@@ -20,8 +20,7 @@ from dataclasses import dataclass
 
 from support import emulation
 from support.emulation import Driver
-from support.sass.operands import PARAMETERS
-from support.sass.trace import APART
+from support.sass.operands import address, constant_bank
 
 MULTIPROCESSORS, SHARED_LIMIT = 132, 232_448
 EPS = 1e-5
@@ -37,16 +36,7 @@ class Launch:
     parameters: bytes
 
     def bank(self) -> bytes:
-        """Constant bank 0."""
-        bank = bytearray(0x1000)
-        for place, value in enumerate((self.threads, 1, 1, *self.grid)):
-            bank[4 * place : 4 * place + 4] = value.to_bytes(4, "little")
-        bank[PARAMETERS : PARAMETERS + len(self.parameters)] = self.parameters
-        return bytes(bank)
-
-
-def address(number: int) -> int:
-    return (number + 1) << APART
+        return constant_bank(self.threads, self.grid, self.parameters)
 
 
 def cuda_launches(operator: str, batch: int, side: int, width: int, **more: int) -> list[Launch]:
@@ -101,10 +91,10 @@ def _transformer(batch: int, side: int, width: int, layers: int = 0, hidden: int
     if isinstance(plan, str):
         raise LookupError(plan)
     layers = layers or {32: 2, 16: 4, 8: 3}.get(side, 2)
-    driver = _driver("transformer_launch", f"MVIT_WIDTH={width}")
-    sizes = (0, batch, side, side, head_dim, 2, 2, layers, hidden or 2 * width, 1)
+    driver = _driver("transformer", f"MVIT_ONLY_ONE=find_transformer<{width}>(head_dim, tiles, half)")
+    sizes = (0, batch, side, side, width, head_dim, 2, 2, layers, hidden or 2 * width, 1)
     pointers = map(address, range(3))
-    return _watched(driver, lambda: driver.transformer(0, *pointers, *sizes, EPS, *plan._replace(**cut)))
+    return _watched(driver, lambda: driver.forward(0, *pointers, *sizes, EPS, *plan._replace(**cut)))
 
 
 def _layer_norm_linear(batch: int, side: int, width: int, outs: int = 0) -> list[Launch]:

@@ -8,12 +8,14 @@ registers are kept the same way. What was never written is `UNDEFINED`, which no
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
 LOW = np.uint64(0xFFFFFFFF)
 UNDEFINED = np.uint64(0xDEADBEE0)
 PARAMETERS = 0x210  # of a kernel for sm_90, in constant bank 0; below are the sizes of the block and the grid
+APART = 40  # bits of an address below its tensor's number, so that no offset leads from one tensor into another
 
 
 class Unknown(Exception):
@@ -27,6 +29,20 @@ def signed(values: np.ndarray) -> np.ndarray:
 
 def unsigned(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int64).astype(np.uint64)
+
+
+def address(number: int) -> int:
+    """Where a launch's tensor of that number lies."""
+    return (number + 1) << APART
+
+
+def constant_bank(threads: int, grid: Sequence[int], parameters: bytes) -> bytes:
+    """Constant bank 0 of a launch."""
+    bank = bytearray(0x1000)
+    for place, value in enumerate((threads, 1, 1, *grid)):
+        bank[4 * place : 4 * place + 4] = value.to_bytes(4, "little")
+    bank[PARAMETERS : PARAMETERS + len(parameters)] = parameters
+    return bytes(bank)
 
 
 class Registers:

@@ -26,9 +26,8 @@ import numpy as np
 
 from gates.sass import Instruction
 from support.sass.block import COMMA, FLOATING, Block
-from support.sass.operands import LOW, Unknown, signed
+from support.sass.operands import APART, LOW, Unknown, signed
 
-APART = 40  # bits of an address below its tensor's number, as `gates.addresses` spreads tensors
 ONE = np.uint64(0x3F800000)  # 1.0, what floating-point results are taken for
 _COMPARED = {"FSETP", "DSETP", "HSETP2", "FCHK"}
 _MORE_FLOATING = {"I2FP", "HADD2", "FRND", "MUFU", "F2FP", "HFMA2"} | FLOATING

@@ -11,33 +11,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gates.addresses import constants
+from gates.addresses import parameters
 from gates.triton_gate import compiled_for
 from support import ROOT
+from support.sass.launches import Launch
 
 BUILT = ROOT / "build" / "timing"
 
 
-@dataclass(frozen=True)
-class TritonLaunch:
-    """As `support.sass.launches.Launch`."""
-
-    kernel: str
-    grid: tuple[int, int, int]
-    threads: int
-    shared: int
-    constants: bytes
-
-    def bank(self) -> bytes:
-        return self.constants
-
-
-def triton_launches(operator: str, batch: int, side: int, width: int) -> list[tuple[TritonLaunch, Path]]:
+def triton_launches(operator: str, batch: int, side: int, width: int) -> list[tuple[Launch, Path]]:
     """The launches of an operator in bfloat16 at MobileViT-S's sizes, each with the cubin that has its kernel.
 
     Raises:
@@ -56,15 +42,15 @@ def triton_launches(operator: str, batch: int, side: int, width: int) -> list[tu
     return [_described(launch) for launch in launches]
 
 
-def _described(launch) -> tuple[TritonLaunch, Path]:
+def _described(launch) -> tuple[Launch, Path]:
     compiled = compiled_for(launch, 90)
     name = launch.plan.kernel.fn.__name__
     file = BUILT / f"{name}-{hashlib.sha256(compiled.asm['cubin']).hexdigest()[:16]}.cubin"
     BUILT.mkdir(parents=True, exist_ok=True)
     file.write_bytes(compiled.asm["cubin"])
-    bank, _ = constants(launch)
+    given, _ = parameters(launch)
     grid = (*launch.grid, 1, 1)[:3]
-    return TritonLaunch(name, grid, 32 * launch.plan.num_warps, compiled.metadata.shared, bank), file
+    return Launch(name, grid, 32 * launch.plan.num_warps, compiled.metadata.shared, given), file
 
 
 def _norm(t: Callable, d: int) -> tuple:
