@@ -64,7 +64,7 @@ def test_attention(sizes):
 @pytest.mark.parametrize("shape", [(2, 24, 24, 24), (1, 17, 6, 8)], ids=str)
 def test_batch_norm(shape):
     """In parts, whose sums are combined, and in one launch."""
-    check("batch_norm_activation", dict(shape=shape, channels_last=True), dtype="bfloat16", path="triton")
+    check("batch_norm_activation", dict(shape=shape), dtype="bfloat16", path="triton", layout="channels_last")
 
 
 def test_a_layer_with_dropout():

@@ -7,8 +7,9 @@ Example:
 
 The operators plan their launches for meta tensors of every shape that a model of the zoo has; each distinct plan is
 compiled for each architecture, as its launch would compile it. A row has registers per thread, bytes of stack (where
-spills go), shared memory, and which tensor-core instructions were emitted. The machine code for 9.0, whose products are
-asynchronous, is also searched for mistakes of the assembler (`gates.machine_code`).
+spills go), shared memory, and which tensor-core instructions were emitted. PTX is searched for sums that differ from
+lane to lane, and the machine code for 9.0, whose products are asynchronous, for mistakes of the assembler
+(`gates.machine_code`).
 """
 
 from __future__ import annotations
@@ -172,12 +173,23 @@ def float32_operations(ptx: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     return {register: (name, tuple(operands.split(", "))) for name, register, operands in found}
 
 
+def contracted_sums(ptx: str) -> list[str]:
+    """Steps of sums over lanes that are `mul p, a, b; shfl.bfly q, p; fma d, a, b, q`: each lane adds its own product,
+    unrounded, to the other's, rounded, and their sums differ (docs/kernels/triton.md, "Lanes that disagree")."""
+    moved = dict(re.findall(r"mov\.b32\s+(%\w+), (%\w+);", ptx))
+    brought = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    fused = re.findall(r"(fma\S*\.f32\s+%\w+, %\w+, %\w+, (%\w+);)", ptx)
+    return [text for text, addend in fused if moved.get(addend, addend) in brought]
+
+
 def build(launch, arch: int) -> dict[str, object]:
     """Compile, and describe the result."""
     import triton
 
     compiled = compiled_for(launch, arch)
     ptx = compiled.asm["ptx"]
+    wrong = contracted_sums(ptx)
+    assert not wrong, f"{launch.plan.kernel.fn.__name__} on sm_{arch}, {tile(launch)}: lanes disagree, {wrong}"
     kinds = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
     if arch == 90:
         code = machine_code.disassembled(compiled.asm["cubin"])

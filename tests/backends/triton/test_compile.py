@@ -18,6 +18,7 @@ from gates.triton_gate import (
     TABLE,
     build,
     compiled_for,
+    contracted_sums,
     describe,
     different,
     float32_operations,
@@ -212,6 +213,29 @@ def test_a_mean_is_subtracted_from_rounded_products(kernel, d, dtype, arch, monk
             assert kind_of(operands[2]) != "neg", f"{register}: a product in full, less a rounded number"
         if kind == "sub":
             assert "mul" not in map(kind_of, operands), f"{register}: ptxas may make an fma of it"
+
+
+def test_lanes_agree_about_a_sum(monkeypatch):
+    """Where each has one product of it; `contracted_sums` knows the pattern, under Triton 3.6's register names too."""
+    from mvit_kernels.backends.triton import layer_norm, layer_norm_linear
+    from mvit_kernels.backends.triton._launch import watching
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(TABLE.parents[2] / "build" / "triton"))
+    x, norm, rows = empty(130, 24), empty(24), empty(130)
+    with watching(80) as launches:
+        layer_norm.backward(x, x, rows, rows, norm)
+        layer_norm_linear.backward(empty(130, 8), x, rows, rows, norm, norm, empty(8, 24), None, "")
+    for launch in launches:
+        ptx = compiled_for(launch, 80).asm["ptx"]
+        assert contracted_sums(ptx) == [], launch.plan.kernel.fn.__name__
+    step = "mul.f32 \t%{0}1, %{0}2, %{0}3;\n{1}\nfma.rn.f32 \t%{0}6, %{0}2, %{0}3, %{0}5;"
+    for register, shuffle in (
+        ("r", "shfl.sync.bfly.b32 \t%r5, %r1, 16, 31, -1;"),
+        ("f", "mov.b32 \t%r1, %f1;\nshfl.sync.bfly.b32 \t%r5, %r1, 16, 31, -1;\nmov.b32 \t%f5, %r5;"),
+    ):
+        text = step.format(register, shuffle)
+        assert len(contracted_sums(text)) == 1
+        assert contracted_sums(text.replace("fma.rn.f32", "add.f32")) == []
 
 
 @pytest.mark.parametrize("kernel", ["_product", "_normed_product", "_norm_backward", "_mlp", "_hidden"])
