@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import ceil_div, next_power_of_2
-from ._rows import add_product, rounded_product
+from ._rows import add_product, addends
 
 
 class Geometry(NamedTuple):
@@ -144,19 +144,9 @@ def score_gradients(p, grad_p, delta, scale, N: tl.constexpr):
 
 
 @triton.jit
-def products(a, b):
-    """a · b to be added up over lanes, in float32: see `_rows.rounded_product`. Products of 16 bits are exact."""
-    if a.dtype == tl.float32:
-        product = rounded_product(a, b)
-    else:
-        product = a.to(tl.float32) * b.to(tl.float32)
-    return product
-
-
-@triton.jit
 def row_dots(a, b, D1: tl.constexpr):
     """The dot products of the rows of a with those of b."""
-    dots = tl.sum(products(a[0], b[0]), axis=1)
+    dots = tl.sum(addends(a[0], b[0], a[0].dtype == tl.float32), axis=1)
     if D1 > 0:
-        dots += tl.sum(products(a[1], b[1]), axis=1)
+        dots += tl.sum(addends(a[1], b[1], a[1].dtype == tl.float32), axis=1)
     return dots

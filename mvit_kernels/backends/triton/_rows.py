@@ -195,6 +195,17 @@ def rounded_product(a, b):
 
 
 @triton.jit
+def addends(a, b, ROUNDED: tl.constexpr):
+    """a · b in float32, which lanes add up next: ROUNDED where a lane may hold one product of a sum. Tensor cores leave
+    it several, and products of 16-bit numbers are exact."""
+    if ROUNDED:
+        product = rounded_product(a, b)
+    else:
+        product = a.to(tl.float32) * b.to(tl.float32)
+    return product
+
+
+@triton.jit
 def row_mean(rows, K: tl.constexpr):
     """The mean of K columns, correctly rounded. A product with 1/K is not: x's gradient from Σ LN(x) would not be 0.
     The mean of ones is off at 74 of the widths up to 512 (61 · (1/61) < 1), that of other values at nearly every width

@@ -107,10 +107,9 @@ def _product_part(
         if NORM:
             w = _rows.load(weight, ns, ks, N, K, K, 1, CHECK_N, CHECK_K).to(tl.float32)
             at = (part.to(tl.int64) * N_TILES + n_tile) * K + ks
-            to_weight = _rows.rounded_product(w, product)
-            to_bias = _rows.rounded_product(w, bias_sum[:, None])
-            tl.store(norm_weight_sums + at, tl.sum(to_weight, axis=0), mask=ks < K)
-            tl.store(norm_bias_sums + at, tl.sum(to_bias, axis=0), mask=ks < K)
+            ROUNDED: tl.constexpr = PRECISION == "ieee"
+            tl.store(norm_weight_sums + at, tl.sum(_rows.addends(w, product, ROUNDED), axis=0), mask=ks < K)
+            tl.store(norm_bias_sums + at, tl.sum(_rows.addends(w, bias_sum[:, None], ROUNDED), axis=0), mask=ks < K)
             gamma = _rows.load_vector(norm_weight, ks, K, CHECK_K)
             beta = _rows.load_vector(norm_bias, ks, K, CHECK_K)
             product = product * gamma[None, :] + bias_sum[:, None] * beta[None, :]

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ._launch import Plan, next_power_of_2
-from ._parts import Geometry, products, score_gradients, steps_of
+from ._parts import Geometry, score_gradients, steps_of
+from ._rows import addends
 
 TOKENS = 16
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -125,7 +126,7 @@ def backward(
     out_offsets = start + _offsets(steps_of(tokens, NW, PH * OUT_H, PW * INNER, WIDE), HB, D, DB)
     o = tl.load(out + out_offsets, mask=inside, other=0.0)
     g = tl.load(grad_out + out_offsets, mask=inside, other=0.0)
-    delta = tl.sum(products(o, g), axis=2)
+    delta = tl.sum(addends(o, g, o.dtype == tl.float32), axis=2)
     at = (tl.program_id(0).to(tl.int64) * HEADS + heads[:, None]) * N + tokens[None, :]
     mask = (heads < HEADS)[:, None] & (tokens < N)[None, :]
     lse = tl.load(logsumexp + at, mask=mask, other=0.0)
