@@ -11,19 +11,6 @@
 namespace mvit {
 namespace {
 
-TransformerLaunch* kernel_of(int64_t width, int64_t head_dim, int64_t tiles, bool half) {
-  switch (width) {
-    case 64: return find_transformer<64>(head_dim, tiles, half);
-    case 80: return find_transformer<80>(head_dim, tiles, half);
-    case 96: return find_transformer<96>(head_dim, tiles, half);
-    case 120: return find_transformer<120>(head_dim, tiles, half);
-    case 144: return find_transformer<144>(head_dim, tiles, half);
-    case 192: return find_transformer<192>(head_dim, tiles, half);
-    case 240: return find_transformer<240>(head_dim, tiles, half);
-    default: return nullptr;
-  }
-}
-
 void transformer(const Tensor& x_argument, const Tensor& packed, int64_t version, int64_t layers, int64_t head_dim,
                  int64_t hidden, bool final_norm, std::vector<int64_t> patch, double eps, int64_t tiles,
                  int64_t sequences_of_a_block, int64_t slot, const Tensor& out) {
@@ -39,7 +26,7 @@ void transformer(const Tensor& x_argument, const Tensor& packed, int64_t version
                   " of the order, and the library reads version ", kTransformerVersion, ": build it again");
   const int64_t images = x_argument.size(0), height = x_argument.size(1), width = x_argument.size(2);
   const int64_t d = x_argument.size(3);
-  TransformerLaunch* launch = kernel_of(d, head_dim, tiles, type == ScalarType::Half);
+  TransformerLaunch* launch = Transformers::find(d, head_dim, tiles, type == ScalarType::Half);
   STD_TORCH_CHECK(launch != nullptr, "transformer: no kernel for rows of ", d, ", heads of ", head_dim, " and warps of ",
                   16 * tiles, " rows");
   const TransformerLayout layout{static_cast<int>(d), static_cast<int>(head_dim)};

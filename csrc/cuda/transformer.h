@@ -198,4 +198,15 @@ using TransformerLaunch = int(const TransformerArgs& args, CUstream_st* stream);
 template <int WIDTH>
 TransformerLaunch* find_transformer(int64_t head_dim, int64_t tiles, bool half);
 
+// The same for a width of the published models, null for another. A template: only what calls it has all kernels.
+template <int... WIDTHS>
+struct TransformersOf {
+  static TransformerLaunch* find(int64_t width, int64_t head_dim, int64_t tiles, bool half) {
+    TransformerLaunch* found = nullptr;
+    ((width == WIDTHS ? void(found = find_transformer<WIDTHS>(head_dim, tiles, half)) : void()), ...);
+    return found;
+  }
+};
+using Transformers = TransformersOf<64, 80, 96, 120, 144, 192, 240>;
+
 }  // namespace mvit

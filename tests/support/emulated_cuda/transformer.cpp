@@ -9,16 +9,7 @@ using namespace mvit;
 TransformerLaunch* kernel_of(int64_t, int64_t head_dim, int64_t tiles, bool half) { return MVIT_ONLY_ONE; }
 #else
 TransformerLaunch* kernel_of(int64_t width, int64_t head_dim, int64_t tiles, bool half) {
-  switch (width) {
-    case 64: return find_transformer<64>(head_dim, tiles, half);
-    case 80: return find_transformer<80>(head_dim, tiles, half);
-    case 96: return find_transformer<96>(head_dim, tiles, half);
-    case 120: return find_transformer<120>(head_dim, tiles, half);
-    case 144: return find_transformer<144>(head_dim, tiles, half);
-    case 192: return find_transformer<192>(head_dim, tiles, half);
-    case 240: return find_transformer<240>(head_dim, tiles, half);
-    default: return nullptr;
-  }
+  return Transformers::find(width, head_dim, tiles, half);
 }
 #endif
 
