@@ -24,7 +24,7 @@ struct ConvolutionShape {
 struct ConvolutionArgs {
   ConvolutionShape shape;
   // data points at pixel (0, 0); kernel 3 needs a border of `dilation` zero pixels on every side. On matrix tiles `in` has
-  // a channel_step of 32, or of 4 for up to 4 channels, and memory for kTileReach more pixels after its end.
+  // a channel_step of 32, or 16 or 4 for as many channels, and memory for kTileReach more pixels after its end.
   Map in;
   Map out;  // must not overlap `in`
   const void* packed;

@@ -48,8 +48,8 @@ struct InvertedResidualWeights {
 
 struct InvertedResidualArgs {
   InvertedResidualShape shape;
-  // Must not overlap; neither needs a border. Where in.channel_step is 32, matrix tiles read it in place, and up to
-  // kTileReach (map.h) pixels after its end.
+  // Must not overlap; neither needs a border. Where in.channel_step is 32 or 16, matrix tiles read it in place, and
+  // up to kTileReach (map.h) pixels after its end.
   Map in, out;
   const void* packed;
 };

@@ -187,7 +187,7 @@ Program parse_program(Words words) {
                     "network: value ", i, " of the program has ", word[0], " channels and a border of ", word[1]);
     Value value{word[0], word[1]};
     if (program.tiles && i > 0 && i + 1 < values) {
-      value.channel_step = word[0] <= 4 ? 4 : 32;
+      value.channel_step = word[0] <= 4 ? 4 : word[0] <= 16 ? 16 : 32;
       value.column_stride = round_up_to(word[0], value.channel_step);
     }
     program.values.push_back(value);
@@ -282,12 +282,18 @@ void lay_out(Program& program, const Images& x) {
   }
   MVIT_CHECK(values.back().height > 0, "network: no step of the program writes the result");
 
-  // First fit: the lowest offset that does not overlap any map that is alive at the same time.
+  // The largest first, each at the lowest offset where it does not overlap a map that is alive at the same time. In the
+  // order of steps the image's copy would lie where neither of the two largest maps, which follow it, has room: S in
+  // bfloat16 would take XX instead of YY MB, all of them lines that no cache has when the first steps write them.
   const std::size_t element = program.element();
+  std::vector<Value*> by_size;
+  for (std::size_t i = 1; i + 1 < values.size(); ++i)
+    if (values[i].storage == static_cast<int64_t>(i) && values[i].first_step >= 0) by_size.push_back(&values[i]);
+  std::stable_sort(by_size.begin(), by_size.end(),
+                   [&](const Value* a, const Value* b) { return a->bytes(element) > b->bytes(element); });
   std::vector<const Value*> placed;
-  for (std::size_t i = 1; i + 1 < values.size(); ++i) {
-    Value& value = values[i];
-    if (value.storage != static_cast<int64_t>(i) || value.first_step < 0) continue;
+  for (Value* const largest : by_size) {
+    Value& value = *largest;
     const std::size_t size = value.bytes(element);
     value.offset = 0;
     for (const Value* other : placed) {  // sorted by offset

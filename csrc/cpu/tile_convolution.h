@@ -167,7 +167,7 @@ struct TileConvolution {
     const TiledRows tiled(pixels, TiledRows::rows_for(pixels));
     if (flat) begin = 0, end = 1;
 
-    const Tiles configured(tiled.rows, !steps.narrow ? kTilePairs : static_cast<int>(adjacent ? 2 * shape.kernel : 2));
+    const Tiles configured(tiled.rows, adjacent ? static_cast<int>(2 * shape.kernel) : pairs_of(in));
     TileProducts<N, WritePixels<N, kActivation>> products(*static_cast<TileResults<N>*>(scratch.results), tiled.rows);
     const ScatteredTileOperand b{
         reinterpret_cast<const char*>(packed.weights + column / kTile * packed.steps * kTileElements), scratch.weights,

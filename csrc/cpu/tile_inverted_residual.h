@@ -176,6 +176,7 @@ struct TileInvertedResidual {
   const bfloat16* in;
   bfloat16* out;
   const bool reads_in_place;  // the map's rows
+  const TileConfiguration expanding, projecting;
 
   TileInvertedResidual(const InvertedResidualArgs& arguments, int64_t image, void* memory)
       : args(arguments),
@@ -184,7 +185,9 @@ struct TileInvertedResidual {
         scratch(arguments.shape, memory),
         in(static_cast<const bfloat16*>(args.in.data) + image * args.in.image_stride),
         out(static_cast<bfloat16*>(args.out.data) + image * args.out.image_stride),
-        reads_in_place(args.in.channel_step % kTileDepth == 0) {}
+        reads_in_place(args.in.channel_step % kTile == 0),
+        expanding(kTile, reads_in_place ? pairs_of(args.in) : kTilePairs),
+        projecting(kTile) {}
 
   float* ring_row(int64_t y) const { return scratch.ring + y % scratch.ring_rows * scratch.row_size; }
 
@@ -248,8 +251,9 @@ struct TileInvertedResidual {
 
   void expand(int64_t begin, int64_t end) const {
     if (reads_in_place) {
-      if (begin < end) expand(begin, end, false);
-      return;
+      load_configuration(expanding);
+      expand(begin, end, false);
+      return load_configuration(projecting);
     }
     for (int64_t y = begin; y < end; ++y) {
       for (int64_t x = 0; x < shape.in_width && shape.in_channels > 0; ++x)  // an empty map has a null pointer

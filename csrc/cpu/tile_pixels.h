@@ -46,6 +46,12 @@ MVIT_INLINE void with_tile_columns(int64_t column, int64_t columns, const Body& 
 
 // ---- pixels ---------------------------------------------------------------------------------------------------------
 
+// Pairs of a step's values that a pixel has. Where that is less than a step, tiles are as shallow: what follows is the next
+// pixel, and a NaN there times a weight of zero would be one here.
+MVIT_INLINE int pairs_of(const Map& map) {
+  return static_cast<int>(smaller(kTileDepth, map.channel_step)) / 2;
+}
+
 // Tiles of the pixels of rows. A tile is within a row, since its pixels are equally far apart; the last one of a row
 // starts where it ends with the row, so it overlaps the one before, and the same bits are written twice. Only in rows
 // that are narrower than a tile there are rows of a tile without a pixel.
@@ -169,17 +175,16 @@ MVIT_INLINE __mmask32 written_channels(const Map& map, int64_t channels, int64_t
   return count == kBlockSide ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
 }
 
-MVIT_INLINE __m512i rounded(const Vec<float> (&v)[2]) {
-  return (__m512i)_mm512_cvtne2ps_pbh(v[1].native, v[0].native);
-}
-MVIT_INLINE __m512i rounded(const Vec<float> (&v)[1]) {  // zeros above
-  return (__m512i)_mm512_cvtne2ps_pbh(Vec<float>(0.0f).native, v[0].native);
-}
-
-template <int N>
-MVIT_INLINE void store_channels(char* p, const Vec<float> (&v)[N], __mmask32 channels) {
+MVIT_INLINE void store_channels(char* p, const Vec<float> (&v)[2], __mmask32 channels) {
   look_at(reinterpret_cast<bfloat16*>(p), __builtin_popcount(channels));
-  _mm512_mask_storeu_epi16(p, channels, rounded(v));
+  _mm512_mask_storeu_epi16(p, channels, (__m512i)_mm512_cvtne2ps_pbh(v[1].native, v[0].native));
+}
+// In halves, since a pixel of 16 channels may begin in the middle of a cache line; zeros above.
+MVIT_INLINE void store_channels(char* p, const Vec<float> (&v)[1], __mmask32 channels) {
+  look_at(reinterpret_cast<bfloat16*>(p), __builtin_popcount(channels));
+  const auto lower = static_cast<__mmask16>(channels), upper = static_cast<__mmask16>(channels >> 16);
+  _mm256_mask_storeu_epi16(p, lower, (__m256i)_mm512_maskz_cvtneps_pbh(-1, v[0].native));
+  _mm256_mask_storeu_epi16(p + 32, upper, _mm256_setzero_si256());
 }
 
 }  // namespace MVIT_ISA

@@ -141,7 +141,7 @@ MVIT_INLINE auto store_in(T* panel) {
 template <typename T>
 MVIT_INLINE Vec<T> silu(Vec<T> x) {
 #if MVIT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return x / (Vec<T>(T(1)) + exp_of_minus(x));
+  if constexpr (sizeof(T) == 4) return x * sigmoid(x);
 #endif
   return x / (Vec<T>(T(1)) + exp(-x));
 }
