@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from .._utils.transforms import obstacle
+from .._utils.transforms import PLAIN, obstacle, transform
 from ..backends import triton
 from . import changes
 from .program import Builder, NotNative, build
@@ -130,14 +130,14 @@ def kind_for(x: object) -> type[Native] | None:
         and x.ndim == 4
         and x.numel() > 0
         and not (torch.is_grad_enabled() and x.requires_grad)
-        and not obstacle((x,))
+        and not (transform() if type(x) in PLAIN else obstacle((x,)))
         and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
     ):
         return None
     requested = backends.requested()
     if x.is_cpu and requested in (None, "cpu"):
-        return kind_on("cpu")
+        return _kind(False)
     # A dispatch mode sees PyTorch's operators and no launch: a FLOP counter would count nothing.
     if (x.is_cpu or x.is_cuda) and requested in (None, "triton") and not torch._C._len_torch_dispatch_stack():
         kind = kind_on(x.device.type)
@@ -167,9 +167,9 @@ def _kind(launched: bool) -> type[Native]:
 
 def is_current(network: Native | NotNative | None, kind: type[Native]) -> bool:
     """Whether `network`, or the reason why there is none, still answers for calls of `kind`."""
-    if isinstance(network, Native):
-        return type(network) is kind and not network.is_stale()
-    return network is not None and network.about == (kind, backends.requested())
+    if type(network) is kind:  # and so no abstract class's isinstance, 10 µs of cold code in each call
+        return not network.is_stale()
+    return not isinstance(network, Native) and network is not None and network.about == (kind, backends.requested())
 
 
 def hooks_inside(module: nn.Module) -> bool:

@@ -152,8 +152,8 @@ class _Call:
 
     def __call__(self, x: Tensor, plan: Any) -> Tensor:
         rows = self.network.rows(x, plan)
-        if self.whole.vector and rows.shape[3] == self.whole.channels:
-            return rows.view(rows.shape[0], rows.shape[3])
+        if self.whole.vector and self.network.out_channels == self.whole.channels:
+            return rows.view(-1, self.whole.channels)
         return self.whole.result(rows.permute(0, 3, 1, 2))
 
     def check(self, x: Tensor) -> None:
@@ -189,10 +189,9 @@ def _in_one_call(original: type[nn.Module]) -> type[nn.Module]:
         kind = kind_for(x)
         if kind is not None:
             call = _current(self, kind)
-            network, whole = call.network, call.whole
-            if isinstance(network, Native) and isinstance(whole, WholeNetwork) and call.skips_nothing(self):
+            if type(call.network) is kind and call.skips_nothing(self):
                 call.check(x)
-                plan = network.plan(x)
+                plan = call.network.plan(x)
                 if plan is not None:
                     return calls.output(self, kwargs, call(x, plan))
         return original.forward(self, *args, **kwargs)
