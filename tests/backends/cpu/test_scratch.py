@@ -83,6 +83,20 @@ def test_usual_calls_give_back_what_a_large_one_took(on_a_thread):
     assert kept() == before
 
 
+def test_maps_take_what_those_alive_at_once_need(on_a_thread):
+    """Also where a small one comes first: the largest has its place, and so does what follows."""
+    draw, pixels = Draw(0), 128 * 128 * 4
+    module = FrozenSequential(draw.conv(4, 8), draw.conv(8, 16), draw.conv(16, 32), draw.conv(32, 4))
+    x = draw(1, 4, 128, 128)
+
+    def work():
+        before = kept()
+        native(module, x)
+        return kept() - before
+
+    assert 48 * pixels <= on_a_thread(work) < 52 * pixels  # 56 in the order of the steps
+
+
 def test_a_stream_of_large_calls_keeps_its_memory(on_a_thread):
     """Even among usual ones: fresh pages at each call would cost time."""
     module, draw = stem()
