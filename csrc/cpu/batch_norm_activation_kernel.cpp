@@ -9,26 +9,13 @@ namespace MVIT_ISA {
 
 // ---- the activation -------------------------------------------------------------------------------------------------
 
+// σ(y)
 template <typename T>
-MVIT_INLINE Vec<T> exp_of_negative(Vec<T> y) {
+MVIT_INLINE Vec<T> sigmoid_of(Vec<T> y) {
 #if MVIT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return exp_of_minus(y);
+  if constexpr (sizeof(T) == 4) return sigmoid(y);
 #endif
-  return exp(-y);
-}
-
-// σ(y). float32 maps are bound by memory and have the time for a division, of 16 cycles; bfloat16 maps on AVX-512 are
-// not, and take an estimate of 6e-5 with one Newton step. If the divisor is infinite the step is NaN, and is left out.
-template <typename E, typename T>
-MVIT_INLINE Vec<T> sigmoid(Vec<T> y) {
-  const Vec<T> one(T(1)), divisor = one + exp_of_negative(y);
-#if MVIT_VECTOR_BYTES == 64
-  if constexpr (sizeof(E) == 2) {
-    const Vec<float> estimate(_mm512_maskz_rcp14_ps(-1, divisor.native));
-    return fma(estimate, minimum(fma(-divisor, estimate, one), one), estimate);
-  }
-#endif
-  return one / divisor;
+  return Vec<T>(T(1)) / (Vec<T>(T(1)) + exp(-y));
 }
 
 // y σ(y); rounding to bfloat16 is 30 times the estimate's error.
@@ -242,11 +229,11 @@ struct Norm {
   MVIT_INLINE Vec<T> normalised(Vec<T> x, int64_t i) const { return (x - load(mean + i)) * load(rstd + i); }
 
   // The gradient of weight · normalised + bias.
-  template <bool kSilu, typename E>
+  template <bool kSilu>
   MVIT_INLINE Vec<T> gradient(Vec<T> grad, Vec<T> normalised, int64_t i) const {
     if constexpr (!kSilu) return grad;
     const Vec<T> one(T(1)), y = fma(normalised, load(weight + i), load(bias + i));
-    const Vec<T> s = sigmoid<E>(y);
+    const Vec<T> s = sigmoid_of(y);
     return grad * s * fma(y, one - s, one);
   }
 };
@@ -268,7 +255,7 @@ MVIT_INLINE void sum_gradients_by(const BatchNormActivation& args, int64_t begin
       for (int64_t line = 0; line < count; ++line, offset += width)
         vectors_of<T>(width, [&](int64_t i, int n) {
           const Vec<T> normalised = norm.normalised(load_first(x + offset + i, n), i);
-          const Vec<T> g = norm.template gradient<kSilu, E>(load_first(grad + offset + i, n), normalised, i);
+          const Vec<T> g = norm.template gradient<kSilu>(load_first(grad + offset + i, n), normalised, i);
           store_first(sum + i, load_first(sum + i, n) + g, n);
           store_first(products + i, fma(g, normalised, load_first(products + i, n)), n);
         });
@@ -325,7 +312,7 @@ MVIT_INLINE void write_gradients_by(const BatchNormActivation& args, int64_t beg
   E* out = static_cast<E*>(args.out);
   backwards(blocks, begin, end, [&](int64_t at, int64_t i, int n) {
     const Vec<T> normalised = norm.normalised(load_first(x + at, n), i);
-    const Vec<T> g = norm.template gradient<kSilu, E>(load_first(grad + at, n), normalised, i) - load(mean + i);
+    const Vec<T> g = norm.template gradient<kSilu>(load_first(grad + at, n), normalised, i) - load(mean + i);
     store_first(out + at, fma(-normalised, load(projection + i), g) * load(slope + i), n);
   });
 }
