@@ -7,6 +7,8 @@ must lie inside the elements of one of the launch's tensors: inside the tensor, 
 the ends of a view count too.
 """
 
+from bisect import bisect_right
+
 import numpy as np
 from triton.runtime import interpreter
 
@@ -20,17 +22,25 @@ def check_bounds() -> None:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, arguments = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
     ranges: list[tuple[int, int]] = []
+    first_bytes: list[int] = []
 
     def init_args(self, *given):
         made = arguments(self, *given)
         ranges[:] = sorted(_extent(value) for value in made[0] if hasattr(value, "data_ptr") and value.numel())
+        first_bytes[:] = [start for start, _ in ranges]
         return made
 
     def check(what, ptrs, mask):
         size = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
-        addresses = np.broadcast_to(ptrs.data, np.shape(mask.data))[mask.data.astype(bool)].astype(np.int64)
+        addresses = np.broadcast_to(ptrs.data, np.shape(mask.data))[mask.data.astype(bool, copy=False)]
         if not addresses.size:
             return
+        # Nearly always all lie in one tensor. Two searches say so, one for each lane take a fifth of a launch's time.
+        lowest, highest = int(addresses.min()), int(addresses.max())
+        at = bisect_right(first_bytes, lowest)
+        if at and at == bisect_right(first_bytes, highest) and highest + size <= ranges[at - 1][1]:
+            return
+        addresses = addresses.astype(np.int64)
         starts, ends = np.array(ranges, dtype=np.int64).T if ranges else (np.zeros(0), np.zeros(0))
         place = np.searchsorted(starts, addresses, side="right") - 1
         wrong = (place < 0) | (addresses + size > ends[place])
