@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "half.h"
+#include "huge_pages.h"
 #include "maps.h"
 #include "parallel.h"
 
@@ -401,6 +402,7 @@ class Packing {
 PackedProgram::PackedProgram(Words stored, Bytes weights) { Packing(*this, stored, weights); }
 
 void PackedProgram::write_weights(char* to) const {
+  ask_for_huge_pages(to, bytes_);
   if (bytes_ > 0) std::memset(to, 0, bytes_);  // gaps between parts: equal weights are to give equal bytes
   run_parts(static_cast<int64_t>(parts_.size()), 1, [&](int64_t begin, int64_t end) {
     for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i)

@@ -38,7 +38,7 @@ class PackedProgram {
 
   const std::vector<int64_t>& words() const { return words_; }
   std::size_t bytes() const { return bytes_; }  // of the packed weights
-  void write_weights(char* to) const;           // `to` is a multiple of 64
+  void write_weights(char* to) const;           // `to` is a multiple of 64, in memory that is as yet unused
 
  private:
   friend class Packing;

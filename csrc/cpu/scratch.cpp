@@ -7,6 +7,7 @@
 #include <cstdlib>
 
 #include "errors.h"
+#include "huge_pages.h"
 
 namespace mvit {
 namespace {
@@ -40,10 +41,18 @@ struct Block {
   void allocate(std::size_t bytes) {
     free();
     void* memory = nullptr;
+    std::size_t alignment = 64, room = bytes;
+#ifndef __SANITIZE_ADDRESS__
+    if (bytes >= kHugePage / 2) {  // from there on a huge page is not mostly empty
+      alignment = kHugePage;
+      room = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    }
+#endif
     // Not operator new, which aborts under AddressSanitizer instead of throwing.
-    MVIT_CHECK(posix_memalign(&memory, 64, bytes) == 0, "mvit_kernels: there is no memory for ", bytes,
+    MVIT_CHECK(posix_memalign(&memory, alignment, room) == 0, "mvit_kernels: there is no memory for ", bytes,
                     " bytes that this call works in");
     data = static_cast<char*>(memory);
+    ask_for_huge_pages(data, room);
     size = bytes;
     kept += static_cast<int64_t>(size);
   }

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,33 @@ def test_every_thread_takes_images(path):
     )
     run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists() or "VmFlags" not in Path("/proc/self/smaps").read_text(),
+    reason="this system has no huge pages for the asking, or does not say where",
+)
+def test_weights_and_maps_are_asked_for_in_huge_pages(path):
+    """Whether the system gives them or not. In a process that has asked for none before."""
+    code = (
+        "import sys, numpy; from pathlib import Path; from mvit_kernels import runtime\n"
+        "def asked():\n"
+        "    size = total = 0  # in KB\n"
+        "    for line in Path('/proc/self/smaps').read_text().splitlines():\n"
+        "        name, _, rest = line.partition(':')\n"
+        "        size = int(rest.split()[0]) if name == 'Size' else size\n"
+        "        total += size if name == 'VmFlags' and 'hg' in rest.split() else 0\n"
+        "    return total\n"
+        "counts = [asked()]\n"
+        "with runtime.Network(sys.argv[1], threads=1) as network:\n"
+        "    counts.append(asked())\n"
+        "    network(numpy.zeros((1, 3, 256, 256), numpy.float32))\n"
+        "    print(*counts, asked())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    before, weights, maps = map(int, run.stdout.split())
+    assert weights - before >= 2048 and maps - weights >= 2048, run.stdout
 
 
 def test_a_forked_process_runs_and_ends(path):
