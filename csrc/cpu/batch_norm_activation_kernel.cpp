@@ -9,15 +9,6 @@ namespace MVIT_ISA {
 
 // ---- the activation -------------------------------------------------------------------------------------------------
 
-// σ(y)
-template <typename T>
-MVIT_INLINE Vec<T> sigmoid_of(Vec<T> y) {
-#if MVIT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return sigmoid(y);
-#endif
-  return Vec<T>(T(1)) / (Vec<T>(T(1)) + exp(-y));
-}
-
 // y σ(y); rounding to bfloat16 is 30 times the estimate's error.
 template <typename E, typename T>
 MVIT_INLINE Vec<T> silu_to(Vec<T> y) {
@@ -233,7 +224,7 @@ struct Norm {
   MVIT_INLINE Vec<T> gradient(Vec<T> grad, Vec<T> normalised, int64_t i) const {
     if constexpr (!kSilu) return grad;
     const Vec<T> one(T(1)), y = fma(normalised, load(weight + i), load(bias + i));
-    const Vec<T> s = sigmoid_of(y);
+    const Vec<T> s = sigmoid(y);
     return grad * s * fma(y, one - s, one);
   }
 };

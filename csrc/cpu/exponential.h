@@ -132,15 +132,21 @@ MVIT_INLINE Vec<float> exp_of_minus(Vec<float> x) {
   p = fma(p, rest, Vec<float>(-1.0f)) * rest;
   return Vec<float>(_mm512_maskz_scalef_ps(-1, fma(power, p, power).native, whole.native));  // 2^floor(whole)
 }
-
-// 1 / (1 + e^-x), by an estimate of 6e-5 and one Newton step (4e-9): the divider takes 10 to 16 cycles a vector, and the
-// 24 vectors of a tile wait for each other. If the divisor is infinite the step is NaN, and is left out.
-MVIT_INLINE Vec<float> sigmoid(Vec<float> x) {
-  const Vec<float> one(1.0f), divisor = one + exp_of_minus(x);
-  const Vec<float> estimate(_mm512_maskz_rcp14_ps(-1, divisor.native));
-  return fma(estimate, minimum(fma(-divisor, estimate, one), one), estimate);
-}
 #endif
+
+// 1 / (1 + e^-x). On AVX-512 floats take an estimate of 6e-5 and one Newton step (4e-9) in place of a division of 10 to 16
+// cycles a vector. If the divisor is infinite the step is NaN, and is left out.
+template <typename T>
+MVIT_INLINE Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> one(T(1));
+#if MVIT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> divisor = one + exp_of_minus(x), estimate(_mm512_maskz_rcp14_ps(-1, divisor.native));
+    return fma(estimate, minimum(fma(-divisor, estimate, one), one), estimate);
+  }
+#endif
+  return one / (one + exp(-x));
+}
 
 // 2^x, with the accuracy of exp. On AVX-512 scalef takes the exponent from x itself and reduce gives the fraction in
 // [0, 1), so x needs no clamping.

@@ -176,7 +176,6 @@ struct TileInvertedResidual {
   const bfloat16* in;
   bfloat16* out;
   const bool reads_in_place;  // the map's rows
-  const TileConfiguration expanding, projecting;
 
   TileInvertedResidual(const InvertedResidualArgs& arguments, int64_t image, void* memory)
       : args(arguments),
@@ -185,9 +184,7 @@ struct TileInvertedResidual {
         scratch(arguments.shape, memory),
         in(static_cast<const bfloat16*>(args.in.data) + image * args.in.image_stride),
         out(static_cast<bfloat16*>(args.out.data) + image * args.out.image_stride),
-        reads_in_place(args.in.channel_step % kTile == 0),
-        expanding(kTile, reads_in_place ? pairs_of(args.in) : kTilePairs),
-        projecting(kTile) {}
+        reads_in_place(args.in.channel_step % kTile == 0) {}
 
   float* ring_row(int64_t y) const { return scratch.ring + y % scratch.ring_rows * scratch.row_size; }
 
@@ -251,9 +248,11 @@ struct TileInvertedResidual {
 
   void expand(int64_t begin, int64_t end) const {
     if (reads_in_place) {
-      load_configuration(expanding);
+      const bool shallow = pairs_of(args.in) < kTilePairs;
+      if (shallow) load_configuration(TileConfiguration(kTile, pairs_of(args.in)));
       expand(begin, end, false);
-      return load_configuration(projecting);
+      if (shallow) load_configuration(TileConfiguration(kTile));
+      return;
     }
     for (int64_t y = begin; y < end; ++y) {
       for (int64_t x = 0; x < shape.in_width && shape.in_channels > 0; ++x)  // an empty map has a null pointer
