@@ -49,6 +49,13 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((3, 3, 64, 96), dtype=np.float32)
 
 
+def _printed(code: str, path: str) -> str:
+    """By `code`, which must succeed, in a process of its own whose argument is the file."""
+    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def of_torch(frozen, images: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         return frozen(torch.from_numpy(np.ascontiguousarray(images))).numpy()
@@ -127,8 +134,7 @@ def test_every_thread_takes_images(path):
         "    else:\n"
         "        raise AssertionError(faults())\n"
     )
-    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    _printed(code, path)
 
 
 @pytest.mark.skipif(
@@ -152,10 +158,8 @@ def test_weights_and_maps_are_asked_for_in_huge_pages(path):
         "    network(numpy.zeros((1, 3, 256, 256), numpy.float32))\n"
         "    print(*counts, asked())\n"
     )
-    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
-    before, weights, maps = map(int, run.stdout.split())
-    assert weights - before >= 2048 and maps - weights >= 2048, run.stdout
+    before, weights, maps = map(int, _printed(code, path).split())
+    assert weights - before >= 2048 and maps - weights >= 2048, (before, weights, maps)
 
 
 def test_a_forked_process_runs_and_ends(path):
@@ -168,8 +172,7 @@ def test_a_forked_process_runs_and_ends(path):
         "    same = numpy.array_equal(n(x), y); n.close(); os._exit(7 if same else 1)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), numpy.array_equal(n(x), y))"
     )
-    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
-    assert run.stdout.split() == ["7", "True"], run.stdout + run.stderr
+    assert _printed(code, path).split() == ["7", "True"]
 
 
 @pytest.mark.parametrize(
@@ -237,9 +240,7 @@ def test_it_imports_neither_torch_nor_anything_that_has_it(path):
         "n = runtime.Network(sys.argv[1]); y = n(numpy.ones((1, 3, 64, 96), numpy.float32))\n"
         "print(json.dumps([sorted(m for m in sys.modules if 'torch' in m), y.tolist()]))"
     )
-    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    modules, logits = json.loads(run.stdout)
+    modules, logits = json.loads(_printed(code, path))
     assert modules == []
     with runtime.Network(path) as network:
         assert np.array_equal(np.float32(logits), network(np.ones((1, 3, 64, 96), np.float32)))
