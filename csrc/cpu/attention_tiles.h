@@ -3,10 +3,9 @@
 //
 // What takes time are the exponentials. While matrix tiles are in use, a core multiplies vectors (also fma, maximum,
 // reduce, scalef, conversions) on one port instead of two; additions, logic and shuffles keep both. So products hide
-// behind exponentials, of which as little as possible is left: numerators are 2^score, not
-// 2^(score - highest). As bfloat16 has the exponents of float32, they are as exact, unless scores are enormous: then sums
-// are out of bounds, and careful_attention_tiles.h does these queries once more. Row sums come from the products: a row
-// of ones follows the values of each head.
+// behind exponentials, of which as little as possible is left. As bfloat16 has the exponents of float32, 2^score is as
+// exact as 2^(score - highest): scores are shifted only where the highest is far from zero (`Shift`). Row sums come from
+// the products: a row of ones follows the values of each head.
 #pragma once
 
 #include "tiles.h"
@@ -78,16 +77,76 @@ MVIT_INLINE void exp2_to_round(Vec<float> (&x)[N]) {
 #undef MVIT_EACH
 }
 
-// Numerators 2^score of up to kKeysAtOnce keys and V vectors of queries, in pieces of four vectors, as long as there are
-// any.
+// What is subtracted from the scores of V vectors of queries in a head. Each query decides for itself, so that what shares
+// a vector with it makes no difference.
 template <int V>
+struct Shift {
+  bool any;      // of them is not zero
+  bool changed;  // at the last keys: what was summed before is to be multiplied with `factors`
+  alignas(64) float shifts[kLanes];
+  alignas(64) float factors[kLanes];
+
+  // For the scores of the next `rows` keys, or of a head's first. A query's shift stays while the highest is at most
+  // kNear above it, and at first also not further below zero, so that sums are from 2^-kNear to tokens · 2^kNear: their
+  // products with values from 2^-60 to 2^50 are normal numbers. Else it becomes the highest.
+  MVIT_INLINE void update(const float* scores, int64_t rows, bool first) {
+    if (first) any = false;
+    changed = false;
+    Vec<float> highest[V];
+    uint32_t far = 0;
+    find_highest(scores, rows, highest);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const __m512 above = first ? _mm512_abs_ps(highest[v].native) : (highest[v] - shift(v)).native;
+      far |= static_cast<uint32_t>(_mm512_cmp_ps_mask(above, _mm512_set1_ps(kNear), _CMP_NLE_UQ)) << (v * kTile);
+    }
+    if (far != 0) move(highest, far, first);
+  }
+
+ private:
+  static constexpr float kNear = 64.0f;
+
+  MVIT_INLINE Vec<float> shift(int v) const { return any ? load(shifts + v * kTile) : Vec<float>(0.0f); }
+
+  // Of each query. Four chains a vector hide the latency of a maximum.
+  static MVIT_INLINE void find_highest(const float* scores, int64_t rows, Vec<float> (&highest)[V]) {
+    Vec<float> most[4][V];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) most[i][v] = load(scores + i * kLanes + v * kTile);
+    for (const float *row = scores + 4 * kLanes, *end = scores + rows * kLanes; row < end; row += 4 * kLanes)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) most[i][v] = maximum(most[i][v], load(row + i * kLanes + v * kTile));
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      highest[v] = maximum(maximum(most[0][v], most[1][v]), maximum(most[2][v], most[3][v]));
+  }
+
+  MVIT_INLINE void move(const Vec<float> (&highest)[V], uint32_t far, bool first) {
+    for (int v = 0; v < V; ++v) {
+      const __mmask16 moved = static_cast<__mmask16>(far >> (v * kTile));
+      const Vec<float> before = shift(v), factor = exp2(before - highest[v]);
+      store(factors + v * kTile, Vec<float>(_mm512_mask_blend_ps(moved, _mm512_set1_ps(1.0f), factor.native)));
+      store(shifts + v * kTile, Vec<float>(_mm512_mask_blend_ps(moved, before.native, highest[v].native)));
+    }
+    any = true;
+    changed = !first;
+  }
+};
+
+// Numerators 2^(score - shift) of up to kKeysAtOnce keys and V vectors of queries, in pieces of four vectors, as long as
+// there are any.
+template <int V, bool kShifted>
 struct Numerators {
   static constexpr int kPairs = 2 / V;  // of keys, in a piece
-  static constexpr int kPieces = kTile / 2 / kPairs;  // of 16 keys
 
   const float* scores;
   bf16x2* to;
   int64_t left;
+  const float* shifts;
 
   MVIT_INLINE void run(int64_t pieces) {
     if (pieces > left) pieces = left;
@@ -101,6 +160,9 @@ struct Numerators {
     Vec<float> x[N];
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) x[i] = load(scores + (i / (2 * V) * 2 + i % 2) * kLanes + i / 2 % V * kTile);
+    if constexpr (kShifted)
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) x[i] = x[i] - load(shifts + i / 2 % V * kTile);
     exp2_to_round(x);
 #pragma GCC unroll 2
     for (int i = 0; i < N; i += 2) {
@@ -127,11 +189,11 @@ MVIT_INLINE void load_queries(const bf16x2* query) {
 
 // Multiplies scores, while what was in their place becomes numerators, `each` pieces a step. A tile load costs as much
 // as half a product, so queries stay in tiles if they fit: kSteps is the number of steps, or 0 for any.
-template <int V, int kSteps>
-__attribute__((noinline)) void multiply_scores(const Scores& scores, float* to, Numerators<V>& numerators,
+template <int V, int kSteps, bool kShifted>
+__attribute__((noinline)) void multiply_scores(const Scores& scores, float* to, Numerators<V, kShifted>& numerators,
                                                int64_t each) {
   const Scores of = scores;
-  Numerators<V> pieces = numerators;
+  Numerators<V, kShifted> pieces = numerators;
   const bfloat16* key = of.key;
   if constexpr (kSteps > 0) load_queries<V, 4>(of.query);
   if constexpr (kSteps > 1) load_queries<V, 6>(of.query + kTile * kLanes);
@@ -177,8 +239,8 @@ struct Weighted {
 };
 
 // M tiles of dims of `out`, with `each` pieces of other numerators a step and tile.
-template <int V, int M>
-MVIT_INLINE void weigh_tiles(const Weighted& of, int64_t dim, float* out, Numerators<V>& pieces, int64_t each) {
+template <int V, int M, bool kShifted>
+MVIT_INLINE void weigh_tiles(const Weighted& of, int64_t dim, float* out, Numerators<V, kShifted>& pieces, int64_t each) {
   constexpr int64_t tile = kTile * kTileDepth;
   const bf16x2* numerators = of.numerators;
   const bfloat16* value = of.value + dim * kTileDepth;
@@ -218,82 +280,91 @@ MVIT_INLINE void weigh_tiles(const Weighted& of, int64_t dim, float* out, Numera
   if constexpr (M > 1 && V > 1) store_tile<3>(out + kTile * kLanes + kTile, kPanelRowBytes);
 }
 
-template <int V>
+template <int V, bool kShifted>
 __attribute__((noinline)) void weigh_values(const Weighted& weighted, int64_t rows, float* out,
-                                            Numerators<V>& numerators, int64_t each) {
+                                            Numerators<V, kShifted>& numerators, int64_t each) {
   const Weighted of = weighted;
-  Numerators<V> pieces = numerators;
+  Numerators<V, kShifted> pieces = numerators;
   int64_t dim = 0;
   for (; dim + kTile < rows; dim += 2 * kTile) weigh_tiles<V, 2>(of, dim, out, pieces, each);
   if (dim < rows) weigh_tiles<V, 1>(of, dim, out, pieces, each);
   numerators = pieces;
 }
 
-// Attention of all heads for V vectors of queries. Configured tiles are those of `Tiles`. Returns the queries, a bit
-// each, for which numerators were too large or too small.
+// Attention of all heads for V vectors of queries. Configured tiles are those of `Tiles`.
 template <int V>
-MVIT_INLINE uint32_t attend_on_tiles(const AttentionArgs& args, const AttentionScratch& scratch) {
-  constexpr int kPieces = Numerators<V>::kPieces;
+MVIT_INLINE void attend_on_tiles(const AttentionArgs& args, const AttentionScratch& scratch) {
+  constexpr int64_t kGroups = kKeysAtOnce / kTile, kPieces = kTile / 2 / (2 / V);  // of a group
   const int64_t steps = steps_of(args.head_dim), rows = value_rows_of(args.head_dim);
-  const int64_t parts = (args.tokens + kKeysAtOnce - 1) / kKeysAtOnce, units = args.heads * parts;
-  const auto groups_of = [&](int64_t part) { return tiles_of(smaller(kKeysAtOnce, args.tokens - part * kKeysAtOnce)); };
-  const auto multiply = [&](int64_t unit, Numerators<V>& numerators) {
-    const int64_t head = unit / parts, part = unit % parts;
-    const Scores of{args.key + head * steps * args.key_step_size + part * kKeysAtOnce * kTileDepth,
-                    args.query + head * args.head_dim / 2 * kLanes, args.key_step_size, steps, groups_of(part)};
-    const int64_t slots = of.groups * steps, each = (numerators.left + slots - 1) / slots;
+  const auto slots_share = [](int64_t slots) { return (kGroups * kPieces / 2 + slots - 1) / slots; };
+  const int64_t each_score = slots_share(kGroups * steps), each_value = slots_share(kGroups / 2 * (rows / kTile));
+  const auto groups_from = [&](int64_t key) { return tiles_of(smaller(kKeysAtOnce, args.tokens - key)); };
+
+  // While numerators of some keys are made, the products of the values before and of the next scores.
+  Scores next{args.key, args.query, args.key_step_size, steps, groups_from(0)};
+  Weighted before{};
+  const auto multiply_next = [&](auto& numerators) {
     if (steps == 1)
-      multiply_scores<V, 1>(of, scratch.scores, numerators, each);
+      multiply_scores<V, 1>(next, scratch.scores, numerators, each_score);
     else if (steps == 2)
-      multiply_scores<V, 2>(of, scratch.scores, numerators, each);
+      multiply_scores<V, 2>(next, scratch.scores, numerators, each_score);
     else
-      multiply_scores<V, 0>(of, scratch.scores, numerators, each);
+      multiply_scores<V, 0>(next, scratch.scores, numerators, each_score);
   };
-  // The half of other numerators meanwhile.
-  const auto weigh = [&](int64_t unit, Numerators<V>& numerators) {
-    const int64_t head = unit / parts, part = unit % parts;
-    const Weighted of{args.value + part * (kKeysAtOnce / kTileDepth) * args.value_block_size + head * rows * kTileDepth,
-                      args.value_block_size, scratch.numerators[unit % 2], (groups_of(part) + 1) / 2, part == 0};
-    const int64_t slots = of.steps * (rows / kTile);
-    weigh_values<V>(of, rows, scratch.out, numerators, (numerators.left / 2 + slots - 1) / slots);
+  const auto make = [&](auto numerators, bool any_next) {
+    if (before.steps > 0) weigh_values<V>(before, rows, scratch.out, numerators, each_value);
+    if (any_next) multiply_next(numerators);
+    numerators.run(numerators.left);
   };
-  uint32_t out_of_bounds = 0;
-  const auto write_out = [&](int64_t head) {
+  bf16x2* out = args.out;
+  const auto write_out = [&] {
     Vec<float> inverse[V];
-    for (int v = 0; v < V; ++v) {
-      const Vec<float> sum = load(scratch.out + args.head_dim * kLanes + v * kTile);
-      // Products of values with numerators in these bounds are normal numbers, as long as values are from 2^-50 to 2^60.
-      const __mmask16 within = _mm512_cmp_ps_mask(sum.native, _mm512_set1_ps(0x1p-64f), _CMP_GE_OQ) &
-                               _mm512_cmp_ps_mask(sum.native, _mm512_set1_ps(0x1p64f), _CMP_LE_OQ);
-      out_of_bounds |= (static_cast<uint32_t>(within) ^ 0xffff) << (v * kTile);
-      inverse[v] = Vec<float>(1.0f) / sum;
-    }
-    bf16x2* to = args.out + head * args.head_dim / 2 * kLanes;
+    for (int v = 0; v < V; ++v) inverse[v] = Vec<float>(1.0f) / load(scratch.out + args.head_dim * kLanes + v * kTile);
     const float* from = scratch.out;
-    for (int64_t dim = 0; dim < args.head_dim; dim += 2, to += kLanes, from += 2 * kLanes)
+    for (int64_t dim = 0; dim < args.head_dim; dim += 2, out += kLanes, from += 2 * kLanes)
       for (int v = 0; v < V; ++v)
-        store_first(to + v * kTile, load(from + v * kTile) * inverse[v], load(from + kLanes + v * kTile) * inverse[v],
+        store_first(out + v * kTile, load(from + v * kTile) * inverse[v], load(from + kLanes + v * kTile) * inverse[v],
                     kTile);
   };
 
-  Numerators<V> none{nullptr, nullptr, 0};
-  multiply(0, none);
-  for (int64_t unit = 0; unit < units; ++unit) {
-    const int64_t groups = groups_of(unit % parts);
-    bf16x2* const to = scratch.numerators[unit % 2];
-    Numerators<V> numerators{scratch.scores, to, groups * kPieces};
-    if (unit > 0) weigh(unit - 1, numerators);
-    if (unit + 1 < units) multiply(unit + 1, numerators);
-    numerators.run(numerators.left);
-    if (groups % 2 != 0)
-      std::memset(static_cast<void*>(to + groups * kTile / 2 * kLanes), 0,
-                  static_cast<std::size_t>(kTile / 2 * kPanelRowBytes));
-    // Only now is surely in memory what was stored from tiles.
-    if (unit > 0 && unit % parts == 0) write_out(unit / parts - 1);
+  Shift<V> shift;
+  Numerators<V, false> none{};
+  multiply_next(none);
+  for (int64_t head = 0, unit = 0; head < args.heads; ++head) {
+    const bfloat16* value = args.value + head * rows * kTileDepth;
+    for (int64_t key = 0; key < args.tokens; key += kKeysAtOnce, ++unit) {
+      const int64_t groups = next.groups;
+      bf16x2* const to = scratch.numerators[unit % 2];
+      const Vec<float> none_there(-__builtin_inff());
+      for (float* row = scratch.scores + (args.tokens - key) * kLanes; row < scratch.scores + groups * kTile * kLanes;
+           row += kTile)
+        store(row, none_there);
+      shift.update(scratch.scores, groups * kTile, key == 0);
+
+      const bool more = key + kKeysAtOnce < args.tokens;
+      const int64_t next_head = more ? head : head + 1, next_key = more ? key + kKeysAtOnce : 0;
+      next.key = args.key + next_head * steps * args.key_step_size + next_key * kTileDepth;
+      next.query = args.query + next_head * args.head_dim / 2 * kLanes;
+      next.groups = groups_from(next_key);
+      if (shift.any)
+        make(Numerators<V, true>{scratch.scores, to, groups * kPieces, shift.shifts}, next_head < args.heads);
+      else
+        make(Numerators<V, false>{scratch.scores, to, groups * kPieces, nullptr}, next_head < args.heads);
+      if (groups % 2 != 0)
+        std::memset(static_cast<void*>(to + groups * kTile / 2 * kLanes), 0,
+                    static_cast<std::size_t>(kTile / 2 * kPanelRowBytes));
+      // Only now is surely in memory what was stored from tiles.
+      if (key == 0 && head > 0) write_out();
+      if (shift.changed)
+        for (float* row = scratch.out; row < scratch.out + rows * kLanes; row += kLanes)
+          for (int v = 0; v < V; ++v)
+            store(row + v * kTile, load(row + v * kTile) * load(shift.factors + v * kTile));
+      before = {value, args.value_block_size, to, (groups + 1) / 2, key == 0};
+      value += kKeysAtOnce / kTileDepth * args.value_block_size;
+    }
   }
-  weigh(units - 1, none);
-  write_out(args.heads - 1);
-  return out_of_bounds;
+  weigh_values<V>(before, rows, scratch.out, none, 0);
+  write_out();
 }
 
 }  // namespace MVIT_ISA

@@ -4,7 +4,7 @@
 // and values start a block of 32 keys with every sequence.
 #pragma once
 
-#include "careful_attention_tiles.h"
+#include "attention_tiles.h"
 #include "tile_layer_norm.h"
 #include "transformer_units.h"
 
@@ -222,10 +222,10 @@ MVIT_INLINE void attend_and_mlp(const TransformerShape& shape, const Transformer
                              unit.key_step_size,
                              unit.value_block_size,
                              scratch.attention + lane};
-    uint32_t careful = count > kTile ? attend_on_tiles<2>(args, scratch.attention_scratch)
-                                     : attend_on_tiles<1>(args, scratch.attention_scratch);
-    if (count < kLanes) careful &= (1u << count) - 1;
-    if (careful != 0) attend_again(args, careful, scratch.attention_scratch);
+    if (count > kTile)
+      attend_on_tiles<2>(args, scratch.attention_scratch);
+    else
+      attend_on_tiles<1>(args, scratch.attention_scratch);
   });
   clear_padding<P>(scratch.attention, inner);
   add_product(static_cast<const bfloat16*>(layer.proj_weight), scratch.attention, width, inner, lanes, rows);

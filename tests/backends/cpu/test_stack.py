@@ -8,6 +8,7 @@ import torch
 from support.cases import call, convert, make
 from support.checks import check
 from support.native import skip_without_a_compiler
+from support.tolerance import assert_close_as_pytorch
 
 skip_without_a_compiler()
 
@@ -51,11 +52,55 @@ def test_kernels_scores_of_thousands(dtype):
     assert (ours - truth).abs().mean() <= 2 * (usual - truth).abs().mean() + 1e-6
 
 
+LEVELS = {  # what is added to all scores of a key, by its place among 150: in parts of 64, the last one 22 and padding
+    "near zero": lambda key: 0,
+    "all far below": lambda key: -250,
+    "one far above, first": lambda key: 250 * (key == 3),
+    "one far above, last": lambda key: 250 * (key == 149),
+    "ever higher": lambda key: {3: 90, 70: 250, 149: 450}.get(key, 0),
+    "ever lower": lambda key: {3: 450, 70: 250, 149: 90}.get(key, 0),
+    "far below, then near zero": lambda key: -250 * (key < 64),
+    "near zero, then far below": lambda key: -250 * (key >= 64),
+    "far below, then not so far": lambda key: -450 if key < 64 else -250,
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size, head_dim", [((4, 4), 60), ((7, 7), 36), ((8, 8), 48), ((15, 17), 16)], ids=str)
-def test_kernels_same_bits_for_any_threads_and_neighbours(size, head_dim, dtype):
+@pytest.mark.parametrize("levels", LEVELS)
+def test_kernels_far_scores_anywhere(levels, dtype):
+    """In the first of two heads; in the second, levels are of the other sign."""
+    tensors, settings = make(OP, stack((6, 25), 16, layers=1, final_norm=False))
+    tensors["x"] = torch.zeros(150, 32, dtype=torch.float64)
+    tensors["layers.0.norm1_weight"].fill_(1)
+    for name in ("norm1_bias", "qkv_bias"):
+        tensors[f"layers.0.{name}"].zero_()
+    for head, sign in enumerate((4, -4)):  # a score's first product is the level: sign · level / √16
+        for row in (head * 16, 32 + head * 16):
+            tensors["layers.0.qkv_weight"][row] = 0
+        tensors["layers.0.qkv_bias"][head * 16] = sign
+        tensors["layers.0.qkv_weight"][32 + head * 16, 0] = 90
+    for key, token in enumerate(tensors["x"]):
+        # A LayerNorm keeps the one channel's part of 1, and 30 of ±1, as all tokens of a level have.
+        token[0] = {0: 0, 90: 1, 250: 3, 450: 9}[abs(LEVELS[levels](key))] * (-1 if LEVELS[levels](key) < 0 else 1)
+        token[1 + torch.randperm(30, generator=torch.Generator().manual_seed(key))] = torch.tensor(
+            [1.0, -1.0] * 15
+        ).double()
+    tensors["x"] = tensors["x"].reshape(1, 6, 25, 32)
+    single = convert(tensors, getattr(torch, dtype))
+    ours, usual = (call(OP, single, settings, path) for path in ("cpu", "usual"))
+    truth = call(OP, convert(single, torch.float64), settings, "oracle")
+    assert_close_as_pytorch(levels, ours, usual, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("larger", [1, 4])  # times: with 4, the highest scores are near zero for some queries only
+@pytest.mark.parametrize(
+    "size, head_dim", [((4, 4), 60), ((6, 7), 24), ((7, 7), 36), ((8, 8), 48), ((15, 17), 16)], ids=str
+)
+def test_kernels_same_bits_for_any_threads_and_neighbours(size, head_dim, larger, dtype):
     tensors, settings = make(OP, stack(size, head_dim, images=7))
     tensors = convert(tensors, getattr(torch, dtype))
+    tensors["layers.0.qkv_weight"][: 4 * head_dim] *= larger  # q and k
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
