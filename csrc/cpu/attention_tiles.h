@@ -335,10 +335,10 @@ MVIT_INLINE void attend_on_tiles(const AttentionArgs& args, const AttentionScrat
     for (int64_t key = 0; key < args.tokens; key += kKeysAtOnce, ++unit) {
       const int64_t groups = next.groups;
       bf16x2* const to = scratch.numerators[unit % 2];
-      const Vec<float> none_there(-__builtin_inff());
+      const Vec<float> never(-__builtin_inff());  // attended: keys after the last
       for (float* row = scratch.scores + (args.tokens - key) * kLanes; row < scratch.scores + groups * kTile * kLanes;
            row += kTile)
-        store(row, none_there);
+        store(row, never);
       shift.update(scratch.scores, groups * kTile, key == 0);
 
       const bool more = key + kKeysAtOnce < args.tokens;
