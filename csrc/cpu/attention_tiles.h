@@ -294,7 +294,7 @@ __attribute__((noinline)) void weigh_values(const Weighted& weighted, int64_t ro
 // Attention of all heads for V vectors of queries. Configured tiles are those of `Tiles`.
 template <int V>
 MVIT_INLINE void attend_on_tiles(const AttentionArgs& args, const AttentionScratch& scratch) {
-  constexpr int64_t kGroups = kKeysAtOnce / kTile, kPieces = kTile / 2 / (2 / V);  // of a group
+  constexpr int64_t kGroups = kKeysAtOnce / kTile, kPieces = kTile / 2 / Numerators<V, false>::kPairs;  // of a group
   const int64_t steps = steps_of(args.head_dim), rows = value_rows_of(args.head_dim);
   const auto slots_share = [](int64_t slots) { return (kGroups * kPieces / 2 + slots - 1) / slots; };
   const int64_t each_score = slots_share(kGroups * steps), each_value = slots_share(kGroups / 2 * (rows / kTile));
@@ -333,13 +333,12 @@ MVIT_INLINE void attend_on_tiles(const AttentionArgs& args, const AttentionScrat
   for (int64_t head = 0, unit = 0; head < args.heads; ++head) {
     const bfloat16* value = args.value + head * rows * kTileDepth;
     for (int64_t key = 0; key < args.tokens; key += kKeysAtOnce, ++unit) {
-      const int64_t groups = next.groups;
+      const int64_t groups = next.groups, rows_of_scores = groups * kTile;
       bf16x2* const to = scratch.numerators[unit % 2];
       const Vec<float> never(-__builtin_inff());  // attended: keys after the last
-      for (float* row = scratch.scores + (args.tokens - key) * kLanes; row < scratch.scores + groups * kTile * kLanes;
-           row += kTile)
-        store(row, never);
-      shift.update(scratch.scores, groups * kTile, key == 0);
+      for (int64_t row = args.tokens - key; row < rows_of_scores; ++row)
+        for (int v = 0; v < V; ++v) store(scratch.scores + row * kLanes + v * kTile, never);
+      shift.update(scratch.scores, rows_of_scores, key == 0);
 
       const bool more = key + kKeysAtOnce < args.tokens;
       const int64_t next_head = more ? head : head + 1, next_key = more ? key + kKeysAtOnce : 0;

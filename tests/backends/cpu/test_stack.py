@@ -2,6 +2,8 @@
 """`transformer` beyond its operator's tests: token counts around tiles, blocks and parts of a sequence, heads of every
 width, and bits that depend neither on threads nor on the sequences that share a block."""
 
+import math
+
 import pytest
 import torch
 
@@ -52,7 +54,7 @@ def test_kernels_scores_of_thousands(dtype):
     assert (ours - truth).abs().mean() <= 2 * (usual - truth).abs().mean() + 1e-6
 
 
-LEVELS = {  # what is added to all scores of a key, by its place among 150: in parts of 64, the last one 22 and padding
+LEVELS = {  # about what is added to all scores of a key, by its place among 150: parts of 64, 64 and 22 and padding
     "near zero": lambda key: 0,
     "all far below": lambda key: -250,
     "one far above, first": lambda key: 250 * (key == 3),
@@ -81,10 +83,10 @@ def test_kernels_far_scores_anywhere(levels, dtype):
         tensors["layers.0.qkv_weight"][32 + head * 16, 0] = 90
     for key, token in enumerate(tensors["x"]):
         # A LayerNorm keeps the one channel's part of 1, and 30 of ±1, as all tokens of a level have.
-        token[0] = {0: 0, 90: 1, 250: 3, 450: 9}[abs(LEVELS[levels](key))] * (-1 if LEVELS[levels](key) < 0 else 1)
-        token[1 + torch.randperm(30, generator=torch.Generator().manual_seed(key))] = torch.tensor(
-            [1.0, -1.0] * 15
-        ).double()
+        level = LEVELS[levels](key)
+        token[0] = math.copysign({0: 0, 90: 1, 250: 3, 450: 9}[abs(level)], level)
+        signs = torch.tensor([1.0, -1.0] * 15, dtype=torch.float64)
+        token[1:31] = signs[torch.randperm(30, generator=torch.Generator().manual_seed(key))]
     tensors["x"] = tensors["x"].reshape(1, 6, 25, 32)
     single = convert(tensors, getattr(torch, dtype))
     ours, usual = (call(OP, single, settings, path) for path in ("cpu", "usual"))
